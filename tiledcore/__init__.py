@@ -1,0 +1,34 @@
+"""tiledcore: one coherent image of any size from many tiles, denoised together.
+
+The names below are imported on first use, so that ``import tiledcore`` costs nothing.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "TileGrid": "tiledcore.geometry",
+    "TiledPipeline": "tiledcore.pipeline",
+    "TilingConfig": "tiledcore.denoiser",
+    "apply_tiling": "tiledcore.pipeline",
+    "remove_tiling": "tiledcore.pipeline",
+}
+__all__ = ["TileGrid", "TiledPipeline", "TilingConfig", "__version__", "apply_tiling", "remove_tiling"]
+
+if TYPE_CHECKING:
+    from tiledcore.denoiser import TilingConfig
+    from tiledcore.geometry import TileGrid
+    from tiledcore.pipeline import TiledPipeline, apply_tiling, remove_tiling
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'tiledcore' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
