@@ -1,0 +1,254 @@
+"""Every property is checked against brute force over pixels."""
+
+from itertools import pairwise
+from math import ceil
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiledcore.geometry import TileGrid, Tiling, neighbour_list
+
+sizes = st.integers(1, 70)
+wraps = st.tuples(st.booleans(), st.booleans())
+
+
+@st.composite
+def grids(draw: st.DrawFn, overlapping: bool = True) -> TileGrid:
+    tile = draw(st.tuples(st.integers(1, 40), st.integers(1, 40)))
+    overlap = draw(st.tuples(*(st.integers(0, t - 1) for t in tile))) if overlapping else (0, 0)
+    return TileGrid(draw(sizes), draw(sizes), tile, overlap, draw(wraps))
+
+
+def axes(tiling: Tiling) -> list[tuple[int, int, int, bool, tuple[int, ...], Any]]:
+    """(size, tile, overlap, wrap, offsets, cores) of each axis."""
+    return list(
+        zip(
+            (tiling.height, tiling.width),
+            tiling.tile_size,
+            tiling.overlap,
+            tiling.wrap,
+            (tiling.rows, tiling.cols),
+            (tiling.core_rows, tiling.core_cols),
+            strict=True,
+        )
+    )
+
+
+def pixels(size: int, offset: int, length: int, wrap: bool) -> list[int]:
+    """Canvas pixels of one tile; an open tile that leaves the canvas is a failure."""
+    result = [offset + u for u in range(length)]
+    if wrap:
+        return [p % size for p in result]
+    assert offset >= 0 and offset + length <= size
+    return result
+
+
+def coverage(tiling: Tiling) -> list[list[int]]:
+    """How many tiles cover each canvas pixel."""
+    count = [[0] * tiling.width for _ in range(tiling.height)]
+    for y, x in tiling.offsets:
+        for row in pixels(tiling.height, y, tiling.tile_size[0], tiling.wrap[0]):
+            for col in pixels(tiling.width, x, tiling.tile_size[1], tiling.wrap[1]):
+                count[row][col] += 1
+    return count
+
+
+@given(grids())
+def test_grid_covers_canvas_flush_with_the_overlap(grid: TileGrid) -> None:
+    for size, tile, overlap, wrap, offsets, _ in axes(grid):
+        assert list(offsets) == sorted(set(offsets))
+        covered = [p for o in offsets for p in pixels(size, o, tile, wrap)]
+        assert set(covered) == set(range(size))
+        following = list(offsets[1:]) + ([offsets[0] + size] if wrap else [])
+        for a, b in zip(offsets, following, strict=False):
+            assert a + tile - b >= overlap
+        if not wrap:
+            assert offsets[0] == 0 and offsets[-1] == size - tile
+
+
+@given(grids())
+def test_grid_has_the_fewest_tiles(grid: TileGrid) -> None:
+    for size, tile, overlap, wrap, offsets, _ in axes(grid):
+        if wrap:
+            assert len(offsets) == ceil(size / (tile - overlap))
+        elif size > tile:
+            assert len(offsets) == ceil((size - overlap) / (tile - overlap))
+        else:
+            assert offsets == (0,)
+
+
+@given(grids())
+def test_area_factor_and_length_match_brute_force(grid: TileGrid) -> None:
+    count = coverage(grid)
+    assert len(grid) == len(grid.offsets) == len(grid.rows) * len(grid.cols)
+    assert grid.area_factor * grid.height * grid.width == pytest.approx(sum(map(sum, count)))
+    assert min(map(min, count)) >= 1
+
+
+@given(grids(), st.integers(0, 50))
+def test_cores_partition_the_canvas_inside_their_tiles(grid: TileGrid, step: int) -> None:
+    tilings: list[Tiling] = [grid]
+    if grid.overlap == (0, 0):
+        tilings.append(grid.shifted(step, seed=1))
+    for tiling in tilings:
+        for size, tile, _, wrap, offsets, cores in axes(tiling):
+            owned = []
+            for offset, (start, length) in zip(offsets, cores, strict=True):
+                core = pixels(size, start, length, wrap)
+                assert set(core) <= set(pixels(size, offset, tile, wrap))
+                owned += core
+            assert sorted(owned) == list(range(size))
+        assert len(tiling.cores) == len(tiling)
+
+
+def test_cores_meet_in_the_middle_of_the_overlap() -> None:
+    grid = TileGrid(56, 56, 32, 8)
+    assert grid.rows == (0, 24)
+    assert grid.core_rows == ((0, 28), (28, 28))
+    assert grid.lines == ((24, 28, 32), (24, 28, 32))
+    around = TileGrid(48, 48, 32, 8, wrap=True)
+    assert around.rows == (0, 24)
+    assert around.core_rows == ((4, 24), (28, 24))
+    assert around.lines[0] == (0, 4, 8, 24, 28, 32)
+
+
+@given(grids())
+def test_lines_are_all_borders_but_an_open_canvas_has_none_at_its_edge(grid: TileGrid) -> None:
+    found = grid.lines
+    for (size, tile, _, wrap, offsets, cores), lines in zip(axes(grid), found, strict=True):
+        assert list(lines) == sorted(set(lines))
+        borders = {start % size for start, _ in cores}
+        for offset in offsets:
+            borders |= {offset % size, (offset + tile) % size}
+        assert set(lines) == (borders if wrap else borders - {0})
+
+
+@given(grids(overlapping=False), st.integers(0, 2**40), st.integers(0, 1000))
+def test_shifted_grid_covers_and_is_deterministic(grid: TileGrid, seed: int, step: int) -> None:
+    shifted = grid.shifted(step, seed)
+    assert min(map(min, coverage(shifted))) >= 1
+    assert shifted == grid.shifted(step, seed)
+    assert len(shifted) == len(grid.shifted(step + 1, seed + 1))
+    for (size, tile, _, wrap, offsets, _), before in zip(axes(shifted), (grid.rows, grid.cols), strict=True):
+        assert list(offsets) == sorted(offsets)
+        extra = 0 if wrap or size <= tile + 1 or tile == 1 else 1
+        assert len(offsets) == len(before) + extra
+        if len(offsets) <= size - tile + 1 and tile > 1:
+            assert len(set(offsets)) == len(offsets)
+    area = shifted.area_factor * grid.height * grid.width
+    assert area == pytest.approx(sum(map(sum, coverage(shifted))))
+
+
+@given(st.integers(4, 40), st.integers(4, 200), wraps, st.integers(0, 2**40))
+def test_shifts_differ_between_steps_and_seeds(tile: int, extra: int, wrap: tuple[bool, bool], seed: int) -> None:
+    grid = TileGrid(tile + extra, tile + extra, tile, 0, wrap)
+    steps = {(s.rows, s.cols) for s in (grid.shifted(step, seed) for step in range(40))}
+    assert len(steps) > 1
+    seeds = {(s.rows, s.cols) for s in (grid.shifted(0, seed + k) for k in range(40))}
+    assert len(seeds) > 1
+
+
+def test_shifted_cores_meet_nowhere_in_particular() -> None:
+    """No line is a core border in more than a few steps."""
+    for height, wrap in ((128, False), (100, False), (50, False), (128, True), (100, True)):
+        grid = TileGrid(height, height, 32, 0, wrap)
+        steps = [dict(grid.shifted(step, seed=0).core_rows) for step in range(600)]
+        often = [sum(y in starts for starts in steps) / 600 for y in range(1, height)]
+        assert max(often) < 0.16, (height, wrap)
+
+
+def test_known_shift_does_not_change_between_versions() -> None:
+    shifted = TileGrid(96, 96, 32).shifted(step=3, seed=7)
+    assert len(shifted) == 16
+    assert (shifted.rows, shifted.cols) == ((0, 2, 34, 64), (0, 13, 45, 64))
+
+
+@given(
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    st.tuples(st.integers(0, 50), st.integers(0, 14)),
+    wraps,
+)
+def test_neighbour_list_matches_brute_force(
+    height: int, width: int, tile: tuple[int, int], halo: tuple[int, int], wrap: tuple[bool, bool]
+) -> None:
+    indptr, indices = neighbour_list(height, width, tile, halo, wrap)
+    columns = ceil(width / tile[1])
+    count = ceil(height / tile[0]) * columns
+    assert len(indptr) == count + 1 and indptr[0] == 0 and indptr[-1] == len(indices)
+
+    def touched(size: int, t: int, index: int, reach: int, wraps: bool) -> set[int]:
+        low, high = index * t - reach, min((index + 1) * t, size) + reach
+        if wraps:
+            return {p % size // t for p in range(low, high)}
+        return {p // t for p in range(low, high) if 0 <= p < size}
+
+    for i in range(count):
+        rows = touched(height, tile[0], i // columns, halo[0], wrap[0])
+        cols = touched(width, tile[1], i % columns, halo[1], wrap[1])
+        expected = sorted(y * columns + x for y in rows for x in cols)
+        assert list(indices[indptr[i] : indptr[i + 1]]) == expected
+        assert i in expected
+
+
+@given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 16), st.integers(0, 20), wraps)
+def test_neighbour_lists_are_symmetric_on_equal_tiles(
+    rows: int, cols: int, tile: int, halo: int, wrap: tuple[bool, bool]
+) -> None:
+    rows, cols = 1 + rows % 6, 1 + cols % 6
+    indptr, indices = neighbour_list(rows * tile, cols * tile, tile, halo, wrap)
+    lists = [set(indices[a:b]) for a, b in pairwise(indptr)]
+    assert all(i in lists[j] for i, found in enumerate(lists) for j in found)
+
+
+def test_canvas_smaller_than_tile() -> None:
+    grid = TileGrid(20, 64, 32, 16)
+    assert grid.tile_size == (20, 32) and grid.rows == (0,) and grid.overlap == (10, 16)
+    around = TileGrid(20, 64, 32, 16, wrap=True)
+    assert around.rows == (0, 10), "the cut of one tile is inside the other"
+    assert TileGrid(20, 20, 32, 0, wrap=True).offsets == ((0, 0),)
+    assert TileGrid(1, 1, 32, 16, wrap=True).offsets == ((0, 0),)
+
+
+def test_grid_is_a_value() -> None:
+    grid = TileGrid(64, 64, 32, 8)
+    assert grid == TileGrid(64, 64, (32, 32), (8, 8), False) and hash(grid) == hash(grid)
+    assert grid != TileGrid(64, 64, 32, 4)
+    with pytest.raises(AttributeError):
+        grid.rows = (0,)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"height": 0}, r"height=0 must be an int of at least 1"),
+        ({"width": -3}, r"width=-3 must be"),
+        ({"width": 64.0}, r"width=64.0 must be an int"),
+        ({"height": True}, r"height=True must be an int"),
+        ({"tile": 0}, r"tile=0 must be an int of at least 1"),
+        ({"tile": (32, 0)}, r"tile=\(32, 0\) must be"),
+        ({"tile": (32, 32, 32)}, r"tile=\(32, 32, 32\) must be .* \(y, x\) pair"),
+        ({"tile": "32"}, r"tile='32' must be"),
+        ({"overlap": -1}, r"overlap=-1 must be an int of at least 0"),
+        ({"overlap": 1.5}, r"overlap=1.5 must be"),
+        ({"overlap": 32}, r"overlap=32 must be smaller than tile=32 .* at most 31 along y"),
+        ({"overlap": (0, 40)}, r"overlap=\(0, 40\) must be smaller .* at most 31 along x"),
+        ({"wrap": 1}, r"wrap=1 must be a bool"),
+        ({"wrap": (True,)}, r"wrap=\(True,\) must be a bool, or a \(y, x\) pair"),
+    ],
+)
+def test_impossible_grids(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TileGrid(**{"height": 64, "width": 64, "tile": 32, **arguments})
+
+
+def test_impossible_shift_and_neighbour_list() -> None:
+    with pytest.raises(ValueError, match=r"overlap=\(8, 8\) cannot be shifted"):
+        TileGrid(64, 64, 32, 8).shifted(0, 0)
+    with pytest.raises(ValueError, match=r"halo=-1 must be an int of at least 0"):
+        neighbour_list(64, 64, 32, -1)
+    with pytest.raises(ValueError, match=r"tile=0 must be"):
+        neighbour_list(64, 64, 0, 1)

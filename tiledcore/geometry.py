@@ -1,0 +1,280 @@
+"""Where tiles lie on a canvas: plain integers, no tensors.
+
+Lengths and positions are in latent pixels, pairs are (y, x). On a wrapped axis the canvas is a
+torus: an offset lies in ``[0, size)`` and pixel ``u`` of that tile is canvas pixel
+``(offset + u) % size``. Position ``y`` as a *line* means the border between pixels ``y - 1`` and
+``y``.
+
+Overlapping tiles on a common canvas: Bar-Tal et al., MultiDiffusion, 2023. A zero-overlap grid that
+is shifted at random in each step: Frolov et al., SpotDiffusion, 2024.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from random import Random
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Tiles of one size at every pair of a row offset and a column offset.
+
+    Everything that moves data (gather, blend, decode) takes this; :class:`TileGrid` is the usual
+    way to make one.
+    """
+
+    height: int
+    width: int
+    tile_size: Pair
+    """Size of every tile, at most the canvas."""
+    overlap: Pair
+    """What adjacent tiles share at least; they may share more."""
+    wrap: tuple[bool, bool]
+    rows: tuple[int, ...]
+    """Ascending y offsets."""
+    cols: tuple[int, ...]
+    """Ascending x offsets."""
+
+    def __len__(self) -> int:
+        return len(self.rows) * len(self.cols)
+
+    @cached_property
+    def offsets(self) -> tuple[Pair, ...]:
+        """(y, x) of every tile, row-major."""
+        return tuple((y, x) for y in self.rows for x in self.cols)
+
+    @property
+    def area_factor(self) -> float:
+        """Tile area evaluated per step over canvas area; 1.0 is the floor."""
+        h, w = self.tile_size
+        return len(self) * h * w / (self.height * self.width)
+
+    @cached_property
+    def core_rows(self) -> tuple[Pair, ...]:
+        """(start, size) of each tile row's core.
+
+        Cores partition the canvas: they meet in the middle of what two adjacent tiles share, and
+        reach the canvas border where a tile has no neighbour. A start lies in ``[0, height)``; on a
+        wrapped axis a core may cross the border as tiles do.
+        """
+        return _cores(self.height, self.tile_size[0], self.rows, self.wrap[0])
+
+    @cached_property
+    def core_cols(self) -> tuple[Pair, ...]:
+        """(start, size) of each tile column's core, see :attr:`core_rows`."""
+        return _cores(self.width, self.tile_size[1], self.cols, self.wrap[1])
+
+    @cached_property
+    def cores(self) -> tuple[tuple[int, int, int, int], ...]:
+        """(y, x, height, width) of every tile's core, in the order of :attr:`offsets`."""
+        return tuple((y, x, h, w) for y, h in self.core_rows for x, w in self.core_cols)
+
+    @cached_property
+    def lines(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Where a seam could show: the y and the x lines on which a tile starts or ends, or two
+        cores meet. Line 0, the canvas border, is among them only where an axis wraps."""
+        return (
+            _lines(self.height, self.tile_size[0], self.wrap[0], self.rows, self.core_rows),
+            _lines(self.width, self.tile_size[1], self.wrap[1], self.cols, self.core_cols),
+        )
+
+
+class TileGrid(Tiling):
+    """The fewest evenly spread tiles that cover a canvas with at least the requested overlap.
+
+    On an open axis the first tile starts at 0 and the last ends flush with the canvas. On a wrapped
+    axis tiles go round, and the last shares pixels with the first.
+
+    A tile larger than the canvas is clamped to it, and the overlap is then clamped to half of the
+    clamped tile: on an open axis this leaves one tile; on a wrapped axis with overlap it leaves at
+    least two, cut open at different places, so that the cut of one is inside another.
+
+    Args:
+        height: canvas height.
+        width: canvas width.
+        tile: tile size, one int for both axes or (y, x).
+        overlap: least overlap of adjacent tiles, one int or (y, x); smaller than ``tile``.
+        wrap: whether the canvas is a torus, one bool for both axes or (y, x).
+
+    Raises:
+        ValueError: naming the argument, its value and what would be valid.
+    """
+
+    def __init__(
+        self,
+        height: int,
+        width: int,
+        tile: int | Pair,
+        overlap: int | Pair = 0,
+        wrap: bool | tuple[bool, bool] = (False, False),
+    ) -> None:
+        canvas = (_integer("height", height, 1), _integer("width", width, 1))
+        tiles = _pair("tile", tile, 1)
+        overlaps = _pair("overlap", overlap, 0)
+        for axis, t, o in zip("yx", tiles, overlaps, strict=True):
+            if o >= t:
+                raise ValueError(
+                    f"overlap={overlap!r} must be smaller than tile={tile!r} on both axes: at most {t - 1} along {axis}"
+                )
+        wraps = _wrap(wrap)
+        fitted = [
+            (t, o) if t <= size else (size, min(o, size // 2))
+            for size, t, o in zip(canvas, tiles, overlaps, strict=True)
+        ]
+        (h, overlap_y), (w, overlap_x) = fitted
+        super().__init__(
+            height=canvas[0],
+            width=canvas[1],
+            tile_size=(h, w),
+            overlap=(overlap_y, overlap_x),
+            wrap=wraps,
+            rows=_spread(canvas[0], h, overlap_y, wraps[0]),
+            cols=_spread(canvas[1], w, overlap_x, wraps[1]),
+        )
+
+    def shifted(self, step: int, seed: int) -> Tiling:
+        """This zero-overlap grid, shifted at random along both axes (SpotDiffusion).
+
+        Seams then fall elsewhere in every step, and later steps heal them. The result depends on
+        (seed, step) only, and the number of tiles on neither, so buffers and graphs can be static.
+
+        A wrapped axis is rotated as it is. An open axis needs one more tile: the first and the last
+        stay flush with the canvas, and those between move by up to a tile. The inner borders of
+        those two never move, so blend shifted tiles by their cores or by a ramp that fades out at
+        the tile's border: with equal weights these two lines would be seams in every step. Where
+        there is no place for an extra tile (a tile of one pixel, or an axis one pixel longer than a
+        tile), none is added.
+
+        Raises:
+            ValueError: if the grid has an overlap.
+        """
+        if self.overlap != (0, 0):
+            raise ValueError(f"overlap={self.overlap!r} cannot be shifted: only a grid with overlap=0 can")
+        # Seeding with a string hashes it by SHA-512, so neighbouring steps are unrelated; random()
+        # is the one method whose values Python promises to keep between versions.
+        random = Random(f"{seed}/{step}")
+        rows, cols = (
+            _shift(size, t, wrap, random.random())
+            for size, t, wrap in zip((self.height, self.width), self.tile_size, self.wrap, strict=True)
+        )
+        return Tiling(self.height, self.width, self.tile_size, self.overlap, self.wrap, rows, cols)
+
+
+def neighbour_list(
+    height: int,
+    width: int,
+    tile: int | Pair,
+    halo: int | Pair,
+    wrap: bool | tuple[bool, bool] = (False, False),
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Which tiles each tile may attend to, in CSR form.
+
+    The tiles are the regular partition of the canvas into ``ceil(height / tile_y)`` rows and
+    ``ceil(width / tile_x)`` columns, numbered row-major; those of the last row and column are as
+    small as what is left. Tile ``i`` widened by ``halo`` on each side (clipped at an open border)
+    touches the tiles ``indices[indptr[i]:indptr[i + 1]]``: ascending, ``i`` among them, none
+    twice even where wrapping reaches a tile from both sides.
+
+    Returns:
+        ``(indptr, indices)``, of lengths ``tiles + 1`` and ``indptr[-1]``.
+
+    Raises:
+        ValueError: naming the argument, its value and what would be valid.
+    """
+    canvas = (_integer("height", height, 1), _integer("width", width, 1))
+    tiles, halos, wraps = _pair("tile", tile, 1), _pair("halo", halo, 0), _wrap(wrap)
+    rows, cols = (_reach(*axis) for axis in zip(canvas, tiles, halos, wraps, strict=True))
+    indptr, indices = [0], list[int]()
+    for row in rows:
+        for col in cols:
+            indices.extend(y * len(cols) + x for y in row for x in col)
+            indptr.append(len(indices))
+    return tuple(indptr), tuple(indices)
+
+
+def _spread(size: int, tile: int, overlap: int, wrap: bool) -> tuple[int, ...]:
+    if wrap:
+        n = _ceil_div(size, tile - overlap)
+        return tuple(i * size // n for i in range(n))
+    if size == tile:
+        return (0,)
+    n = _ceil_div(size - overlap, tile - overlap)
+    return tuple(i * (size - tile) // (n - 1) for i in range(n))
+
+
+def _shift(size: int, tile: int, wrap: bool, random: float) -> tuple[int, ...]:
+    n = _ceil_div(size, tile)
+    if wrap:
+        shift = int(random * size)
+        return tuple(sorted((shift + i * size // n) % size for i in range(n)))
+    if n == 1:
+        return (0,)
+    # The n - 1 tiles between the flush ones span size - tile pixels from the shift on, so every
+    # shift from 1 to tile - 1 leaves no gap, and none of them coincides with a flush one.
+    shift = 1 + int(random * (min(tile, size - tile) - 1))
+    between = (shift + i * (size - 2 * tile) // max(n - 2, 1) for i in range(n - 1))
+    return tuple(dict.fromkeys((0, *between, size - tile)))
+
+
+def _cores(size: int, tile: int, offsets: tuple[int, ...], wrap: bool) -> tuple[Pair, ...]:
+    following = (*offsets[1:], offsets[0] + size)
+    ends = [(a + tile + b) // 2 for a, b in zip(offsets, following, strict=True)]
+    if wrap:
+        starts = [ends[-1] - size, *ends[:-1]]
+    else:
+        ends[-1] = size
+        starts = [0, *ends[:-1]]
+    return tuple((start % size, end - start) for start, end in zip(starts, ends, strict=True))
+
+
+def _lines(size: int, tile: int, wrap: bool, offsets: tuple[int, ...], cores: tuple[Pair, ...]) -> tuple[int, ...]:
+    lines = {start for start, _ in cores}
+    for offset in offsets:
+        lines |= {offset, (offset + tile) % size}
+    return tuple(sorted(lines if wrap else lines - {0}))
+
+
+def _reach(size: int, tile: int, halo: int, wrap: bool) -> list[list[int]]:
+    """For each tile of one axis, the tiles that it touches when widened by ``halo``."""
+
+    def touched(start: int, stop: int) -> Iterable[int]:
+        return range(start // tile, _ceil_div(stop, tile))
+
+    result = []
+    for start in range(0, size, tile):
+        low, high = start - halo, min(start + tile, size) + halo
+        reached = set(touched(max(low, 0), min(high, size)))
+        if wrap and low < 0:
+            reached.update(touched(max(low + size, 0), size))
+        if wrap and high > size:
+            reached.update(touched(0, min(high - size, size)))
+        result.append(sorted(reached))
+    return result
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _integer(name: str, value: object, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} must be an int of at least {least}")
+    return value
+
+
+def _pair(name: str, value: object, least: int) -> Pair:
+    both = value if isinstance(value, tuple | list) else (value, value)
+    valid = [v for v in both if isinstance(v, int) and not isinstance(v, bool) and v >= least]
+    if len(both) != 2 or len(valid) != 2:
+        raise ValueError(f"{name}={value!r} must be an int of at least {least}, or a (y, x) pair of them")
+    return valid[0], valid[1]
+
+
+def _wrap(value: object) -> tuple[bool, bool]:
+    both = value if isinstance(value, tuple | list) else (value, value)
+    valid = [v for v in both if isinstance(v, bool)]
+    if len(both) != 2 or len(valid) != 2:
+        raise ValueError(f"wrap={value!r} must be a bool, or a (y, x) pair of bools")
+    return valid[0], valid[1]
