@@ -1,0 +1,47 @@
+// What the ops' files share: argument checks, and the macro that compiles a loop for several CPUs.
+//
+// Built on PyTorch's stable ABI only: one binary serves every torch from 2.10 on. The Python side
+// (tiledcore/ops.py) owns the schemas and reports bad arguments well; the checks here only keep a
+// direct call of the raw op from touching memory that is not its own.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+
+// Baseline machine code plus clones that the loader picks by CPU: a wheel built here runs anywhere
+// (-march=native would not), and still uses the wide registers of the machine that it runs on.
+// Clones need the GNU dynamic loader's ifunc; elsewhere the baseline alone is compiled.
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#define TILEDCORE_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define TILEDCORE_CLONES
+#endif
+
+namespace tiledcore {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Offsets as contiguous pairs (y, x), every one on the canvas.
+inline Tensor checked_offsets(const Tensor& offsets, int64_t height, int64_t width) {
+  STD_TORCH_CHECK(
+      offsets.is_cpu() && offsets.dim() == 2 && offsets.size(1) == 2 && offsets.size(0) > 0 &&
+          offsets.scalar_type() == ScalarType::Int,
+      "offsets must be an int32 tensor [T, 2] on the CPU with T >= 1");
+  Tensor pairs = torch::stable::contiguous(offsets);
+  const int32_t* at = pairs.const_data_ptr<int32_t>();
+  for (int64_t t = 0; t < pairs.size(0); ++t) {
+    const int64_t y = at[2 * t], x = at[2 * t + 1];
+    STD_TORCH_CHECK(
+        y >= 0 && y < height && x >= 0 && x < width,
+        "offset (", y, ", ", x, ") of tile ", t, " is not on the canvas ", height, " x ", width);
+  }
+  return pairs;
+}
+
+}  // namespace tiledcore
