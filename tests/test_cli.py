@@ -1,0 +1,514 @@
+"""The command, run in process on a tiny model."""
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from PIL import Image
+from tiny import tiny_sd, tiny_sdxl
+
+from tiledcore import TiledPipeline, TilingConfig, cli, images, ops
+from tiledcore import generate as command
+from tiledcore.cli import main
+from tiledcore.denoiser import TileDenoiser
+
+FAST = ["--steps", "2", "--size", "192x160", "--seed", "5", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Stable Diffusion with the conventions of the embedded model."""
+    pipe = tiny_sd()
+    pipe.scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        steps_offset=1,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    pipe.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty working folder; the verbosity that `main` sets for its process is put back."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    levels = [(lib, lib.get_verbosity()) for lib in (diffusers_logging, transformers_logging)]
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    for lib, level in levels:
+        lib.set_verbosity(level)
+        lib.enable_progress_bar()
+
+
+def generate(model: str, *args: str, out: str = "a.png") -> int:
+    return main(["generate", "a coast", "--model", model, "--out", out, *FAST, *args])
+
+
+def stored(path: str = "a.png") -> dict[str, Any]:
+    metadata = images.read_metadata(Path(path))
+    assert metadata is not None
+    return metadata
+
+
+def pixels(path: str = "a.png") -> bytes:
+    with Image.open(path) as image:
+        return image.convert("RGB").tobytes()
+
+
+def error(capsys: pytest.CaptureFixture[str]) -> str:
+    """The only line on stderr, but for those that say what is going on."""
+    out, err = capsys.readouterr()
+    *before, last = err.splitlines()
+    assert out == ""
+    assert all(re.match(r"loading|denoising|decoding|\s*\d+%|$", line) for line in before)
+    assert last.startswith("tiledcore: error: ")
+    return last
+
+
+def spied_denoiser(monkeypatch: pytest.MonkeyPatch, action: Any) -> None:
+    """Call ``action`` in the second step."""
+    call, count = TileDenoiser.__call__, iter(range(100))
+
+    def spy(self: TileDenoiser, *args: Any, **kwargs: Any) -> Any:
+        if next(count) == 1:
+            action()
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(TileDenoiser, "__call__", spy)
+
+
+def fail(error: BaseException) -> Any:
+    def raising(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    return raising
+
+
+# ----------------------------------------------------------------------------- what it writes
+
+
+def test_an_image_with_its_settings(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(model, "--negative-prompt", "ice", "--tile", "16", "--overlap", "4") == 0
+    with Image.open("a.png") as image:
+        assert (image.size, image.mode, image.format) == ((192, 160), "RGB", "PNG")
+        assert image.info["Description"] == "a coast"
+        assert json.loads(image.info["tiledcore"]) == stored()
+    assert stored() == {
+        "prompt": "a coast",
+        "negative_prompt": "ice",
+        "seed": 5,
+        "model": model,
+        "size": [192, 160],
+        "steps": 2,
+        "guidance": 7.5,  # the pipeline's own default
+        "scheduler": "ddim",
+        "device": "cpu",
+        "dtype": "fp32",
+        "version": "0.1.0",
+        "tiling": {
+            "tile": [16, 16],
+            "overlap": [4, 4],
+            "window": "ramp",
+            "ramp": 4,
+            "shift": False,
+            "wrap": [False, False],
+            "tiles": 4,
+            "area_factor": round(4 * 16 * 16 / (24 * 20), 4),
+            "lines_y": [8 * y for y in (4, 10, 16)],
+            "lines_x": [8 * x for x in (8, 12, 16)],
+        },
+    }
+    assert os.listdir() == ["a.png"]
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "decoding" in err.splitlines()
+    last = r"a\.png: 192x160, seed 5, 4 tiles, area factor 2\.13, \d+\.\d s"
+    assert re.fullmatch(last, err.splitlines()[-1])
+
+
+def test_the_image_is_the_librarys(model: str) -> None:
+    assert generate(model, "--overlap", "4", "--window", "gaussian", "--wrap", "x") == 0
+    tiling = TilingConfig(overlap=4, window="gaussian", wrap=(False, True))
+    expected = TiledPipeline.from_pretrained(model, tiling=tiling)(
+        "a coast",
+        width=192,
+        height=160,
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(5),
+    )
+    assert pixels() == expected.images[0].tobytes()
+    assert stored()["tiling"]["wrap"] == [False, True]
+    assert stored()["tiling"]["ramp"] is None
+
+
+def test_a_seed_means_one_image(model: str) -> None:
+    for out, seed in (("a.png", "5"), ("b.png", "5"), ("c.png", "6")):
+        assert generate(model, "--seed", seed, out=out) == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    assert pixels("a.png") != pixels("c.png")
+
+
+def test_a_random_seed_is_printed_and_makes_the_image_again(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["generate", "a coast", "--model", model, "--steps", "2", "--size", "136x64"]
+    assert main([*args, "--out", "a.png"]) == 0
+    seed = stored()["seed"]
+    assert f"a.png: 136x64, seed {seed}, " in capsys.readouterr().err
+    assert main([*args, "--out", "b.png", "--seed", str(seed)]) == 0
+    assert pixels("a.png") == pixels("b.png")
+    assert main([*args, "--out", "c.png"]) == 0
+    assert stored("c.png")["seed"] != seed
+
+
+def test_shifted_tiles(model: str) -> None:
+    assert generate(model, "--shift", "--tile", "8x16", "--tile-batch", "2") == 0
+    tiling = stored()["tiling"]
+    assert (tiling["shift"], tiling["overlap"], tiling["tile"]) == (True, [0, 0], [8, 16])
+    assert tiling["tiles"] == 4 * 3  # an open axis needs one more than cover it
+    grid = TilingConfig(shift=True, tile=(8, 16)).grid(20, 24, 16)
+    assert tiling["lines_y"] == [8 * y for y in grid.lines[0]]
+
+
+@pytest.mark.parametrize("extension", ["jpg", "jpeg", "webp", "PNG"])
+def test_formats(model: str, extension: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = f"a.{extension}"
+    assert generate(model, out=out) == 0
+    assert f"{out}: without its settings" in capsys.readouterr().err or extension == "PNG"
+    with Image.open(out) as image:
+        kind = {"jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP", "PNG": "PNG"}[extension]
+        assert (image.format, image.size) == (kind, (192, 160))
+    assert main(["info", out]) == (0 if extension == "PNG" else 2)
+
+
+def test_an_existing_image_is_replaced_with_ordinary_permissions(model: str) -> None:
+    Path("a.png").write_text("old")
+    assert generate(model) == 0
+    umask = os.umask(0)
+    os.umask(umask)
+    assert Path("a.png").stat().st_mode & 0o777 == 0o666 & ~umask
+    assert stored()["seed"] == 5
+
+
+def test_from_an_image(model: str) -> None:
+    Image.effect_noise((205, 131), 60).save("start.png")
+    args = ["generate", "a coast", "--model", model, "--steps", "4", "--seed", "1"]
+    start = ["--init-image", "start.png"]
+    assert main([*args, *start, "--out", "a.png"]) == 0
+    assert stored()["size"] == [200, 128]
+    assert (stored()["init_image"], stored()["strength"]) == ("start.png", command.STRENGTH)
+    for out, more in (("b.png", ["--strength", "0.3"]), ("c.png", ["--size", "136x264"])):
+        assert main([*args, *start, *more, "--out", out]) == 0
+    assert stored("b.png")["strength"] == 0.3
+    assert pixels("b.png") != pixels("a.png")
+    assert stored("c.png")["size"] == [136, 264]
+    assert main([*args, "--size", "200x128", "--out", "d.png"]) == 0
+    assert "strength" not in stored("d.png")
+
+
+def test_sdxl(tmp_path: Path) -> None:
+    tiny_sdxl().save_pretrained(tmp_path / "xl")
+    assert generate("xl", "--scheduler", "unipc") == 0
+    assert (stored()["guidance"], stored()["scheduler"]) == (5.0, "unipc")
+    Image.effect_noise((192, 160), 60).save("start.png")
+    assert generate("xl", "--init-image", "start.png", "--strength", "1", out="b.png") == 0
+    assert pixels("a.png") != pixels("b.png")
+
+
+def test_the_embedded_model_has_its_own_defaults(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "EARTH", Path(model))
+    args = ["generate", "a coast", "--size", "64x64", "--out", "a.png"]
+    assert main(args) == 0
+    assert stored()["model"] == "earth"
+    assert stored()["steps"] == command.EARTH_STEPS
+    assert stored()["guidance"] == command.EARTH_GUIDANCE
+    assert main([*args, "--steps", "3", "--guidance", "0"]) == 0
+    assert (stored()["steps"], stored()["guidance"]) == (3, 0)
+
+
+@pytest.mark.parametrize("name", command.SCHEDULERS)
+def test_a_scheduler_keeps_the_models_conventions(
+    model: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[Any] = []
+    spied_denoiser(monkeypatch, lambda: None)
+    run = TiledPipeline.__call__
+
+    def spy(self: TiledPipeline, *args: Any, **kwargs: Any) -> Any:
+        seen.append(self.scheduler)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(TiledPipeline, "__call__", spy)
+    assert generate(model, "--scheduler", name, "--size", "64x64", "--steps", "4") == 0
+    assert stored()["scheduler"] == name
+    (scheduler,) = seen
+    assert type(scheduler) is getattr(diffusers, command.SCHEDULERS[name])
+    assert scheduler.config.prediction_type == "v_prediction"
+    err = capsys.readouterr().err
+    for key, value in (("timestep_spacing", "trailing"), ("rescale_betas_zero_snr", True)):
+        assert scheduler.config[key] == value
+        native = key in getattr(diffusers, command.SCHEDULERS[name])().config
+        assert native != (f"{key}={value}" in err)
+
+
+def test_a_prompt_that_is_cut_off_is_reported(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--model", model, "--out", "a.png", *FAST]
+    assert main(["generate", "a very long prompt " * 5, *args]) == 0
+    assert "of which the model reads the first 40" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------- info
+
+
+def test_info(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(model, "--tile", "16x8", "--wrap", "xy") == 0
+    capsys.readouterr()
+    assert main(["info", "a.png", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == stored()
+    assert main(["info", "a.png"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    rows = dict(re.split(r" {2,}", line, maxsplit=1) for line in out.splitlines())
+    assert rows["prompt"] == "a coast"
+    assert rows["negative prompt"] == "-"
+    assert rows["size"] == "192x160"
+    assert (rows["tile"], rows["wrap"], rows["shift"]) == ("16x8", "xy", "no")
+    assert rows["lines x"] == " ".join(map(str, stored()["tiling"]["lines_x"]))
+
+
+def test_info_shows_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    metadata = {"prompt": "a\x1b[31m\ncoast é"}
+    images.save_image(Image.new("RGB", (8, 8)), Path("a.png"), metadata)
+    assert stored() == metadata
+    assert main(["info", "a.png"]) == 0
+    assert capsys.readouterr().out == f"{'prompt':<18}a [31m coast é\n"
+
+
+@pytest.mark.parametrize("content", ["nothing", "not json", "[1]"])
+def test_info_of_anything_else(content: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from PIL.PngImagePlugin import PngInfo
+
+    chunks = PngInfo()
+    if content != "nothing":
+        chunks.add_text(images.CHUNK, content)
+    Image.new("RGB", (8, 8)).save("a.png", pnginfo=chunks)
+    assert main(["info", "a.png"]) == 2
+    assert "a.png: holds no tiledcore settings" in error(capsys)
+    Path("b.png").write_bytes(b"nothing")
+    assert main(["info", "b.png"]) == 2
+    assert "b.png: cannot be read: not an image" in error(capsys)
+    assert main(["info", "c.png"]) == 2
+    assert "c.png: cannot be read: No such file" in error(capsys)
+
+
+# ----------------------------------------------------------------------------- what it refuses
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--size", "1000x1001"], "multiple of 8 px, such as 1000x1000 or 1000x1008"),
+        (["--size", "4x8"], "multiple of 8 px, such as 8x8 or 8x8"),
+        (["--size", "1024"], "'1024' is not WIDTHxHEIGHT"),
+        (["--size", "0x64"], "'0x64' is not WIDTHxHEIGHT"),
+        (["--tile", "16", "--overlap", "16"], "at most 15 along y"),
+        (["--tile", "0"], "--tile: '0' is not N or HxW from 1"),
+        (["--tile", "axb"], "'axb' is not N or HxW"),
+        (["--shift", "--overlap", "4"], "--shift replaces the overlap"),
+        (["--seed", "-1"], "--seed: '-1' is not an integer from 0"),
+        (["--seed", str(2**64)], "is not an integer from 0 to 18446744073709551615"),
+        (["--steps", "0"], "--steps: '0'"),
+        (["--guidance", "nan"], "--guidance: 'nan'"),
+        (["--tile-batch", "0"], "--tile-batch: '0'"),
+        (["--ramp", "0"], "--ramp: '0'"),
+        (["--window", "hann"], "'ramp', 'core', 'mean', 'gaussian'"),
+        (["--wrap", "z"], "--wrap: invalid choice"),
+        (["--dtype", "fp8"], "--dtype: invalid choice"),
+        (["--scheduler", "best"], "'dpm++2m'"),
+        (["--strength", "0.5"], "--strength: only used with --init-image"),
+        (["--init-image", "none.png"], "none.png: cannot be read: No such file"),
+        (["--init-image", "text.png"], "text.png: cannot be read: not an image"),
+        (["--init-image", "cut.png"], "cut.png: cannot be read: not an image"),
+        (["--init-image", "."], ".: cannot be read: Is a directory"),
+        (["--init-image", "whole.png", "--strength", "0"], "'0' is not a number above 0"),
+        (["--init-image", "whole.png", "--strength", "1.1"], "'1.1' is not a number above 0"),
+        (["--out", "a.gif"], "must be one of .png, .jpg, .jpeg, .webp"),
+        (["--out", "none/a.png"], "there is no folder none"),
+        (["--out", "folder.png"], "cannot be written"),
+        (["--out", "a.webp", "--size", "16384x64"], "WEBP holds at most 16383 px"),
+        (["--model", "./none"], "no such folder"),
+        (["--model", "."], "there is no model_index.json"),
+        (["--model", "transformer"], "only models with a UNet"),
+        (["--device", "toaster"], "--device toaster: torch knows no such device"),
+        (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+    ],
+)
+def test_refused_before_anything_is_loaded(
+    model: str,
+    args: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("text.png").write_text("text")
+    Image.effect_noise((64, 64), 60).save("whole.png")
+    Path("cut.png").write_bytes(Path("whole.png").read_bytes()[:2000])
+    Path("folder.png").mkdir()
+    Path("transformer").mkdir()
+    Path("transformer/model_index.json").write_text('{"transformer": ["diffusers", "DiT"]}')
+    before = sorted(os.listdir())
+    monkeypatch.setattr(TiledPipeline, "from_pretrained", fail(AssertionError("loaded")))
+    assert generate(model, *args) == 2
+    assert message in error(capsys)
+    assert sorted(os.listdir()) == before
+
+
+def test_a_protected_folder(model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(os, "access", lambda *args: False)  # root, who may run this, has access anywhere
+    assert generate(model) == 2
+    assert "lies in a protected one" in error(capsys)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--overlap", "16"], "at most 15 along y"),
+        (["--init-image", "start.png", "--strength", "0.1"], "leaves none of 2 steps"),
+    ],
+)
+def test_refused_once_the_model_is_known(
+    model: str, args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.effect_noise((64, 64), 60).save("start.png")
+    assert generate(model, *args) == 2
+    assert message in error(capsys)
+    assert os.listdir() == ["start.png"]
+
+
+def test_a_model_that_is_nowhere(capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate("nobody/nothing") == 2
+    message = error(capsys)
+    assert "--model nobody/nothing: no such folder" in message
+    assert "HF_HUB_OFFLINE" in message
+    assert os.listdir() == []
+
+
+def test_a_model_that_is_damaged(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    shutil.copytree(model, "damaged")
+    Path("damaged/unet/diffusion_pytorch_model.safetensors").write_bytes(b"nothing")
+    assert generate("damaged") == 2
+    error(capsys)
+    assert os.listdir() == ["damaged"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_cuda(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(model, "--device", "cuda:0") == 2
+    assert "use --device cpu" in error(capsys)
+
+
+# ----------------------------------------------------------------------------- what may go wrong
+
+
+def test_ctrl_c_leaves_nothing(model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    spied_denoiser(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert generate(model) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "tiledcore: interrupted, nothing was written"
+    assert os.listdir() == []
+
+
+def test_ctrl_c_while_writing_leaves_the_old_image(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("a.png").write_text("old")
+    monkeypatch.setattr(os, "fsync", fail(KeyboardInterrupt()))
+    assert generate(model) == 130
+    assert os.listdir() == ["a.png"]
+    assert Path("a.png").read_text() == "old"
+
+
+def test_a_full_disk(model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(Image.Image, "save", fail(full))
+    assert generate(model) == 2
+    assert error(capsys) == "tiledcore: error: a.png was not written: No space left on device"
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory(
+    model: str,
+    problem: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    spied_denoiser(monkeypatch, fail(problem))
+    assert generate(model) == 2
+    message = error(capsys)
+    assert all(option in message for option in ("--tile-batch", "--dtype fp16", "--size"))
+    assert os.listdir() == []
+
+
+def test_a_bug_is_one_line_unless_asked(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "save_image", fail(KeyError("two\nlines")))
+    assert generate(model) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == r"tiledcore: error: KeyError: 'two\nlines' (TILEDCORE_DEBUG=1 shows where)"
+    monkeypatch.setenv("TILEDCORE_DEBUG", "1")
+    assert generate(model) == 2
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------- the parser
+
+
+def test_argument_errors_and_help_import_nothing_heavy(tmp_path: Path) -> None:
+    code = (
+        "import sys; from tiledcore.cli import main\n"
+        "assert main(['generate', 'x', '--out', 'a.gif', '--model', 'a/b']) == 2\n"
+        "assert main(['generate', 'x', '--out', 'a.png', '--size', '9x9', '--model', 'a/b']) == 2\n"
+        "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)\n"
+        "main(['generate', '--help'])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "WIDTHxHEIGHT" in result.stdout
+
+
+def test_the_choices_are_the_librarys() -> None:
+    assert set(cli.WINDOWS) == set(ops.WINDOWS)
+    assert all(hasattr(torch, name) for name in command.DTYPES.values())
+
+
+def test_a_command_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "required: COMMAND" in error(capsys)
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == "tiledcore 0.1.0\n"

@@ -1,0 +1,237 @@
+"""The command line: ``tiledcore generate PROMPT --out FILE`` and ``tiledcore info FILE``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tiledcore import __version__
+from tiledcore.generate import (
+    DTYPES,
+    EARTH_GUIDANCE,
+    EARTH_STEPS,
+    EMBEDDED,
+    SCHEDULERS,
+    STRENGTH,
+    CommandError,
+    generate,
+    read_image,
+    say,
+)
+from tiledcore.images import read_metadata
+
+WINDOWS = ("ramp", "core", "mean", "gaussian")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code. ``TILEDCORE_DEBUG=1`` adds an error's traceback."""
+    try:
+        args = _parser().parse_args(argv)
+        args.command(args)
+    except (Exception, KeyboardInterrupt) as error:
+        if os.environ.get("TILEDCORE_DEBUG") == "1":
+            traceback.print_exc()
+        if isinstance(error, KeyboardInterrupt):
+            say("tiledcore: interrupted, nothing was written")
+            return 130
+        say(f"tiledcore: error: {_explain(error)}")
+        return 2
+    return 0
+
+
+# ----------------------------------------------------------------------------- info
+
+
+def info(args: argparse.Namespace) -> None:
+    metadata = read_image(read_metadata, args.file)
+    if metadata is None:
+        raise CommandError(f"{args.file}: holds no tiledcore settings (only PNG files can)")
+    if args.json:
+        print(json.dumps(metadata, indent=2))
+        return
+    tiling = metadata.pop("tiling", {})
+    rows = {**metadata, **tiling}
+    for key, value in rows.items():
+        line = f"{key.replace('_', ' '):<18}{_readable(key, value)}"
+        # The file may be anyone's: no control characters for the terminal.
+        print("".join(c if c.isprintable() else " " for c in line))
+
+
+def _readable(key: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if key == "wrap" and isinstance(value, list):
+        return "".join(axis for axis, on in zip("xy", value[::-1], strict=False) if on) or "no"
+    if isinstance(value, list):
+        return ("x" if key in ("size", "tile", "overlap") else " ").join(map(str, value)) or "-"
+    return str(value)
+
+
+# ----------------------------------------------------------------------------- arguments
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="tiledcore", description="One coherent image of any size from many tiles.")
+    parser.add_argument("--version", action="version", version=f"tiledcore {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_generate(commands.add_parser("generate", help="make an image"))
+    about = commands.add_parser("info", help="print the settings that a PNG was made with")
+    about.add_argument("file", type=Path)
+    about.add_argument("--json", action="store_true", help="as JSON, as they are stored")
+    about.set_defaults(command=info)
+    return parser
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=generate)
+    add = parser.add_argument
+    add("prompt", metavar="PROMPT")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=".png (holds the settings), .jpg or .webp",
+    )
+    add(
+        "--size",
+        type=_size,
+        metavar="WIDTHxHEIGHT",
+        help="in pixels; default 1024x1024, or that of --init-image",
+    )
+    add("--seed", type=_integer(0, 2**64 - 1), metavar="N", help="default: random, and printed")
+    add(
+        "--model",
+        default=EMBEDDED,
+        metavar="NAME",
+        help=f"hub id or folder of a model with a UNet; default {EMBEDDED}, the embedded one",
+    )
+    add("--negative-prompt", metavar="PROMPT")
+    add("--steps", type=_integer(1), metavar="N", help=f"default {EARTH_STEPS}, or the model's own")
+    add(
+        "--guidance",
+        type=_guidance,
+        metavar="G",
+        help=f"default {EARTH_GUIDANCE}, or the model's own",
+    )
+    add("--scheduler", choices=SCHEDULERS, metavar="NAME", help=", ".join(SCHEDULERS))
+    add("--init-image", type=Path, metavar="FILE", help="start from it, resized to --size")
+    add(
+        "--strength",
+        type=_strength,
+        metavar="S",
+        help=f"how much of --init-image to replace, above 0 up to 1; default {STRENGTH}",
+    )
+    add("--device", metavar="NAME", help="default cuda where there is one, else cpu")
+    add("--dtype", choices=DTYPES, help="default fp16 on cuda, else fp32")
+    _add_tiling(parser.add_argument_group("tiling (sizes in latent pixels, usually of 8 px)"))
+
+
+def _add_tiling(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--tile", type=_pair(1), metavar="N|HxW", help="default: the model's own size")
+    add("--overlap", type=_pair(0), metavar="N|HxW", help="of adjacent tiles; default: tile / 8")
+    add("--window", choices=WINDOWS, default="ramp", help="how tiles are blended; default ramp")
+    add("--ramp", type=_integer(1), metavar="N", help="width of the ramp; default: the overlap")
+    add("--shift", action="store_true", help="move the tiles at random in each step, no overlap")
+    add("--wrap", choices=("x", "y", "xy"), default="", help="axes that join up at the borders")
+    add(
+        "--tile-batch",
+        type=_integer(1),
+        default=4,
+        metavar="N",
+        help="tiles at a time; the fewer the less memory; default 4",
+    )
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, such as 2048x1024")
+    return int(match[1]), int(match[2])
+
+
+def _pair(low: int) -> Callable[[str], tuple[int, int]]:
+    def parse(text: str) -> tuple[int, int]:
+        match = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", text)
+        pair = (int(match[1]), int(match[2] or match[1])) if match else (-1, -1)
+        if min(pair) < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not N or HxW from {low}, as in 32 or 32x64")
+        return pair
+
+    return parse
+
+
+def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        valid = re.fullmatch(r"\d{1,20}", text) is not None
+        if not valid or int(text) < low or (high is not None and int(text) > high):
+            upper = "" if high is None else f" to {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {low}{upper}")
+        return int(text)
+
+    return parse
+
+
+def _guidance(text: str) -> float:
+    value = _float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
+    return value
+
+
+def _strength(text: str) -> float:
+    value = _float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and up to 1")
+    return value
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+# ----------------------------------------------------------------------------- messages
+
+
+def _explain(error: Exception) -> str:
+    """An error in one line."""
+    text = textwrap.shorten(str(error), 400, placeholder=" ...")
+    if _is_out_of_memory(error):
+        return "out of memory: lower --tile-batch, use --dtype fp16, or make --size smaller"
+    if isinstance(error, CommandError | ValueError | OSError) and text:
+        return text
+    return f"{type(error).__name__}: {text} (TILEDCORE_DEBUG=1 shows where)"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch.OutOfMemoryError by its name: there may be an error before torch is imported.
+    text = str(error).lower()
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and ("out of memory" in text or "allocate memory" in text))
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,349 @@
+"""The ``generate`` command: check everything that can be checked, open the model, run it, write the file.
+
+torch and diffusers take seconds to import, so they are imported only once the arguments are known
+to be good.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import secrets
+import sys
+import textwrap
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from tiledcore import __version__
+from tiledcore.geometry import TileGrid, Tiling
+from tiledcore.images import check_target, load_image, save_image
+from tiledcore.models import EARTH
+
+if TYPE_CHECKING:
+    from tiledcore.denoiser import TilingConfig
+    from tiledcore.pipeline import TiledPipeline
+
+EMBEDDED = "earth"
+EARTH_STEPS = 16
+EARTH_GUIDANCE = 4.0
+SIZE = (1024, 1024)
+STRENGTH = 0.6
+VAE_FACTOR = 8  # until the model is open; all of Stable Diffusion has it
+
+DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "deis": "DEISMultistepScheduler",
+    "dpm++2m": "DPMSolverMultistepScheduler",
+    "dpm++2s": "DPMSolverSinglestepScheduler",
+    "dpm2": "KDPM2DiscreteScheduler",
+    "dpm2-a": "KDPM2AncestralDiscreteScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "lcm": "LCMScheduler",
+    "pndm": "PNDMScheduler",
+    "tcd": "TCDScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+# What a model was trained with, and what a scheduler must therefore know of.
+CONVENTIONS = ("prediction_type", "timestep_spacing", "rescale_betas_zero_snr")
+
+
+class CommandError(Exception):
+    """The user can mend it; the message says how."""
+
+
+def generate(args: argparse.Namespace) -> None:
+    started = time.perf_counter()
+    image = _check(args)
+    seed = secrets.randbelow(2**32) if args.seed is None else args.seed
+    with _quiet():
+        pipe = _open(args, seed)
+        call = _call(args, pipe, image)
+        tiling = _tiling(pipe, args.size)
+        metadata = _describe(args, pipe, call, tiling, seed)
+        picture = _run(pipe, call, tiling, seed)
+    try:
+        save_image(picture, args.out, metadata)
+    except OSError as error:
+        raise CommandError(f"{args.out} was not written: {error.strerror or error}") from error
+    if args.out.suffix.lower() != ".png":
+        say(f"{args.out}: without its settings, which only a PNG can hold")
+    elapsed = time.perf_counter() - started
+    say(
+        f"{args.out}: {args.size[0]}x{args.size[1]}, seed {seed}, {len(tiling)} tiles, "
+        f"area factor {tiling.area_factor:.2f}, {elapsed:.1f} s"
+    )
+
+
+def _check(args: argparse.Namespace) -> Image.Image | None:
+    """Whatever can be known before loading; completes ``args.size``, returns the init image."""
+    if args.strength is not None and args.init_image is None:
+        raise CommandError("--strength: only used with --init-image")
+    if args.shift and args.overlap not in (None, (0, 0)):
+        raise CommandError("--overlap: --shift replaces the overlap; give only one of them")
+    if args.tile is not None:
+        h, w = args.tile
+        TileGrid(h, w, tile=(h, w), overlap=args.overlap or 0)
+    factor = _factor(args.model)
+    image = None
+    if args.init_image is not None:
+        image = read_image(load_image, args.init_image)
+        if args.size is None:
+            args.size = tuple(max(factor, side // factor * factor) for side in image.size)
+    args.size = args.size or SIZE
+    _check_size(args.size, factor)
+    check_target(args.out, args.size)
+    return image
+
+
+def _factor(model: str) -> int:
+    """Pixels per latent pixel, as far as it can be told from a folder without opening the model."""
+    folder = EARTH if model == EMBEDDED else Path(model)
+    if not folder.is_dir() and model != EMBEDDED:
+        if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
+            raise CommandError(f"--model {model}: no such folder, and no name on the hub either")
+        return VAE_FACTOR
+    index = _json(folder / "model_index.json")
+    if index is None:
+        raise CommandError(f"--model {model}: there is no model_index.json in {folder}")
+    if "unet" not in index:
+        raise CommandError(f"--model {model}: only models with a UNet can be tiled")
+    levels = (_json(folder / "vae" / "config.json") or {}).get("block_out_channels")
+    return int(2 ** (len(levels) - 1)) if levels else VAE_FACTOR
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _check_size(size: tuple[int, int], factor: int) -> None:
+    below = [max(factor, side // factor * factor) for side in size]
+    above = [-(-side // factor) * factor for side in size]
+    if above != list(size):
+        raise CommandError(
+            f"--size {size[0]}x{size[1]}: each side must be a multiple of {factor} px, such as "
+            f"{below[0]}x{below[1]} or {above[0]}x{above[1]}"
+        )
+
+
+def _open(args: argparse.Namespace, seed: int) -> TiledPipeline:
+    import torch
+
+    from tiledcore.pipeline import TiledPipeline
+
+    tiling = _config(args, seed)
+    _settle_device(args)
+    dtype = getattr(torch, DTYPES[args.dtype])
+    say(f"loading {args.model}")
+    folder = EARTH if args.model == EMBEDDED else args.model
+    try:
+        pipe = TiledPipeline.from_pretrained(folder, tiling=tiling, torch_dtype=dtype)
+    except (OSError, ValueError) as error:
+        if Path(folder).is_dir():
+            raise
+        raise CommandError(f"--model {args.model}: {_why_not_from_hub(error)}") from error
+    if args.scheduler is not None:
+        _set_scheduler(pipe, args.scheduler)
+    return pipe.to(args.device)
+
+
+def _config(args: argparse.Namespace, seed: int) -> TilingConfig:
+    from tiledcore.denoiser import TilingConfig
+
+    return TilingConfig(
+        tile=args.tile,
+        overlap=args.overlap,
+        window=args.window,
+        ramp=args.ramp,
+        shift=args.shift,
+        wrap=("y" in args.wrap, "x" in args.wrap),
+        tile_batch=args.tile_batch,
+        seed=seed,
+    )
+
+
+def _settle_device(args: argparse.Namespace) -> None:
+    import torch
+
+    cuda = torch.cuda.is_available()
+    args.device = args.device or ("cuda" if cuda else "cpu")
+    try:
+        on_cuda = torch.device(args.device).type == "cuda"
+    except RuntimeError as error:
+        raise CommandError(f"--device {args.device}: torch knows no such device") from error
+    if on_cuda and not cuda:
+        raise CommandError(f"--device {args.device}: torch sees no CUDA device; use --device cpu")
+    args.dtype = args.dtype or ("fp16" if on_cuda else "fp32")
+
+
+def _why_not_from_hub(error: BaseException) -> str:
+    from huggingface_hub.constants import is_offline_mode
+
+    reason = "no such folder, and it cannot be had from the Hugging Face hub"
+    if is_offline_mode():
+        return f"{reason}: HF_HUB_OFFLINE allows only models that were downloaded before"
+    while error.__cause__ is not None:  # diffusers' own message is "see the stacktrace above"
+        error = error.__cause__
+    return f"{reason}: {textwrap.shorten(str(error), 200, placeholder=' ...')}"
+
+
+def _set_scheduler(pipe: TiledPipeline, name: str) -> None:
+    import diffusers
+
+    scheduler, config = getattr(diffusers, SCHEDULERS[name]), pipe.scheduler.config
+    pipe.scheduler = scheduler.from_config(config)
+    known = signature(scheduler.__init__).parameters
+    lost = [f"{k}={config[k]}" for k in CONVENTIONS if config.get(k) and k not in known]
+    if lost:
+        say(f"--scheduler {name} does not support the model's {', '.join(lost)}")
+
+
+def _call(args: argparse.Namespace, pipe: TiledPipeline, image: Image.Image | None) -> dict[str, Any]:
+    """The arguments of the pipeline's call, with nothing left to its defaults that is stored."""
+    _check_size(args.size, pipe.vae_scale_factor)
+    _check_prompt(pipe, args.prompt)
+    defaults = {k: v.default for k, v in signature(type(pipe.pipe).__call__).parameters.items()}
+    if args.model == EMBEDDED:
+        defaults.update(num_inference_steps=EARTH_STEPS, guidance_scale=EARTH_GUIDANCE)
+    wanted = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
+    call = {k: defaults[k] if v is None else v for k, v in wanted.items()}
+    call.update(prompt=args.prompt, width=args.size[0], height=args.size[1])
+    if args.negative_prompt is not None:
+        call["negative_prompt"] = args.negative_prompt
+    if image is not None:
+        strength = STRENGTH if args.strength is None else args.strength
+        if int(strength * call["num_inference_steps"]) < 1:
+            steps = call["num_inference_steps"]
+            raise CommandError(f"--strength {strength}: leaves none of {steps} steps")
+        call.update(image=image, strength=strength)
+    return call
+
+
+def _check_prompt(pipe: TiledPipeline, prompt: str) -> None:
+    tokenizer = getattr(pipe, "tokenizer", None) or getattr(pipe, "tokenizer_2", None)
+    if tokenizer is None:
+        return
+    length, limit = len(tokenizer(prompt).input_ids), tokenizer.model_max_length
+    if length > limit:
+        say(f"the prompt has {length} tokens, of which the model reads the first {limit}")
+
+
+def _tiling(pipe: TiledPipeline, size: tuple[int, int]) -> Tiling:
+    """The tiles of one step. Shifted ones lie elsewhere in each, but are as many in all of them."""
+    grid = _grid(pipe, size)
+    return grid.shifted(0, pipe.tiling.seed) if pipe.tiling.shift else grid
+
+
+def _grid(pipe: TiledPipeline, size: tuple[int, int]) -> TileGrid:
+    native = pipe.unet.config.sample_size
+    factor = pipe.vae_scale_factor
+    native = native if isinstance(native, int) else (native[0], native[1])
+    return pipe.tiling.grid(size[1] // factor, size[0] // factor, native)
+
+
+def _describe(
+    args: argparse.Namespace,
+    pipe: TiledPipeline,
+    call: dict[str, Any],
+    tiling: Tiling,
+    seed: int,
+) -> dict[str, Any]:
+    """The PNG's text chunk: enough to make the image again, and where to look for seams."""
+    scheduler = type(pipe.scheduler).__name__
+    short = {name: key for key, name in SCHEDULERS.items()}
+    metadata = {
+        "prompt": args.prompt,
+        "negative_prompt": args.negative_prompt,
+        "seed": seed,
+        "model": args.model,
+        "size": list(args.size),
+        "steps": call["num_inference_steps"],
+        "guidance": call["guidance_scale"],
+        "scheduler": short.get(scheduler, scheduler),
+    }
+    if args.init_image is not None:
+        metadata.update(init_image=str(args.init_image), strength=call["strength"])
+    return metadata | {
+        "device": args.device,
+        "dtype": args.dtype,
+        "version": __version__,
+        "tiling": _describe_tiling(pipe.tiling, tiling, _grid(pipe, args.size), pipe.vae_scale_factor),
+    }
+
+
+def _describe_tiling(config: TilingConfig, tiling: Tiling, grid: TileGrid, factor: int) -> dict[str, Any]:
+    # Of a shifted grid the lines are those of the unshifted one: each step has its own.
+    lines_y, lines_x = grid.lines
+    return {
+        "tile": list(tiling.tile_size),
+        "overlap": list(tiling.overlap),
+        "window": config.window,
+        "ramp": (config.ramp or max(1, min(tiling.overlap))) if config.window == "ramp" else None,
+        "shift": config.shift,
+        "wrap": list(tiling.wrap),
+        "tiles": len(tiling),
+        "area_factor": round(tiling.area_factor, 4),
+        "lines_y": [factor * y for y in lines_y],
+        "lines_x": [factor * x for x in lines_x],
+    }
+
+
+def _run(pipe: TiledPipeline, call: dict[str, Any], tiling: Tiling, seed: int) -> Any:
+    import torch
+
+    def decoding(*_: Any) -> None:
+        hook.remove()  # diffusers' tiled decoder comes here once per tile
+        say("decoding")
+
+    h, w = tiling.tile_size
+    say(f"denoising {len(tiling)} tiles of {h}x{w} latent pixels, seed {seed}")
+    hook = pipe.vae.decoder.register_forward_pre_hook(decoding)
+    # Drawn on the CPU, so that a seed means the same noise on every device.
+    output = pipe(**call, generator=torch.Generator().manual_seed(seed))
+    if any(getattr(output, "nsfw_content_detected", None) or []):
+        say("the model's safety checker made the image black")
+    return output.images[0]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' remarks on themselves; a RuntimeWarning is on the image, and stays."""
+    from diffusers.utils import logging as diffusers_logging
+    from huggingface_hub.utils.tqdm import enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        for category in (FutureWarning, DeprecationWarning, UserWarning):
+            warnings.simplefilter("ignore", category)
+        enable_progress_bars()  # of downloads: transformers has just switched them off, too
+        yield
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def read_image(reader: Callable[[Path], Any], path: Path) -> Any:
+    try:
+        return reader(path)
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all of them on broken files
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not an image"
+        raise CommandError(f"{path}: cannot be read: {reason}") from error

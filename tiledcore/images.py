@@ -1,0 +1,103 @@
+"""Image files: written whole or not at all, PNG with the settings that made it in a text chunk."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
+
+#: Keyword of the PNG text chunk that holds the settings, as JSON.
+CHUNK = "tiledcore"
+
+# By extension: Pillow's format, its options, and the longest side that the format can hold.
+FORMATS: dict[str, tuple[str, dict[str, Any], int]] = {
+    ".png": ("PNG", {}, 2**31 - 1),
+    ".jpg": ("JPEG", {"quality": 95}, 65_535),
+    ".jpeg": ("JPEG", {"quality": 95}, 65_535),
+    ".webp": ("WEBP", {"quality": 95}, 16_383),
+}
+
+
+def check_target(path: Path, size: tuple[int, int]) -> None:
+    """Raise ValueError now if :func:`save_image` could not write ``size`` (width, height) later."""
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"{path}: the extension must be one of {', '.join(FORMATS)}")
+    kind, _, longest = FORMATS[path.suffix.lower()]
+    if max(size) > longest:
+        raise ValueError(f"{path}: {kind} holds at most {longest} px a side, PNG any size")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{path}: cannot be written, it is a folder or lies in a protected one")
+
+
+def save_image(image: Image.Image, path: Path, metadata: dict[str, Any]) -> None:
+    """Write an image so that ``path`` is either untouched or complete, whatever happens meanwhile.
+
+    Args:
+        image: the image.
+        path: its extension is one of ``FORMATS``.
+        metadata: stored in a PNG (with ``metadata["prompt"]`` as its standard description); the
+            other formats are written without.
+
+    Raises:
+        OSError: it could not be written; nothing is left behind.
+    """
+    kind, options, _ = FORMATS[path.suffix.lower()]
+    if kind == "PNG":
+        info = PngInfo()
+        info.add_text(CHUNK, json.dumps(metadata))
+        info.add_text("Description", metadata["prompt"])
+        options = {"pnginfo": info}
+    # In the same folder, for only within one file system a rename replaces a file in one go. Opened
+    # here rather than by tempfile, whose files only their owner may read.
+    temporary = path.with_name(f".tiledcore-{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            image.save(file, format=kind, **options)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_image(path: Path) -> Image.Image:
+    """Read an image of any size as RGB, turned as its EXIF says.
+
+    Raises:
+        OSError: it is not there, not an image that Pillow knows, or damaged.
+    """
+    with _any_size(), Image.open(path) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def read_metadata(path: Path) -> dict[str, Any] | None:
+    """The settings that :func:`save_image` stored, or None where there are none.
+
+    Raises:
+        OSError: it is not there, or not an image that Pillow knows.
+    """
+    with _any_size(), Image.open(path) as image:
+        text = image.info.get(CHUNK)
+    try:
+        metadata = json.loads(text) if isinstance(text, str) else None
+    except ValueError:
+        return None
+    return metadata if isinstance(metadata, dict) else None
+
+
+@contextmanager
+def _any_size() -> Iterator[None]:
+    """Pillow refuses 16384x16384 as a decompression bomb; here that is an ordinary size."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
