@@ -1,0 +1,193 @@
+"""Planted seams must be found in order of strength; images without seams must pass."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from bench import seams
+from bench.quality import seam_check, seam_profile
+from tiledcore import cli
+
+SIZE = 512
+LINES = (64, 160, 256, 352, 448)
+
+
+def field(seed: int, size: int = SIZE) -> NDArray[np.float64]:
+    """A smooth periodic Gaussian random field, three channels, unit variance."""
+    rng = np.random.default_rng(seed)
+    k = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None])
+    spectrum = (k**2 + (1 / 48) ** 2) ** -0.75
+    noise = np.fft.rfft2(rng.standard_normal((3, size, size)))
+    result = np.fft.irfft2(noise * spectrum, (size, size))
+    return np.moveaxis(result / result.std(), 0, -1)
+
+
+def brute_ratio(image: NDArray[np.float64], line: int) -> float:
+    """The definition, line by line: the 16 nearest, ties taken from both sides."""
+    size = len(image)
+    d = {y: float(np.abs(image[y] - image[y - 1]).mean()) for y in range(1, size)}
+    nearest = sorted((y for y in d if y != line), key=lambda y: abs(y - line))[:16]
+    return d[line] / float(np.mean([d[y] for y in nearest]))
+
+
+@pytest.mark.parametrize("line", [1, 2, 8, 9, 20, 31, 32, 39])
+def test_profile_matches_the_definition(line: int) -> None:
+    image = np.random.default_rng(0).standard_normal((40, 24, 3))
+    along_y, along_x = seam_profile(image)
+    assert len(along_y) == 40 and len(along_x) == 24 and np.isnan(along_y[0])
+    assert along_y[line] == pytest.approx(brute_ratio(image, line))
+    if line < 24:
+        assert along_x[line] == pytest.approx(brute_ratio(np.swapaxes(image, 0, 1), line))
+
+
+def test_wrapped_profile_does_not_depend_on_where_the_image_is_cut() -> None:
+    image = field(0, 64)
+    first, _ = seam_profile(image, (True, True))
+    rolled, _ = seam_profile(np.roll(image, 20, axis=0), (True, True))
+    assert np.roll(first, 20) == pytest.approx(rolled)
+    assert np.isfinite(first).all()
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("seed", range(3))
+def test_planted_seams_are_graded_in_order(axis: int, seed: int) -> None:
+    image = np.moveaxis(field(seed), axis, 0).copy()
+    strengths = (0.1, 0.2, 0.4, 0.8, 1.6)
+    for line, strength in zip(LINES, strengths, strict=True):
+        image[line:] += strength
+    image = np.moveaxis(image, 0, axis)
+    ratios = seam_profile(image)[axis][list(LINES)]
+    assert (np.diff(ratios) > 0).all()
+    assert ratios[-1] > 4
+    lines = (LINES, ()) if axis == 0 else ((), LINES)
+    check = seam_check(image, *lines)
+    found = check.y if axis == 0 else check.x
+    assert not check.passes
+    assert found.worst_line == LINES[-1] and found.worst == check.worst == pytest.approx(ratios[-1])
+    assert found.mean == check.mean == pytest.approx(ratios.mean())
+    assert (check.x if axis == 0 else check.y).lines == 0
+
+
+def test_stronger_seams_fail_more_clearly() -> None:
+    image = field(3)
+    typical = np.abs(np.diff(image, axis=0)).mean()
+    worst = []
+    for strength in (0.0, 1.0, 2.0, 4.0, 8.0):
+        seamed = image.copy()
+        seamed[256:] += strength * typical
+        check = seam_check(seamed, LINES, LINES)
+        assert check.passes == (strength == 0), (strength, check)
+        worst.append(check.worst)
+    assert worst == sorted(worst) and worst[-1] > 4 * worst[0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_smooth_fields_and_noise_pass(seed: int) -> None:
+    noise = np.random.default_rng(seed).standard_normal((SIZE, SIZE, 3))
+    textured = np.where(field(seed) > 0, noise, 0.1 * noise)
+    for image in (field(seed), noise, textured):
+        check = seam_check(image, LINES, LINES)
+        assert check.passes, check
+        assert check.mean == pytest.approx(1, abs=0.1)
+
+
+def test_tiles_of_independent_noise_levels_are_found() -> None:
+    """What tiling without overlap does: each tile is smooth, but its own picture."""
+    image = np.concatenate([field(seed)[:128] for seed in range(4)])
+    check = seam_check(image, (128, 256, 384), ())
+    assert not check.passes and check.mean > 3
+
+
+def test_ratio_ignores_brightness_and_contrast() -> None:
+    image = field(1)
+    for scaled in (255 * image, image + 1000.0):
+        for a, b in zip(seam_profile(image), seam_profile(scaled), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-8)
+
+
+def test_integer_images_do_not_wrap_round() -> None:
+    image = np.zeros((32, 32, 3), dtype=np.uint8)
+    image[::2] = 255
+    assert seam_profile(image)[0][1:] == pytest.approx(1.0)
+
+
+def test_flat_images_and_a_seam_in_a_flat_image() -> None:
+    flat = np.full((64, 64, 3), 0.3)
+    assert seam_check(flat, (32,), (32,)).passes
+    flat[32:] += 0.1
+    check = seam_check(flat, (32,), (32,))
+    assert not check.passes and check.worst == np.inf and check.x.worst == 1.0
+
+
+def test_line_zero_counts_only_on_a_wrapped_axis() -> None:
+    image = field(2)
+    assert seam_check(image, (0,), (), (True, False)).y.lines == 1
+    assert seam_check(image, (0,), ()).y.lines == 0
+    image += np.linspace(0, 4, SIZE)[:, None, None]
+    assert not seam_check(image, (0,), (), (True, False)).passes
+    assert seam_check(image, (0,), ()).passes and seam_check(image, (0,), ()).worst == 0
+
+
+def test_impossible_requests() -> None:
+    with pytest.raises(ValueError, match=r"lines_x has 512, but lines go from 0 to 511"):
+        seam_check(field(0), (), (512,))
+    with pytest.raises(ValueError, match=r"image of shape \(2, 9\)"):
+        seam_profile(np.zeros((2, 9)))
+    with pytest.raises(ValueError, match="every line is a tile line"):
+        seam_check(np.zeros((4, 4)), range(4), range(4))
+
+
+def save(path: Path, image: NDArray[np.float64], lines: tuple[int, ...]) -> Path:
+    """As `tiledcore generate` does."""
+    noted = PngInfo()
+    tiling = {"wrap": [False, False], "lines_y": lines, "lines_x": lines}
+    noted.add_text("tiledcore", json.dumps({"seed": 0, "tiling": tiling}))
+    pixels = np.clip(128 + 30 * image, 0, 255).astype(np.uint8)
+    Image.fromarray(pixels).save(path, pnginfo=noted)
+    return path
+
+
+def test_command_reads_the_tiling_and_tells_the_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = field(4)
+    assert seams.main([str(save(tmp_path / "good.png", image, LINES))]) == 0
+    good = capsys.readouterr().out
+    assert "good.png" in good and "VISIBLE" not in good
+    image[:, 256:] += 1.0
+    assert seams.main([str(save(tmp_path / "bad.png", image, LINES))]) == 1
+    y, x = capsys.readouterr().out.splitlines()[-2:]
+    assert y.split()[1:3] == ["y", "5"] and y.endswith("none")
+    assert x.split()[1:3] == ["x", "5"] and "256" in x and x.endswith("VISIBLE")
+
+
+def test_command_refuses_images_without_a_tiling(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "plain.png")
+    with pytest.raises(SystemExit, match="no tiledcore text chunk"):
+        seams.main([str(tmp_path / "plain.png")])
+    with pytest.raises(SystemExit):
+        seams.main([])
+
+
+def test_command_generates_both_tilings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a command that paints a seam wherever tiles do not overlap."""
+
+    def generate(argv: list[str]) -> int:
+        image = field(5)
+        if "--overlap" in argv:
+            assert argv[argv.index("--overlap") + 1] == "0"
+            image[256:] += 1.0
+        save(Path(argv[argv.index("--out") + 1]), image, LINES)
+        return 0
+
+    monkeypatch.setattr(cli, "main", generate)
+    assert seams.main(["--generate"]) == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.endswith("VISIBLE") for row in rows] == [False, False, True, False]
+    assert rows[2].startswith("overlap 0, no shift") and "256" in rows[2]
+    monkeypatch.setattr(cli, "main", lambda argv: 2)
+    with pytest.raises(SystemExit):
+        seams.main(["--generate"])
