@@ -40,7 +40,7 @@ format: install
 	$(BIN)/ruff check --fix
 
 demo: install
-	$(BIN)/tiledcore generate "satellite view of a rugged coast" \
+	$(BIN)/tiledcore generate "topographic map of a rugged coast" \
 		--size 2048x2048 --seed 0 --out demo.png
 	$(BIN)/python -m bench.seams demo.png
 

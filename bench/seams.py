@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("image", type=Path, nargs="?", help="PNG written by `tiledcore generate`")
     parser.add_argument("--generate", action="store_true", help="make both images and compare")
     parser.add_argument("--model", default="earth", help="with --generate: as for the command")
-    parser.add_argument("--prompt", default="satellite view of a rugged coast")
+    parser.add_argument("--prompt", default="topographic map of a rugged coast")
     parser.add_argument("--size", type=int, default=2048, help="height and width in pixels")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)

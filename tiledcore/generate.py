@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from tiledcore.pipeline import TiledPipeline
 
 EMBEDDED = "earth"
-EARTH_STEPS = 16
-EARTH_GUIDANCE = 4.0
+EARTH_STEPS = 12
+EARTH_GUIDANCE = 3.0
 SIZE = (1024, 1024)
 STRENGTH = 0.6
 VAE_FACTOR = 8  # until the model is open; all of Stable Diffusion has it

@@ -1,0 +1,184 @@
+"""The embedded model's parts: a small sibling of Stable Diffusion, built from configuration alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from tiledcore.models.data import corpus
+
+PROMPT_TOKENS = 24
+TEXT_WIDTH = 128
+LATENT_CHANNELS = 8
+NATIVE = 32  # latent pixels: 256 px
+
+
+def build_vae() -> AutoencoderKL:
+    """Factor 8, GroupNorm, attention in the middle block; starts as a thumbnail codec."""
+    vae = AutoencoderKL(
+        block_out_channels=(32, 64, 96, 128),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=4,
+        sample_size=8 * NATIVE,
+    )
+    with torch.no_grad():
+        _start_as_thumbnail(vae)
+    return vae
+
+
+def _start_as_thumbnail(vae: AutoencoderKL) -> None:
+    """Weights with which the first three latents are the image at an eighth of its size.
+
+    From random weights the colours take thousands of steps to find their way through the normalisations;
+    from here on training only has to add the detail. RGB travels in channels 0..2 of the residual stream.
+    A GroupNorm is made nearly linear by constant channels that outweigh it, SiLU exactly linear by
+    silu(x) - silu(-x) = x.
+    """
+    encoder, decoder = vae.encoder, vae.decoder
+    for module in vae.modules():
+        if isinstance(module, ResnetBlock2D):
+            module.conv2.weight.zero_()
+            module.conv2.bias.zero_()
+        elif isinstance(module, Attention):
+            module.to_out[0].weight.zero_()
+            module.to_out[0].bias.zero_()
+
+    box = torch.zeros(3, 3)
+    box[:2, :2] = 1 / 4
+    tent = torch.outer(*[torch.tensor([0.25, 0.5, 0.25])] * 2)
+    centre = torch.zeros(3, 3)
+    centre[1, 1] = 1
+    _carry(encoder.conv_in, centre)
+    for block in encoder.down_blocks[:-1]:
+        _carry(block.downsamplers[0].conv, box)
+    for block in encoder.down_blocks[1:-1]:
+        _carry(block.resnets[0].conv_shortcut, centre[1:2, 1:2])
+    _linear_end(encoder.down_blocks[-1].resnets[0].conv_shortcut, encoder.conv_norm_out, encoder.conv_out)
+
+    for conv in (vae.quant_conv, vae.post_quant_conv):
+        torch.nn.init.dirac_(conv.weight)
+        conv.bias.zero_()
+    vae.quant_conv.weight[LATENT_CHANNELS:] = 0  # log-variance: narrow from the start
+    vae.quant_conv.bias[LATENT_CHANNELS:] = -8
+
+    _carry(decoder.conv_in, centre)
+    for block in decoder.up_blocks[:-1]:
+        _carry(block.upsamplers[0].conv, tent)
+    for block in decoder.up_blocks[1:-1]:
+        _carry(block.resnets[0].conv_shortcut, centre[1:2, 1:2])
+    _linear_end(decoder.up_blocks[-1].resnets[0].conv_shortcut, decoder.conv_norm_out, decoder.conv_out)
+
+
+def _silence(conv: torch.nn.Conv2d, count: int) -> torch.Tensor:
+    """Zero the first ``count`` output channels; returns the bias."""
+    assert conv.bias is not None
+    conv.weight[:count] = 0
+    conv.bias[:count] = 0
+    return conv.bias
+
+
+def _carry(conv: torch.nn.Conv2d, kernel: torch.Tensor) -> None:
+    """Channels 0..2 out are channels 0..2 in, each filtered by ``kernel``."""
+    _silence(conv, 3)
+    for c in range(3):
+        conv.weight[c, c] = kernel
+
+
+def _linear_end(shortcut: torch.nn.Conv2d, norm: torch.nn.GroupNorm, conv: torch.nn.Conv2d) -> None:
+    """Make shortcut -> GroupNorm -> SiLU -> conv pass channels 0..2 almost unchanged."""
+    size, constant = norm.num_channels // norm.num_groups, 4.0
+    bias = _silence(shortcut, size)
+    bias[6:size:2] = constant
+    bias[7:size:2] = -constant
+    scale = constant * ((size - 6) / size) ** 0.5  # the group's standard deviation, but for RGB itself
+    _silence(conv, 3)
+    for c in range(3):
+        shortcut.weight[c, c], shortcut.weight[3 + c, c] = 1, -1
+        conv.weight[c, c, 1, 1], conv.weight[c, 3 + c, 1, 1] = scale, -scale
+
+
+def build_unet() -> UNet2DConditionModel:
+    """Three levels (1, 1/2, 1/4), self- and cross-attention at each."""
+    return UNet2DConditionModel(
+        sample_size=NATIVE,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=(64, 128, 192),
+        down_block_types=("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3,
+        layers_per_block=1,
+        attention_head_dim=(1, 2, 3),  # diffusers' historical name: the number of heads, here of 64 channels
+        cross_attention_dim=TEXT_WIDTH,
+        norm_num_groups=16,
+    )
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Two layers are enough for the few dozen words that the captions use."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=2 * TEXT_WIDTH,
+            projection_dim=TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=PROMPT_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_tokenizer(folder: Path) -> CLIPTokenizer:
+    """A CLIP byte-pair tokenizer trained on the captions; every word of them becomes one token."""
+    specials = ["<|startoftext|>", "<|endoftext|>"]
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.decoder = decoders.ByteLevel()
+    words = [word for line in corpus() for word in line.split()]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        min_frequency=1,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        special_tokens=specials,
+    )
+    bpe.train_from_iterator(words, trainer)
+    trained = json.loads(bpe.to_str())["model"]
+    # CLIP's table also holds every byte as a whole word, so that any text has a spelling.
+    vocab = dict(trained["vocab"])
+    for letter in sorted(alphabet):
+        vocab.setdefault(f"{letter}</w>", len(vocab))
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split()) for m in trained["merges"]]
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=PROMPT_TOKENS)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def build_scheduler() -> DDIMScheduler:
+    """v-prediction on a zero-terminal-SNR schedule (Lin et al. 2024), sampled from its last timestep."""
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        steps_offset=1,
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
