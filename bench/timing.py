@@ -15,14 +15,15 @@ import torch
 def interleaved(candidates: dict[str, Callable[[], Any]], device: torch.device, rounds: int) -> dict[str, float]:
     """Median seconds of each candidate.
 
-    The candidates take turns, so that a machine that slows down slows all of them down.
+    The candidates take turns, so that a machine that slows down slows all of them down. Each turn has an
+    untimed run first: what the candidate before it left in the caches and the allocator is not its fault.
     """
-    for run in candidates.values():  # compile, allocate, warm the caches
-        run()
+    for run in candidates.values():  # compile
         run()
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, run in candidates.items():
+            run()
             if device.type == "cuda":
                 begin = torch.cuda.Event(enable_timing=True)
                 end = torch.cuda.Event(enable_timing=True)
