@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
 from tiledcore import ops
 from tiledcore.geometry import TileGrid, Tiling
-
-Window = Literal["ramp", "core", "mean", "gaussian"]
 
 # Arguments of a denoiser's forward with one row per image of the batch; a tile batch repeats them.
 PER_IMAGE = (
@@ -53,7 +51,7 @@ class TilingConfig:
 
     tile: int | tuple[int, int] | None = None
     overlap: int | tuple[int, int] | None = None
-    window: Window = "ramp"
+    window: ops.Window = "ramp"
     ramp: int | None = None
     shift: bool = False
     wrap: bool | tuple[bool, bool] = False
@@ -62,8 +60,8 @@ class TilingConfig:
     impl: ops.Impl | None = None
 
     def __post_init__(self) -> None:
-        if self.window not in get_args(Window):
-            raise ValueError(f"window={self.window!r}: must be one of {', '.join(get_args(Window))}")
+        if self.window not in ops.WINDOWS:
+            raise ValueError(f"window={self.window!r}: must be one of {', '.join(ops.WINDOWS)}")
         if self.tile_batch < 1:
             raise ValueError(f"tile_batch={self.tile_batch}: must be at least 1")
         if self.ramp is not None and self.ramp < 1:
