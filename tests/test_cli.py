@@ -428,8 +428,13 @@ def test_no_cuda(model: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_ctrl_c_leaves_nothing(model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    # A shell starts background jobs with SIGINT ignored; then Python does not install its own handler.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     spied_denoiser(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGINT))
-    assert generate(model) == 130
+    try:
+        assert generate(model) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == "tiledcore: interrupted, nothing was written"
     assert os.listdir() == []
