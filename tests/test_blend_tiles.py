@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tolerance import assert_close
 
 from tiledcore import ops, reference
+from tiledcore.ops import dispatch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -250,7 +251,7 @@ def test_errors(change, error, words) -> None:  # type: ignore[no-untyped-def]
 
 
 def test_named_impl_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_native_missing", "no such file")
+    monkeypatch.setattr(dispatch, "_native_missing", "no such file")
     with pytest.raises(RuntimeError, match="blend_tiles: impl='native' is unavailable on cpu"):
         ops.blend_tiles(TILES, OFFSETS, (10, 10), impl="native")
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiledcore import ops, reference
+from tiledcore.ops import dispatch
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -81,7 +82,7 @@ def test_opcheck(impl: ops.Impl) -> None:
 
 
 def test_default_is_the_fastest() -> None:
-    op = ops._choose("gather_tiles", None, CPU)
+    op = ops.choose("gather_tiles", None, CPU)
     native = ops.unavailable("gather_tiles", "native", CPU) is None
     assert op is getattr(torch.ops.tiledcore, f"gather_tiles_{'native' if native else 'reference'}")
 
@@ -132,11 +133,11 @@ def test_unknown_impl() -> None:
 
 
 def test_named_impl_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_native_missing", "no such file")
+    monkeypatch.setattr(dispatch, "_native_missing", "no such file")
     with pytest.raises(RuntimeError, match="gather_tiles: impl='native' is unavailable on cpu: no"):
         ops.gather_tiles(CANVAS, OFFSETS, (4, 4), impl="native")
-    assert ops._choose("gather_tiles", None, CPU) is torch.ops.tiledcore.gather_tiles_reference
-    monkeypatch.setattr(ops, "find_spec", lambda name: None)
+    assert ops.choose("gather_tiles", None, CPU) is torch.ops.tiledcore.gather_tiles_reference
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="'triton' is unavailable on cpu: triton is not inst"):
         ops.gather_tiles(CANVAS, OFFSETS, (4, 4), impl="triton")
 

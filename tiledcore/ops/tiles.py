@@ -1,44 +1,18 @@
-"""The public ops: argument checks, schemas, fake implementations, and the choice of implementation.
+"""gather_tiles and blend_tiles: argument checks, schemas, fakes and the Python implementations."""
 
-Every op exists as ``tiledcore::NAME_reference`` (plain torch, any device), ``tiledcore::NAME_native``
-(C++ from csrc/, where it was built) and ``tiledcore::NAME_triton`` (kernels/). The schemas live here,
-so that fake tensors, ``torch.compile`` and tests work without a compiler and without Triton; C++ only
-adds implementations. The ops are for inference: no implementation has a gradient.
-"""
-
-import logging
-from collections.abc import Callable, Sequence
-from importlib.util import find_spec
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tiledcore import reference
+from tiledcore.ops.dispatch import Impl, choose, define
 
-Impl = Literal["reference", "native", "triton"]
 Window = Literal["mean", "gaussian", "ramp", "core"]
 WINDOWS: tuple[Window, ...] = ("mean", "gaussian", "ramp", "core")
 
 _BLEND_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_log = logging.getLogger(__name__)
-
-
-def _load_native() -> str | None:
-    """Load the C++ extension; return why it is not there, or None."""
-    library = Path(__file__).with_name("_C.abi3.so")
-    if not library.exists():
-        return "the extension was not built (see csrc/ and setup.py)"
-    try:
-        torch.ops.load_library(str(library))
-    except OSError as error:
-        _log.warning("tiledcore runs without its C++ extension, which failed to load: %s", error)
-        return f"the extension failed to load: {error}"
-    return None
-
-
-# ----------------------------------------------------------------------------- schemas
 
 _GATHER = "(Tensor canvas, Tensor offsets, SymInt tile_h, SymInt tile_w) -> Tensor"
 _BLEND = "(Tensor tiles, Tensor offsets, SymInt height, SymInt width, str window, int ramp) -> Tensor"
@@ -53,14 +27,8 @@ def _fake_blend(tiles: Tensor, offsets: Tensor, height: int, width: int, window:
     return tiles.new_empty((tiles.shape[0] // offsets.shape[0], tiles.shape[1], height, width))
 
 
-for _impl in ("reference", "native", "triton"):
-    for _name, _schema, _fake in (
-        ("gather_tiles", _GATHER, _fake_gather),
-        ("blend_tiles", _BLEND, _fake_blend),
-    ):
-        _op = f"tiledcore::{_name}_{_impl}"
-        torch.library.define(_op, _schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(_op, _fake)
+define("gather_tiles", _GATHER, _fake_gather)
+define("blend_tiles", _BLEND, _fake_blend)
 
 
 @torch.library.impl("tiledcore::gather_tiles_reference", ("cpu", "cuda"))
@@ -85,56 +53,6 @@ def _blend_triton(tiles: Tensor, offsets: Tensor, height: int, width: int, windo
     from tiledcore.kernels.blend_tiles import blend_tiles as kernel
 
     return kernel(tiles, offsets, (height, width), window, ramp)
-
-
-_native_missing = _load_native()
-
-
-# ----------------------------------------------------------------------------- dispatch
-
-
-def unavailable(name: str, impl: Impl, device: torch.device) -> str | None:
-    """Why an implementation of an op cannot run on a device, or None where it can.
-
-    Args:
-        name: the op, such as ``"blend_tiles"``.
-        impl: ``"reference"``, ``"native"`` or ``"triton"``.
-        device: where the op's tensors are.
-    """
-    if impl == "native":
-        if _native_missing is not None:
-            return _native_missing
-        key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type, "")
-        op = f"tiledcore::{name}_native"
-        if not key or not torch._C._dispatch_has_kernel_for_dispatch_key(op, key):
-            return f"the extension was built without {name} for {device.type}"
-    elif impl == "triton":
-        if find_spec("triton") is None:
-            return "triton is not installed"
-        if device.type == "cpu":
-            from tiledcore.kernels import INTERPRETED
-
-            if not INTERPRETED:
-                return "on the CPU it needs TRITON_INTERPRET=1 in the environment from the start"
-        elif device.type != "cuda":
-            return f"no kernel runs on {device.type}"
-    return None
-
-
-def _choose(name: str, impl: Impl | None, device: torch.device) -> Callable[..., Tensor]:
-    """The op to call. What was asked for by name is used or refused, never replaced."""
-    if impl is None:
-        # Interpreted Triton is for tests: on the CPU only an explicit wish selects it.
-        ranking: tuple[Impl, ...] = ("triton", "native") if device.type == "cuda" else ("native",)
-        impl = next((i for i in ranking if unavailable(name, i, device) is None), "reference")
-    elif impl not in ("reference", "native", "triton"):
-        raise ValueError(f"impl={impl!r} is not one of reference, native, triton, or None")
-    elif (reason := unavailable(name, impl, device)) is not None:
-        raise RuntimeError(f"{name}: impl={impl!r} is unavailable on {device}: {reason}")
-    return getattr(torch.ops.tiledcore, f"{name}_{impl}")
-
-
-# ----------------------------------------------------------------------------- checks
 
 
 def _check_image(name: str, tensor: Tensor, dims: str) -> None:
@@ -193,9 +111,6 @@ def _check_grid(offsets: Tensor, canvas_size: tuple[int, int], tile: tuple[int, 
                 )
 
 
-# ----------------------------------------------------------------------------- the ops
-
-
 def gather_tiles(canvas: Tensor, offsets: Tensor, tile: tuple[int, int], *, impl: Impl | None = None) -> Tensor:
     """Cut tiles out of a canvas, tile-major.
 
@@ -222,7 +137,7 @@ def gather_tiles(canvas: Tensor, offsets: Tensor, tile: tuple[int, int], *, impl
     _check_image("canvas", canvas, "[B, C, H, W]")
     tile = _check_size("tile", tile)
     _check_offsets(offsets, canvas, (canvas.shape[2], canvas.shape[3]), tile)
-    return _choose("gather_tiles", impl, canvas.device)(canvas, offsets, tile[0], tile[1])
+    return choose("gather_tiles", impl, canvas.device)(canvas, offsets, tile[0], tile[1])
 
 
 def blend_tiles(
@@ -289,5 +204,5 @@ def blend_tiles(
     if ramp < 1:
         raise ValueError(f"ramp={ramp} must be at least 1")
     window, ramp = ("ramp", 1) if window == "core" else (window, ramp)
-    op = _choose("blend_tiles", impl, tiles.device)
+    op = choose("blend_tiles", impl, tiles.device)
     return op(tiles, offsets, size[0], size[1], window, ramp)

@@ -1,0 +1,94 @@
+"""Which implementation of an op runs: schemas, the C++ extension, availability, choice.
+
+Every op exists as ``tiledcore::NAME_IMPL`` for each of its implementations. The schemas live in Python,
+so that fake tensors, ``torch.compile`` and tests work without a compiler and without Triton; C++ only
+adds implementations. The ops are for inference: no implementation has a gradient.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+Impl = Literal["reference", "native", "triton", "sdpa"]
+"""``reference``: plain torch, any device; ``native``: C++ from csrc/, where it was built; ``triton``:
+kernels/; ``sdpa``: attention only, torch's own kernels on gathered tokens."""
+
+_log = logging.getLogger(__name__)
+_implementations: dict[str, tuple[Impl, ...]] = {}
+
+
+def _load_native() -> str | None:
+    """Load the C++ extension; return why it is not there, or None."""
+    library = Path(__file__).parent.with_name("_C.abi3.so")
+    if not library.exists():
+        return "the extension was not built (see csrc/ and setup.py)"
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        _log.warning("tiledcore runs without its C++ extension, which failed to load: %s", error)
+        return f"the extension failed to load: {error}"
+    return None
+
+
+def define(
+    name: str,
+    schema: str,
+    fake: Callable[..., Any],
+    implementations: Sequence[Impl] = ("reference", "native", "triton"),
+) -> None:
+    """Declare an op: one schema and one fake implementation, the same for all that implement it."""
+    _implementations[name] = tuple(implementations)
+    for impl in implementations:
+        op = f"tiledcore::{name}_{impl}"
+        torch.library.define(op, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(op, fake)
+
+
+_native_missing = _load_native()
+
+
+def unavailable(name: str, impl: Impl, device: torch.device) -> str | None:
+    """Why an implementation of an op cannot run on a device, or None where it can.
+
+    Args:
+        name: the op, such as ``"blend_tiles"``.
+        impl: one of the op's implementations.
+        device: where the op's tensors are.
+    """
+    if impl == "native":
+        if _native_missing is not None:
+            return _native_missing
+        key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type, "")
+        op = f"tiledcore::{name}_native"
+        if not key or not torch._C._dispatch_has_kernel_for_dispatch_key(op, key):
+            return f"the extension was built without {name} for {device.type}"
+    elif impl == "triton":
+        if find_spec("triton") is None:
+            return "triton is not installed"
+        if device.type == "cpu":
+            from tiledcore.kernels import INTERPRETED
+
+            if not INTERPRETED:
+                return "on the CPU it needs TRITON_INTERPRET=1 in the environment from the start"
+        elif device.type != "cuda":
+            return f"no kernel runs on {device.type}"
+    return None
+
+
+def choose(name: str, impl: Impl | None, device: torch.device) -> Callable[..., Any]:
+    """The op to call. What was asked for by name is used or refused, never replaced."""
+    known = _implementations[name]
+    if impl is None:
+        # Interpreted Triton is for tests: on the CPU only an explicit wish selects it.
+        ranking: tuple[Impl, ...] = ("triton", "native", "sdpa") if device.type == "cuda" else ("native", "sdpa")
+        there = (i for i in ranking if i in known and unavailable(name, i, device) is None)
+        impl = next(there, "reference")
+    elif impl not in known:
+        raise ValueError(f"impl={impl!r} is not one of {', '.join(known)}, or None")
+    elif (reason := unavailable(name, impl, device)) is not None:
+        raise RuntimeError(f"{name}: impl={impl!r} is unavailable on {device}: {reason}")
+    return getattr(torch.ops.tiledcore, f"{name}_{impl}")
