@@ -47,6 +47,8 @@ demo: install
 bench: install
 	$(BIN)/python -m bench.bench_gather_tiles $(BENCH_ARGS)
 	$(BIN)/python -m bench.bench_blend_tiles $(BENCH_ARGS)
+	$(BIN)/python -m bench.bench_neighbor_attention $(BENCH_ARGS)
+	$(BIN)/python -m bench.bench_neighbor_attention --scaling
 	$(BIN)/python -m bench.seams --generate
 
 # -P keeps the root, and so `kernels`, off sys.path.

@@ -62,7 +62,7 @@ def extension() -> Extension | None:
     torch = torch_folder()
     if torch is None or sys.platform != "linux" or os.environ.get("TILEDCORE_NO_NATIVE") == "1":
         return None
-    sources = ["csrc/gather_tiles.cpp", "csrc/blend_tiles.cpp"]
+    sources = ["csrc/gather_tiles.cpp", "csrc/blend_tiles.cpp", "csrc/fused_step.cpp", "csrc/neighbor_attention.cpp"]
     macros: list[tuple[str, str | None]] = [("TORCH_TARGET_VERSION", STABLE_ABI)]
     include = [str(torch / "include")]
     libraries, folders = ["torch_cpu"], [str(torch / "lib")]
@@ -79,7 +79,7 @@ def extension() -> Extension | None:
     return Extension(
         "tiledcore._C",
         sources=sources,
-        depends=["csrc/common.h", "csrc/blend_tiles.h"],
+        depends=["csrc/common.h", "csrc/blend_axis.h", "csrc/blend_tiles.h", "csrc/neighbor_attention.h"],
         include_dirs=include,
         library_dirs=folders,
         libraries=libraries,

@@ -91,3 +91,87 @@ def axis_weights(starts: list[int], extent: int, size: int, window: str = "ramp"
             raise ValueError(f"window={window!r} is not one of mean, gaussian, ramp, core")
         weights.append(weight)
     return torch.stack(weights)
+
+
+def neighbor_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    canvas: tuple[int, int],
+    tile: tuple[int, int],
+    halo: tuple[int, int],
+    wrap: tuple[bool, bool] = (False, False),
+    scale: float | None = None,
+    global_q: Tensor | None = None,
+    global_k: Tensor | None = None,
+    global_v: Tensor | None = None,
+) -> Tensor:
+    """Attend, one query after the other, to all keys of its window; see :func:`tiledcore.ops.neighbor_attention`."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    rows, columns = (
+        [_window(position, *axis) for position in range(axis[0])] for axis in zip(canvas, tile, halo, wrap, strict=True)
+    )
+    for y in range(canvas[0]):
+        for x in range(canvas[1]):
+            query = y * canvas[1] + x
+            seen = [row * canvas[1] + column for row in rows[y] for column in columns[x]]
+            scores = torch.einsum("bhd,bkhd->bhk", q[:, query].to(dtype), k[:, seen].to(dtype))
+            values = v[:, seen].to(dtype)
+            if global_k is not None and global_v is not None:
+                other = (q if global_q is None else global_q)[:, query].to(dtype)
+                scores = torch.cat([scores, torch.einsum("bhd,bkhd->bhk", other, global_k.to(dtype))], 2)
+                values = torch.cat([values, global_v.to(dtype)], 1)
+            attended = torch.einsum("bhk,bkhd->bhd", (scores * scale).softmax(2), values)
+            out[:, query] = attended.to(q.dtype)
+    return out
+
+
+def _window(position: int, size: int, tile: int, halo: int, wrap: bool) -> list[int]:
+    """The positions of one axis that the tile of ``position`` sees, each once."""
+    start = position // tile * tile
+    low, high = start - halo, min(start + tile, size) + halo
+    # A position has copies at every multiple of the axis, if that is a circle; any of them counts.
+    laps = range(-(halo // size) - 1, halo // size + 2) if wrap else [0]
+    return [other for other in range(size) if any(low <= other + lap * size < high for lap in laps)]
+
+
+def fused_step(
+    tiles: Tensor,
+    offsets: Tensor,
+    state: Tensor,
+    table: Tensor,
+    input_scale: Tensor,
+    step: Tensor,
+    model_input: Tensor,
+    guidance_scale: Tensor | None = None,
+    noise: Tensor | None = None,
+    rescale: Tensor | None = None,
+    window: str = "ramp",
+    ramp: int = 8,
+) -> None:
+    """Blend, guide and move the state on by one evaluation; see :func:`tiledcore.ops.fused_step`."""
+    slots, height, width = state.shape[0], *state.shape[-2:]
+    evaluation = int(step)
+    prediction = blend_tiles(tiles.to(state.dtype), offsets, (height, width), window, ramp)
+    if guidance_scale is not None:
+        unconditional, conditional = prediction.chunk(2)
+        prediction = unconditional + guidance_scale.view(-1, 1, 1, 1) * (conditional - unconditional)
+    if rescale is not None:
+        prediction = prediction * rescale.view(-1, 1, 1, 1)
+
+    inputs = [*state.clone(), prediction, noise]
+    for slot, row in enumerate(table[evaluation].tolist()):
+        if row == [float(j == slot) for j in range(slots + 2)]:
+            continue
+        total = torch.zeros_like(prediction)
+        # What has no weight is left out, so that history not yet written cannot spread.
+        for j, coefficient in enumerate(row):
+            if coefficient != 0:
+                value = inputs[j]
+                if value is None:
+                    raise ValueError(f"table[{evaluation}] has a coefficient for noise, but noise is None")
+                total += coefficient * value
+        state[slot] = total
+    model_input.copy_(input_scale[evaluation + 1] * state[0])

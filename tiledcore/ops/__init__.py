@@ -1,6 +1,20 @@
 """The public ops. Each takes ``impl=``: what is named is used or refused, never replaced."""
 
+from tiledcore.ops.attention import Precision, neighbor_attention
 from tiledcore.ops.dispatch import Impl, choose, unavailable
+from tiledcore.ops.step import fused_step, guidance_rescale
 from tiledcore.ops.tiles import WINDOWS, Window, blend_tiles, gather_tiles
 
-__all__ = ["WINDOWS", "Impl", "Window", "blend_tiles", "choose", "gather_tiles", "unavailable"]
+__all__ = [
+    "WINDOWS",
+    "Impl",
+    "Precision",
+    "Window",
+    "blend_tiles",
+    "choose",
+    "fused_step",
+    "gather_tiles",
+    "guidance_rescale",
+    "neighbor_attention",
+    "unavailable",
+]

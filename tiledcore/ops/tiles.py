@@ -1,6 +1,7 @@
 """gather_tiles and blend_tiles: argument checks, schemas, fakes and the Python implementations."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -81,11 +82,8 @@ def _check_offsets(offsets: Tensor, like: Tensor, canvas_size: tuple[int, int], 
         raise ValueError(f"offsets are on {offsets.device}, but the image is on {like.device}")
     if tile[0] > canvas_size[0] or tile[1] > canvas_size[1]:
         raise ValueError(f"tile {tile} is larger than the canvas {canvas_size}")
-    if not _readable(offsets):
-        return
-    for t, (y, x) in enumerate(offsets.tolist()):
-        if not (0 <= y < canvas_size[0] and 0 <= x < canvas_size[1]):
-            raise ValueError(f"offsets[{t}]={(y, x)} is not on the canvas {canvas_size}")
+    if _readable(offsets):
+        _check_places(tuple(offsets.flatten().tolist()), canvas_size, tile)
 
 
 def _readable(offsets: Tensor) -> bool:
@@ -94,8 +92,22 @@ def _readable(offsets: Tensor) -> bool:
 
 
 def _check_grid(offsets: Tensor, canvas_size: tuple[int, int], tile: tuple[int, int]) -> None:
+    _check_rows_and_columns(tuple(offsets.flatten().tolist()), canvas_size, tile)
+
+
+# A sampler calls with the same few offsets hundreds of times: looked at once, and known from then on.
+@lru_cache(maxsize=64)
+def _check_places(places: tuple[int, ...], canvas_size: tuple[int, int], tile: tuple[int, int]) -> None:
+    """Every tile starts on the canvas."""
+    for t, (y, x) in enumerate(zip(places[::2], places[1::2], strict=True)):
+        if not (0 <= y < canvas_size[0] and 0 <= x < canvas_size[1]):
+            raise ValueError(f"offsets[{t}]={(y, x)} is not on the canvas {canvas_size}")
+
+
+@lru_cache(maxsize=64)
+def _check_rows_and_columns(places: tuple[int, ...], canvas_size: tuple[int, int], tile: tuple[int, int]) -> None:
     """The offsets are every pair of some rows and some columns, and the tiles cover the canvas."""
-    pairs = [(y, x) for y, x in offsets.tolist()]
+    pairs = list(zip(places[::2], places[1::2], strict=True))
     starts = [sorted(set(axis)) for axis in zip(*pairs, strict=True)]
     if len(set(pairs)) != len(pairs) or len(pairs) != len(starts[0]) * len(starts[1]):
         raise ValueError(

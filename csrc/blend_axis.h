@@ -1,0 +1,228 @@
+// What the CPU kernels that blend tiles share: weights per axis, the grid of tiles, the walk over the
+// tiles of a band of canvas rows, and how each dtype is widened and narrowed.
+//
+// The weights are separable and the grid is rows x columns, so both are split per axis: a small
+// table of weights for each row and each column of tiles, already normalised per axis, is all that
+// is ever stored. Tiles are summed row by row, then column by column, in whatever order they are
+// listed.
+#pragma once
+
+#include "common.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+namespace tiledcore {
+namespace {
+
+inline float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+// 64 KiB of sums: a small part of any L2. From each tile a band of rows reads some kilobytes in one
+// piece, which is what the hardware prefetches well.
+constexpr int64_t BAND_ELEMENTS = 16384;
+
+template <typename Acc>
+struct Axis {
+  std::vector<int64_t> starts;  // distinct and ascending
+  std::vector<Acc> weights;     // [starts, extent]
+  std::vector<int64_t> first, last;  // where each start's weights are not zero: [first, last)
+};
+
+inline double relative_weight(
+    const std::string& window, int64_t ramp, int64_t extent, int64_t depth, int64_t deepest) {
+  const double gap = static_cast<double>(deepest - depth);
+  if (window == "mean") {
+    return 1.0;
+  }
+  if (window == "gaussian") {
+    // exp(-c^2/0.02) / exp(-c_deepest^2/0.02), c = 0.5 - (depth + 0.5) / extent, with the
+    // difference of squares taken apart: exact where the plain form would cancel.
+    const double side = static_cast<double>(extent - 1 - depth - deepest);
+    return std::exp(-50.0 * gap * side / (static_cast<double>(extent) * extent));
+  }
+  return std::max(0.0, 1.0 - gap / static_cast<double>(ramp));
+}
+
+template <typename Acc>
+Axis<Acc> make_axis(
+    std::vector<int64_t> starts, int64_t extent, int64_t size, const std::string& window,
+    int64_t ramp) {
+  std::sort(starts.begin(), starts.end());
+  starts.erase(std::unique(starts.begin(), starts.end()), starts.end());
+  const int64_t count = static_cast<int64_t>(starts.size());
+  const auto depth = [&](int64_t u) { return std::min(u, extent - 1 - u); };
+
+  std::vector<int64_t> deepest(size, -1);
+  for (const int64_t start : starts) {
+    for (int64_t u = 0; u < extent; ++u) {
+      int64_t& d = deepest[(start + u) % size];
+      d = std::max(d, depth(u));
+    }
+  }
+  std::vector<double> exact(count * extent), total(size, 0.0);
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t u = 0; u < extent; ++u) {
+      const int64_t at = (starts[i] + u) % size;
+      exact[i * extent + u] = relative_weight(window, ramp, extent, depth(u), deepest[at]);
+      total[at] += exact[i * extent + u];
+    }
+  }
+
+  Axis<Acc> axis{starts, std::vector<Acc>(count * extent), {}, {}};
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t first = extent, last = 0;
+    for (int64_t u = 0; u < extent; ++u) {
+      const double weight = exact[i * extent + u] / total[(starts[i] + u) % size];
+      axis.weights[i * extent + u] = static_cast<Acc>(weight);
+      if (weight > 0) {
+        first = std::min(first, u);
+        last = u + 1;
+      }
+    }
+    axis.first.push_back(first);
+    axis.last.push_back(last);
+  }
+  return axis;
+}
+
+// Where the tiles lie and what they weigh.
+template <typename Acc>
+struct Plan {
+  int64_t H, W, h, w;
+  Axis<Acc> down, across;
+  std::vector<int64_t> grid;  // the tile at each (row, column)
+};
+
+template <typename Acc>
+Plan<Acc> make_plan(
+    const Tensor& offsets, int64_t H, int64_t W, int64_t h, int64_t w, const std::string& window,
+    int64_t ramp) {
+  const int64_t T = offsets.size(0);
+  const int32_t* at = offsets.const_data_ptr<int32_t>();
+  std::vector<int64_t> ys, xs;
+  for (int64_t t = 0; t < T; ++t) {
+    ys.push_back(at[2 * t]);
+    xs.push_back(at[2 * t + 1]);
+  }
+  Plan<Acc> plan{
+      H, W, h, w, make_axis<Acc>(ys, h, H, window, ramp), make_axis<Acc>(xs, w, W, window, ramp),
+      {}};
+  const int64_t rows = static_cast<int64_t>(plan.down.starts.size());
+  const int64_t columns = static_cast<int64_t>(plan.across.starts.size());
+  const auto place = [](const std::vector<int64_t>& starts, int64_t start) {
+    return std::lower_bound(starts.begin(), starts.end(), start) - starts.begin();
+  };
+  plan.grid.assign(rows * columns, -1);
+  for (int64_t t = 0; t < T; ++t) {
+    plan.grid[place(plan.down.starts, ys[t]) * columns + place(plan.across.starts, xs[t])] = t;
+  }
+  // Every place of the grid must be taken exactly once.
+  STD_TORCH_CHECK(
+      T == rows * columns && std::count(plan.grid.begin(), plan.grid.end(), -1) == 0,
+      "offsets must be every pair of ", rows, " rows and ", columns, " columns once, got ", T);
+  return plan;
+}
+
+// Calls add(sum, weights, scale, tile, at, n) for every piece of a tile's row that has weight in the
+// canvas rows y0 <= y < y1: sum[i] is to grow by scale * weights[i] times element at + i of one plane
+// of the tile. `sums` holds whole canvas rows, the first of them y0.
+template <typename Acc, typename Add>
+void sum_band(const Plan<Acc>& plan, int64_t y0, int64_t y1, Acc* sums, const Add& add) {
+  struct Line {
+    int64_t y, u;  // the same line, counted in the band and in the tile
+    Acc weight;
+  };
+  const Axis<Acc>&down = plan.down, &across = plan.across;
+  const int64_t columns = static_cast<int64_t>(across.starts.size());
+  std::vector<Line> lines;
+  for (size_t i = 0; i < down.starts.size(); ++i) {
+    lines.clear();
+    for (int64_t y = y0; y < y1; ++y) {
+      const int64_t u = y >= down.starts[i] ? y - down.starts[i] : y - down.starts[i] + plan.H;
+      if (u >= down.first[i] && u < down.last[i]) {
+        lines.push_back({y - y0, u, down.weights[i * plan.h + u]});
+      }
+    }
+    for (int64_t j = 0; j < columns && !lines.empty(); ++j) {
+      const int64_t tile = plan.grid[i * columns + j];
+      const Acc* weights = &across.weights[j * plan.w];
+      const int64_t start = across.starts[j], first = across.first[j], last = across.last[j];
+      // Columns first..wrap lie left of where the canvas wraps, wrap..last right of it.
+      const int64_t wrap = std::min(std::max(first, plan.W - start), last);
+      for (const Line& line : lines) {
+        Acc* sum = sums + line.y * plan.W + start;
+        const int64_t row = line.u * plan.w;
+        add(sum + first, weights + first, line.weight, tile, row + first, wrap - first);
+        if (wrap < last) {
+          add(sum + wrap - plan.W, weights + wrap, line.weight, tile, row + wrap, last - wrap);
+        }
+      }
+    }
+  }
+}
+
+// How each dtype is stored and summed. torch's own Half and BFloat16 convert with branches and
+// through class objects, which GCC does not vectorise; on plain integers and selects it does.
+struct F32 {
+  using Store = float;
+  using Acc = float;
+  static Acc widen(Store v) { return v; }
+  static Store narrow(Acc v) { return v; }
+};
+
+struct F64 {
+  using Store = double;
+  using Acc = double;
+  static Acc widen(Store v) { return v; }
+  static Store narrow(Acc v) { return v; }
+};
+
+struct BF16 {
+  using Store = uint16_t;
+  using Acc = float;
+  static Acc widen(Store v) { return bits_to_float(static_cast<uint32_t>(v) << 16); }
+  static Store narrow(Acc v) {
+    const uint32_t bits = float_to_bits(v);
+    const uint32_t even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // round to nearest even
+    return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : static_cast<Store>(even);
+  }
+};
+
+struct F16 {
+  using Store = uint16_t;
+  using Acc = float;
+  static Acc widen(Store v) {
+    // Sign, exponent and mantissa at a float's places, then the exponents' biases, 112 apart, made
+    // up for by a product, which is exact and makes denormal halves normal.
+    const uint32_t spread = static_cast<uint32_t>(static_cast<int16_t>(v)) << 13;
+    const uint32_t bits = float_to_bits(bits_to_float(spread & 0x8fffe000) * 0x1p112f);
+    // From 2^16 on it is no number: infinity or NaN, by the mantissa.
+    return bits_to_float((bits & 0x7fffffff) < 0x47800000 ? bits : bits | 0x7f800000);
+  }
+  static Store narrow(Acc v) {
+    const uint32_t bits = float_to_bits(v), rest = bits & 0x7fffffff;
+    const uint32_t normal = (rest - (112u << 23) + 0xfff + ((rest >> 13) & 1)) >> 13;
+    // Below 2^-14: adding 1/2 leaves units of 2^-24, those of a denormal half, rounded to even.
+    const uint32_t small = float_to_bits(bits_to_float(rest) + 0.5f) - 0x3f000000;
+    const uint32_t special = rest > 0x7f800000 ? 0x7e00 : 0x7c00;
+    const uint32_t half = rest < 0x38800000 ? small : rest < 0x47800000 ? normal : special;
+    return static_cast<Store>(((bits >> 16) & 0x8000) | half);
+  }
+};
+
+}  // namespace
+}  // namespace tiledcore
