@@ -1,4 +1,4 @@
-"""The embedded model's parts: a small sibling of Stable Diffusion, built from configuration alone."""
+"""The embedded models' parts: small siblings of Stable Diffusion and of FLUX, built from configuration alone."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    UNet2DConditionModel,
+)
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from tiledcore.models.data import corpus
 
@@ -18,6 +24,7 @@ PROMPT_TOKENS = 24
 TEXT_WIDTH = 128
 LATENT_CHANNELS = 8
 NATIVE = 32  # latent pixels: 256 px
+FLOW_SHIFT = 1.5
 
 
 def build_vae() -> AutoencoderKL:
@@ -142,7 +149,13 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A CLIP byte-pair tokenizer trained on the captions; every word of them becomes one token."""
+    """A CLIP byte-pair tokenizer trained on the captions; every word of them becomes one token.
+
+    The trainer numbers ties differently each time, so a tokenizer that is there is used and not made again:
+    a text encoder trained with one knows nothing of another's numbers.
+    """
+    if (folder / "tokenizer.json").exists():
+        return CLIPTokenizer.from_pretrained(folder)
     specials = ["<|startoftext|>", "<|endoftext|>"]
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     bpe.normalizer = normalizers.Lowercase()
@@ -182,3 +195,61 @@ def build_scheduler() -> DDIMScheduler:
         clip_sample=False,
         set_alpha_to_one=True,
     )
+
+
+def build_transformer() -> FluxTransformer2DModel:
+    """FLUX at a small size: 2x2-packed latents, two joint and eight parallel blocks, rotary positions."""
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4 * LATENT_CHANNELS,
+        num_layers=2,
+        num_single_layers=8,
+        attention_head_dim=64,
+        num_attention_heads=3,
+        joint_attention_dim=TEXT_WIDTH,
+        pooled_projection_dim=TEXT_WIDTH,
+        guidance_embeds=False,
+        axes_dims_rope=(8, 28, 28),
+    )
+    for name, module in transformer.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            # Every block starts as the identity (adaLN-zero, Peebles & Xie 2023).
+            if name == "proj_out" or ".norm" in f".{name}":
+                torch.nn.init.zeros_(module.weight)
+            else:
+                torch.nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
+    return transformer
+
+
+def build_t5_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
+    """The sequence of text tokens that FLUX attends to; CLIP gives it the pooled vector."""
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=TEXT_WIDTH,
+            d_kv=TEXT_WIDTH // 4,
+            d_ff=2 * TEXT_WIDTH,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+        )
+    )
+
+
+def build_t5_tokenizer(folder: Path) -> T5Tokenizer:
+    """Every word of the captions is one token; anything else is spelled in printable ASCII."""
+    words = sorted({word for line in corpus() for word in line.split()})
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [(f"▁{word}", -1.0) for word in words]
+    pieces += [(chr(c), -10.0) for c in range(33, 127)]
+    tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0, additional_special_tokens=[], model_max_length=PROMPT_TOKENS)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def build_flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """Rectified flow (Liu et al. 2023), with the noise levels shifted a little upwards (Esser et al. 2024)."""
+    return FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT)

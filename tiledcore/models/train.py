@@ -1,11 +1,11 @@
-"""Train the embedded checkpoint from scratch: ``python -m tiledcore.models.train --out tiledcore/models/earth``.
+"""Train an embedded checkpoint from scratch: ``python -m tiledcore.models.train --denoiser unet|flux``.
 
 Four stages, each of which resumes from ``--work`` and is skipped when done: the autoencoder, a cache of
-its latents, the UNet with its text encoder, and the export as a Stable-Diffusion-format folder. The
-learning rate falls with the share of ``--vae-minutes`` / ``--unet-minutes`` used, so the same script
-serves two CPU cores and one GPU. v-prediction with zero terminal SNR (Salimans & Ho 2022, Lin et al.
-2024), EMA of the weights, 10 % guidance dropout (Ho & Salimans 2022), many sizes and aspect ratios as in
-SDXL (Podell et al. 2023).
+its latents, the denoiser with its text encoders, and the export as a diffusers folder. The learning
+rate falls with the share of ``--vae-minutes`` / ``--minutes`` used, so the same script serves two CPU
+cores and one GPU. The UNet has v-prediction with zero terminal SNR (Salimans & Ho 2022, Lin et al.
+2024), the transformer a rectified flow (Liu et al. 2023); both EMA of the weights, 10 % guidance dropout
+(Ho & Salimans 2022), and many sizes and aspect ratios as in SDXL (Podell et al. 2023).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import copy
 import json
 import math
 import queue
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,9 +25,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline
+from diffusers import FluxPipeline, StableDiffusionPipeline
 
-from tiledcore.models import EARTH, architecture, data
+from tiledcore.models import EARTH, EARTH_FLUX, architecture, data
 
 CROP = 384  # px; cached latents are 48x48 and smaller training sizes are windows of them
 # (height, width) in latent pixels; the batch is chosen so that every step sees about the same area.
@@ -182,10 +183,10 @@ def standardise(vae: Any, mean: torch.Tensor, std: torch.Tensor) -> None:
         weight = vae.post_quant_conv.weight
         vae.post_quant_conv.bias += (weight * mean.view(1, -1, 1, 1)).sum((1, 2, 3))
         weight *= std.view(1, -1, 1, 1)
-    vae.register_to_config(scaling_factor=1.0)
+    vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)  # FLUX wants both, SD the first
 
 
-def make_batch(cache: dict[str, Any], tokenizer: Any, rng: np.random.Generator, area: int) -> tuple[Any, ...]:
+def make_batch(cache: dict[str, Any], rng: np.random.Generator, area: int) -> tuple[torch.Tensor, list[str]]:
     """Windows of one size from cached latents, with prompts for exactly those windows."""
     h, w = SIZES[rng.choice(len(SIZES), p=SIZE_WEIGHTS)]
     latents, prompts = [], []
@@ -195,20 +196,107 @@ def make_batch(cache: dict[str, Any], tokenizer: Any, rng: np.random.Generator, 
         fractions = cache["fractions"][i, :, y : y + h, x : x + w].double().mean((1, 2)).numpy() / 255
         text = data.prompt(cache["style"][i], fractions, cache["scale"][i], rng)
         prompts.append("" if rng.random() < 0.1 else text)
-    ids = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
     mean, std = (cache[k].view(-1, 1, 1) for k in ("mean", "std"))
-    return (torch.stack(latents).float() - mean) / std, ids
+    return (torch.stack(latents).float() - mean) / std, prompts
 
 
-def train_unet(args: argparse.Namespace) -> None:
-    tokenizer = architecture.build_tokenizer(args.work / "tokenizer")
-    model = torch.nn.ModuleDict(
-        {"unet": architecture.build_unet(), "text_encoder": architecture.build_text_encoder(tokenizer)}
-    ).to(args.device)
+class UNetSibling:
+    """Stable Diffusion: UNet and CLIP, v-prediction."""
+
+    def __init__(self, work: Path) -> None:
+        self.tokenizer = architecture.build_tokenizer(work / "tokenizer")
+        self.alphas = architecture.build_scheduler().alphas_cumprod
+        text_encoder = architecture.build_text_encoder(self.tokenizer)
+        self.model = torch.nn.ModuleDict({"unet": architecture.build_unet(), "text_encoder": text_encoder})
+
+    def tokenize(self, prompts: list[str]) -> list[torch.Tensor]:
+        return [self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids]
+
+    def loss(self, latents: torch.Tensor, ids: list[torch.Tensor]) -> torch.Tensor:
+        t = (stratified(len(latents), latents.device) * 1000).long().clamp(max=999)
+        a = self.alphas.to(latents.device)[t].view(-1, 1, 1, 1)
+        noise = torch.randn_like(latents)
+        text = self.model["text_encoder"](ids[0])[0]
+        v = self.model["unet"](a.sqrt() * latents + (1 - a).sqrt() * noise, t, text).sample
+        return F.mse_loss(v.float(), a.sqrt() * noise - (1 - a).sqrt() * latents)
+
+    def pipeline(self, vae: Any) -> Any:
+        return StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=self.model["text_encoder"],
+            tokenizer=self.tokenizer,
+            unet=self.model["unet"],
+            scheduler=architecture.build_scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+
+class FluxSibling:
+    """FLUX: transformer, CLIP for the pooled text, T5 for its tokens, rectified flow."""
+
+    def __init__(self, work: Path) -> None:
+        self.tokenizer = architecture.build_tokenizer(work / "tokenizer")
+        self.tokenizer_2 = architecture.build_t5_tokenizer(work / "tokenizer_2")
+        self.model = torch.nn.ModuleDict(
+            {
+                "transformer": architecture.build_transformer(),
+                "text_encoder": architecture.build_text_encoder(self.tokenizer),
+                "text_encoder_2": architecture.build_t5_encoder(self.tokenizer_2),
+            }
+        )
+
+    def tokenize(self, prompts: list[str]) -> list[torch.Tensor]:
+        options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        options["max_length"] = architecture.PROMPT_TOKENS
+        return [tokenizer(prompts, **options).input_ids for tokenizer in (self.tokenizer, self.tokenizer_2)]
+
+    def loss(self, latents: torch.Tensor, ids: list[torch.Tensor]) -> torch.Tensor:
+        """Noise levels are logit-normal (Esser et al. 2024), packing and positions the pipeline's own."""
+        n, c, h, w = latents.shape
+        device = latents.device
+        u = stratified(n, device).clamp(1e-4, 1 - 1e-4)
+        sigma = torch.sigmoid(torch.special.ndtri(u) + math.log(architecture.FLOW_SHIFT)).view(-1, 1, 1, 1)
+        noise = torch.randn_like(latents)
+        mixed = (1 - sigma) * latents + sigma * noise
+        prediction = self.model["transformer"](
+            hidden_states=FluxPipeline._pack_latents(mixed, n, c, h, w),
+            timestep=sigma.view(-1),
+            pooled_projections=self.model["text_encoder"](ids[0]).pooler_output,
+            encoder_hidden_states=self.model["text_encoder_2"](ids[1])[0],
+            txt_ids=torch.zeros(architecture.PROMPT_TOKENS, 3, device=device),
+            img_ids=FluxPipeline._prepare_latent_image_ids(n, h // 2, w // 2, device, torch.float32),
+        ).sample
+        return F.mse_loss(prediction.float(), FluxPipeline._pack_latents(noise - latents, n, c, h, w))
+
+    def pipeline(self, vae: Any) -> Any:
+        return FluxPipeline(
+            vae=vae,
+            text_encoder=self.model["text_encoder"],
+            tokenizer=self.tokenizer,
+            text_encoder_2=self.model["text_encoder_2"],
+            tokenizer_2=self.tokenizer_2,
+            transformer=self.model["transformer"],
+            scheduler=architecture.build_flow_scheduler(),
+        )
+
+
+SIBLINGS: dict[str, type[UNetSibling] | type[FluxSibling]] = {"unet": UNetSibling, "flux": FluxSibling}
+
+
+def stratified(n: int, device: torch.device) -> torch.Tensor:
+    """One random number from each n-th of 0..1: the same spread of noise levels in every step."""
+    return (torch.arange(n, device=device) + torch.rand(n, device=device)) / n
+
+
+def train_denoiser(args: argparse.Namespace) -> None:
+    sibling = SIBLINGS[args.denoiser](args.work)
+    model = sibling.model.to(args.device)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-2)
-    schedule, step = Schedule(args.unet_minutes, args.lr), 0
-    path = args.work / "unet.pt"
+    schedule, step = Schedule(args.minutes, args.lr), 0
+    path = args.work / f"{args.denoiser}.pt"
     if path.exists():
         state = torch.load(path, map_location=args.device)
         model.load_state_dict(state["model"])
@@ -216,23 +304,20 @@ def train_unet(args: argparse.Namespace) -> None:
         optimizer.load_state_dict(state["optimizer"])
         step, schedule.used = state["step"], state["used"]
     cache = torch.load(args.work / "latents.pt")
-    alphas = architecture.build_scheduler().alphas_cumprod.to(args.device)
     rng = np.random.default_rng(args.seed + 2 + step)
-    batches = prefetch(lambda: make_batch(cache, tokenizer, rng, args.batch * 32 * 32))
+
+    def batch() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        latents, prompts = make_batch(cache, rng, args.batch * architecture.NATIVE**2)
+        return latents, sibling.tokenize(prompts)
+
+    batches = prefetch(batch)
     log = 0.0
     while not schedule.done:
         for group in optimizer.param_groups:
             group["lr"] = schedule.tick(step)
-        latents, ids = (t.to(args.device) for t in next(batches))
-        # Stratified timesteps: the same spread of noise levels in every step.
-        n = len(latents)
-        t = ((torch.arange(n, device=args.device) + torch.rand(n, device=args.device)) * 1000 / n).long().clamp(max=999)
-        a = alphas[t].view(-1, 1, 1, 1)
-        noise = torch.randn_like(latents)
+        latents, ids = next(batches)
         with torch.autocast(args.device, torch.bfloat16):
-            text = model["text_encoder"](ids)[0]
-            v = model["unet"](a.sqrt() * latents + (1 - a).sqrt() * noise, t, text).sample
-        loss = F.mse_loss(v.float(), a.sqrt() * noise - (1 - a).sqrt() * latents)
+            loss = sibling.loss(latents.to(args.device), [i.to(args.device) for i in ids])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -241,7 +326,7 @@ def train_unet(args: argparse.Namespace) -> None:
         update_ema(ema, model, step, 0.999)
         log += float(loss.detach())
         if step % 50 == 0:
-            print(f"unet step {step} min {schedule.used / 60:.1f} loss {log / 50:.4f}", flush=True)
+            print(f"{args.denoiser} step {step} min {schedule.used / 60:.1f} loss {log / 50:.4f}", flush=True)
             log = 0.0
         if step % 250 == 0 or schedule.done:
             state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
@@ -249,44 +334,35 @@ def train_unet(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    """Write the EMA weights in fp16 as an ordinary Stable Diffusion folder."""
+    """Write the EMA weights in fp16 as an ordinary diffusers folder; FLUX's shares the UNet's autoencoder."""
     cache = torch.load(args.work / "latents.pt")
     vae = load_vae(args).cpu()
     standardise(vae, cache["mean"], cache["std"])
-    tokenizer = architecture.build_tokenizer(args.work / "tokenizer")
-    model = torch.nn.ModuleDict(
-        {"unet": architecture.build_unet(), "text_encoder": architecture.build_text_encoder(tokenizer)}
-    )
-    model.load_state_dict(torch.load(args.work / "unet.pt", map_location="cpu")["ema"])
-    pipe = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=model["text_encoder"],
-        tokenizer=tokenizer,
-        unet=model["unet"],
-        scheduler=architecture.build_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.to(torch.float16).save_pretrained(args.out)
+    sibling = SIBLINGS[args.denoiser](args.work)
+    sibling.model.load_state_dict(torch.load(args.work / f"{args.denoiser}.pt", map_location="cpu")["ema"])
+    sibling.pipeline(vae).to(torch.float16).save_pretrained(args.out)
+    if args.denoiser == "flux":
+        shutil.rmtree(args.out / "vae")
     # diffusers opens in float32 unless asked otherwise; transformers goes by what the config says.
-    config = args.out / "text_encoder" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    for config in args.out.glob("text_encoder*/config.json"):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/earth"), help="checkpoints and cached latents")
-    parser.add_argument("--out", type=Path, default=EARTH)
+    parser.add_argument("--denoiser", choices=SIBLINGS, default="unet")
+    parser.add_argument("--out", type=Path, help="default: the embedded checkpoint itself")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--vae-minutes", type=float, default=20)
     parser.add_argument("--vae-batch", type=int, default=3, help="128x128 px windows per step")
     parser.add_argument("--crops", type=int, default=2000, help="of 384x384 px, cut once")
-    parser.add_argument("--unet-minutes", type=float, default=120)
+    parser.add_argument("--minutes", type=float, default=120, help="for the denoiser")
     parser.add_argument("--batch", type=int, default=8, help="32x32 latents per step, or the same area of other sizes")
     parser.add_argument("--lr", type=float, default=6e-4)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    args.out = args.out or {"unet": EARTH, "flux": EARTH_FLUX}[args.denoiser]
     args.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     if not (args.work / "latents.pt").exists():
@@ -295,7 +371,7 @@ def main() -> None:
         train_vae(args, crops)
         cache_latents(args, crops)
         del rasters, crops
-    train_unet(args)
+    train_denoiser(args)
     export(args)
 
 
