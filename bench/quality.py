@@ -113,6 +113,31 @@ def seam_check(
     return SeamCheck(float(np.percentile(ordinary, PERCENTILE)), y, x)
 
 
+def cut_windows(image: NDArray[np.floating], size: int, count: int, seed: int = 0) -> Floats:
+    """``[count, size, size, C]``: windows of an image ``[H, W, C]`` at random places, not aligned to any tile."""
+    rng = np.random.default_rng(seed)
+    places = zip(*(rng.integers(0, side - size + 1, count) for side in image.shape[:2]), strict=True)
+    return np.stack([image[y : y + size, x : x + size] for y, x in places]).astype(np.float64)
+
+
+def low_frequency_power(images: NDArray[np.floating]) -> float:
+    """Power of the luminance at one to two cycles per image side, the scale at which tiles go astray.
+
+    Tiles that do not know of each other cancel where they are averaged: the low frequencies of the canvas
+    are what is lost first. To be compared with the same figure of the model's own native samples.
+
+    Args:
+        images: ``[N, size, size, C]``, any scale; Hann-windowed, mean over N.
+    """
+    size = images.shape[1]
+    window = np.hanning(size + 1)[:size]
+    grey = images.mean(-1, dtype=np.float64)
+    power = np.abs(np.fft.fft2((grey - grey.mean((1, 2), keepdims=True)) * window[:, None] * window)) ** 2
+    frequency = np.fft.fftfreq(size) * size
+    radius = np.hypot(frequency[:, None], frequency)
+    return float(power[:, (radius >= 1) & (radius < 2.5)].mean())
+
+
 def _differences(image: NDArray[np.floating]) -> Floats:
     """Mean |difference| across each line of the first axis, line 0 being the wrapped one."""
     size = len(image)

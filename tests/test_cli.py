@@ -235,7 +235,7 @@ def test_the_embedded_model_has_its_own_defaults(model: str, monkeypatch: pytest
     args = ["generate", "a coast", "--size", "64x64", "--out", "a.png"]
     assert main(args) == 0
     assert stored()["model"] == "earth"
-    assert stored()["steps"] == command.EARTH_STEPS
+    assert stored()["steps"] == 12
     assert stored()["guidance"] == command.EARTH_GUIDANCE
     assert main([*args, "--steps", "3", "--guidance", "0"]) == 0
     assert (stored()["steps"], stored()["guidance"]) == (3, 0)
@@ -353,7 +353,7 @@ def test_info_of_anything_else(content: str, capsys: pytest.CaptureFixture[str])
         (["--out", "a.webp", "--size", "16384x64"], "WEBP holds at most 16383 px"),
         (["--model", "./none"], "no such folder"),
         (["--model", "."], "there is no model_index.json"),
-        (["--model", "transformer"], "only models with a UNet"),
+        (["--model", "transformer"], "neither a UNet nor a transformer"),
         (["--device", "toaster"], "--device toaster: torch knows no such device"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
     ],

@@ -32,7 +32,7 @@ def tiny_sd(seed: int = 0) -> StableDiffusionPipeline:
         tokenizer = tiny_tokenizer()
         return StableDiffusionPipeline(
             vae=tiny_vae(),
-            text_encoder=CLIPTextModel(_text_config(tokenizer)).eval(),
+            text_encoder=CLIPTextModel(text_config(tokenizer)).eval(),
             tokenizer=tokenizer,
             unet=tiny_unet(cross_attention_dim=TEXT_WIDTH),
             scheduler=DDIMScheduler(**SCHEDULE, clip_sample=False, steps_offset=1),
@@ -49,8 +49,8 @@ def tiny_sdxl(seed: int = 0) -> StableDiffusionXLPipeline:
         tokenizer = tiny_tokenizer()
         return StableDiffusionXLPipeline(
             vae=tiny_vae(),
-            text_encoder=CLIPTextModel(_text_config(tokenizer)).eval(),
-            text_encoder_2=CLIPTextModelWithProjection(_text_config(tokenizer)).eval(),
+            text_encoder=CLIPTextModel(text_config(tokenizer)).eval(),
+            text_encoder_2=CLIPTextModelWithProjection(text_config(tokenizer)).eval(),
             tokenizer=tokenizer,
             tokenizer_2=tokenizer,
             unet=tiny_unet(
@@ -100,7 +100,7 @@ def tiny_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=PROMPT_TOKENS)
 
 
-def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,

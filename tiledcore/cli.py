@@ -17,9 +17,6 @@ from typing import Any, NoReturn
 from tiledcore import __version__
 from tiledcore.generate import (
     DTYPES,
-    EARTH_GUIDANCE,
-    EARTH_STEPS,
-    EMBEDDED,
     SCHEDULERS,
     STRENGTH,
     CommandError,
@@ -74,7 +71,7 @@ def _readable(key: str, value: Any) -> str:
     if key == "wrap" and isinstance(value, list):
         return "".join(axis for axis, on in zip("xy", value[::-1], strict=False) if on) or "no"
     if isinstance(value, list):
-        return ("x" if key in ("size", "tile", "overlap") else " ").join(map(str, value)) or "-"
+        return ("x" if key in ("size", "tile", "overlap", "halo") else " ").join(map(str, value)) or "-"
     return str(value)
 
 
@@ -118,18 +115,13 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=_integer(0, 2**64 - 1), metavar="N", help="default: random, and printed")
     add(
         "--model",
-        default=EMBEDDED,
+        default="earth",
         metavar="NAME",
-        help=f"hub id or folder of a model with a UNet; default {EMBEDDED}, the embedded one",
+        help="hub id or folder, or one of the embedded models, earth (default) and earth-flux",
     )
     add("--negative-prompt", metavar="PROMPT")
-    add("--steps", type=_integer(1), metavar="N", help=f"default {EARTH_STEPS}, or the model's own")
-    add(
-        "--guidance",
-        type=_guidance,
-        metavar="G",
-        help=f"default {EARTH_GUIDANCE}, or the model's own",
-    )
+    add("--steps", type=_integer(1), metavar="N", help="default: the model's own")
+    add("--guidance", type=_guidance, metavar="G", help="default: the model's own")
     add("--scheduler", choices=SCHEDULERS, metavar="NAME", help=", ".join(SCHEDULERS))
     add("--init-image", type=Path, metavar="FILE", help="start from it, resized to --size")
     add(
@@ -145,11 +137,19 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 def _add_tiling(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
+    add("--mode", choices=("tiles", "canvas"), default="tiles", help="windows through the model, or one whole canvas")
     add("--tile", type=_pair(1), metavar="N|HxW", help="default: the model's own size")
     add("--overlap", type=_pair(0), metavar="N|HxW", help="of adjacent tiles; default: tile / 8")
     add("--window", choices=WINDOWS, default="ramp", help="how tiles are blended; default ramp")
     add("--ramp", type=_integer(1), metavar="N", help="width of the ramp; default: the overlap")
     add("--shift", action="store_true", help="move the tiles at random in each step, no overlap")
+    add(
+        "--halo",
+        type=_pair(0),
+        metavar="N|HxW",
+        help="canvas mode: what a tile sees of its neighbours; default: tile / 2",
+    )
+    add("--global-tokens", type=_integer(0), default=0, metavar="N", help="canvas mode: tokens of a thumbnail of it")
     add("--wrap", choices=("x", "y", "xy"), default="", help="axes that join up at the borders")
     add(
         "--tile-batch",

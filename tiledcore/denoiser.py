@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from tiledcore import ops
-from tiledcore.geometry import TileGrid, Tiling
+from tiledcore.geometry import Pair, Partition, TileGrid, Tiling
 
 # Arguments of a denoiser's forward with one row per image of the batch; a tile batch repeats them.
 PER_IMAGE = (
@@ -19,13 +19,27 @@ PER_IMAGE = (
     "timestep_cond",
     "attention_mask",
     "encoder_attention_mask",
+    "encoder_hidden_states_mask",
+    "pooled_projections",
+    "guidance",
     "added_cond_kwargs",
 )
-# Arguments on the canvas' own pixels, which tile mode does not know how to cut.
+# Arguments on the canvas' own pixels or tokens, which tile mode does not know how to cut.
 REFUSED = (
     "down_block_additional_residuals",
     "mid_block_additional_residual",
     "down_intrablock_additional_residuals",
+    "block_controlnet_hidden_states",
+    "controlnet_block_samples",
+    "controlnet_single_block_samples",
+)
+# Further images that condition the whole canvas.
+REFUSED_IMAGES = (
+    "ip_adapter_image_embeds",
+    "ip_hidden_states",
+    "siglip_feats",
+    "image_noise_mask",
+    "additional_t_cond",
 )
 
 
@@ -33,13 +47,22 @@ REFUSED = (
 class TilingConfig:
     """How the canvas is cut into tiles and put together again. Sizes are latent pixels.
 
+    Where a pipeline packs latents into tokens (FLUX, Qwen-Image), tiles consist of whole tokens: then
+    ``tile`` and ``overlap`` must be multiples of a token's side, 2, and a ramp is rounded up to one.
+
     Args:
         tile: side of a tile, or (height, width). Default: the size that the model was trained at.
         overlap: pixels shared by two adjacent tiles, or (y, x). Default: an eighth of the tile; 0 with ``shift``.
         window: how overlapping predictions are blended, see :func:`tiledcore.ops.blend_tiles`.
         ramp: width of the transition between two tiles for ``window="ramp"``. Default: the smaller overlap.
-        shift: move the whole grid at random in every step instead of overlapping
+        shift: partition the canvas anew in every step instead of overlapping
             (SpotDiffusion, Frolov et al. 2024).
+        mode: ``"tiles"``: a batch of windows through the unmodified model. ``"canvas"``: the network runs once over
+            the whole canvas, and its self-attention is that of tiles to their neighbours
+            (:mod:`tiledcore.attention`); nothing is evaluated twice.
+        halo: for ``"canvas"``: latent pixels that a tile sees of its neighbours on each side. Default: half a tile.
+        global_tokens: for ``"canvas"``: size of a thumbnail of the canvas that every tile sees too; 0 is none.
+        guidance_batch: for ``"canvas"``: both guidance branches at once, or, to save memory, one after the other.
         wrap: the canvas is a torus: bool, or (along y, along x).
         tile_batch: tiles per network evaluation; bounds the memory.
         seed: of the random shifts.
@@ -58,8 +81,18 @@ class TilingConfig:
     tile_batch: int = 4
     seed: int = 0
     impl: ops.Impl | None = None
+    mode: Literal["tiles", "canvas"] = "tiles"
+    halo: int | tuple[int, int] | None = None
+    global_tokens: int = 0
+    guidance_batch: bool = True
 
     def __post_init__(self) -> None:
+        if self.mode not in ("tiles", "canvas"):
+            raise ValueError(f"mode={self.mode!r}: must be one of tiles, canvas")
+        if self.mode == "canvas" and (self.shift or self.overlap not in (None, 0, (0, 0))):
+            raise ValueError(f"mode='canvas' has neither overlap={self.overlap} nor shift={self.shift}: leave them out")
+        if self.mode == "tiles" and (self.halo is not None or self.global_tokens):
+            raise ValueError(f"halo={self.halo}, global_tokens={self.global_tokens}: only for mode='canvas'")
         if self.window not in ops.WINDOWS:
             raise ValueError(f"window={self.window!r}: must be one of {', '.join(ops.WINDOWS)}")
         if self.tile_batch < 1:
@@ -71,16 +104,65 @@ class TilingConfig:
         if self.tile is not None:  # the geometry's own checks, at once rather than in the first step
             self.grid(1, 1, native=1)
 
-    def grid(self, height: int, width: int, native: int | tuple[int, int]) -> TileGrid:
-        """The tiles of a canvas; ``native`` is the tile size where none was asked for."""
-        h, w = _pair(native if self.tile is None else self.tile)
-        default = (0, 0) if self.shift else (h // 8, w // 8)
+    def grid(self, height: int, width: int, native: int | tuple[int, int], unit: int = 1) -> TileGrid:
+        """The tiles of a canvas.
+
+        Args:
+            height: of the canvas, in latent pixels.
+            width: the same.
+            native: the tile size where none was asked for, in latent pixels.
+            unit: latent pixels per pixel of the grid, along each axis: a token's side for packed latents.
+
+        Returns:
+            The grid, in units.
+
+        Raises:
+            ValueError: a size is no multiple of the unit, or :class:`~tiledcore.geometry.TileGrid` refuses it.
+        """
+        tile = _pair(native if self.tile is None else self.tile)
+        h, w = tile
+        default = (0, 0) if self.shift or self.mode == "canvas" else (h // 8 // unit * unit, w // 8 // unit * unit)
         overlap = default if self.overlap is None else _pair(self.overlap)
-        return TileGrid(height, width, tile=(h, w), overlap=overlap, wrap=self.wrap)
+        grid = TileGrid(height, width, tile=tile, overlap=overlap, wrap=self.wrap)
+        if unit == 1:
+            return grid
+        for name, size in (("canvas", (height, width)), ("tile", tile), ("overlap", overlap)):
+            if any(n % unit for n in size):
+                raise ValueError(f"{name}={size}: must be multiples of {unit}, the latent pixels per token")
+        return TileGrid(
+            height // unit,
+            width // unit,
+            tile=(h // unit, w // unit),
+            overlap=(overlap[0] // unit, overlap[1] // unit),
+            wrap=self.wrap,
+        )
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else value
+
+
+def _refuse(kwargs: dict[str, Any]) -> None:
+    """One clear error for what cannot be cut into tiles."""
+    given = {**kwargs, **(kwargs.get("joint_attention_kwargs") or {})}
+    for name in REFUSED:
+        if given.get(name) is not None:
+            raise ValueError(f"{name}: ControlNet and adapter residuals cannot be tiled yet; remove the adapter")
+    for name in REFUSED_IMAGES:
+        if given.get(name) is not None:
+            raise ValueError(f"{name}: IP-Adapter and reference images cannot be tiled yet; leave them out")
+
+
+class Prediction(NamedTuple):
+    """What a network gave for a canvas, before it is blended."""
+
+    tiles: torch.Tensor
+    """``[T*B, C, h, w]``, tile-major."""
+    offsets: torch.Tensor
+    """``[T, 2]`` int32."""
+    size: Pair
+    """Of the canvas."""
+    ramp: int
 
 
 class TileDenoiser:
@@ -90,19 +172,42 @@ class TileDenoiser:
         config: the tiling.
         native: tile size (latent pixels) where the config has none.
         pixels: image pixels per latent pixel, for SDXL's crop coordinates.
+        patch: latent pixels per token along an axis, of which a tile must be a multiple.
+        packed: a pixel of the canvas that is given here is a token, not a latent pixel.
     """
 
-    def __init__(self, config: TilingConfig, native: int | tuple[int, int], pixels: int) -> None:
-        self.config, self.native, self.pixels = config, native, pixels
+    def __init__(
+        self,
+        config: TilingConfig,
+        native: int | tuple[int, int],
+        pixels: int,
+        patch: int = 1,
+        packed: bool = False,
+    ) -> None:
+        self.unit = patch if packed else 1
+        self.config, self.native, self.pixels, self.patch = config, native, pixels * self.unit, patch
         self._grid: TileGrid | None = None
         self._offsets: torch.Tensor | None = None
         self._tiles: torch.Tensor | None = None
+        self._origin: torch.Tensor | None = None
 
-    def tiling(self, height: int, width: int, timestep: torch.Tensor | float) -> Tiling:
+    def tiling(self, height: int, width: int, timestep: torch.Tensor | float) -> Tiling | Partition:
         """The tiles of this step: always the same ones, or shifted at random by the timestep."""
         if self._grid is None or (self._grid.height, self._grid.width) != (height, width):
-            self._grid = self.config.grid(height, width, self.native)
-            self._offsets = None
+            grid = self.config.grid(height * self.unit, width * self.unit, self.native, self.unit)
+            tile = (grid.tile_size[0] * self.unit, grid.tile_size[1] * self.unit)
+            size = (height * self.unit, width * self.unit)
+            # Lines that move do so by eighths of a tile, and what is left at the canvas' end is a tile too.
+            moves = self.config.shift and self.unit == 1
+            asked = _pair(self.native if self.config.tile is None else self.config.tile)
+            whole = tile != asked  # the canvas is smaller than a tile: nothing moves
+            least = 8 * self.patch if moves and self.patch > 1 and not whole else self.patch
+            if any(n % least for n in tile) or (moves and any(n % self.patch for n in size)):
+                raise ValueError(
+                    f"tile={tile} on a canvas of {size[0]}x{size[1]} latent pixels: a token has "
+                    f"{self.patch}x{self.patch} of them, so that a tile's sides must be multiples of {least}"
+                )
+            self._grid, self._offsets = grid, None
         if not self.config.shift:
             return self._grid
         # Seeded by the timestep itself: both guidance branches of a step see the same grid, whether
@@ -113,7 +218,20 @@ class TileDenoiser:
     def __call__(
         self, forward: Callable[..., Any], sample: torch.Tensor, timestep: torch.Tensor | float, **kwargs: Any
     ) -> torch.Tensor:
-        """Predict for the whole canvas.
+        """Predict for the whole canvas: :meth:`evaluate`, then blend.
+
+        Returns:
+            ``[B, C', H, W]``, the blended prediction, in the denoiser's dtype.
+        """
+        tiles, offsets, size, ramp = self.evaluate(forward, sample, timestep, **kwargs)
+        if len(offsets) == 1:  # as it came, so that no bit changes
+            return tiles
+        return ops.blend_tiles(tiles, offsets, size, window=self.config.window, ramp=ramp, impl=self.config.impl)
+
+    def evaluate(
+        self, forward: Callable[..., Any], sample: torch.Tensor, timestep: torch.Tensor | float, **kwargs: Any
+    ) -> Prediction:
+        """Predict for all tiles of a canvas.
 
         Args:
             forward: the denoiser; called as ``forward(tiles, timestep, **kwargs)``, returns a tuple whose
@@ -123,49 +241,86 @@ class TileDenoiser:
             kwargs: the denoiser's other arguments.
 
         Returns:
-            ``[B, C', H, W]``, the blended prediction, in the denoiser's dtype.
+            The tiles' predictions, in the denoiser's dtype, in a buffer that the next evaluation overwrites.
         """
-        for name in REFUSED:
-            if kwargs.get(name) is not None:
-                raise ValueError(f"{name}: ControlNet and adapter residuals cannot be tiled yet; remove the adapter")
         batch, _, height, width = sample.shape
+        size = (height, width)
+        if self.config.mode == "canvas":
+            return self._whole(forward(sample, timestep, **kwargs)[0])
+        _refuse(kwargs)
         tiling = self.tiling(height, width, timestep)
-        if len(tiling.offsets) == 1 and tiling.tile_size == (height, width):
-            prediction: torch.Tensor = forward(sample, timestep, **kwargs)[0]
-            return prediction
-        offsets = self._device_offsets(tiling, sample.device)
+        if isinstance(tiling, Partition):
+            return self._evaluate_partition(tiling, forward, sample, timestep, kwargs)
+        if len(tiling.offsets) == 1 and tiling.tile_size == size:
+            return self._whole(forward(sample, timestep, **kwargs)[0])
         kwargs["timestep"] = timestep
-        for start in range(0, len(offsets), self.config.tile_batch):
-            part = slice(start, min(start + self.config.tile_batch, len(offsets)))
-            inputs = ops.gather_tiles(sample, offsets[part], tiling.tile_size, impl=self.config.impl)
-            out = forward(inputs, **self._repeat(kwargs, tiling, part, batch))[0]
-            shape = (len(offsets) * batch, *out.shape[1:])
-            # One buffer for all steps; the blend reads it and writes a new canvas.
-            if self._tiles is None or self._tiles.shape != shape or self._tiles.dtype != out.dtype:
-                self._tiles = torch.empty(shape, dtype=out.dtype, device=out.device)
-            self._tiles[part.start * batch : part.stop * batch] = out
-        assert self._tiles is not None
-        return ops.blend_tiles(
-            self._tiles,
-            offsets,
-            (height, width),
-            window=self.config.window,
-            ramp=self._ramp(),
-            impl=self.config.impl,
-        )
-
-    def _ramp(self) -> int:
+        if self._offsets is None or self._offsets.device != sample.device:
+            self._offsets = torch.tensor(tiling.offsets, dtype=torch.int32).to(sample.device)
+        for start in range(0, len(tiling), self.config.tile_batch):
+            part = self._offsets[start : start + self.config.tile_batch]
+            out = self._tile_batch(forward, sample, part, tiling.tile_size, kwargs)
+            buffer = self._buffer((len(tiling) * batch, *out.shape[1:]), out)
+            buffer[start * batch : start * batch + len(out)] = out
         assert self._grid is not None
-        return self.config.ramp or max(1, min(self._grid.overlap))
+        ramp = max(1, min(self._grid.overlap)) if self.config.ramp is None else -(-self.config.ramp // self.unit)
+        return Prediction(buffer, self._offsets, size, ramp)
 
-    def _device_offsets(self, tiling: Tiling, device: torch.device) -> torch.Tensor:
-        if self.config.shift or self._offsets is None or self._offsets.device != device:
-            self._offsets = torch.tensor(tiling.offsets, dtype=torch.int32).to(device)
-        return self._offsets
+    def _evaluate_partition(
+        self,
+        partition: Partition,
+        forward: Callable[..., Any],
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float,
+        kwargs: dict[str, Any],
+    ) -> Prediction:
+        """Tiles of several sizes, each of which is put where it belongs: nothing overlaps, nothing to blend."""
+        if len(partition) == 1:
+            return self._whole(forward(sample, timestep, **kwargs)[0])
+        batch, _, height, width = sample.shape
+        kwargs["timestep"] = timestep
+        for (h, w), places in partition.groups.items():
+            for start in range(0, len(places), self.config.tile_batch):
+                group = places[start : start + self.config.tile_batch]
+                part = torch.tensor(group, dtype=torch.int32).to(sample.device)
+                out = self._tile_batch(forward, sample, part, (h, w), kwargs)
+                canvas = self._buffer((batch, out.shape[1], height, width), out)
+                for (y, x), tile in zip(group, out.split(batch), strict=True):
+                    rows, columns = _span(y, h, height), _span(x, w, width)
+                    for into_y, from_y in rows:
+                        for into_x, from_x in columns:
+                            canvas[:, :, into_y, into_x] = tile[:, :, from_y, from_x]
+        return self._whole(canvas)
 
-    def _repeat(self, kwargs: dict[str, Any], tiling: Tiling, part: slice, batch: int) -> dict[str, Any]:
+    def _whole(self, prediction: torch.Tensor) -> Prediction:
+        """A prediction of the canvas as one tile."""
+        if self._origin is None or self._origin.device != prediction.device:
+            self._origin = torch.zeros(1, 2, dtype=torch.int32, device=prediction.device)
+        return Prediction(prediction, self._origin, (prediction.shape[2], prediction.shape[3]), 1)
+
+    def _tile_batch(
+        self,
+        forward: Callable[..., Any],
+        sample: torch.Tensor,
+        offsets: torch.Tensor,
+        tile: Pair,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        inputs = ops.gather_tiles(sample, offsets, tile, impl=self.config.impl)
+        canvas = (sample.shape[2], sample.shape[3])
+        prediction: torch.Tensor = forward(inputs, **self._repeat(kwargs, offsets, tile, canvas, len(sample)))[0]
+        return prediction
+
+    def _buffer(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        """One buffer for all steps; what reads it writes a new canvas."""
+        if self._tiles is None or self._tiles.shape != shape or self._tiles.dtype != like.dtype:
+            self._tiles = torch.empty(shape, dtype=like.dtype, device=like.device)
+        return self._tiles
+
+    def _repeat(
+        self, kwargs: dict[str, Any], offsets: torch.Tensor, tile: Pair, canvas: Pair, batch: int
+    ) -> dict[str, Any]:
         """The arguments of one tile batch: per-image tensors repeated, tile-major, and SDXL's crops moved."""
-        count = part.stop - part.start
+        count = len(offsets)
 
         def repeat(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
@@ -178,19 +333,25 @@ class TileDenoiser:
         out = {k: repeat(v) if k in PER_IMAGE else v for k, v in kwargs.items()}
         time_ids = (kwargs.get("added_cond_kwargs") or {}).get("time_ids")
         if time_ids is not None:
-            out["added_cond_kwargs"]["time_ids"] = self._time_ids(time_ids, tiling, part)
+            out["added_cond_kwargs"]["time_ids"] = self._time_ids(time_ids, offsets, tile, canvas)
         return out
 
-    def _time_ids(self, time_ids: torch.Tensor, tiling: Tiling, part: slice) -> torch.Tensor:
+    def _time_ids(self, time_ids: torch.Tensor, offsets: torch.Tensor, tile: Pair, canvas: Pair) -> torch.Tensor:
         """SDXL's micro-conditioning (Podell et al. 2023, 2.2) of each tile: the tile is a crop of the canvas.
 
         Columns: original height and width, crop top and left, then target height and width (or, in the
         refiner, an aesthetic score). Image pixels; the caller's own crop and scale stay in force.
         """
-        ids = time_ids.repeat(part.stop - part.start, 1)
-        corners = torch.tensor(tiling.offsets[part], dtype=ids.dtype, device=ids.device) * self.pixels
-        ids[:, 2:4] += corners.repeat_interleave(len(time_ids), 0)
+        ids = time_ids.repeat(len(offsets), 1)
+        ids[:, 2:4] += (offsets * self.pixels).to(ids.dtype).repeat_interleave(len(time_ids), 0)
         if ids.shape[1] == 6:
-            share = [tiling.tile_size[0] / tiling.height, tiling.tile_size[1] / tiling.width]
-            ids[:, 4:6] *= torch.tensor(share, dtype=ids.dtype, device=ids.device)
+            ids[:, 4] *= tile[0] / canvas[0]
+            ids[:, 5] *= tile[1] / canvas[1]
         return ids
+
+
+def _span(start: int, length: int, size: int) -> list[tuple[slice, slice]]:
+    """(where on the canvas, which part of the tile) along one axis: two pieces where the tile wraps."""
+    here = min(length, size - start)
+    pieces = [(slice(start, start + here), slice(0, here))]
+    return pieces if here == length else [*pieces, (slice(0, length - here), slice(here, length))]

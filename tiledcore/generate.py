@@ -23,17 +23,14 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from tiledcore import __version__
-from tiledcore.geometry import TileGrid, Tiling
+from tiledcore.geometry import TileGrid
 from tiledcore.images import check_target, load_image, save_image
-from tiledcore.models import EARTH
+from tiledcore.models import EARTH, EMBEDDED, call_defaults
 
 if TYPE_CHECKING:
     from tiledcore.denoiser import TilingConfig
     from tiledcore.pipeline import TiledPipeline
 
-EMBEDDED = "earth"
-EARTH_STEPS = 12
-EARTH_GUIDANCE = 3.0
 SIZE = (1024, 1024)
 STRENGTH = 0.6
 VAE_FACTOR = 8  # until the model is open; all of Stable Diffusion has it
@@ -70,9 +67,9 @@ def generate(args: argparse.Namespace) -> None:
     with _quiet():
         pipe = _open(args, seed)
         call = _call(args, pipe, image)
-        tiling = _tiling(pipe, args.size)
-        metadata = _describe(args, pipe, call, tiling, seed)
-        picture = _run(pipe, call, tiling, seed)
+        grid = pipe.grid(args.size[1], args.size[0])
+        metadata = _describe(args, pipe, call, grid, seed)
+        picture = _run(pipe, call, grid, seed)
     try:
         save_image(picture, args.out, metadata)
     except OSError as error:
@@ -81,8 +78,8 @@ def generate(args: argparse.Namespace) -> None:
         say(f"{args.out}: without its settings, which only a PNG can hold")
     elapsed = time.perf_counter() - started
     say(
-        f"{args.out}: {args.size[0]}x{args.size[1]}, seed {seed}, {len(tiling)} tiles, "
-        f"area factor {tiling.area_factor:.2f}, {elapsed:.1f} s"
+        f"{args.out}: {args.size[0]}x{args.size[1]}, seed {seed}, {len(grid)} tiles, "
+        f"area factor {metadata['tiling']['area_factor']:.2f}, {elapsed:.1f} s"
     )
 
 
@@ -109,17 +106,18 @@ def _check(args: argparse.Namespace) -> Image.Image | None:
 
 def _factor(model: str) -> int:
     """Pixels per latent pixel, as far as it can be told from a folder without opening the model."""
-    folder = EARTH if model == EMBEDDED else Path(model)
-    if not folder.is_dir() and model != EMBEDDED:
+    folder = EMBEDDED.get(model, Path(model))
+    if not folder.is_dir():
         if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
             raise CommandError(f"--model {model}: no such folder, and no name on the hub either")
         return VAE_FACTOR
     index = _json(folder / "model_index.json")
     if index is None:
         raise CommandError(f"--model {model}: there is no model_index.json in {folder}")
-    if "unet" not in index:
-        raise CommandError(f"--model {model}: only models with a UNet can be tiled")
-    levels = (_json(folder / "vae" / "config.json") or {}).get("block_out_channels")
+    if not {"unet", "transformer"} & set(index):
+        raise CommandError(f"--model {model}: has neither a UNet nor a transformer, and cannot be tiled")
+    vae = EARTH / "vae" if model in EMBEDDED else folder / "vae"
+    levels = (_json(vae / "config.json") or {}).get("block_out_channels")
     return int(2 ** (len(levels) - 1)) if levels else VAE_FACTOR
 
 
@@ -150,11 +148,10 @@ def _open(args: argparse.Namespace, seed: int) -> TiledPipeline:
     _settle_device(args)
     dtype = getattr(torch, DTYPES[args.dtype])
     say(f"loading {args.model}")
-    folder = EARTH if args.model == EMBEDDED else args.model
     try:
-        pipe = TiledPipeline.from_pretrained(folder, tiling=tiling, torch_dtype=dtype)
+        pipe = TiledPipeline.from_pretrained(args.model, tiling=tiling, torch_dtype=dtype)
     except (OSError, ValueError) as error:
-        if Path(folder).is_dir():
+        if args.model in EMBEDDED or Path(args.model).is_dir():
             raise
         raise CommandError(f"--model {args.model}: {_why_not_from_hub(error)}") from error
     if args.scheduler is not None:
@@ -174,6 +171,9 @@ def _config(args: argparse.Namespace, seed: int) -> TilingConfig:
         wrap=("y" in args.wrap, "x" in args.wrap),
         tile_batch=args.tile_batch,
         seed=seed,
+        mode=args.mode,
+        halo=args.halo,
+        global_tokens=args.global_tokens,
     )
 
 
@@ -217,14 +217,14 @@ def _call(args: argparse.Namespace, pipe: TiledPipeline, image: Image.Image | No
     """The arguments of the pipeline's call, with nothing left to its defaults that is stored."""
     _check_size(args.size, pipe.vae_scale_factor)
     _check_prompt(pipe, args.prompt)
-    defaults = {k: v.default for k, v in signature(type(pipe.pipe).__call__).parameters.items()}
-    if args.model == EMBEDDED:
-        defaults.update(num_inference_steps=EARTH_STEPS, guidance_scale=EARTH_GUIDANCE)
-    wanted = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
-    call = {k: defaults[k] if v is None else v for k, v in wanted.items()}
+    known = {k: v.default for k, v in signature(type(pipe.pipe).__call__).parameters.items()}
+    call = {"num_inference_steps": known["num_inference_steps"]} | call_defaults(args.model)
+    # A transformer that was not distilled takes its guidance under another name.
+    guidance = "true_cfg_scale" if "true_cfg_scale" in call else "guidance_scale"
+    wanted = {"num_inference_steps": args.steps, guidance: args.guidance, "negative_prompt": args.negative_prompt}
+    call.update((k, v) for k, v in wanted.items() if v is not None)
+    call.setdefault(guidance, known[guidance])
     call.update(prompt=args.prompt, width=args.size[0], height=args.size[1])
-    if args.negative_prompt is not None:
-        call["negative_prompt"] = args.negative_prompt
     if image is not None:
         strength = STRENGTH if args.strength is None else args.strength
         if int(strength * call["num_inference_steps"]) < 1:
@@ -243,24 +243,11 @@ def _check_prompt(pipe: TiledPipeline, prompt: str) -> None:
         say(f"the prompt has {length} tokens, of which the model reads the first {limit}")
 
 
-def _tiling(pipe: TiledPipeline, size: tuple[int, int]) -> Tiling:
-    """The tiles of one step. Shifted ones lie elsewhere in each, but are as many in all of them."""
-    grid = _grid(pipe, size)
-    return grid.shifted(0, pipe.tiling.seed) if pipe.tiling.shift else grid
-
-
-def _grid(pipe: TiledPipeline, size: tuple[int, int]) -> TileGrid:
-    native = pipe.unet.config.sample_size
-    factor = pipe.vae_scale_factor
-    native = native if isinstance(native, int) else (native[0], native[1])
-    return pipe.tiling.grid(size[1] // factor, size[0] // factor, native)
-
-
 def _describe(
     args: argparse.Namespace,
     pipe: TiledPipeline,
     call: dict[str, Any],
-    tiling: Tiling,
+    grid: TileGrid,
     seed: int,
 ) -> dict[str, Any]:
     """The PNG's text chunk: enough to make the image again, and where to look for seams."""
@@ -273,7 +260,7 @@ def _describe(
         "model": args.model,
         "size": list(args.size),
         "steps": call["num_inference_steps"],
-        "guidance": call["guidance_scale"],
+        "guidance": call.get("true_cfg_scale", call.get("guidance_scale")),
         "scheduler": short.get(scheduler, scheduler),
     }
     if args.init_image is not None:
@@ -282,36 +269,43 @@ def _describe(
         "device": args.device,
         "dtype": args.dtype,
         "version": __version__,
-        "tiling": _describe_tiling(pipe.tiling, tiling, _grid(pipe, args.size), pipe.vae_scale_factor),
+        "tiling": _describe_tiling(pipe.tiling, grid, pipe.vae_scale_factor),
     }
 
 
-def _describe_tiling(config: TilingConfig, tiling: Tiling, grid: TileGrid, factor: int) -> dict[str, Any]:
+def _describe_tiling(config: TilingConfig, grid: TileGrid, factor: int) -> dict[str, Any]:
     # Of a shifted grid the lines are those of the unshifted one: each step has its own.
     lines_y, lines_x = grid.lines
+    if config.mode == "canvas":  # its windows are a regular partition, cut off at the border
+        lines_y, lines_x = (
+            tuple(range(tile, size, tile)) for tile, size in zip(grid.tile_size, (grid.height, grid.width), strict=True)
+        )
+    blends = config.mode == "tiles" and not config.shift
     return {
-        "tile": list(tiling.tile_size),
-        "overlap": list(tiling.overlap),
-        "window": config.window,
-        "ramp": (config.ramp or max(1, min(tiling.overlap))) if config.window == "ramp" else None,
+        "mode": config.mode,
+        "tile": list(grid.tile_size),
+        "overlap": list(grid.overlap),
+        "halo": config.halo,
+        "window": config.window if blends else None,
+        "ramp": (config.ramp or max(1, min(grid.overlap))) if blends and config.window == "ramp" else None,
         "shift": config.shift,
-        "wrap": list(tiling.wrap),
-        "tiles": len(tiling),
-        "area_factor": round(tiling.area_factor, 4),
+        "wrap": list(grid.wrap),
+        "tiles": len(grid),
+        "area_factor": round(grid.area_factor, 4) if blends else 1.0,
         "lines_y": [factor * y for y in lines_y],
         "lines_x": [factor * x for x in lines_x],
     }
 
 
-def _run(pipe: TiledPipeline, call: dict[str, Any], tiling: Tiling, seed: int) -> Any:
+def _run(pipe: TiledPipeline, call: dict[str, Any], grid: TileGrid, seed: int) -> Any:
     import torch
 
     def decoding(*_: Any) -> None:
         hook.remove()  # diffusers' tiled decoder comes here once per tile
         say("decoding")
 
-    h, w = tiling.tile_size
-    say(f"denoising {len(tiling)} tiles of {h}x{w} latent pixels, seed {seed}")
+    h, w = grid.tile_size
+    say(f"denoising {len(grid)} tiles of {h}x{w} latent pixels, seed {seed}")
     hook = pipe.vae.decoder.register_forward_pre_hook(decoding)
     # Drawn on the CPU, so that a seed means the same noise on every device.
     output = pipe(**call, generator=torch.Generator().manual_seed(seed))

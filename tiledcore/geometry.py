@@ -6,8 +6,10 @@ torus: an offset lies in ``[0, size)`` and pixel ``u`` of that tile is canvas pi
 ``y``.
 
 Overlapping tiles on a common canvas: Bar-Tal et al., MultiDiffusion, 2023. A zero-overlap grid that
-is shifted at random in each step: Frolov et al., SpotDiffusion, 2024.
+is moved at random in each step: Frolov et al., SpotDiffusion, 2024.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -81,6 +83,32 @@ class Tiling:
         )
 
 
+@dataclass(frozen=True)
+class Partition:
+    """Tiles of various sizes that share no pixel: each row of them with each column."""
+
+    height: int
+    width: int
+    rows: tuple[Pair, ...]
+    """(start, size) along y, ascending; on a wrapped axis the last one may cross the border."""
+    cols: tuple[Pair, ...]
+    """(start, size) along x."""
+
+    area_factor = 1.0
+
+    def __len__(self) -> int:
+        return len(self.rows) * len(self.cols)
+
+    @cached_property
+    def groups(self) -> dict[Pair, tuple[Pair, ...]]:
+        """Tile size (h, w) -> the (y, x) offsets of all tiles of that size, row-major."""
+        found: dict[Pair, list[Pair]] = {}
+        for y, h in self.rows:
+            for x, w in self.cols:
+                found.setdefault((h, w), []).append((y, x))
+        return {size: tuple(offsets) for size, offsets in found.items()}
+
+
 class TileGrid(Tiling):
     """The fewest evenly spread tiles that cover a canvas with at least the requested overlap.
 
@@ -134,18 +162,14 @@ class TileGrid(Tiling):
             cols=_spread(canvas[1], w, overlap_x, wraps[1]),
         )
 
-    def shifted(self, step: int, seed: int) -> Tiling:
-        """This zero-overlap grid, shifted at random along both axes (SpotDiffusion).
+    def shifted(self, step: int, seed: int) -> Partition:
+        """A partition of the canvas whose lines lie elsewhere in every step (SpotDiffusion).
 
-        Seams then fall elsewhere in every step, and later steps heal them. The result depends on
-        (seed, step) only, and the number of tiles on neither, so buffers and graphs can be static.
-
-        A wrapped axis is rotated as it is. An open axis needs one more tile: the first and the last
-        stay flush with the canvas, and those between move by up to a tile. The inner borders of
-        those two never move, so blend shifted tiles by their cores or by a ramp that fades out at
-        the tile's border: with equal weights these two lines would be seams in every step. Where
-        there is no place for an extra tile (a tile of one pixel, or an axis one pixel longer than a
-        tile), none is added.
+        Seams then fall elsewhere each time, and later steps heal them. No pixel is evaluated twice: on an
+        open axis the lines are this grid's, moved by less than a tile, and what is left at the two ends
+        is a tile of its own, of half to one and a half times the size; a wrapped axis is rotated.
+        Lines are moved by eighths of a tile where the tile has such, so that sizes stay multiples of
+        what the network downsamples by. The result depends on (seed, step) only.
 
         Raises:
             ValueError: if the grid has an overlap.
@@ -156,10 +180,10 @@ class TileGrid(Tiling):
         # is the one method whose values Python promises to keep between versions.
         random = Random(f"{seed}/{step}")
         rows, cols = (
-            _shift(size, t, wrap, random.random())
+            _moved(size, t, wrap, random.random())
             for size, t, wrap in zip((self.height, self.width), self.tile_size, self.wrap, strict=True)
         )
-        return Tiling(self.height, self.width, self.tile_size, self.overlap, self.wrap, rows, cols)
+        return Partition(self.height, self.width, rows, cols)
 
 
 def neighbour_list(
@@ -204,18 +228,25 @@ def _spread(size: int, tile: int, overlap: int, wrap: bool) -> tuple[int, ...]:
     return tuple(i * (size - tile) // (n - 1) for i in range(n))
 
 
-def _shift(size: int, tile: int, wrap: bool, random: float) -> tuple[int, ...]:
-    n = _ceil_div(size, tile)
+def _moved(size: int, tile: int, wrap: bool, random: float) -> tuple[Pair, ...]:
+    """(start, size) of the tiles of one axis whose lines are moved by ``random`` of a tile."""
+    unit = tile // 8 if tile % 8 == 0 else 1
     if wrap:
-        shift = int(random * size)
-        return tuple(sorted((shift + i * size // n) % size for i in range(n)))
-    if n == 1:
-        return (0,)
-    # The n - 1 tiles between the flush ones span size - tile pixels from the shift on, so every
-    # shift from 1 to tile - 1 leaves no gap, and none of them coincides with a flush one.
-    shift = 1 + int(random * (min(tile, size - tile) - 1))
-    between = (shift + i * (size - 2 * tile) // max(n - 2, 1) for i in range(n - 1))
-    return tuple(dict.fromkeys((0, *between, size - tile)))
+        n = _ceil_div(size, tile)
+        lines = [i * (size // unit) // n * unit for i in range(n)]
+        shift = int(random * size)  # what is rotated as a whole keeps its sizes
+        starts = sorted((line + shift) % size for line in lines)
+        following = (*starts[1:], starts[0] + size)
+    elif size <= tile:
+        return ((0, size),)
+    else:
+        shift = int(random * (tile // unit)) * unit
+        # Pieces of less than half a tile at an end join their neighbour.
+        inner = [y for y in range(shift, size, tile) if tile <= 2 * y and tile <= 2 * (size - y)]
+        if not inner and 2 * size > 3 * tile:
+            inner = [size // 2 // unit * unit]
+        starts, following = [0, *inner], (*inner, size)
+    return tuple((start, end - start) for start, end in zip(starts, following, strict=True))
 
 
 def _cores(size: int, tile: int, offsets: tuple[int, ...], wrap: bool) -> tuple[Pair, ...]:

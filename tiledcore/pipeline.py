@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial, update_wrapper
 from inspect import signature
 from os import PathLike
 from typing import Any
 
 import torch
-from diffusers import AutoPipelineForImage2Image, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoPipelineForImage2Image, DiffusionPipeline
 from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL import Image
 
+from tiledcore import attention
 from tiledcore.denoiser import TileDenoiser, TilingConfig
-from tiledcore.models import EARTH
+from tiledcore.families import Family, network_of
+from tiledcore.geometry import TileGrid
+from tiledcore.models import EARTH, EARTH_FLUX, EMBEDDED
 
 logger = logging.getLogger(__name__)
 
@@ -27,42 +31,105 @@ EXACT_DECODE_PIXELS = 2048 * 2048
 
 
 class TilingHook(ModelHook):
-    """Replaces a UNet's forward by a :class:`~tiledcore.denoiser.TileDenoiser` around it."""
+    """Replaces a network's forward by a :class:`~tiledcore.denoiser.TileDenoiser` around it.
 
-    def __init__(self, denoiser: TileDenoiser) -> None:
+    Args:
+        denoiser: the tiling.
+        family: how the forward maps to a canvas.
+        scheduler: its shift is kept to that of a tile for as long as the hook is there.
+        tokens: of a tile.
+    """
+
+    def __init__(self, denoiser: TileDenoiser, family: Family, scheduler: Any, tokens: int) -> None:
         super().__init__()
-        self.denoiser = denoiser
+        self.denoiser, self.family, self.scheduler, self.tokens = denoiser, family, scheduler, tokens
+        self._limited: Any = None
 
-    def new_forward(
-        self,
-        module: torch.nn.Module,
-        sample: torch.Tensor,
-        timestep: torch.Tensor | float | int,
-        encoder_hidden_states: torch.Tensor,
-        *args: Any,
-        return_dict: bool = True,
-        **kwargs: Any,
-    ) -> Any:
-        if args:
-            raise TypeError("a tiled UNet takes only sample, timestep and encoder_hidden_states by position")
-        prediction = self.denoiser(
-            self._forward, sample, timestep, encoder_hidden_states=encoder_hidden_states, **kwargs
-        )
-        return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
+    def initialize_hook(self, module: torch.nn.Module) -> torch.nn.Module:
+        inner = getattr(module, "_orig_mod", module)
+        self._parameters = signature(type(inner).forward)
+        if self.family.dynamic_shift is not None:
+            self._before = vars(self.scheduler).get("set_timesteps")
+            self._limited = _limit_shift(self.scheduler, self.tokens, self.family.dynamic_shift)
+        return module
 
-    def _forward(self, sample: torch.Tensor, timestep: Any, **kwargs: Any) -> Any:
-        return self.fn_ref.original_forward(sample, timestep, return_dict=False, **kwargs)
+    def deinitalize_hook(self, module: torch.nn.Module) -> torch.nn.Module:
+        # Somebody else may have replaced the method since: then it is theirs.
+        if self._limited is not None and vars(self.scheduler).get("set_timesteps") is self._limited:
+            del self.scheduler.set_timesteps
+            if self._before is not None:
+                self.scheduler.set_timesteps = self._before
+        return module
+
+    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        family = self.family
+        arguments = dict(self._parameters.bind(module, *args, **kwargs).arguments)
+        arguments.pop("self")
+        return_dict = arguments.pop("return_dict", True)
+        canvas = family.canvas(arguments)
+
+        def forward(tiles: torch.Tensor, timestep: Any, **conditions: Any) -> tuple[torch.Tensor]:
+            if tiles is canvas:  # one tile: the call as it came, so that no bit changes
+                inputs = arguments
+            else:
+                if getattr(module, "is_cache_enabled", False):
+                    raise ValueError("enable_cache: its state would be shared by different tiles; call disable_cache()")
+                inputs = {**conditions, family.timestep: timestep}
+                inputs |= family.tiles(tiles, inputs, self.denoiser.pixels)
+            output = self.fn_ref.original_forward(return_dict=False, **inputs)[0]
+            return (family.prediction(output, (tiles.shape[2], tiles.shape[3])),)
+
+        conditions = {name: v for name, v in arguments.items() if name not in (family.sample, family.timestep)}
+        prediction = family.result(self.denoiser(forward, canvas, arguments[family.timestep], **conditions))
+        return family.output(sample=prediction) if return_dict else (prediction,)
 
 
-def _unet(pipe: Any) -> Any:
-    """The pipeline's UNet, compiled or not: what is compiled then is the network on one tile batch."""
-    unet = getattr(pipe, "unet", None)
-    if not isinstance(getattr(unet, "_orig_mod", unet), UNet2DConditionModel):
-        raise TypeError(
-            f"pipe={type(pipe).__name__}: tiling needs a pipeline with a UNet2DConditionModel named unet, "
-            f"found {type(unet).__name__}"
-        )
-    return unet
+def _limit_shift(scheduler: Any, tokens: int, max_shift: float) -> Any:
+    """Keep a flow-matching scheduler's shift ``mu`` to what it is for one tile.
+
+    Pipelines compute ``mu`` from the tokens of the whole canvas, by a line through the shortest and the
+    longest sequence of the training (Esser et al. 2024, 5.3.2): the more pixels, the more noise hides
+    the same content. A network that sees tiles sees a tile's pixels. And the line does not go on: FLUX
+    at 4096x4096 would get ``mu`` 11.6, which puts all of 28 steps at noise levels above 0.999.
+
+    A ``mu`` that the line does not have at any whole number of tokens is the caller's own
+    (``StableDiffusion3Pipeline`` takes one), and stays.
+
+    Returns:
+        What now stands for ``scheduler.set_timesteps``.
+    """
+    original = scheduler.set_timesteps
+    line = {
+        "base_seq_len": scheduler.config.get("base_image_seq_len", 256),
+        "max_seq_len": scheduler.config.get("max_image_seq_len", 4096),
+        "base_shift": scheduler.config.get("base_shift", 0.5),
+        "max_shift": scheduler.config.get("max_shift", max_shift),
+    }
+    # A partial, and not a closure: a deep copy of the scheduler then has a method of its own.
+    limited = update_wrapper(partial(_set_timesteps, original, tokens, line), original)
+    scheduler.set_timesteps = limited
+    return limited
+
+
+def _set_timesteps(
+    original: Callable[..., Any], tokens: int, line: dict[str, Any], *args: Any, mu: float | None = None, **kwargs: Any
+) -> Any:
+    if mu is not None:
+        slope = (line["max_shift"] - line["base_shift"]) / (line["max_seq_len"] - line["base_seq_len"])
+        canvas = round(line["base_seq_len"] + (mu - line["base_shift"]) / slope) if slope else 0
+        if canvas > tokens and calculate_shift(canvas, **line) == mu:
+            mu = calculate_shift(tokens, **line)
+        kwargs["mu"] = mu
+    return original(*args, **kwargs)
+
+
+def _registry(network: Any) -> HookRegistry:
+    """The network's hooks. A compiled module passes attributes on to the module inside, whose registry must
+    not get ours: what is compiled is the network on one tile batch. So its own ``__dict__`` is looked into."""
+    registry = vars(network).get("_diffusers_hook")
+    if registry is None:
+        registry = vars(network)["_diffusers_hook"] = HookRegistry(network)
+    return registry
 
 
 def apply_tiling(pipe: Any, config: TilingConfig | None = None) -> Any:
@@ -73,30 +140,55 @@ def apply_tiling(pipe: Any, config: TilingConfig | None = None) -> Any:
     and guidance work unchanged. Overlapping predictions are averaged as in MultiDiffusion (Bar-Tal et
     al. 2023), by default with a ramp instead of equal weights.
 
+    Two things of a pipeline depend on the image's size, and are the caller's here
+    (:class:`TiledPipeline` does both):
+
+    - PixArt and Sana make an image of a trained size and resize it, unless they are called with
+      ``use_resolution_binning=False``.
+    - A scheduler's dynamic shift (FLUX, SD3, Z-Image, Qwen-Image) is kept to that of one tile. This holds
+      for the scheduler that the pipeline has now: set another one first, or call this again after.
+
     Args:
-        pipe: any pipeline with a ``UNet2DConditionModel`` named ``unet``.
+        pipe: any pipeline whose ``unet`` or ``transformer`` is of a class in :mod:`tiledcore.families`.
         config: the tiling; a second call replaces the first one's.
 
     Returns:
         ``pipe`` itself.
 
     Raises:
-        TypeError: the pipeline has no such UNet.
+        TypeError: the pipeline has no such network.
+        ValueError: the configuration's tile or overlap are not whole tokens of that network.
     """
-    unet = _unet(pipe)
-    size = unet.config.sample_size
-    native = (size, size) if isinstance(size, int) else (size[0], size[1])
+    network, family = network_of(pipe)
+    config = config or TilingConfig()
+    native, patch = family.native(pipe, network), family.patch(network)
+    # A canvas of two by two tiles: what is wrong with their size comes out here and not in the first step.
+    tile = config.tile or native
+    height, width = (tile, tile) if isinstance(tile, int) else tile
+    denoiser = TileDenoiser(config, native, pipe.vae_scale_factor, patch, family.packed)
+    denoiser.tiling(2 * height // denoiser.unit, 2 * width // denoiser.unit, 0)
     remove_tiling(pipe)
-    denoiser = TileDenoiser(config or TilingConfig(), native, pipe.vae_scale_factor)
-    HookRegistry.check_if_exists_or_initialize(unet).register_hook(TilingHook(denoiser), HOOK)
+    if config.mode == "canvas":
+        attention.install(
+            network,
+            tile=(height, width),
+            halo=config.halo,
+            wrap=config.wrap,
+            global_tokens=config.global_tokens,
+            native=native,
+            guidance_batch=config.guidance_batch,
+            impl=config.impl,
+        )
+    hook = TilingHook(denoiser, family, pipe.scheduler, (height // patch) * (width // patch))
+    _registry(network).register_hook(hook, HOOK)
     return pipe
 
 
 def remove_tiling(pipe: Any) -> Any:
     """Undo :func:`apply_tiling`: results are bit-identical to before. Without tiling, does nothing."""
-    unet = _unet(pipe)
-    if hasattr(unet, "_diffusers_hook"):
-        unet._diffusers_hook.remove_hook(HOOK, recurse=False)
+    network, _ = network_of(pipe)
+    _registry(network).remove_hook(HOOK, recurse=False)
+    attention.remove(network)
     return pipe
 
 
@@ -111,24 +203,34 @@ class TiledPipeline:
     tiling: TilingConfig
 
     def __init__(self, pipe: Any, tiling: TilingConfig | None = None) -> None:
-        _unet(pipe)
+        network_of(pipe)
         self.__dict__.update(pipe=pipe, tiling=tiling or TilingConfig())
 
     @classmethod
     def from_pretrained(
         cls, model: str | PathLike[str] | None = None, *, tiling: TilingConfig | None = None, **kwargs: Any
     ) -> TiledPipeline:
-        """Open a checkpoint: a hub id, a folder, or the embedded model if none is given.
+        """Open a checkpoint: a hub id, a folder, or an embedded model: ``"earth"``, the default, or ``"earth-flux"``.
 
         ``kwargs`` go to ``DiffusionPipeline.from_pretrained`` (``torch_dtype``, ``variant``, ...), whose
         errors are raised unchanged.
         """
-        return cls(DiffusionPipeline.from_pretrained(EARTH if model is None else model, **kwargs), tiling)
+        folder = EARTH if model is None else EMBEDDED.get(str(model), model)
+        if folder == EARTH_FLUX:
+            vae = AutoencoderKL.from_pretrained(EARTH, subfolder="vae", torch_dtype=kwargs.get("torch_dtype"))
+            kwargs.setdefault("vae", vae)
+        return cls(DiffusionPipeline.from_pretrained(folder, **kwargs), tiling)
 
     @classmethod
     def from_pipe(cls, pipe: Any, *, tiling: TilingConfig | None = None) -> TiledPipeline:
         """Wrap a pipeline that is already there; outside of this object it stays untiled."""
         return cls(pipe, tiling)
+
+    def grid(self, height: int, width: int, tiling: TilingConfig | None = None) -> TileGrid:
+        """The tiles of an image of ``height`` by ``width`` px, in latent pixels; before any shift."""
+        network, family = network_of(self.pipe)
+        factor = self.pipe.vae_scale_factor
+        return (tiling or self.tiling).grid(height // factor, width // factor, family.native(self.pipe, network))
 
     def to(self, *args: Any, **kwargs: Any) -> TiledPipeline:
         self.pipe.to(*args, **kwargs)
@@ -153,7 +255,8 @@ class TiledPipeline:
             image: start from this picture (PIL, or a tensor as diffusers takes it). A PIL image is
                 resized to ``height`` and ``width`` where these are given.
             tiling: for this call, instead of ``self.tiling``.
-            kwargs: as for the wrapped pipeline.
+            kwargs: as for the wrapped pipeline. ``use_resolution_binning`` (PixArt, Sana) is off unless it
+                is given: with it the picture is made at a trained size and resized.
 
         Returns:
             The wrapped pipeline's own output class.
@@ -163,10 +266,15 @@ class TiledPipeline:
             if "image" not in signature(type(pipe).__call__).parameters:
                 pipe = AutoPipelineForImage2Image.from_pipe(pipe)
             height, width = kwargs.pop("height", None), kwargs.pop("width", None)
-            if isinstance(image, Image.Image) and (height or width):
-                size = (width or image.width, height or image.height)
-                image = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+            if isinstance(image, Image.Image):
+                width, height = width or image.width, height or image.height
+                if image.size != (width, height):
+                    image = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+            if "height" in signature(type(pipe).__call__).parameters:
+                kwargs.update(height=height, width=width)
             kwargs["image"] = image
+        if "use_resolution_binning" in signature(type(pipe).__call__).parameters:
+            kwargs.setdefault("use_resolution_binning", False)
         config = tiling or self.tiling
         with tiled(pipe, config), _bounded_vae(pipe, kwargs):
             return pipe(*args, **kwargs)
@@ -175,8 +283,7 @@ class TiledPipeline:
 @contextmanager
 def tiled(pipe: Any, config: TilingConfig | None = None) -> Iterator[Any]:
     """``apply_tiling`` for the length of a ``with`` block; a tiling that was there before comes back."""
-    registry = getattr(_unet(pipe), "_diffusers_hook", None)
-    before = registry.get_hook(HOOK) if registry else None
+    before = _registry(network_of(pipe)[0]).get_hook(HOOK)
     try:
         yield apply_tiling(pipe, config)
     finally:

@@ -1,0 +1,180 @@
+"""Every way of covering a canvas with one model, side by side: cost, seams, low frequencies, patches.
+
+    python -m bench.modes --model earth --size 2048 --seeds 2 --json bench/results/modes_earth.json
+
+Images are kept in ``--work`` and not made again, so a run that was stopped goes on where it was. Each
+row is a mean over prompts and seeds, except for the seam check, of which the worst case is given:
+
+- seam: mean ratio of the tile lines of the plain grid (1 is an ordinary line), and how far the worst
+  one is above the limit, the 99.9th percentile of ordinary lines (bench/quality.py).
+- low: power at one to two cycles per native side, in windows of native size, over that of native samples.
+- patches: sliced Wasserstein distance to the model's own native samples of the same prompt; the floor is
+  the distance between two sets of native samples.
+
+Times are of one denoising step of the whole canvas, guidance included, without decoding; the ways take
+turns, and the median counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from bench import timing
+from bench.quality import cut_windows, low_frequency_power, seam_check
+from tiledcore import TiledPipeline, TileGrid, TilingConfig
+from tiledcore.models import call_defaults
+from tiledcore.models.architecture import NATIVE
+from tiledcore.models.evaluate import patch_distance
+
+PROMPTS = ["topographic map of a rugged coast", "satellite view of desert", "relief map of mountains"]
+WINDOWS = 32  # native samples a set, and windows cut from each image
+PX = 8  # image pixels per latent pixel
+
+Images = NDArray[np.floating[Any]]
+
+
+def ways(tile: int) -> dict[str, dict[str, Any]]:
+    """Arguments of TilingConfig for each row of the table."""
+    return {
+        "no overlap": {"overlap": 0, "window": "core"},
+        "12 % ramp": {"overlap": tile // 8},
+        "25 % ramp": {"overlap": tile // 4},
+        "50 % ramp": {"overlap": tile // 2},
+        "50 % mean": {"overlap": tile // 2, "window": "mean"},
+        "shift": {"shift": True},
+        "canvas, halo 0": {"mode": "canvas", "halo": 0},
+        "canvas, halo half": {"mode": "canvas", "halo": tile // 2},
+        "canvas, halo whole": {"mode": "canvas", "halo": tile},
+    }
+
+
+def run(pipe: Any, prompt: str, size: int, seed: int, tiling: TilingConfig, **call: Any) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(prompt, height=size, width=size, generator=generator, tiling=tiling, **call).images
+
+
+def kept(path: Path, make: Any) -> Images:
+    """The image(s) stored at ``path``, made first if they are not there; 0..1."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.concatenate(make())
+        Image.fromarray((pixels * 255).round().astype(np.uint8)).save(path.with_suffix(".tmp.png"))
+        path.with_suffix(".tmp.png").rename(path)
+    return np.asarray(Image.open(path), dtype=np.float32) / 255
+
+
+def native_samples(pipe: Any, work: Path, prompt: str, first: int, call: dict[str, Any]) -> Images:
+    side = NATIVE * PX
+    whole = TilingConfig(tile=NATIVE)
+
+    def make() -> list[Images]:
+        seeds = range(first, first + WINDOWS)
+        return [run(pipe, prompt, side, seed, whole, output_type="np", **call)[0] for seed in seeds]
+
+    return kept(work / f"native {prompt} {first}.png", make).reshape(WINDOWS, side, side, 3)
+
+
+def judge(image: Images, native: Images, tile: int) -> dict[str, float]:
+    lines = TileGrid(image.shape[0] // PX, image.shape[1] // PX, tile).lines
+    seams = seam_check(image, [PX * y for y in lines[0]], [PX * x for x in lines[1]])
+    windows = cut_windows(image, native.shape[1], WINDOWS)
+    return {
+        "seam_mean": seams.mean,
+        "seam_worst_over_limit": seams.worst / seams.limit,
+        "low_frequency_kept": low_frequency_power(windows) / low_frequency_power(native),
+        "patches": patch_distance(windows, native),
+    }
+
+
+def step_times(pipe: Any, names: dict[str, TilingConfig], size: int, rounds: int, call: dict[str, Any]) -> Any:
+    """Median seconds of one denoising step for each way; they take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    call = call | {"num_inference_steps": 1, "output_type": "latent"}
+    for _ in range(rounds):
+        for name, config in names.items():
+            start = time.perf_counter()
+            run(pipe, PROMPTS[0], size, 0, config, **call)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def area_factor(config: TilingConfig, size: int) -> float:
+    once = config.mode == "canvas" or config.shift
+    return 1.0 if once else config.grid(size // PX, size // PX, NATIVE).area_factor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="earth", help="earth or earth-flux")
+    parser.add_argument("--size", type=int, default=2048, help="px")
+    parser.add_argument("--tile", type=int, default=NATIVE, help="latent pixels")
+    parser.add_argument("--prompts", nargs="+", default=PROMPTS)
+    parser.add_argument("--seeds", type=int, default=1, help="images of each prompt")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--only", nargs="+", help="names of ways")
+    parser.add_argument("--rounds", type=int, default=3, help="of the timing; 0 leaves it out")
+    parser.add_argument("--work", type=Path, default=Path("runs/modes"))
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    Image.MAX_IMAGE_PIXELS = None
+    pipe = TiledPipeline.from_pretrained(args.model)
+    pipe.set_progress_bar_config(disable=True)
+    call = call_defaults(args.model) | {"num_inference_steps": args.steps}
+    work = args.work / args.model
+    chosen = {n: TilingConfig(tile=args.tile, **a) for n, a in ways(args.tile).items() if n in (args.only or [n])}
+    seconds = step_times(pipe, chosen, args.size, args.rounds, call) if args.rounds else {}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
+    floor = []
+    for prompt in args.prompts:
+        native, other = (native_samples(pipe, work, prompt, first, call) for first in (1000, 2000))
+        floor.append({"patches": patch_distance(other, native)})
+        floor[-1]["low_frequency_kept"] = low_frequency_power(other) / low_frequency_power(native)
+        for seed in range(args.seeds):
+            for name, config in chosen.items():
+                path = work / f"{args.size} {args.tile} {name} {prompt} {seed}.png"
+                image = kept(
+                    path, lambda c=config, p=prompt, s=seed: run(pipe, p, args.size, s, c, output_type="np", **call)
+                )
+                found[name].append(judge(image, native, args.tile))
+                print(name, prompt, seed, {k: round(v, 3) for k, v in found[name][-1].items()}, flush=True)
+    rows = []
+    for name, config in chosen.items():
+        row = {k: float(np.mean([f[k] for f in found[name]])) for k in found[name][0]}
+        row["seam_worst_over_limit"] = max(f["seam_worst_over_limit"] for f in found[name])
+        rows.append({"name": name, "area_factor": area_factor(config, args.size), "seconds": seconds.get(name)} | row)
+    rows.append({"name": "native samples"} | {k: float(np.mean([f[k] for f in floor])) for k in floor[0]})
+    print(table(rows))
+    if args.json:
+        about = {"size": args.size, "tile": args.tile, "prompts": args.prompts, "seeds": args.seeds, "call": call}
+        machine = timing.machine(torch.device("cpu"))
+        args.json.write_text(json.dumps({"machine": machine, "about": about, "rows": rows}, indent=1) + "\n")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    columns = {
+        "area_factor": "area factor",
+        "seconds": "s a step",
+        "seam_mean": "seam, mean",
+        "seam_worst_over_limit": "worst / limit",
+        "low_frequency_kept": "low",
+        "patches": "patches",
+    }
+    lines = ["| way | " + " | ".join(columns.values()) + " |", "|---" * (1 + len(columns)) + "|"]
+    for row in rows:
+        cells = [row.get(column) for column in columns]
+        lines.append(" | ".join([f"| {row['name']}", *("–" if c is None else f"{c:.2f}" for c in cells)]) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
