@@ -18,8 +18,10 @@ from PIL import Image
 
 from tiledcore import attention
 from tiledcore.denoiser import TileDenoiser, TilingConfig
+from tiledcore.engine import Engine, Report
 from tiledcore.families import Family, network_of
 from tiledcore.geometry import TileGrid
+from tiledcore.graph import CudaBackend, Mode, StepGraphs
 from tiledcore.models import EARTH, EARTH_FLUX, EMBEDDED
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,9 @@ class TilingHook(ModelHook):
         scheduler: its shift is kept to that of a tile for as long as the hook is there.
         tokens: of a tile.
     """
+
+    engine: Engine | None = None
+    """What moves the canvas during a call of a :class:`TiledPipeline`."""
 
     def __init__(self, denoiser: TileDenoiser, family: Family, scheduler: Any, tokens: int) -> None:
         super().__init__()
@@ -66,7 +71,10 @@ class TilingHook(ModelHook):
         arguments = dict(self._parameters.bind(module, *args, **kwargs).arguments)
         arguments.pop("self")
         return_dict = arguments.pop("return_dict", True)
-        canvas = family.canvas(arguments)
+        engine = self.engine
+        if engine is not None and not engine.runs(arguments[family.timestep]):
+            engine = None
+        canvas = None if engine else family.canvas(arguments)
 
         def forward(tiles: torch.Tensor, timestep: Any, **conditions: Any) -> tuple[torch.Tensor]:
             if tiles is canvas:  # one tile: the call as it came, so that no bit changes
@@ -80,7 +88,13 @@ class TilingHook(ModelHook):
             return (family.prediction(output, (tiles.shape[2], tiles.shape[3])),)
 
         conditions = {name: v for name, v in arguments.items() if name not in (family.sample, family.timestep)}
-        prediction = family.result(self.denoiser(forward, canvas, arguments[family.timestep], **conditions))
+        if engine is not None:
+            engine.look(arguments, family)
+            evaluate = partial(self.denoiser.evaluate, forward)
+            prediction = engine.run_step(evaluate, arguments[family.timestep], conditions)
+        else:
+            assert canvas is not None
+            prediction = family.result(self.denoiser(forward, canvas, arguments[family.timestep], **conditions))
         return family.output(sample=prediction) if return_dict else (prediction,)
 
 
@@ -201,14 +215,27 @@ class TiledPipeline:
 
     pipe: Any
     tiling: TilingConfig
+    fused: bool
+    """Whether blend, guidance and scheduler are one fused step, where the pipeline and its scheduler allow it."""
+    report: Report | None
+    """How the last call ran: fused or not, graph replays, and why not."""
 
-    def __init__(self, pipe: Any, tiling: TilingConfig | None = None) -> None:
+    def __init__(
+        self, pipe: Any, tiling: TilingConfig | None = None, fused: bool = True, cuda_graph: Mode = "auto"
+    ) -> None:
         network_of(pipe)
-        self.__dict__.update(pipe=pipe, tiling=tiling or TilingConfig())
+        graphs = StepGraphs(cuda_graph)
+        self.__dict__.update(pipe=pipe, tiling=tiling or TilingConfig(), fused=fused, report=None, _graphs=graphs)
 
     @classmethod
     def from_pretrained(
-        cls, model: str | PathLike[str] | None = None, *, tiling: TilingConfig | None = None, **kwargs: Any
+        cls,
+        model: str | PathLike[str] | None = None,
+        *,
+        tiling: TilingConfig | None = None,
+        fused: bool = True,
+        cuda_graph: Mode = "auto",
+        **kwargs: Any,
     ) -> TiledPipeline:
         """Open a checkpoint: a hub id, a folder, or an embedded model: ``"earth"``, the default, or ``"earth-flux"``.
 
@@ -219,12 +246,14 @@ class TiledPipeline:
         if folder == EARTH_FLUX:
             vae = AutoencoderKL.from_pretrained(EARTH, subfolder="vae", torch_dtype=kwargs.get("torch_dtype"))
             kwargs.setdefault("vae", vae)
-        return cls(DiffusionPipeline.from_pretrained(folder, **kwargs), tiling)
+        return cls(DiffusionPipeline.from_pretrained(folder, **kwargs), tiling, fused, cuda_graph)
 
     @classmethod
-    def from_pipe(cls, pipe: Any, *, tiling: TilingConfig | None = None) -> TiledPipeline:
+    def from_pipe(
+        cls, pipe: Any, *, tiling: TilingConfig | None = None, fused: bool = True, cuda_graph: Mode = "auto"
+    ) -> TiledPipeline:
         """Wrap a pipeline that is already there; outside of this object it stays untiled."""
-        return cls(pipe, tiling)
+        return cls(pipe, tiling, fused, cuda_graph)
 
     def grid(self, height: int, width: int, tiling: TilingConfig | None = None) -> TileGrid:
         """The tiles of an image of ``height`` by ``width`` px, in latent pixels; before any shift."""
@@ -242,7 +271,7 @@ class TiledPipeline:
         return getattr(self.pipe, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("pipe", "tiling"):
+        if name in ("pipe", "tiling", "fused", "report"):
             self.__dict__[name] = value
         else:
             setattr(self.pipe, name, value)
@@ -277,7 +306,19 @@ class TiledPipeline:
             kwargs.setdefault("use_resolution_binning", False)
         config = tiling or self.tiling
         with tiled(pipe, config), _bounded_vae(pipe, kwargs):
-            return pipe(*args, **kwargs)
+            if not self.fused:
+                self.report = None
+                return pipe(*args, **kwargs)
+            if self._graphs.backend is None and torch.device(pipe._execution_device).type == "cuda":
+                self._graphs.backend = CudaBackend()
+            bound = signature(type(pipe).__call__).bind_partial(pipe, *args, **kwargs)
+            bound.apply_defaults()
+            with Engine(pipe, bound.arguments, config, self._graphs) as engine:
+                _registry(network_of(pipe)[0]).get_hook(HOOK).engine = engine
+                try:
+                    return pipe(*args, **kwargs)
+                finally:
+                    self.report = engine.report()
 
 
 @contextmanager

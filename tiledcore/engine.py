@@ -1,0 +1,334 @@
+"""The denoising loop inside a diffusers pipeline's own: gather -> network -> one fused step.
+
+The pipeline's call stays as it is: it encodes, prepares, counts, shows progress, calls back and decodes. What it does
+with the canvas between two evaluations (scale, repeat, guide, step) is taken over: while the engine runs, the
+pipeline holds stand-ins of one pixel for latents and predictions, on which all of that costs nothing, and the canvas
+itself stays in the engine's buffers, moved on by :func:`tiledcore.ops.fused_step`.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiledcore import ops
+from tiledcore.denoiser import Prediction, TilingConfig
+from tiledcore.families import Family
+from tiledcore.graph import Counters, Entry, StepGraphs
+from tiledcore.ops.step import MAX_SLOTS, guidance_rescale
+from tiledcore.solver import LinearSolver, NotLinear, linear_solver
+
+logger = logging.getLogger(__name__)
+
+# Pipelines whose loop is: [repeat, scale], predict, [guide], step. Others do more to the canvas in between.
+PIPELINES = (
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusion3Pipeline",
+    "StableDiffusion3Img2ImgPipeline",
+    "FluxPipeline",
+    "FluxImg2ImgPipeline",
+)
+# Arguments of their calls that change the loop.
+REFUSED = ("denoising_start", "denoising_end", "skip_guidance_layers", "ip_adapter_image", "ip_adapter_image_embeds")
+
+
+@dataclass
+class Report:
+    """How the last call ran."""
+
+    fused: bool
+    """Whether the engine moved the canvas; otherwise the pipeline's own loop and the scheduler's ``step`` did."""
+    reason: str | None
+    """Why it did not."""
+    evaluations: int
+    """Of the network on the whole canvas, by the engine."""
+    graph: Counters
+
+
+@dataclass
+class Buffers:
+    """All that a step reads and writes, at addresses that stay."""
+
+    state: Tensor  # [S, B, C, H, W]
+    model_input: Tensor  # [B, C, H, W]
+    table: Tensor  # [n, S, S + 2]
+    input_scale: Tensor  # [n + 1]
+    step: Tensor  # [1] int64
+    guidance: Tensor  # [1]
+    noise: Tensor | None  # [B, C, H, W]
+    arguments: dict[str, Any]
+
+
+def why_not(pipe: Any, call: dict[str, Any]) -> str | None:
+    """Why the engine cannot run this call, or None where it can."""
+    name = type(pipe).__name__
+    if name not in PIPELINES:
+        return f"{name} keeps its own loop"
+    for argument in REFUSED:
+        if call.get(argument) is not None:
+            return f"{argument} changes the pipeline's loop"
+    if name.startswith("Flux") and (call.get("true_cfg_scale") or 1.0) > 1 and call.get("negative_prompt") is not None:
+        return "true_cfg_scale: FLUX evaluates the two branches in two calls"
+    return None
+
+
+class Engine:
+    """One call of a pipeline. A context: inside of it, the pipeline's scheduler is the engine's.
+
+    Args:
+        pipe: the pipeline.
+        call: the arguments of its call.
+        config: the tiling.
+        graphs: of the steps, kept from call to call.
+    """
+
+    def __init__(self, pipe: Any, call: dict[str, Any], config: TilingConfig, graphs: StepGraphs) -> None:
+        self.pipe, self.config, self.graphs, self.scheduler = pipe, config, graphs, pipe.scheduler
+        self.generator = call.get("generator")
+        self.eta = call.get("eta", 0.0)
+        # A callback must see each step's latents; otherwise only the last ones are needed.
+        self.shows_latents = any(call.get(name) is not None for name in ("callback_on_step_end", "callback"))
+        self.index = 0
+        self.reason = why_not(pipe, call)
+        self._decided = False
+        self._shown: Tensor | None = None
+        graphs.counters = Counters()
+
+    def report(self) -> Report:
+        return Report(self.index > 0, self.reason, self.index, self.graphs.counters)
+
+    def __enter__(self) -> Engine:
+        self._before = {name: vars(self.scheduler).get(name) for name in ("step", "scale_model_input")}
+        if self.reason is None:
+            own_step, own_scale = self.scheduler.step, getattr(self.scheduler, "scale_model_input", None)
+
+            @wraps(own_step)  # pipelines look at its signature
+            def step(model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+                if self.reason is not None:
+                    return own_step(model_output, timestep, sample, *args, **kwargs)
+                return (self._latents(sample),)
+
+            self.scheduler.step = step
+            if own_scale is not None:
+
+                @wraps(own_scale)
+                def scale(sample: Tensor, timestep: Any) -> Any:
+                    return sample if self.runs(timestep) else own_scale(sample, timestep)
+
+                self.scheduler.scale_model_input = scale
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, value in self._before.items():
+            vars(self.scheduler).pop(name, None)
+            if value is not None:
+                setattr(self.scheduler, name, value)
+
+    def runs(self, timestep: Any) -> bool:
+        """Whether the engine moves the canvas. Decided at the first evaluation, when the timesteps are known."""
+        if not self._decided and self.reason is None:
+            self._decided = True
+            self._solver = self._linear(float(torch.as_tensor(timestep).flatten()[0]))
+            if self._solver is None:
+                logger.warning("the scheduler's own step is used: %s", self.reason)
+        return self.reason is None
+
+    def _begin_index(self, timestep: float) -> int | None:
+        """Where in the scheduler's timesteps the pipeline starts. Not every scheduler is told."""
+        told: int | None = getattr(self.scheduler, "begin_index", None)
+        if told is not None:
+            return told
+        places = (self.scheduler.timesteps == timestep).nonzero().flatten().tolist()
+        return places[0] if len(places) == 1 else None
+
+    def _linear(self, timestep: float) -> LinearSolver | None:
+        plain = copy.copy(self.scheduler)
+        for name, value in self._before.items():
+            vars(plain).pop(name, None)
+            if value is not None:
+                setattr(plain, name, value)
+        takes_eta = "eta" in inspect.signature(plain.step).parameters and hasattr(
+            self.pipe, "prepare_extra_step_kwargs"
+        )
+        begin = self._begin_index(timestep)
+        if begin is None:
+            self.reason = f"{type(plain).__name__}: timestep {timestep:g} is none, or several, of its timesteps"
+            return None
+        solver = linear_solver(plain, begin=begin, **({"eta": self.eta} if takes_eta else {}))
+        if isinstance(solver, NotLinear):
+            self.reason = f"{type(plain).__name__}: {solver.reason}"
+        elif solver.slots > MAX_SLOTS:
+            self.reason = f"{type(plain).__name__}: needs {solver.slots} canvases of history, more than {MAX_SLOTS}"
+        elif any(solver.uses_noise) and type(self.pipe).__name__.startswith("Flux"):
+            self.reason = f"{type(plain).__name__}: draws noise in the shape of packed latents"
+        else:
+            return solver
+        return None
+
+    def look(self, arguments: dict[str, Any], family: Family) -> None:
+        """Take from the arguments of the network's forward what the pipeline has changed."""
+        self.branches = 2 if getattr(self.pipe, "do_classifier_free_guidance", False) else 1
+        if self.index == 0:
+            self._begin(family.canvas(arguments), arguments[family.sample], arguments, family)
+        elif self._shown is not None:
+            self._take_back(family.canvas(arguments).chunk(self.branches)[0])
+
+    def _begin(self, canvas: Tensor, sample: Tensor, arguments: dict[str, Any], family: Family) -> None:
+        assert self._solver is not None
+        latents = canvas.chunk(self.branches)[0]
+        dtype = torch.promote_types(latents.dtype, torch.float32)
+        solver = self._solver.to(latents.device, dtype)
+        self.family, self._solver = family, solver
+
+        def make() -> Buffers:
+            state = torch.zeros(solver.slots, *latents.shape, dtype=dtype, device=latents.device)
+            return Buffers(
+                state=state,
+                model_input=torch.empty_like(latents, memory_format=torch.contiguous_format),
+                table=solver.table.clone(),
+                input_scale=solver.input_scale.clone(),
+                step=torch.zeros(1, dtype=torch.int64, device=latents.device),
+                guidance=torch.ones(1, dtype=dtype, device=latents.device),
+                noise=torch.empty_like(state[0]) if any(solver.uses_noise) else None,
+                arguments={},
+            )
+
+        shapes = (tuple(latents.shape), latents.dtype, latents.device, tuple(solver.table.shape), self.branches)
+        key = (_identity(_network(self.pipe)), self.config, shapes, self._rescale(), solver.uses_noise)
+        self.entry: Entry = self.graphs.entry(key, make)
+        self.buffers: Buffers = self.entry.buffers
+        self.buffers.table.copy_(solver.table)
+        self.buffers.input_scale.copy_(solver.input_scale)
+        self.buffers.step.zero_()
+        self._take_back(latents)
+        # What the pipeline holds meanwhile: as many images, of one pixel, or one token.
+        self._stand_in = latents.new_zeros(latents.shape[0], *[1] * (sample.ndim - 1))
+
+    def _take_back(self, latents: Tensor) -> None:
+        """The canvas as the pipeline has it; a callback may have changed it."""
+        if self._shown is not None and torch.equal(latents, self._shown):
+            return  # unchanged: the engine's own is more precise
+        self.buffers.state[0].copy_(latents)
+        scale = self.buffers.input_scale[self.index]
+        self.buffers.model_input.copy_(self.buffers.state[0] * scale)
+
+    def _rescale(self) -> float:
+        return float(getattr(self.pipe, "guidance_rescale", 0.0) or 0.0) if self.branches == 2 else 0.0
+
+    def run_step(self, evaluate: Callable[..., Prediction], timestep: Any, conditions: dict[str, Any]) -> Tensor:
+        """One evaluation of the canvas and the step after it.
+
+        Args:
+            evaluate: the network on all tiles: ``evaluate(canvas [G*B, C, H, W], timestep, **conditions)``.
+            timestep: as the pipeline gives it.
+            conditions: the other arguments of the network's forward.
+
+        Returns:
+            The stand-in for the prediction.
+        """
+        assert self._solver is not None
+        buffers, index = self.buffers, self.index
+        refusal = self._graph_refusal()
+        if refusal is None and self.graphs.backend is not None:
+            given = {**conditions, "": timestep}
+            if not buffers.arguments:
+                buffers.arguments = _clone(given)
+            elif not _refill(buffers.arguments, given):
+                refusal = "the conditions have other shapes than before"
+            if refusal is None:
+                conditions = {k: v for k, v in buffers.arguments.items() if k}
+                timestep = buffers.arguments[""]
+        if self.branches == 2:
+            buffers.guidance.fill_(float(self.pipe.guidance_scale))
+        if self._solver.uses_noise[index]:
+            assert buffers.noise is not None
+            buffers.noise.copy_(self._solver.noise(self.generator, buffers.model_input))
+
+        def body() -> None:
+            canvas = torch.cat([buffers.model_input] * self.branches)
+            tiles, offsets, size, ramp = evaluate(canvas, timestep, **conditions)
+            options: dict[str, Any] = {"window": self.config.window, "ramp": ramp, "impl": self.config.impl}
+            guidance = buffers.guidance if self.branches == 2 else None
+            rescale = None
+            if guidance is not None and self._rescale() > 0:
+                rescale = guidance_rescale(tiles, offsets, size, guidance, self._rescale(), **options)
+            with torch.profiler.record_function("tiledcore::step"):
+                ops.fused_step(
+                    tiles.contiguous(),
+                    offsets,
+                    buffers.state,
+                    buffers.table,
+                    buffers.input_scale,
+                    buffers.step,
+                    model_input=buffers.model_input,
+                    guidance_scale=guidance,
+                    noise=buffers.noise if self._solver.uses_noise[index] else None,  # type: ignore[union-attr]
+                    rescale=rescale,
+                    **options,
+                )
+            buffers.step.add_(1)
+
+        self.graphs.run(self.entry, body, refusal)
+        self.index += 1
+        return self._stand_in.repeat(self.branches, *[1] * (self._stand_in.ndim - 1))
+
+    def _graph_refusal(self) -> str | None:
+        if self.config.shift:
+            return "shift=True: the tiles' sizes differ from step to step"
+        if getattr(_network(self.pipe), "_hf_hook", None) is not None:
+            return "CPU offload moves the weights between steps"
+        if self.shows_latents:
+            return "a callback may change what the next step reads"
+        return None
+
+    def _latents(self, sample: Tensor) -> Tensor:
+        """What the pipeline is given for its latents after a step."""
+        assert self._solver is not None
+        if not self.shows_latents and self.index < len(self._solver):
+            return self._stand_in.to(sample.dtype)
+        self._shown = self.buffers.state[0].to(self.buffers.model_input.dtype, copy=True)
+        return self.family.result(self._shown)
+
+
+def _network(pipe: Any) -> Any:
+    return pipe.unet if getattr(pipe, "unet", None) is not None else pipe.transformer
+
+
+def _identity(network: Any) -> tuple[Any, ...]:
+    """What a graph of the network bakes in: where its weights lie, and the scales of its adapters."""
+    weights = hash(tuple(p.data_ptr() for p in network.parameters()))
+    scales = [str(m.scaling) for m in network.modules() if isinstance(getattr(m, "scaling", None), dict)]
+    return id(network), weights, hash(tuple(scales))
+
+
+def _clone(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {k: _clone(v) for k, v in value.items()}
+    return type(value)(_clone(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def _refill(old: Any, new: Any) -> bool:
+    """Copy new values into the tensors of a structure; False where it differs in anything else."""
+    if isinstance(old, Tensor) and isinstance(new, Tensor):
+        if old.shape != new.shape or old.dtype != new.dtype or old.device != new.device:
+            return False
+        old.copy_(new)
+        return True
+    if isinstance(old, dict) and isinstance(new, dict):
+        return old.keys() == new.keys() and all(_refill(old[k], new[k]) for k in old)
+    if isinstance(old, list | tuple) and isinstance(new, list | tuple):
+        return len(old) == len(new) and all(_refill(a, b) for a, b in zip(old, new, strict=True))
+    return type(old) is type(new) and bool(old == new)

@@ -1,0 +1,202 @@
+"""The step as a CUDA graph: captured once, replayed where that is measured to pay.
+
+A graph replays the same kernels on the same addresses. So whoever runs steps through here keeps everything that a
+step reads or writes in buffers that stay, and puts new values into them between steps. The buffers belong to
+the graph: both are kept under one key, and the least recently used pair goes first.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+Mode = Literal["auto"] | bool
+Body = Callable[[], None]
+
+GAIN = 0.03
+"""A graph is kept if it saves more than this share of the eager step's time: below, it only costs memory."""
+
+
+class Backend(Protocol):
+    """What captures and times; CUDA, or a test's double of it."""
+
+    def capture(self, body: Body) -> Body:
+        """Record a step without running it; the result replays it."""
+
+    def seconds(self, body: Body) -> float:
+        """Run a step and time it on the device."""
+
+    def free_bytes(self) -> int:
+        """Device memory that is left."""
+
+
+class CudaBackend:
+    """torch's CUDA graphs. All graphs share one memory pool: no two of them run at once."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, body: Body) -> Body:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            body()
+        replay: Body = graph.replay
+        return replay
+
+    def seconds(self, body: Body) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        body()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
+
+    def free_bytes(self) -> int:
+        return torch.cuda.mem_get_info()[0]
+
+
+@dataclass
+class Counters:
+    """What happened to the steps of a run."""
+
+    eager: int = 0
+    captures: int = 0
+    replays: int = 0
+    reason: str | None = None
+    """Why there is no graph, or no longer one."""
+
+
+@dataclass
+class Entry:
+    """Buffers, and the graph of the step that works on them."""
+
+    buffers: Any
+    replay: Body | None = None
+    captured: Body | None = None
+    """The body that was captured: what it refers to must live as long as the graph."""
+    refused: str | None = None
+    eager_steps: int = 0
+    eager_seconds: float = 0.0
+    settled: bool = False
+    """The replay has been timed and kept."""
+
+
+@dataclass
+class StepGraphs:
+    """Runs steps, as graphs where they pay.
+
+    Args:
+        mode: ``"auto"``: the first two steps of a key run eagerly, the second is timed; the third is captured and the
+            fourth timed; the graph stays if it gains more than :data:`GAIN`. True: captured after one eager
+            step and always kept; what prevents that is raised. False: never.
+        size: how many keys are kept.
+        reserve: bytes of device memory that must stay free after a capture; otherwise the graph is dropped.
+        backend: what captures; None: no device here can.
+    """
+
+    mode: Mode = "auto"
+    size: int = 4
+    reserve: int = 1 << 28
+    backend: Backend | None = None
+    counters: Counters = field(default_factory=Counters)
+    _entries: OrderedDict[Hashable, Entry] = field(default_factory=OrderedDict)
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("auto", True, False):
+            raise ValueError(f"cuda_graph={self.mode!r}: must be 'auto', True or False")
+
+    def entry(self, key: Hashable, make: Callable[[], Any]) -> Entry:
+        """The buffers and the graph under a key, made if they are not there.
+
+        Args:
+            key: everything that the step's kernels depend on beside the buffers' contents: shapes, dtypes, device,
+                the network, and every number that is baked into a launch.
+            make: makes the buffers.
+        """
+        if key not in self._entries:
+            self._entries[key] = Entry(make())
+            while len(self._entries) > self.size:
+                self._entries.popitem(last=False)
+        self._entries.move_to_end(key)
+        return self._entries[key]
+
+    def run(self, entry: Entry, body: Body, refused: str | None = None) -> None:
+        """Run one step, in whichever way.
+
+        Args:
+            entry: from :meth:`entry`.
+            body: the step; it touches nothing but the entry's buffers.
+            refused: why this step must run eagerly, in words.
+
+        Raises:
+            RuntimeError: ``mode`` is True, and the step was refused or could not be captured.
+        """
+        refused = refused or self._unwanted()
+        if refused is None:
+            refused = entry.refused
+        elif self.mode is True:
+            raise RuntimeError(f"cuda_graph=True: {refused}")
+        if refused is not None:
+            self.counters.reason = refused
+            self.counters.eager += 1
+            body()
+            return
+        assert self.backend is not None
+        if entry.replay is None and entry.eager_steps < (1 if self.mode is True else 2):
+            # The first step allocates, compiles and loads; only the second is worth timing.
+            entry.eager_seconds = self.backend.seconds(body)
+            entry.eager_steps += 1
+            self.counters.eager += 1
+        elif entry.replay is None:
+            self._capture(entry, body)
+        elif entry.settled or self.mode is True:
+            entry.replay()
+            self.counters.replays += 1
+        else:
+            self._judge(entry)
+
+    def _unwanted(self) -> str | None:
+        if self.mode is False:
+            return "cuda_graph=False"
+        return "there is no CUDA device" if self.backend is None else None
+
+    def _capture(self, entry: Entry, body: Body) -> None:
+        assert self.backend is not None
+        try:
+            replay = self.backend.capture(body)
+        except RuntimeError as error:
+            if self.mode is True:
+                raise RuntimeError(f"cuda_graph=True: the step cannot be captured: {error}") from error
+            self._drop(entry, f"the step cannot be captured: {str(error).splitlines()[0]}")
+            self.counters.eager += 1
+            body()
+            return
+        self.counters.captures += 1
+        replay()
+        self.counters.replays += 1
+        if self.mode == "auto" and self.backend.free_bytes() < self.reserve:
+            self._drop(entry, "the graph's memory does not fit beside the rest")
+        else:
+            entry.replay, entry.captured = replay, body
+
+    def _judge(self, entry: Entry) -> None:
+        assert self.backend is not None and entry.replay is not None
+        seconds = self.backend.seconds(entry.replay)
+        self.counters.replays += 1
+        if seconds < (1 - GAIN) * entry.eager_seconds:
+            entry.settled = True
+        else:
+            gain = 1 - seconds / entry.eager_seconds
+            self._drop(entry, f"replay gains {gain:.1%}, and a graph is kept above {GAIN:.0%}")
+
+    def _drop(self, entry: Entry, reason: str) -> None:
+        entry.replay, entry.captured, entry.refused = None, None, reason
+        self.counters.reason = reason
+        logger.info("no CUDA graph: %s", reason)
