@@ -22,6 +22,7 @@ from tiledcore import TiledPipeline, TilingConfig, cli, images, ops
 from tiledcore import generate as command
 from tiledcore.cli import main
 from tiledcore.denoiser import TileDenoiser
+from tiledcore.models import EMBEDDED
 
 FAST = ["--steps", "2", "--size", "192x160", "--seed", "5", "--device", "cpu"]
 
@@ -84,14 +85,14 @@ def error(capsys: pytest.CaptureFixture[str]) -> str:
 
 def spied_denoiser(monkeypatch: pytest.MonkeyPatch, action: Any) -> None:
     """Call ``action`` in the second step."""
-    call, count = TileDenoiser.__call__, iter(range(100))
+    call, count = TileDenoiser.evaluate, iter(range(100))
 
     def spy(self: TileDenoiser, *args: Any, **kwargs: Any) -> Any:
         if next(count) == 1:
             action()
         return call(self, *args, **kwargs)
 
-    monkeypatch.setattr(TileDenoiser, "__call__", spy)
+    monkeypatch.setattr(TileDenoiser, "evaluate", spy)
 
 
 def fail(error: BaseException) -> Any:
@@ -123,8 +124,10 @@ def test_an_image_with_its_settings(model: str, capsys: pytest.CaptureFixture[st
         "dtype": "fp32",
         "version": "0.1.0",
         "tiling": {
+            "mode": "tiles",
             "tile": [16, 16],
             "overlap": [4, 4],
+            "halo": None,
             "window": "ramp",
             "ramp": 4,
             "shift": False,
@@ -176,11 +179,19 @@ def test_a_random_seed_is_printed_and_makes_the_image_again(model: str, capsys: 
     assert stored("c.png")["seed"] != seed
 
 
+def test_canvas_mode(model: str) -> None:
+    assert generate(model, "--mode", "canvas", "--tile", "8", "--halo", "4", "--global-tokens", "9") == 0
+    tiling = stored()["tiling"]
+    assert (tiling["mode"], tiling["halo"], tiling["area_factor"]) == ("canvas", [4, 4], 1.0)
+    assert tiling["lines_y"] == [64, 128] and tiling["lines_x"] == [64, 128]
+    assert generate(model, "--halo", "4") == 2  # of no use with tiles
+
+
 def test_shifted_tiles(model: str) -> None:
     assert generate(model, "--shift", "--tile", "8x16", "--tile-batch", "2") == 0
     tiling = stored()["tiling"]
     assert (tiling["shift"], tiling["overlap"], tiling["tile"]) == (True, [0, 0], [8, 16])
-    assert tiling["tiles"] == 4 * 3  # an open axis needs one more than cover it
+    assert (tiling["tiles"], tiling["area_factor"], tiling["window"]) == (3 * 2, 1.0, None)
     grid = TilingConfig(shift=True, tile=(8, 16)).grid(20, 24, 16)
     assert tiling["lines_y"] == [8 * y for y in grid.lines[0]]
 
@@ -231,12 +242,13 @@ def test_sdxl(tmp_path: Path) -> None:
 
 
 def test_the_embedded_model_has_its_own_defaults(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "EARTH", Path(model))
+    monkeypatch.setitem(EMBEDDED, "earth", Path(model))
+    monkeypatch.setattr("tiledcore.pipeline.EARTH", Path(model))
     args = ["generate", "a coast", "--size", "64x64", "--out", "a.png"]
     assert main(args) == 0
     assert stored()["model"] == "earth"
     assert stored()["steps"] == 12
-    assert stored()["guidance"] == command.EARTH_GUIDANCE
+    assert stored()["guidance"] == 3.0
     assert main([*args, "--steps", "3", "--guidance", "0"]) == 0
     assert (stored()["steps"], stored()["guidance"]) == (3, 0)
 
@@ -353,7 +365,7 @@ def test_info_of_anything_else(content: str, capsys: pytest.CaptureFixture[str])
         (["--out", "a.webp", "--size", "16384x64"], "WEBP holds at most 16383 px"),
         (["--model", "./none"], "no such folder"),
         (["--model", "."], "there is no model_index.json"),
-        (["--model", "transformer"], "neither a UNet nor a transformer"),
+        (["--model", "prior"], "neither a UNet nor a transformer"),
         (["--device", "toaster"], "--device toaster: torch knows no such device"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
     ],
@@ -369,8 +381,8 @@ def test_refused_before_anything_is_loaded(
     Image.effect_noise((64, 64), 60).save("whole.png")
     Path("cut.png").write_bytes(Path("whole.png").read_bytes()[:2000])
     Path("folder.png").mkdir()
-    Path("transformer").mkdir()
-    Path("transformer/model_index.json").write_text('{"transformer": ["diffusers", "DiT"]}')
+    Path("prior").mkdir()
+    Path("prior/model_index.json").write_text('{"prior": ["diffusers", "PriorTransformer"]}')
     before = sorted(os.listdir())
     monkeypatch.setattr(TiledPipeline, "from_pretrained", fail(AssertionError("loaded")))
     assert generate(model, *args) == 2

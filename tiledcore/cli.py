@@ -1,4 +1,4 @@
-"""The command line: ``tiledcore generate PROMPT --out FILE`` and ``tiledcore info FILE``."""
+"""The command line: ``tiledcore generate``, ``profile`` and ``info``."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from tiledcore.generate import (
     say,
 )
 from tiledcore.images import read_metadata
+from tiledcore.profile import profile
 
 WINDOWS = ("ramp", "core", "mean", "gaussian")
 
@@ -87,7 +88,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="tiledcore", description="One coherent image of any size from many tiles.")
     parser.add_argument("--version", action="version", version=f"tiledcore {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_generate(commands.add_parser("generate", help="make an image"))
+    making = commands.add_parser("generate", help="make an image")
+    making.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help=".png (holds the settings), .jpg or .webp"
+    )
+    making.set_defaults(command=generate)
+    _add_generate(making)
+    timing = commands.add_parser("profile", help="where the time of generate goes")
+    timing.add_argument("--trace", type=Path, metavar="FILE", help="also write a Chrome trace there (.json)")
+    timing.set_defaults(command=profile, out=None)
+    _add_generate(timing)
     about = commands.add_parser("info", help="print the settings that a PNG was made with")
     about.add_argument("file", type=Path)
     about.add_argument("--json", action="store_true", help="as JSON, as they are stored")
@@ -96,16 +106,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(command=generate)
     add = parser.add_argument
     add("prompt", metavar="PROMPT")
-    add(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help=".png (holds the settings), .jpg or .webp",
-    )
     add(
         "--size",
         type=_size,

@@ -10,6 +10,7 @@ import torch
 
 from tiledcore import ops
 from tiledcore.geometry import Pair, Partition, TileGrid, Tiling
+from tiledcore.labels import label
 
 # Arguments of a denoiser's forward with one row per image of the batch; a tile batch repeats them.
 PER_IMAGE = (
@@ -226,7 +227,8 @@ class TileDenoiser:
         tiles, offsets, size, ramp = self.evaluate(forward, sample, timestep, **kwargs)
         if len(offsets) == 1:  # as it came, so that no bit changes
             return tiles
-        return ops.blend_tiles(tiles, offsets, size, window=self.config.window, ramp=ramp, impl=self.config.impl)
+        with label("blend"):
+            return ops.blend_tiles(tiles, offsets, size, window=self.config.window, ramp=ramp, impl=self.config.impl)
 
     def evaluate(
         self, forward: Callable[..., Any], sample: torch.Tensor, timestep: torch.Tensor | float, **kwargs: Any
@@ -246,13 +248,13 @@ class TileDenoiser:
         batch, _, height, width = sample.shape
         size = (height, width)
         if self.config.mode == "canvas":
-            return self._whole(forward(sample, timestep, **kwargs)[0])
+            return self._whole(self._network(forward, sample, timestep=timestep, **kwargs))
         _refuse(kwargs)
         tiling = self.tiling(height, width, timestep)
         if isinstance(tiling, Partition):
             return self._evaluate_partition(tiling, forward, sample, timestep, kwargs)
         if len(tiling.offsets) == 1 and tiling.tile_size == size:
-            return self._whole(forward(sample, timestep, **kwargs)[0])
+            return self._whole(self._network(forward, sample, timestep=timestep, **kwargs))
         kwargs["timestep"] = timestep
         if self._offsets is None or self._offsets.device != sample.device:
             self._offsets = torch.tensor(tiling.offsets, dtype=torch.int32).to(sample.device)
@@ -275,7 +277,7 @@ class TileDenoiser:
     ) -> Prediction:
         """Tiles of several sizes, each of which is put where it belongs: nothing overlaps, nothing to blend."""
         if len(partition) == 1:
-            return self._whole(forward(sample, timestep, **kwargs)[0])
+            return self._whole(self._network(forward, sample, timestep=timestep, **kwargs))
         batch, _, height, width = sample.shape
         kwargs["timestep"] = timestep
         for (h, w), places in partition.groups.items():
@@ -305,9 +307,15 @@ class TileDenoiser:
         tile: Pair,
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
-        inputs = ops.gather_tiles(sample, offsets, tile, impl=self.config.impl)
+        with label("gather"):
+            inputs = ops.gather_tiles(sample, offsets, tile, impl=self.config.impl)
         canvas = (sample.shape[2], sample.shape[3])
-        prediction: torch.Tensor = forward(inputs, **self._repeat(kwargs, offsets, tile, canvas, len(sample)))[0]
+        return self._network(forward, inputs, **self._repeat(kwargs, offsets, tile, canvas, len(sample)))
+
+    @staticmethod
+    def _network(forward: Callable[..., Any], inputs: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        with label("network"):
+            prediction: torch.Tensor = forward(inputs, **kwargs)[0]
         return prediction
 
     def _buffer(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:

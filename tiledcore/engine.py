@@ -23,6 +23,7 @@ from tiledcore import ops
 from tiledcore.denoiser import Prediction, TilingConfig
 from tiledcore.families import Family
 from tiledcore.graph import Counters, Entry, StepGraphs
+from tiledcore.labels import label
 from tiledcore.ops.step import MAX_SLOTS, guidance_rescale
 from tiledcore.solver import LinearSolver, NotLinear, linear_solver
 
@@ -263,7 +264,7 @@ class Engine:
             rescale = None
             if guidance is not None and self._rescale() > 0:
                 rescale = guidance_rescale(tiles, offsets, size, guidance, self._rescale(), **options)
-            with torch.profiler.record_function("tiledcore::step"):
+            with label("step"):
                 ops.fused_step(
                     tiles.contiguous(),
                     offsets,

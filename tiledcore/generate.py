@@ -62,11 +62,11 @@ class CommandError(Exception):
 
 def generate(args: argparse.Namespace) -> None:
     started = time.perf_counter()
-    image = _check(args)
+    image = check(args)
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
-    with _quiet():
-        pipe = _open(args, seed)
-        call = _call(args, pipe, image)
+    with quiet():
+        pipe = open_pipeline(args, seed)
+        call = call_arguments(args, pipe, image)
         grid = pipe.grid(args.size[1], args.size[0])
         metadata = _describe(args, pipe, call, grid, seed)
         picture = _run(pipe, call, grid, seed)
@@ -83,7 +83,7 @@ def generate(args: argparse.Namespace) -> None:
     )
 
 
-def _check(args: argparse.Namespace) -> Image.Image | None:
+def check(args: argparse.Namespace) -> Image.Image | None:
     """Whatever can be known before loading; completes ``args.size``, returns the init image."""
     if args.strength is not None and args.init_image is None:
         raise CommandError("--strength: only used with --init-image")
@@ -100,7 +100,8 @@ def _check(args: argparse.Namespace) -> Image.Image | None:
             args.size = tuple(max(factor, side // factor * factor) for side in image.size)
     args.size = args.size or SIZE
     _check_size(args.size, factor)
-    check_target(args.out, args.size)
+    if args.out is not None:
+        check_target(args.out, args.size)
     return image
 
 
@@ -139,7 +140,7 @@ def _check_size(size: tuple[int, int], factor: int) -> None:
         )
 
 
-def _open(args: argparse.Namespace, seed: int) -> TiledPipeline:
+def open_pipeline(args: argparse.Namespace, seed: int) -> TiledPipeline:
     import torch
 
     from tiledcore.pipeline import TiledPipeline
@@ -213,7 +214,7 @@ def _set_scheduler(pipe: TiledPipeline, name: str) -> None:
         say(f"--scheduler {name} does not support the model's {', '.join(lost)}")
 
 
-def _call(args: argparse.Namespace, pipe: TiledPipeline, image: Image.Image | None) -> dict[str, Any]:
+def call_arguments(args: argparse.Namespace, pipe: TiledPipeline, image: Image.Image | None) -> dict[str, Any]:
     """The arguments of the pipeline's call, with nothing left to its defaults that is stored."""
     _check_size(args.size, pipe.vae_scale_factor)
     _check_prompt(pipe, args.prompt)
@@ -315,7 +316,7 @@ def _run(pipe: TiledPipeline, call: dict[str, Any], grid: TileGrid, seed: int) -
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the libraries' remarks on themselves; a RuntimeWarning is on the image, and stays."""
     from diffusers.utils import logging as diffusers_logging
     from huggingface_hub.utils.tqdm import enable_progress_bars

@@ -22,6 +22,7 @@ from tiledcore.engine import Engine, Report
 from tiledcore.families import Family, network_of
 from tiledcore.geometry import TileGrid
 from tiledcore.graph import CudaBackend, Mode, StepGraphs
+from tiledcore.labels import labelled
 from tiledcore.models import EARTH, EARTH_FLUX, EMBEDDED
 
 logger = logging.getLogger(__name__)
@@ -305,7 +306,7 @@ class TiledPipeline:
         if "use_resolution_binning" in signature(type(pipe).__call__).parameters:
             kwargs.setdefault("use_resolution_binning", False)
         config = tiling or self.tiling
-        with tiled(pipe, config), _bounded_vae(pipe, kwargs):
+        with tiled(pipe, config), _bounded_vae(pipe, kwargs), labelled(pipe.vae, "decode", "decode"):
             if not self.fused:
                 self.report = None
                 return pipe(*args, **kwargs)

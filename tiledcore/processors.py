@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tiledcore import ops
 from tiledcore.canvas import QKV, Canvas, Placed, Rotary, Windows, cell_turns, place, rotate, thumbnail, thumbnail_cells
+from tiledcore.labels import label
 
 
 def attend(canvas: Canvas, windows: Windows, tokens: QKV, scale: float | None) -> Tensor:
@@ -21,17 +22,18 @@ def attend(canvas: Canvas, windows: Windows, tokens: QKV, scale: float | None) -
     extra_k = extra_v = None
     if cells := thumbnail_cells(windows, canvas.global_tokens):
         extra_k, extra_v = (thumbnail(t, windows.canvas, cells) for t in (tokens.k, tokens.v))
-    return ops.neighbor_attention(
-        *tokens,
-        canvas=windows.canvas,
-        tile=windows.tile,
-        halo=windows.halo,
-        wrap=windows.wrap,
-        global_k=extra_k,
-        global_v=extra_v,
-        scale=scale,
-        impl=canvas.impl,
-    )
+    with label("attention"):
+        return ops.neighbor_attention(
+            *tokens,
+            canvas=windows.canvas,
+            tile=windows.tile,
+            halo=windows.halo,
+            wrap=windows.wrap,
+            global_k=extra_k,
+            global_v=extra_v,
+            scale=scale,
+            impl=canvas.impl,
+        )
 
 
 def attend_jointly(
@@ -87,18 +89,19 @@ def attend_jointly(
 def _attend_image(canvas: Canvas, placed: Placed, extra: list[tuple[Tensor, ...]], scale: float | None) -> Tensor:
     """Neighbour attention of placed image tokens, with ``extra`` pairs of global keys and values."""
     keys, values = (torch.cat(parts, 1) for parts in zip(*extra, strict=True)) if extra else (None, None)
-    out = ops.neighbor_attention(
-        *placed.near,
-        canvas=placed.windows.canvas,
-        tile=placed.windows.tile,
-        halo=placed.windows.halo,
-        wrap=placed.windows.wrap,
-        global_q=placed.far_q if extra else None,
-        global_k=keys,
-        global_v=values,
-        scale=scale,
-        impl=canvas.impl,
-    )
+    with label("attention"):
+        out = ops.neighbor_attention(
+            *placed.near,
+            canvas=placed.windows.canvas,
+            tile=placed.windows.tile,
+            halo=placed.windows.halo,
+            wrap=placed.windows.wrap,
+            global_q=placed.far_q if extra else None,
+            global_k=keys,
+            global_v=values,
+            scale=scale,
+            impl=canvas.impl,
+        )
     rows, columns = placed.inside
     return out.unflatten(1, placed.windows.canvas)[:, rows, columns].flatten(1, 2)
 
