@@ -145,11 +145,14 @@ def test_the_scheduler_is_left_as_it_was() -> None:
     assert not {"step", "scale_model_input"} & vars(pipe.scheduler).keys()
 
 
-def test_a_replayed_graph_gives_the_same_bits() -> None:
+@pytest.mark.parametrize(
+    "tiling", [TILES, TilingConfig(tile=(10, 16), shift=True, wrap=True)], ids=["fixed grid", "grid that moves"]
+)
+def test_a_replayed_graph_gives_the_same_bits(tiling: TilingConfig) -> None:
     """The double replays the body of one step for all others, on the buffers' contents alone."""
     pipe = quiet(tiny_sdxl())
-    expected = [generate(pipe, True, guidance_scale=scale)[0] for scale in (5.0, 2.0)]
-    wrapped = TiledPipeline.from_pipe(pipe, tiling=TILES, cuda_graph=True)
+    expected = [generate(pipe, True, tiling, guidance_scale=scale)[0] for scale in (5.0, 2.0)]
+    wrapped = TiledPipeline.from_pipe(pipe, tiling=tiling, cuda_graph=True)
     wrapped._graphs.backend = Double()
     replays = []
     for scale, latents in zip((5.0, 2.0), expected, strict=True):

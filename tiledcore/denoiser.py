@@ -188,6 +188,7 @@ class TileDenoiser:
         self.unit = patch if packed else 1
         self.config, self.native, self.pixels, self.patch = config, native, pixels * self.unit, patch
         self._grid: TileGrid | None = None
+        self._tiling: Tiling | Partition | None = None
         self._offsets: torch.Tensor | None = None
         self._tiles: torch.Tensor | None = None
         self._origin: torch.Tensor | None = None
@@ -208,7 +209,7 @@ class TileDenoiser:
                     f"tile={tile} on a canvas of {size[0]}x{size[1]} latent pixels: a token has "
                     f"{self.patch}x{self.patch} of them, so that a tile's sides must be multiples of {least}"
                 )
-            self._grid, self._offsets = grid, None
+            self._grid = grid
         if not self.config.shift:
             return self._grid
         # Seeded by the timestep itself: both guidance branches of a step see the same grid, whether
@@ -224,16 +225,35 @@ class TileDenoiser:
         Returns:
             ``[B, C', H, W]``, the blended prediction, in the denoiser's dtype.
         """
+        self.place((sample.shape[2], sample.shape[3]), timestep, sample.device)
         tiles, offsets, size, ramp = self.evaluate(forward, sample, timestep, **kwargs)
         if len(offsets) == 1:  # as it came, so that no bit changes
             return tiles
         with label("blend"):
             return ops.blend_tiles(tiles, offsets, size, window=self.config.window, ramp=ramp, impl=self.config.impl)
 
+    def place(self, size: Pair, timestep: torch.Tensor | float, device: torch.device) -> bool:
+        """Lay out the tiles of a step, and put their offsets on the device, always in the same tensor.
+
+        Returns:
+            Whether the next step's tiles will have the same sizes, so that a graph of this step serves it too.
+        """
+        tiling = self.tiling(*size, timestep)
+        uniform = isinstance(tiling, Tiling) or len(tiling.groups) == 1
+        places = tiling.offsets if isinstance(tiling, Tiling) else next(iter(tiling.groups.values()))
+        if not uniform:
+            self._offsets = None
+        elif self._offsets is None or self._offsets.device != device or len(self._offsets) != len(places):
+            self._offsets = torch.tensor(places, dtype=torch.int32).to(device)
+        elif tiling != self._tiling:
+            self._offsets.copy_(torch.tensor(places, dtype=torch.int32))
+        self._tiling = tiling
+        return self.config.mode == "canvas" or uniform
+
     def evaluate(
         self, forward: Callable[..., Any], sample: torch.Tensor, timestep: torch.Tensor | float, **kwargs: Any
     ) -> Prediction:
-        """Predict for all tiles of a canvas.
+        """Predict for all tiles of a canvas, where :meth:`place` has put them.
 
         Args:
             forward: the denoiser; called as ``forward(tiles, timestep, **kwargs)``, returns a tuple whose
@@ -250,22 +270,23 @@ class TileDenoiser:
         if self.config.mode == "canvas":
             return self._whole(self._network(forward, sample, timestep=timestep, **kwargs))
         _refuse(kwargs)
-        tiling = self.tiling(height, width, timestep)
-        if isinstance(tiling, Partition):
-            return self._evaluate_partition(tiling, forward, sample, timestep, kwargs)
-        if len(tiling.offsets) == 1 and tiling.tile_size == size:
+        tiling, offsets = self._tiling, self._offsets
+        assert tiling is not None, "place() comes first"
+        if len(tiling) == 1:
             return self._whole(self._network(forward, sample, timestep=timestep, **kwargs))
+        if offsets is None:
+            assert isinstance(tiling, Partition)
+            return self._evaluate_partition(tiling, forward, sample, timestep, kwargs)
         kwargs["timestep"] = timestep
-        if self._offsets is None or self._offsets.device != sample.device:
-            self._offsets = torch.tensor(tiling.offsets, dtype=torch.int32).to(sample.device)
+        tile = next(iter(tiling.groups)) if isinstance(tiling, Partition) else tiling.tile_size
         for start in range(0, len(tiling), self.config.tile_batch):
-            part = self._offsets[start : start + self.config.tile_batch]
-            out = self._tile_batch(forward, sample, part, tiling.tile_size, kwargs)
+            part = offsets[start : start + self.config.tile_batch]
+            out = self._tile_batch(forward, sample, part, tile, kwargs)
             buffer = self._buffer((len(tiling) * batch, *out.shape[1:]), out)
             buffer[start * batch : start * batch + len(out)] = out
         assert self._grid is not None
         ramp = max(1, min(self._grid.overlap)) if self.config.ramp is None else -(-self.config.ramp // self.unit)
-        return Prediction(buffer, self._offsets, size, ramp)
+        return Prediction(buffer, offsets, size, ramp)
 
     def _evaluate_partition(
         self,

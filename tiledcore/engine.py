@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tiledcore import ops
-from tiledcore.denoiser import Prediction, TilingConfig
+from tiledcore.denoiser import TileDenoiser, TilingConfig
 from tiledcore.families import Family
 from tiledcore.graph import Counters, Entry, StepGraphs
 from tiledcore.labels import label
@@ -69,6 +69,7 @@ class Buffers:
     guidance: Tensor  # [1]
     noise: Tensor | None  # [B, C, H, W]
     arguments: dict[str, Any]
+    denoiser: TileDenoiser | None = None  # its offsets and its tiles' predictions
 
 
 def why_not(pipe: Any, call: dict[str, Any]) -> str | None:
@@ -227,11 +228,14 @@ class Engine:
     def _rescale(self) -> float:
         return float(getattr(self.pipe, "guidance_rescale", 0.0) or 0.0) if self.branches == 2 else 0.0
 
-    def run_step(self, evaluate: Callable[..., Prediction], timestep: Any, conditions: dict[str, Any]) -> Tensor:
+    def run_step(
+        self, denoiser: TileDenoiser, forward: Callable[..., Any], timestep: Any, conditions: dict[str, Any]
+    ) -> Tensor:
         """One evaluation of the canvas and the step after it.
 
         Args:
-            evaluate: the network on all tiles: ``evaluate(canvas [G*B, C, H, W], timestep, **conditions)``.
+            denoiser: the tiling.
+            forward: the network, as :meth:`~tiledcore.denoiser.TileDenoiser.evaluate` calls it.
             timestep: as the pipeline gives it.
             conditions: the other arguments of the network's forward.
 
@@ -240,7 +244,10 @@ class Engine:
         """
         assert self._solver is not None
         buffers, index = self.buffers, self.index
-        refusal = self._graph_refusal()
+        denoiser = buffers.denoiser = buffers.denoiser or denoiser
+        size, device = (buffers.model_input.shape[2], buffers.model_input.shape[3]), buffers.model_input.device
+        uniform = denoiser.place(size, timestep, device)
+        refusal = self._graph_refusal() if uniform else "shift=True: the tiles' sizes differ from step to step"
         if refusal is None and self.graphs.backend is not None:
             given = {**conditions, "": timestep}
             if not buffers.arguments:
@@ -258,7 +265,7 @@ class Engine:
 
         def body() -> None:
             canvas = torch.cat([buffers.model_input] * self.branches)
-            tiles, offsets, size, ramp = evaluate(canvas, timestep, **conditions)
+            tiles, offsets, size, ramp = denoiser.evaluate(forward, canvas, timestep, **conditions)
             options: dict[str, Any] = {"window": self.config.window, "ramp": ramp, "impl": self.config.impl}
             guidance = buffers.guidance if self.branches == 2 else None
             rescale = None
@@ -285,8 +292,6 @@ class Engine:
         return self._stand_in.repeat(self.branches, *[1] * (self._stand_in.ndim - 1))
 
     def _graph_refusal(self) -> str | None:
-        if self.config.shift:
-            return "shift=True: the tiles' sizes differ from step to step"
         if getattr(_network(self.pipe), "_hf_hook", None) is not None:
             return "CPU offload moves the weights between steps"
         if self.shows_latents:

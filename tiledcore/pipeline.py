@@ -91,8 +91,7 @@ class TilingHook(ModelHook):
         conditions = {name: v for name, v in arguments.items() if name not in (family.sample, family.timestep)}
         if engine is not None:
             engine.look(arguments, family)
-            evaluate = partial(self.denoiser.evaluate, forward)
-            prediction = engine.run_step(evaluate, arguments[family.timestep], conditions)
+            prediction = engine.run_step(self.denoiser, forward, arguments[family.timestep], conditions)
         else:
             assert canvas is not None
             prediction = family.result(self.denoiser(forward, canvas, arguments[family.timestep], **conditions))
