@@ -171,8 +171,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     }
     lines = ["| way | " + " | ".join(columns.values()) + " |", "|---" * (1 + len(columns)) + "|"]
     for row in rows:
-        cells = [row.get(column) for column in columns]
-        lines.append(" | ".join([f"| {row['name']}", *("–" if c is None else f"{c:.2f}" for c in cells)]) + " |")
+        cells = [
+            "–" if row.get(column) is None else f"{row[column]:.4f}" if column == "patches" else f"{row[column]:.2f}"
+            for column in columns
+        ]
+        lines.append(" | ".join([f"| {row['name']}", *cells]) + " |")
     return "\n".join(lines)
 
 

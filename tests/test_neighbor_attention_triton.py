@@ -202,11 +202,11 @@ def test_too_many_channels_are_refused() -> None:
 
 def realistic(outliers: float, own_queries: bool, G: int = 5, D: int = 64) -> dict[str, Tensor]:
     """Normal tokens; ``outliers`` is the offset that a few channels of all keys have in common."""
-    tensors = {name: tokens(1, 576, 2, D, seed=i) for i, name in enumerate("qkv")}
-    tensors |= {f"global_{name}": tokens(1, G, 2, D, seed=7 + i) for i, name in enumerate("kv")}
+    tensors = {name: tokens(1, 576, 1, D, seed=i) for i, name in enumerate("qkv")}
+    tensors |= {f"global_{name}": tokens(1, G, 1, D, seed=7 + i) for i, name in enumerate("kv")}
     if own_queries:
-        tensors["global_q"] = tokens(1, 576, 2, D, seed=9)
-    offset = torch.zeros(2, D, device=DEVICE)
+        tensors["global_q"] = tokens(1, 576, 1, D, seed=9)
+    offset = torch.zeros(1, D, device=DEVICE)
     offset[:, ::13] = outliers
     return {name: (t + offset if name == "k" else t).half() for name, t in tensors.items()}
 

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from tiledcore.models import EARTH, data
+from tiledcore.models import EMBEDDED, call_defaults, data
 
 Images = NDArray[np.floating[Any]]  # [N, H, W, 3] in 0..1
 
@@ -85,20 +85,14 @@ def distances(images: Images, real: Images) -> dict[str, float]:
     return {name: round(metric(images, real), 4) for name, metric in metrics.items()}
 
 
-def generate(pipe: Any, prompts: list[str], size: int, steps: int, guidance: float, seed: int) -> Images:
+def generate(pipe: Any, prompts: list[str], size: int, call: dict[str, Any], seed: int) -> Images:
     out = []
     for i in range(0, len(prompts), 4):
-        generators = [torch.Generator().manual_seed(seed + i + k) for k in range(len(prompts[i : i + 4]))]
-        images = pipe(
-            prompts[i : i + 4],
-            height=size,
-            width=size,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            generator=generators,
-            output_type="np",
-        ).images
-        out.append(images)
+        batch = prompts[i : i + 4]
+        generators = [torch.Generator().manual_seed(seed + i + k) for k in range(len(batch))]
+        if "negative_prompt" in call:  # one for each image
+            call = call | {"negative_prompt": [""] * len(batch)}
+        out.append(pipe(batch, height=size, width=size, generator=generators, output_type="np", **call).images)
     return np.concatenate(out)
 
 
@@ -113,21 +107,20 @@ def draw_sheet(images: Images, captions: list[str], columns: int = 7) -> Image.I
 
 
 def main() -> None:
-    from diffusers import DiffusionPipeline
+    from tiledcore import TiledPipeline
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=EARTH)
+    parser.add_argument("--model", choices=EMBEDDED, default="earth")
     parser.add_argument("--count", type=int, default=96, help="held-out crops, and images generated")
     parser.add_argument("--size", type=int, default=256, help="px")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--sheet", type=Path, help="write a sheet of samples here and measure nothing")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
-    pipe = DiffusionPipeline.from_pretrained(args.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = TiledPipeline.from_pretrained(args.model).pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    call = call_defaults(args.model)
     pipe.set_progress_bar_config(disable=True)
     if args.sheet:
-        images = generate(pipe, SHEET, args.size, args.steps, args.guidance, seed=0)
+        images = generate(pipe, SHEET, args.size, call, seed=0)
         draw_sheet(images, SHEET).save(args.sheet)
         return
     start, rasters, rng = time.monotonic(), data.load_rasters(), np.random.default_rng(0)
@@ -139,7 +132,7 @@ def main() -> None:
         x = torch.from_numpy(real).permute(0, 3, 1, 2).float().to(pipe.device) * 2 - 1
         y = torch.cat([pipe.vae(part).sample for part in x.split(4)]).clamp(-1, 1)
     rebuilt = (y.permute(0, 2, 3, 1).cpu().numpy() + 1) / 2
-    made = generate(pipe, prompts, args.size, args.steps, args.guidance, seed=0)
+    made = generate(pipe, prompts, args.size, call, seed=0)
     psnr = -10 * np.log10(((rebuilt - real) ** 2).mean((1, 2, 3))).mean()
     figures = {
         "model": distances(made, real),
@@ -150,8 +143,7 @@ def main() -> None:
     result = {
         "count": args.count,
         "size": args.size,
-        "steps": args.steps,
-        "guidance": args.guidance,
+        "call": call,
         "autoencoder_psnr_db": round(float(psnr), 2),
         "distance_to_held_out_crops": figures,
         "torch": torch.__version__,
