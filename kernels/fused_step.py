@@ -210,20 +210,20 @@ def fused_step_kernel(
     origin = first.to(tl.int64) * H * W
     size = planes.to(tl.int64) * H * W
     pixel = plane * (H * W) + (y[:, None] * W + x[None, :])[None, :, :]
-    inputs: Any = ()
+    inputs = ()
     for j in tl.static_range(S):
         mask = _if_set(inside, plane, read, j)
-        inputs += (tl.load(state + j * size + origin + pixel, mask=mask, other=0),)
+        inputs += (tl.load(state + j * size + origin + pixel, mask=mask, other=0),)  # type: ignore[assignment]
     mask = _if_set(inside, plane, read, S + 1) & (plane < planes * has_noise)
     # Noise that is asked for and not there shows as NaN.
-    inputs += (m, tl.load(noise + origin + pixel, mask=mask, other=float("nan")))
+    inputs += (m, tl.load(noise + origin + pixel, mask=mask, other=float("nan")))  # type: ignore[assignment]
     # No thread may store before every thread has loaded: a load and a store may share out the block
     # among the threads differently.
     tl.debug_barrier()
 
     fresh = _combined(table, inputs, S, ACC)
     tl.store(state + origin + pixel, fresh, mask=_if_set(inside, plane, written, 0))
-    sample = tl.where((written & 1) != 0, fresh, inputs[0])
+    sample = tl.where((written & 1) != 0, fresh, inputs[0])  # type: ignore[misc]
     scaled = tl.load(input_scale + evaluation + 1) * sample
     tl.store(model_input + origin + pixel, scaled.to(model_input.dtype.element_ty), mask=inside)
     # Not unrolled: the coefficients of all rows would be loaded, and registers spilled.

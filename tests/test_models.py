@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from tiledcore import TiledPipeline, TilingConfig
-from tiledcore.models import EARTH, architecture, data
+from tiledcore.models import EMBEDDED, architecture, call_defaults, data
 from tiledcore.models.evaluate import colour_distance, patch_distance, spectrum_distance
 from tiledcore.models.train import standardise
 
@@ -94,23 +95,45 @@ def test_crops_keep_off_the_held_out_band() -> None:
         data.random_crop(rasters, 4000, rng)
 
 
-def test_the_embedded_checkpoint_is_small_and_runs() -> None:
-    assert sum(f.stat().st_size for f in EARTH.rglob("*") if f.is_file()) <= 30e6
-    pipe = TiledPipeline.from_pretrained()
-    assert next(pipe.unet.parameters()).dtype == torch.float32
+@pytest.mark.parametrize("mode", ["tiles", "canvas"])
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_an_embedded_checkpoint_is_small_and_runs(name: str, mode: Literal["tiles", "canvas"]) -> None:
+    assert sum(f.stat().st_size for f in EMBEDDED[name].rglob("*") if f.is_file()) <= 30e6
+    pipe = TiledPipeline.from_pretrained(name)
+    assert {p.dtype for part in pipe.components.values() if hasattr(part, "parameters") for p in part.parameters()} == {
+        torch.float32
+    }
     pipe.set_progress_bar_config(disable=True)
     images = [
         pipe(
             prompt,
             height=128,
             width=256,
-            num_inference_steps=4,
-            guidance_scale=3.0,
             generator=torch.Generator().manual_seed(0),
-            tiling=TilingConfig(tile=16, overlap=4),
+            tiling=TilingConfig(tile=16, mode=mode),
             output_type="np",
+            **(call_defaults(name) | {"num_inference_steps": 4}),
         ).images[0]
         for prompt in ("satellite view of ocean", "satellite view of desert")
     ]
     sea, desert = (image.mean((0, 1)) for image in images)
     assert sea[2] > sea[0] and desert[0] > desert[2], (sea, desert)  # one is blue, the other is not
+
+
+def test_a_tokenizer_that_is_there_is_used_again(tmp_path: Path) -> None:
+    first = architecture.build_tokenizer(tmp_path).get_vocab()
+    assert architecture.build_tokenizer(tmp_path).get_vocab() == first
+
+
+def test_the_transformer_starts_as_the_identity() -> None:
+    """adaLN-zero: whatever it is given, a fresh transformer predicts 0, so that training starts without a jump."""
+    sibling = architecture.build_transformer()
+    output = sibling(
+        hidden_states=torch.randn(1, 16, 32),
+        encoder_hidden_states=torch.randn(1, 24, 128),
+        pooled_projections=torch.randn(1, 128),
+        timestep=torch.tensor([0.5]),
+        img_ids=torch.zeros(16, 3),
+        txt_ids=torch.zeros(24, 3),
+    ).sample
+    assert not output.any()
