@@ -78,7 +78,7 @@ def compile_one(job: Job, sass: bool = False) -> dict[str, Any]:
         "TMA": any(kind.startswith("tensordesc") for kind in signature.values()),
     }
     attributes = {(kernel.arg_names.index(arg),): [["tt.divisibility", 16]] for arg in options.get("divisible", ())}
-    settings = {"num_warps": warps} | {key: value for key, value in options.items() if key == "num_stages"}
+    settings = {"num_warps": warps} | {key: value for key, value in options.items() if key in ("num_stages", "maxnreg")}
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=settings)

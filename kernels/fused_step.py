@@ -29,17 +29,15 @@ from tiledcore.kernels.blend_tiles import (
 )
 from torch import Tensor
 
-# Element size of the tiles in bytes -> launch. A thread holds its pixels of every slot in registers.
+# Element size of the tiles in bytes -> launch. A thread holds its pixels of every slot in registers. Left
+# to itself, ptxas spills some to fit one more block on a multiprocessor; given a bound that is never
+# reached, it takes the registers that it needs.
 CONFIGS = {
     2: {"BLOCK_H": 8, "BLOCK_W": 64, "PLANES": 1, "num_warps": 4},
     4: {"BLOCK_H": 8, "BLOCK_W": 64, "PLANES": 1, "num_warps": 4},
     8: {"BLOCK_H": 8, "BLOCK_W": 32, "PLANES": 1, "num_warps": 4},
 }
-
-
-def _config(size: int, slots: int) -> dict[str, Any]:
-    # With four slots of one plane, ptxas gives up registers for occupancy and spills on sm_80-120.
-    return CONFIGS[size] | ({"PLANES": 2} if slots == 4 else {})
+REGISTERS = 168
 
 
 @triton.jit
@@ -259,7 +257,7 @@ def fused_step(
         )
     if model_input.numel() == 0:
         return
-    config = _config(tiles.element_size(), S)
+    config: dict[str, Any] = CONFIGS[tiles.element_size()]
     blocks = triton.cdiv(H, config["BLOCK_H"]) * triton.cdiv(W, config["BLOCK_W"])
     grid = (blocks * triton.cdiv(B * C, config["PLANES"]),)
     # What is not there is never read: any pointer of the right type will do.
@@ -277,12 +275,13 @@ def fused_step(
             G=1 if guidance_scale is None else 2,
             WINDOW="whole" if T == 1 else window,
             SCAN=SCAN,
+            maxnreg=REGISTERS,
             **config,
         )
 
 
-def aot_configurations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int]]:
-    """Yield (kernel, signature, constants, warps) of variants that stand for all.
+def aot_configurations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, dict[str, Any]]]:
+    """Yield (kernel, signature, constants, warps, options) of variants that stand for all.
 
     Every dtype, every window, both numbers of halves, and the fewest and most slots, but not their
     product: that would take minutes to compile, and its members differ in little but registers.
@@ -293,12 +292,11 @@ def aot_configurations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], 
     sizes = ["T", "H", "W", "h", "w", "planes", "channels", "ramp", "guidance_stride", "has_noise", "has_rescale"]
     for element, window, halves, slots in variants:
         size = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}[element]
-        constants: dict[str, Any] = {"S": slots, "G": halves, "WINDOW": window, "SCAN": SCAN}
-        constants |= _config(size, slots)
+        constants: dict[str, Any] = {"S": slots, "G": halves, "WINDOW": window, "SCAN": SCAN, **CONFIGS[size]}
         warps = constants.pop("num_warps")
         exact = "fp64" if element == "fp64" else "fp32"
         pointers = {"tiles": element, "offsets": "i32", "state": exact, "table": exact, "input_scale": exact}
         pointers |= {"step": "i64", "model_input": element, "guidance_scale": exact, "noise": exact, "rescale": exact}
         signature = {name: f"*{pointee}" for name, pointee in pointers.items()}
         signature |= dict.fromkeys(sizes, "i32") | dict.fromkeys(constants, "constexpr")
-        yield fused_step_kernel, signature, constants, warps
+        yield fused_step_kernel, signature, constants, warps, {"maxnreg": REGISTERS}
