@@ -40,8 +40,8 @@ format: install
 	$(BIN)/ruff check --fix
 
 demo: install
-	$(BIN)/tiledcore generate "topographic map of a rugged coast" \
-		--size 2048x2048 --seed 0 --out demo.png
+	$(BIN)/tiledcore generate "relief map of a rugged coast" \
+		--size 2048x2048 --seed 0 --overlap 8 --steps 10 --out demo.png
 	$(BIN)/python -m bench.seams demo.png
 
 bench: install
@@ -49,6 +49,7 @@ bench: install
 	$(BIN)/python -m bench.bench_blend_tiles $(BENCH_ARGS)
 	$(BIN)/python -m bench.bench_neighbor_attention $(BENCH_ARGS)
 	$(BIN)/python -m bench.bench_neighbor_attention --scaling
+	$(BIN)/python -m bench.bench_fused_step $(BENCH_ARGS)
 	$(BIN)/python -m bench.seams --generate
 
 # -P keeps the root, and so `kernels`, off sys.path.

@@ -78,10 +78,15 @@ _HALF = {
         _half(_K16, 2, unmasked=False),
     ),
 }
-# Three products in TF32 need everything twice in registers, so the queries are read again for each patch.
+# Three products in TF32 need everything twice in registers, so the queries are read again for each patch. A
+# product of sm_90 takes 64 queries at least.
 _FLOAT_64 = Config(_K64, _K16, 4, 2, False, False, "tf32x3", 16)
 _FLOAT_32 = Config(_K32, _K16, 4, 1, False, False, "tf32x3", 16)
-_FLOAT = {D: _rows(*[_FLOAT_64 if D <= 80 else _FLOAT_32] * 5) for D in HEAD_DIMS}
+_FLOAT_90 = _FLOAT_64._replace(stages=1)
+_FLOAT = {
+    D: _rows(*[_FLOAT_64] * 5) if D <= 64 else _rows(_FLOAT_32, _FLOAT_32, _FLOAT_90, _FLOAT_32, _FLOAT_32)
+    for D in HEAD_DIMS
+}
 _INT8 = {
     40: _rows(_half(_K64, 3), _half(_K64, 2), _half(_K128, 2), _half(_K64, 2), _half(_K64, 2)),
     64: _rows(_half(_K64, 3), _half(_K64, 2), _half(_K128, 2), _half(_K64, 2), _half(_K64, 2)),

@@ -287,9 +287,13 @@ def neighbor_attention(
     return op(*tensors, canvas, tile, halo, tuple(wrap), scale, precision)
 
 
-@torch.compiler.assume_constant_result  # so that a compiled transformer block has no graph break here
 def _op_name(impl: Impl | None, device: torch.device) -> str:
     return str(choose("neighbor_attention", impl, device)).removeprefix("tiledcore.")
+
+
+# What torch.compiler.assume_constant_result does, so that a compiled transformer block has no graph break here;
+# but that imports dynamo, and with it Triton, at once.
+vars(_op_name)["_dynamo_marked_constant"] = True
 
 
 def _implementation(dtype: torch.dtype, precision: str, impl: Impl | None) -> Impl | None:

@@ -141,10 +141,10 @@ def fused_step(
     - ``model_input = input_scale[i+1] * z'[0]``, what the network sees at the next evaluation.
 
     Whatever has the coefficient 0 is left out, be it NaN. A slot whose row is the identity is not
-    written; a slot or the noise is not read if no row that is written uses it. The counter is left as
-    it is. A pixel of a tile whose weight is 0 is not read either, and the order in
-    which tiles are listed does not change a bit, as in :func:`blend_tiles`. On a canvas that the
-    network saw whole, pass it as one tile: its weights are 1 whatever the window.
+    written; a slot or the noise is not read if no row that is written uses it. A pixel of a tile whose
+    weight is 0 is not read either, and the order in which tiles are listed does not change a bit, as in
+    :func:`blend_tiles`. The counter is left as it is. On a canvas that the network saw whole, pass it as
+    one tile: its weights are 1 whatever the window.
 
     Everything is summed in the state's dtype: float32, or float64 with float64 tiles.
 
