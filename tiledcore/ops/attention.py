@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,20 +25,7 @@ _CHUNK_BYTES = {"cuda": 512 << 20, "cpu": 8 << 20}
 Pair = tuple[int, int]
 
 
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    global_q: Tensor | None,
-    global_k: Tensor | None,
-    global_v: Tensor | None,
-    canvas: Pair,
-    tile: Pair,
-    halo: Pair,
-    wrap: tuple[bool, bool],
-    scale: float,
-    precision: str,
-) -> Tensor:
+def _fake(q: Tensor, *_: object) -> Tensor:
     return q.new_empty(q.shape)
 
 
@@ -54,35 +41,18 @@ def _reference(
     global_q: Tensor | None,
     global_k: Tensor | None,
     global_v: Tensor | None,
-    canvas: Pair,
-    tile: Pair,
-    halo: Pair,
-    wrap: tuple[bool, bool],
-    scale: float,
-    precision: str,
+    *geometry: Any,
 ) -> Tensor:
+    canvas, tile, halo, wrap, scale, _ = geometry  # the precision is the kernels' business
     return reference.neighbor_attention(q, k, v, canvas, tile, halo, wrap, scale, global_q, global_k, global_v)
 
 
 @torch.library.impl("tiledcore::neighbor_attention_triton", ("cpu", "cuda"))
 @torch.no_grad()
-def _triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    global_q: Tensor | None,
-    global_k: Tensor | None,
-    global_v: Tensor | None,
-    canvas: Pair,
-    tile: Pair,
-    halo: Pair,
-    wrap: tuple[bool, bool],
-    scale: float,
-    precision: str,
-) -> Tensor:
+def _triton(*arguments: Any) -> Tensor:
     from tiledcore.kernels.neighbor_attention import neighbor_attention as kernel
 
-    return kernel(q, k, v, global_q, global_k, global_v, canvas, tile, halo, wrap, scale, precision)
+    return kernel(*arguments)
 
 
 @torch.library.impl("tiledcore::neighbor_attention_sdpa", ("cpu", "cuda"))
