@@ -207,7 +207,8 @@ def neighbor_attention(
         q, k, v: ``[B, H*W, heads, D]``, tokens row-major; float16, bfloat16, float32 or float64, of one dtype. Any
             strides: the views that chunking a fused projection gives are read in place; only a tensor whose last
             dimension is not contiguous is copied. The Triton kernels are tuned for D of 40, 64, 80, 96, 128 and
-            160, and take none above; on a CPU every D is alike. float64 is computed by ``"sdpa"`` and ``"reference"`` alone.
+            160, and take none above; on a CPU every D is alike. float64 is computed by ``"sdpa"`` and
+            ``"reference"`` alone.
         canvas: ``(H, W)`` in tokens.
         tile: ``(th, tw)`` in tokens; larger than the canvas means one tile.
         halo: ``(hy, hx)`` in tokens.
