@@ -360,7 +360,7 @@ def test_opcheck(impl: ops.Impl) -> None:
     op = getattr(torch.ops.tiledcore, f"neighbor_attention_{impl}").default
     q, k, v = torch.randn(2, 20, 3 * 2 * 40, device=DEVICE).unflatten(2, (6, 40)).chunk(3, 2)
     text = torch.randn(2, 3, 2, 40, device=DEVICE)
-    rest = ((4, 5), (2, 3), (1, 1), (False, True), 0.2, "full")
+    rest = ((4, 5), (2, 3), (1, 1), (False, True), 0.2, "full", [], [])
     torch.library.opcheck(op, (q, k, v, None, None, None, *rest))
     torch.library.opcheck(op, (q, k, v, None, text, text, *rest))
     torch.library.opcheck(op, (q, k, v, q + 1, text, text, *rest))
@@ -442,7 +442,7 @@ def test_native_refuses_what_would_leave_its_memory() -> None:
     if reason := ops.unavailable("neighbor_attention", "native", torch.device("cpu")):
         pytest.skip(reason)
     op, q = torch.ops.tiledcore.neighbor_attention_native, TOKENS.cpu()
-    geometry = ((2, 2), (1, 1), (False, False), 1.0, "full")
+    geometry = ((2, 2), (1, 1), (False, False), 1.0, "full", [], [])
     with pytest.raises(RuntimeError, match=r"q must be \[B, 24, heads, D\]"):
         op(q, q, q, None, None, None, (4, 6), *geometry)
     with pytest.raises(RuntimeError, match=r"v must be \[B, 20, heads, D\]"):
