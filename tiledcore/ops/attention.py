@@ -195,12 +195,13 @@ def _check_tile(tile: Any, canvas: Pair) -> tuple[Pair, list[int], list[int]]:
         return _check_pair("tile", tile, 1), [], []
     sizes: list[list[int]] = [[], []]
     for axis, (extent, total) in enumerate(zip(tile, canvas, strict=True)):
+        if not listed[axis] and (not isinstance(extent, int) or extent < 1):
+            raise ValueError(f"tile={tile!r}: the size along {'yx'[axis]} must be an int of at least 1")
         if not listed[axis]:
-            _check_pair("tile", (extent, extent), 1)
-        elif any(not isinstance(n, int) or n < 1 for n in extent) or sum(extent) != total:
+            continue
+        if any(not isinstance(n, int) or n < 1 for n in extent) or sum(extent) != total:
             raise ValueError(f"tile={tile!r}: the sizes along {'yx'[axis]} must be ints of at least 1, {total} in all")
-        else:
-            sizes[axis] = list(extent)
+        sizes[axis] = list(extent)
     first, second = (max(all_) if all_ else extent for extent, all_ in zip(tile, sizes, strict=True))
     return (first, second), sizes[0], sizes[1]
 
