@@ -80,7 +80,8 @@ PRECISIONS = [*((make, torch.float32) for make in FAMILIES), (tiny_flux, torch.b
 def test_every_family_finds_its_timesteps(make: Any, dtype: torch.dtype, ways: Any) -> None:
     pipe = build(make).to(dtype)
     call(apply_tiling(pipe, BLENDED), make, (32, 40), num_inference_steps=12)
-    assert blended(ways) == [False] * 10 + [True] * 2
+    times = list(dict.fromkeys(t for t, _ in ways))  # guidance may take a call of its own
+    assert len(times) == 12 and blended(ways) == [t in times[-2:] for t, _ in ways]
 
 
 def test_one_step_moves_the_result_between_shift_and_ramp() -> None:

@@ -250,15 +250,17 @@ def test_a_graph_replays_where_all_tiles_have_one_size_and_is_refused_elsewhere(
 
 
 def test_compiled_networks_exchange_halos() -> None:
-    pipe = quiet(tiny_sd())
-    arguments = {"height": 128, "num_inference_steps": 1}  # two or three widths of tiles
-    expected, _ = generate(pipe, True, SHIFT, **arguments)
-    unet = pipe.unet
-    pipe.unet = torch.compile(unet, backend="eager")
+    pipe, size = build_pipe(tiny_flux), (16, 40)  # two or three widths of tiles
+    one: dict[str, Any] = {"num_inference_steps": 1}
+    expected = call(apply_tiling(pipe, SHIFT), tiny_flux, size, **one)
+    remove_tiling(pipe)
+    transformer = pipe.transformer
+    pipe.transformer = torch.compile(transformer, backend="eager")
     try:
-        close(generate(pipe, True, SHIFT, **arguments)[0], expected)
+        close(call(apply_tiling(pipe, SHIFT), tiny_flux, size, **one), expected)
+        remove_tiling(pipe)
     finally:
-        pipe.unet = unet
+        pipe.transformer = transformer
         torch._dynamo.reset()
 
 
