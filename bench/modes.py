@@ -21,6 +21,7 @@ import argparse
 import json
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,12 @@ def ways(tile: int) -> dict[str, dict[str, Any]]:
         "25 % ramp": {"overlap": tile // 4},
         "50 % ramp": {"overlap": tile // 2},
         "50 % mean": {"overlap": tile // 2, "window": "mean"},
+        "no overlap + halo half": {"halo": tile // 2},
         "shift": {"shift": True},
+        "shift + halo half": {"shift": True, "halo": tile // 2},
+        "shift, last step blended": {"shift": True, "blend_steps": 1},
+        "shift, last 2 blended": {"shift": True, "blend_steps": 2},
+        "shift + halo half, last 2 blended": {"shift": True, "halo": tile // 2, "blend_steps": 2},
         "canvas, halo 0": {"mode": "canvas", "halo": 0},
         "canvas, halo half": {"mode": "canvas", "halo": tile // 2},
         "canvas, halo whole": {"mode": "canvas", "halo": tile},
@@ -96,21 +102,33 @@ def judge(image: Images, native: Images, tile: int) -> dict[str, float]:
     }
 
 
-def step_times(pipe: Any, names: dict[str, TilingConfig], size: int, rounds: int, call: dict[str, Any]) -> Any:
-    """Median seconds of one denoising step for each way; they take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+def step_times(
+    pipe: Any, names: dict[str, TilingConfig], size: int, rounds: int, call: dict[str, Any]
+) -> dict[str, float]:
+    """Median seconds of one denoising step for each way; they take turns. Of a way whose last steps differ, the mean
+    over all steps, each kind timed by itself."""
+    steps = call["num_inference_steps"]
     call = call | {"num_inference_steps": 1, "output_type": "latent"}
+    kinds = {config for way in names.values() for config in step_kinds(way, steps)}
+    seconds: dict[TilingConfig, list[float]] = {config: [] for config in kinds}
     for _ in range(rounds):
-        for name, config in names.items():
+        for config, values in seconds.items():
             start = time.perf_counter()
             run(pipe, PROMPTS[0], size, 0, config, **call)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+            values.append(time.perf_counter() - start)
+    middle = {config: statistics.median(values) for config, values in seconds.items()}
+    return {
+        name: sum(share * middle[config] for config, share in step_kinds(way, steps).items())
+        for name, way in names.items()
+    }
 
 
-def area_factor(config: TilingConfig, size: int) -> float:
-    once = config.mode == "canvas" or config.shift
-    return 1.0 if once else config.grid(size // PX, size // PX, NATIVE).area_factor
+def step_kinds(config: TilingConfig, steps: int) -> dict[TilingConfig, float]:
+    """The kinds of steps of a way, each as one that takes it for its only step, and their shares."""
+    if not config.blend_steps:
+        return {config: 1.0}
+    last = config.blend_steps / steps
+    return {replace(config, blend_steps=0, overlap=None): 1 - last, replace(config, blend_steps=1, halo=None): last}
 
 
 def main() -> None:
@@ -151,7 +169,8 @@ def main() -> None:
     for name, config in chosen.items():
         row = {k: float(np.mean([f[k] for f in found[name]])) for k in found[name][0]}
         row["seam_worst_over_limit"] = max(f["seam_worst_over_limit"] for f in found[name])
-        rows.append({"name": name, "area_factor": area_factor(config, args.size), "seconds": seconds.get(name)} | row)
+        area = config.area_factor(config.grid(args.size // PX, args.size // PX, NATIVE), args.steps)
+        rows.append({"name": name, "area_factor": area, "seconds": seconds.get(name)} | row)
     rows.append({"name": "native samples"} | {k: float(np.mean([f[k] for f in floor])) for k in floor[0]})
     print(table(rows))
     if args.json:

@@ -32,7 +32,7 @@ from .neighbor_config import (
     split,
     vector_of,
 )
-from .neighbor_patches import patch_lists
+from .neighbor_patches import Extent, patch_lists
 
 OFFSET_LIMIT = 1 << 31  # elements within a patch
 LOG2_E = 1 / math.log(2)
@@ -266,7 +266,7 @@ def neighbor_attention(
     global_k: Tensor | None,
     global_v: Tensor | None,
     canvas: tuple[int, int],
-    tile: tuple[int, int],
+    tile: tuple[Extent, Extent],
     halo: tuple[int, int],
     wrap: tuple[bool, bool],
     scale: float,

@@ -48,7 +48,7 @@ from .neighbor_config import (
     split,
     vector_of,
 )
-from .neighbor_patches import patch_lists
+from .neighbor_patches import Extent, patch_lists
 
 
 @triton.jit
@@ -278,7 +278,7 @@ def neighbor_attention_int8(
     global_k: Tensor | None,
     global_v: Tensor | None,
     canvas: tuple[int, int],
-    tile: tuple[int, int],
+    tile: tuple[Extent, Extent],
     halo: tuple[int, int],
     wrap: tuple[bool, bool],
     scale: float,

@@ -5,17 +5,19 @@ patches of queries of a tile share one.
 """
 
 from functools import lru_cache
-from itertools import product
+from itertools import accumulate, product
 
 import torch
 from torch import Tensor
 
 Pair = tuple[int, int]
+Extent = int | tuple[int, ...]
+"""Size of the tiles of one axis, the last as small as what is left; or the sizes of all of them."""
 
 SIDE_LIMIT = 1 << 15  # tokens: row and column of a patch share an int32
 
 
-def cut_axis(size: int, tile: int, halo: int, wrap: bool, patch: int, aligned: bool) -> list[list[Pair]]:
+def cut_axis(size: int, tile: Extent, halo: int, wrap: bool, patch: int, aligned: bool) -> list[list[Pair]]:
     """For each tile of one axis the (start, length) of the patches of its window.
 
     A window that crosses the border of a wrapped axis is cut there first, so that no patch crosses
@@ -24,8 +26,11 @@ def cut_axis(size: int, tile: int, halo: int, wrap: bool, patch: int, aligned: b
     counted from where the window starts, which leaves the fewest patches.
     """
     windows = []
-    for start in range(0, size, tile):
-        low, high = start - halo, min(start + tile, size) + halo
+    ends = [min(start + tile, size) for start in range(0, size, tile)] if isinstance(tile, int) else accumulate(tile)
+    stop = 0
+    for end in ends:
+        low, high = stop - halo, end + halo
+        stop = end
         if not wrap or high - low >= size:
             pieces = [(max(low, 0), min(high, size))] if not wrap else [(0, size)]
         elif low < 0:
@@ -35,10 +40,10 @@ def cut_axis(size: int, tile: int, halo: int, wrap: bool, patch: int, aligned: b
         else:
             pieces = [(low, high)]
         window = []
-        for begin, stop in pieces:
+        for begin, last in pieces:
             origin = begin // patch * patch if aligned else begin
-            for at in range(origin, stop, patch):
-                window.append((max(at, begin), min(at + patch, stop) - max(at, begin)))
+            for at in range(origin, last, patch):
+                window.append((max(at, begin), min(at + patch, last) - max(at, begin)))
         windows.append(window)
     return windows
 
@@ -46,7 +51,7 @@ def cut_axis(size: int, tile: int, halo: int, wrap: bool, patch: int, aligned: b
 @lru_cache(maxsize=64)
 def patch_lists(
     canvas: Pair,
-    tile: Pair,
+    tile: tuple[Extent, Extent],
     halo: Pair,
     wrap: tuple[bool, bool],
     query_patch: Pair,

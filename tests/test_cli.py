@@ -184,7 +184,26 @@ def test_canvas_mode(model: str) -> None:
     tiling = stored()["tiling"]
     assert (tiling["mode"], tiling["halo"], tiling["area_factor"]) == ("canvas", [4, 4], 1.0)
     assert tiling["lines_y"] == [64, 128] and tiling["lines_x"] == [64, 128]
-    assert generate(model, "--halo", "4") == 2  # of no use with tiles
+
+
+def test_tiles_that_exchange_halos(model: str) -> None:
+    assert generate(model, "--tile", "8", "--halo", "4") == 0
+    tiling = stored()["tiling"]
+    assert (tiling["mode"], tiling["halo"], tiling["overlap"], tiling["area_factor"]) == ("tiles", [4, 4], [0, 0], 1.0)
+    assert tiling["window"] is None
+    # 20 latent pixels: the last four join the tile before them, 24 are three tiles.
+    assert tiling["lines_y"] == [64, 128] and tiling["lines_x"] == [64, 128]
+    assert generate(model, "--halo", "4", "--overlap", "2") == 2
+
+
+def test_shifted_tiles_whose_last_step_is_blended(model: str) -> None:
+    assert generate(model, "--tile", "8", "--shift", "--blend-steps", "1", "--overlap", "2") == 0
+    tiling = stored()["tiling"]
+    grid = TilingConfig(tile=8, overlap=2).grid(20, 24, 16)
+    assert (tiling["blend_steps"], tiling["window"], tiling["ramp"]) == (1, "ramp", 2)
+    assert tiling["lines_y"] == [8 * y for y in grid.lines[0]]
+    assert tiling["area_factor"] == pytest.approx((1 + grid.area_factor) / 2, abs=1e-4)  # of two steps
+    assert generate(model, "--blend-steps", "1") == 2
 
 
 def test_shifted_tiles(model: str) -> None:

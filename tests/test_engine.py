@@ -170,4 +170,4 @@ def test_graph_refusals_reach_the_report() -> None:
     wrapped._graphs.backend = Double()
     wrapped("a cat", height=160, width=256, num_inference_steps=2, output_type="latent")
     assert wrapped.report is not None and wrapped.report.graph.eager == 2
-    assert wrapped.report.graph.reason == "shift=True: the tiles' sizes differ from step to step"
+    assert wrapped.report.graph.reason == "the tiles of a step have several sizes, or differ from step to step"

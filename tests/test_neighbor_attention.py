@@ -1,6 +1,7 @@
 """neighbor_attention: all implementations agree with the float64 oracle, and the oracle with masked attention."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +65,18 @@ class Case:
         return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(3), values)
 
 
-def visible(canvas: tuple[int, int], tile: tuple[int, int], halo: tuple[int, int], wrap: tuple[bool, bool]) -> Tensor:
+def visible(canvas: tuple[int, int], tile: tuple[Any, Any], halo: tuple[int, int], wrap: tuple[bool, bool]) -> Tensor:
     """``[N, N]``: which keys each query sees, from distances to the query's tile."""
     axes = []
     for size, extent, reach, around in zip(canvas, tile, halo, wrap, strict=True):
         at = torch.arange(size)
-        first = at // extent * extent
-        last = (first + extent - 1).clamp(max=size - 1)
+        if isinstance(extent, int):
+            first = at // extent * extent
+            last = (first + extent - 1).clamp(max=size - 1)
+        else:
+            sizes = torch.tensor(extent)
+            last = (sizes.cumsum(0) - 1).repeat_interleave(sizes)
+            first = last + 1 - sizes.repeat_interleave(sizes)
         before, after = first[:, None] - at, at - last[:, None]
         if around:  # the way to the tile on either side of the circle
             away = torch.minimum(before % size, after % size)
@@ -101,15 +107,26 @@ LAYOUTS = ("contiguous", "fused", "heads first", "last strided")
 
 
 @st.composite
+def extents(draw: st.DrawFn, size: int) -> int | tuple[int, ...]:
+    """The tiles of an axis: their size, or all their sizes."""
+    if draw(st.booleans()):
+        return draw(st.integers(1, size + 2))
+    lines = sorted({0, size, *draw(st.lists(st.integers(1, size), max_size=3))})
+    return tuple(b - a for a, b in pairwise(lines))
+
+
+@st.composite
 def cases(
     draw: st.DrawFn,
     dtype: torch.dtype = torch.float32,
     most: int = 11,
     depths: tuple[int, ...] = (1, 3, 8, 17, 40, 64, 80),
     layouts: tuple[str, ...] = LAYOUTS,
+    regular: bool = False,
 ) -> Case:
     pair = lambda low, high: st.tuples(st.integers(low, high), st.integers(low, high))  # noqa: E731
-    canvas, tile, halo = draw(pair(1, most)), draw(pair(1, most + 2)), draw(pair(0, most + 3))
+    canvas, halo = draw(pair(1, most)), draw(pair(0, most + 3))
+    tile = tuple(draw(st.integers(1, most + 2) if regular else extents(n)) for n in canvas)
     wrap = draw(st.tuples(st.booleans(), st.booleans()))
     B, heads, D = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.sampled_from(depths))
     G, own_queries = draw(st.integers(0, 4)), draw(st.booleans())
@@ -158,7 +175,7 @@ def test_oracle_is_attention_under_a_mask(case: Case) -> None:
 
 
 @settings(max_examples=40)
-@given(case=cases(depths=(1,)))
+@given(case=cases(depths=(1,), regular=True))
 def test_windows_touch_the_neighbour_list(case: Case) -> None:
     (H, W), (h, w) = case.geometry["canvas"], case.geometry["tile"]
     indptr, indices = neighbour_list(H, W, (h, w), case.geometry["halo"], case.geometry["wrap"])
@@ -360,7 +377,7 @@ def test_opcheck(impl: ops.Impl) -> None:
     op = getattr(torch.ops.tiledcore, f"neighbor_attention_{impl}").default
     q, k, v = torch.randn(2, 20, 3 * 2 * 40, device=DEVICE).unflatten(2, (6, 40)).chunk(3, 2)
     text = torch.randn(2, 3, 2, 40, device=DEVICE)
-    rest = ((4, 5), (2, 3), (1, 1), (False, True), 0.2, "full")
+    rest = ((4, 5), (2, 3), (1, 1), (False, True), 0.2, "full", [], [])
     torch.library.opcheck(op, (q, k, v, None, None, None, *rest))
     torch.library.opcheck(op, (q, k, v, None, text, text, *rest))
     torch.library.opcheck(op, (q, k, v, q + 1, text, text, *rest))
@@ -408,6 +425,13 @@ TEXT = torch.zeros(2, 6, 3, 8, device=DEVICE)
         ({"q": TOKENS[0]}, ValueError, r"q must have the shape \[B, tokens, heads, D\], got \(20, 3, 8\)"),
         ({"canvas": (4, 6)}, ValueError, r"canvas=\(4, 6\) has 24 tokens, but q has 20"),
         ({"canvas": (20,)}, ValueError, r"canvas=\(20,\) must be a \(y, x\) pair of ints of at least 1"),
+        (
+            {"tile": ((2, 3), 2)},
+            ValueError,
+            r"tile=\(\(2, 3\), 2\): the sizes along y must be ints of at least 1, 4 in all",
+        ),
+        ({"tile": (2, (5, 0))}, ValueError, "the sizes along x must be ints of at least 1, 5 in all"),
+        ({"tile": ((2, 2), 0)}, ValueError, "the size along x must be an int of at least 1"),
         ({"tile": (0, 2)}, ValueError, r"tile=\(0, 2\) must be a \(y, x\) pair of ints of at least 1"),
         ({"tile": 4}, ValueError, "tile=4 must be"),
         ({"halo": (1, -1)}, ValueError, r"halo=\(1, -1\) must be a \(y, x\) pair of ints of at least 0"),
@@ -443,12 +467,14 @@ def test_native_refuses_what_would_leave_its_memory() -> None:
     if reason := ops.unavailable("neighbor_attention", "native", torch.device("cpu")):
         pytest.skip(reason)
     op, q = torch.ops.tiledcore.neighbor_attention_native, TOKENS.cpu()
-    geometry = ((2, 2), (1, 1), (False, False), 1.0, "full")
+    geometry = ((2, 2), (1, 1), (False, False), 1.0, "full", [], [])
     with pytest.raises(RuntimeError, match=r"q must be \[B, 24, heads, D\]"):
         op(q, q, q, None, None, None, (4, 6), *geometry)
     with pytest.raises(RuntimeError, match=r"v must be \[B, 20, heads, D\]"):
         op(q, q, q[:, 1:], None, None, None, (4, 5), *geometry)
     with pytest.raises(RuntimeError, match="canvas, tile, halo and wrap must be pairs"):
         op(q, q, q, None, None, None, (4, 5), (0, 2), *geometry[1:])
+    with pytest.raises(RuntimeError, match="rows must be sizes that add up to 4"):
+        op(q, q, q, None, None, None, (4, 5), *geometry[:-2], [3, 2], [])
     with pytest.raises(RuntimeError, match="global_k and global_v need each other"):
         op(q, q, q, None, q, None, (4, 5), *geometry)

@@ -13,14 +13,12 @@ from typing import Any
 import torch
 from diffusers import (
     FluxTransformer2DModel,
-    PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SanaTransformer2DModel,
-    SD3Transformer2DModel,
     UNet2DConditionModel,
     ZImageTransformer2DModel,
 )
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks import ModelHook
 from diffusers.models import attention_processor as diffusers_processors
 from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
@@ -29,20 +27,13 @@ from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, ZSin
 from torch import Tensor
 
 from tiledcore import ops
+from tiledcore.arguments import one_image
 from tiledcore.canvas import Canvas, Positions, Rotary, Windows
+from tiledcore.families import FAMILIES, registry
 from tiledcore.geometry import Pair, neighbour_list
 from tiledcore.processors import FluxProcessor, QwenProcessor, SD3Processor, SelfProcessor, ZImageProcessor
 
 HOOK = "tiledcore_canvas"
-FAMILIES = (
-    UNet2DConditionModel,
-    SD3Transformer2DModel,
-    FluxTransformer2DModel,
-    PixArtTransformer2DModel,
-    SanaTransformer2DModel,
-    QwenImageTransformer2DModel,
-    ZImageTransformer2DModel,
-)
 # FLUX and Qwen-Image get 2x2 latent pixels packed into one token; their networks do not know it.
 PACKED = 2
 
@@ -66,32 +57,6 @@ ADDED = (
     diffusers_processors.XFormersAttnAddedKVProcessor,
 )
 
-# Arguments of the networks' forward with one entry per image of the batch: tensors, alone or in lists and dicts ...
-PER_IMAGE = {
-    "sample",
-    "hidden_states",
-    "encoder_hidden_states",
-    "encoder_hidden_states_mask",
-    "encoder_attention_mask",
-    "attention_mask",
-    "pooled_projections",
-    "timestep",
-    "timestep_cond",
-    "t",
-    "guidance",
-    "class_labels",
-    "added_cond_kwargs",
-    "additional_t_cond",
-    "down_block_additional_residuals",
-    "mid_block_additional_residual",
-    "down_intrablock_additional_residuals",
-    "block_controlnet_hidden_states",
-    "controlnet_block_samples",
-    "controlnet_single_block_samples",
-}
-# ... and lists of images.
-PER_IMAGE_LISTS = {"x", "cap_feats", "img_shapes"}
-
 
 class CanvasAttention(ModelHook):
     """Canvas mode of one network; made by :func:`install`.
@@ -111,8 +76,10 @@ class CanvasAttention(ModelHook):
         positions: Positions,
         guidance_batch: bool,
         canvas: Canvas,
+        tiles: bool,
     ) -> None:
         super().__init__()
+        self.tiles = tiles
         self.tile, self.halo, self.wrap, self.native = tile, halo, wrap, native
         self.positions, self.guidance_batch, self.canvas = positions, guidance_batch, canvas
         self._network = getattr(network, "_orig_mod", network)
@@ -137,9 +104,9 @@ class CanvasAttention(ModelHook):
         first = next((kwargs[name] for name in ("sample", "hidden_states", "x") if name in kwargs), None)
         if first is None:
             return self.fn_ref.original_forward(**kwargs)  # which says what is missing
-        if self.guidance_batch or len(first) == 1:
+        if self.guidance_batch or self.tiles or len(first) == 1:
             return self._evaluate(kwargs)
-        return _stack([self._evaluate(_one(kwargs, i, len(first))) for i in range(len(first))])
+        return _stack([self._evaluate(one_image(kwargs, i, len(first))) for i in range(len(first))])
 
     def _evaluate(self, kwargs: dict[str, Any]) -> Any:
         grid, pixels = _grid(self._network, kwargs)
@@ -160,6 +127,9 @@ class CanvasAttention(ModelHook):
                 return -(-size[0] // factor), -(-size[1] // factor)
 
             size = (-(-grid[0] // factor), -(-grid[1] // factor))
+            if self.tiles:
+                yield Windows(size, size, down(self.halo), (False, False), size)
+                continue
             native = down(self.native) if self.positions == "window" else size
             yield Windows(size, down(self.tile), down(self.halo), self.wrap, native)
 
@@ -218,6 +188,7 @@ def install(
     native: int | Pair | None = None,
     positions: Positions = "window",
     guidance_batch: bool = True,
+    tiles: bool = False,
     impl: ops.Impl | None = None,
 ) -> CanvasAttention:
     """Make a denoiser run on canvases of any size: its global self-attention becomes neighbour attention.
@@ -250,6 +221,9 @@ def install(
         positions: ``"window"`` as above; ``"canvas"``: the network's own positions for an image of that size.
         guidance_batch: evaluate the whole batch at once (both guidance branches, several images), or, to save memory,
             one image of it after the other.
+        tiles: each image that the network gets is one tile with positions of its own, and sees its neighbours where
+            it is evaluated inside of a :class:`tiledcore.exchange.Exchange`. Then ``tile``, ``wrap``, ``native``,
+            ``positions`` and ``guidance_batch`` do not count: the exchange knows where the tiles lie.
         impl: implementation of the attention, see :mod:`tiledcore.ops`.
 
     Returns:
@@ -261,9 +235,11 @@ def install(
             the layers cannot place.
     """
     inner = getattr(network, "_orig_mod", network)
-    if not isinstance(inner, FAMILIES):
-        names = ", ".join(family.__name__ for family in FAMILIES)
+    if not isinstance(inner, tuple(family.model for family in FAMILIES)):
+        names = ", ".join(family.model.__name__ for family in FAMILIES)
         raise TypeError(f"network={type(inner).__name__}: canvas mode knows {names}")
+    if tiles and isinstance(inner, SanaTransformer2DModel):
+        raise TypeError(f"halo={halo!r}: Sana's self-attention is linear, without a window that a halo could widen")
     sizes = _both(tile)
     halo = (sizes[0] // 2, sizes[1] // 2) if halo is None else halo
     neighbour_list(1, 1, tile, halo, wrap)  # its checks name the argument and what is valid
@@ -276,28 +252,28 @@ def install(
         raise ValueError(f"native={native!r} must be an int of at least 1, or a (y, x) pair of them")
     wraps = (wrap, wrap) if isinstance(wrap, bool) else (wrap[0], wrap[1])
 
-    embed = _patch_embed(inner) if positions == "window" else None
+    embed = _patch_embed(inner) if positions == "window" and not tiles else None
     if embed is not None:
         _check_native(embed, natives)
     remove(network)
     canvas = Canvas(global_tokens, impl)
-    hook = CanvasAttention(network, sizes, _both(halo), wraps, natives, positions, guidance_batch, canvas)
-    HookRegistry.check_if_exists_or_initialize(network).register_hook(hook, HOOK)
+    hook = CanvasAttention(network, sizes, _both(halo), wraps, natives, positions, guidance_batch, canvas, tiles)
+    registry(network).register_hook(hook, HOOK)
     if embed is not None:
-        HookRegistry.check_if_exists_or_initialize(embed).register_hook(WindowPositions(natives), HOOK)
+        registry(embed).register_hook(WindowPositions(natives), HOOK)
     return hook
 
 
 def remove(network: Any) -> None:
     """Undo :func:`install`: the former processors are back, results are bit-identical. Without it, does nothing."""
-    registry = getattr(network, "_diffusers_hook", None)
-    if registry is None or registry.get_hook(HOOK) is None:
+    hook = registry(network).get_hook(HOOK)
+    if hook is None:
         return
-    registry.get_hook(HOOK).restore()
-    registry.remove_hook(HOOK, recurse=False)
+    hook.restore()
+    registry(network).remove_hook(HOOK, recurse=False)
     embed = _patch_embed(getattr(network, "_orig_mod", network))
-    if embed is not None and hasattr(embed, "_diffusers_hook"):
-        embed._diffusers_hook.remove_hook(HOOK, recurse=False)
+    if embed is not None:
+        registry(embed).remove_hook(HOOK, recurse=False)
 
 
 def _both(value: int | Pair) -> Pair:
@@ -390,20 +366,6 @@ def _checked(name: str, grid: Pair, tokens: int, frames: int = 1) -> Pair:
             f"one image in row-major order, without reference images"
         )
     return grid
-
-
-def _one(kwargs: dict[str, Any], i: int, batch: int) -> dict[str, Any]:
-    """The arguments of image ``i`` alone."""
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value[i : i + 1] if value.ndim and value.shape[0] == batch else value
-        if isinstance(value, list | tuple):
-            return type(value)(cut(v) for v in value)
-        return {k: cut(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-    out = {name: cut(value) if name in PER_IMAGE else value for name, value in kwargs.items()}
-    return out | {name: kwargs[name][i : i + 1] for name in PER_IMAGE_LISTS & kwargs.keys()}
 
 
 def _stack(outputs: list[Any]) -> Any:

@@ -99,8 +99,15 @@ class Canvas:
         levels = {w.canvas[0] * w.canvas[1]: w for w in windows}
         if levels != self.windows:
             self.windows = levels
-            self.tables.clear()
+            self.tables = {}
         self.text_lengths = self.text_kept = None
+
+    def state(self) -> tuple[Any, ...]:
+        """What belongs to the evaluation that is running, for :meth:`restore`."""
+        return self.windows, self.text_lengths, self.text_kept, self.tables
+
+    def restore(self, state: tuple[Any, ...]) -> None:
+        self.windows, self.text_lengths, self.text_kept, self.tables = state
 
     def level(self, tokens: int) -> Windows:
         """The level with so many tokens: each has fewer than the one above it, so there is only one."""

@@ -146,10 +146,17 @@ def _add_tiling(group: argparse._ArgumentGroup) -> None:
     add("--ramp", type=_integer(1), metavar="N", help="width of the ramp; default: the overlap")
     add("--shift", action="store_true", help="move the tiles at random in each step, no overlap")
     add(
+        "--blend-steps",
+        type=_integer(0),
+        default=0,
+        metavar="N",
+        help="with --shift: the last N steps blend overlapping tiles; default 0",
+    )
+    add(
         "--halo",
         type=_pair(0),
         metavar="N|HxW",
-        help="canvas mode: what a tile sees of its neighbours; default: tile / 2",
+        help="what a tile's attention sees of its neighbours; default: tile / 2 in canvas mode, none in tile mode",
     )
     add("--global-tokens", type=_integer(0), default=0, metavar="N", help="canvas mode: tokens of a thumbnail of it")
     add("--wrap", choices=("x", "y", "xy"), default="", help="axes that join up at the borders")

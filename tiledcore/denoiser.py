@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from tiledcore import ops
+from tiledcore.arguments import PER_IMAGE, RESIDUALS, one_image
+from tiledcore.exchange import Exchange
 from tiledcore.geometry import Pair, Partition, TileGrid, Tiling
 from tiledcore.labels import label
 
-# Arguments of a denoiser's forward with one row per image of the batch; a tile batch repeats them.
-PER_IMAGE = (
-    "encoder_hidden_states",
-    "timestep",
-    "class_labels",
-    "timestep_cond",
-    "attention_mask",
-    "encoder_attention_mask",
-    "encoder_hidden_states_mask",
-    "pooled_projections",
-    "guidance",
-    "added_cond_kwargs",
-)
-# Arguments on the canvas' own pixels or tokens, which tile mode does not know how to cut.
-REFUSED = (
-    "down_block_additional_residuals",
-    "mid_block_additional_residual",
-    "down_intrablock_additional_residuals",
-    "block_controlnet_hidden_states",
-    "controlnet_block_samples",
-    "controlnet_single_block_samples",
-)
 # Further images that condition the whole canvas.
 REFUSED_IMAGES = (
     "ip_adapter_image_embeds",
@@ -58,12 +39,18 @@ class TilingConfig:
         ramp: width of the transition between two tiles for ``window="ramp"``. Default: the smaller overlap.
         shift: partition the canvas anew in every step instead of overlapping
             (SpotDiffusion, Frolov et al. 2024).
+        blend_steps: with ``shift``: the last so many steps take the plain grid of overlapping tiles instead, since
+            no step comes after them to heal the seams of a partition. ``overlap`` is that of these steps.
         mode: ``"tiles"``: a batch of windows through the unmodified model. ``"canvas"``: the network runs once over
             the whole canvas, and its self-attention is that of tiles to their neighbours
             (:mod:`tiledcore.attention`); nothing is evaluated twice.
-        halo: for ``"canvas"``: latent pixels that a tile sees of its neighbours on each side. Default: half a tile.
+        halo: latent pixels that a tile's self-attention sees of its neighbours on each side. For ``"canvas"`` the
+            default is half a tile. For ``"tiles"`` it is none; with one, tiles do not overlap, and all tiles of a
+            step are in the network at the same time (:mod:`tiledcore.exchange`): this takes the memory of
+            canvas mode, and ``tile_batch`` does not apply.
         global_tokens: for ``"canvas"``: size of a thumbnail of the canvas that every tile sees too; 0 is none.
-        guidance_batch: for ``"canvas"``: both guidance branches at once, or, to save memory, one after the other.
+        guidance_batch: for ``"canvas"``, and for tiles with a halo: both guidance branches at once, or, to save
+            memory, one after the other.
         wrap: the canvas is a torus: bool, or (along y, along x).
         tile_batch: tiles per network evaluation; bounds the memory.
         seed: of the random shifts.
@@ -86,24 +73,45 @@ class TilingConfig:
     halo: int | tuple[int, int] | None = None
     global_tokens: int = 0
     guidance_batch: bool = True
+    blend_steps: int = 0
 
     def __post_init__(self) -> None:
         if self.mode not in ("tiles", "canvas"):
             raise ValueError(f"mode={self.mode!r}: must be one of tiles, canvas")
         if self.mode == "canvas" and (self.shift or self.overlap not in (None, 0, (0, 0))):
             raise ValueError(f"mode='canvas' has neither overlap={self.overlap} nor shift={self.shift}: leave them out")
-        if self.mode == "tiles" and (self.halo is not None or self.global_tokens):
-            raise ValueError(f"halo={self.halo}, global_tokens={self.global_tokens}: only for mode='canvas'")
+        if self.mode == "tiles" and self.global_tokens:
+            raise ValueError(f"global_tokens={self.global_tokens}: only for mode='canvas'")
+        if isinstance(self.blend_steps, bool) or not isinstance(self.blend_steps, int) or self.blend_steps < 0:
+            raise ValueError(f"blend_steps={self.blend_steps!r}: must be an int of at least 0")
+        if self.blend_steps and not self.shift:
+            raise ValueError(f"blend_steps={self.blend_steps}: only with shift=True; without it every step is blended")
         if self.window not in ops.WINDOWS:
             raise ValueError(f"window={self.window!r}: must be one of {', '.join(ops.WINDOWS)}")
         if self.tile_batch < 1:
             raise ValueError(f"tile_batch={self.tile_batch}: must be at least 1")
         if self.ramp is not None and self.ramp < 1:
             raise ValueError(f"ramp={self.ramp}: must be at least 1 (1 is a hard crop to the core)")
-        if self.shift and self.overlap not in (None, 0, (0, 0)):
-            raise ValueError(f"overlap={self.overlap}: shift=True replaces the overlap; give 0 or nothing")
+        if self.shift and not self.blend_steps and self.overlap not in (None, 0, (0, 0)):
+            raise ValueError(
+                f"overlap={self.overlap}: shift=True replaces the overlap; give 0 or nothing, or blend_steps"
+            )
+        if self.exchanges and not self.blend_steps and self.overlap not in (None, 0, (0, 0)):
+            raise ValueError(f"overlap={self.overlap}: tiles with halo={self.halo} do not overlap; give 0 or nothing")
         if self.tile is not None:  # the geometry's own checks, at once rather than in the first step
             self.grid(1, 1, native=1)
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether tiles exchange halos."""
+        return self.mode == "tiles" and self.halo is not None
+
+    def area_factor(self, grid: TileGrid, steps: int) -> float:
+        """Tile area evaluated over canvas area, the mean of so many steps; ``grid`` is :meth:`grid`'s."""
+        if self.mode == "canvas":
+            return 1.0
+        share = min(1.0, self.blend_steps / steps) if self.shift or self.exchanges else 1.0
+        return 1.0 + share * (grid.area_factor - 1.0)
 
     def grid(self, height: int, width: int, native: int | tuple[int, int], unit: int = 1) -> TileGrid:
         """The tiles of a canvas.
@@ -115,14 +123,15 @@ class TilingConfig:
             unit: latent pixels per pixel of the grid, along each axis: a token's side for packed latents.
 
         Returns:
-            The grid, in units.
+            The grid, in units; with ``blend_steps``, that of the last steps.
 
         Raises:
             ValueError: a size is no multiple of the unit, or :class:`~tiledcore.geometry.TileGrid` refuses it.
         """
         tile = _pair(native if self.tile is None else self.tile)
         h, w = tile
-        default = (0, 0) if self.shift or self.mode == "canvas" else (h // 8 // unit * unit, w // 8 // unit * unit)
+        blends = self.blend_steps or not (self.shift or self.exchanges or self.mode == "canvas")
+        default = (h // 8 // unit * unit, w // 8 // unit * unit) if blends else (0, 0)
         overlap = default if self.overlap is None else _pair(self.overlap)
         grid = TileGrid(height, width, tile=tile, overlap=overlap, wrap=self.wrap)
         if unit == 1:
@@ -146,7 +155,7 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
 def _refuse(kwargs: dict[str, Any]) -> None:
     """One clear error for what cannot be cut into tiles."""
     given = {**kwargs, **(kwargs.get("joint_attention_kwargs") or {})}
-    for name in REFUSED:
+    for name in RESIDUALS:
         if given.get(name) is not None:
             raise ValueError(f"{name}: ControlNet and adapter residuals cannot be tiled yet; remove the adapter")
     for name in REFUSED_IMAGES:
@@ -192,6 +201,9 @@ class TileDenoiser:
         self._offsets: torch.Tensor | None = None
         self._tiles: torch.Tensor | None = None
         self._origin: torch.Tensor | None = None
+        self._exchange: Exchange | None = None
+        self.timesteps: Callable[[], Sequence[float]] | None = None
+        """Those of the running schedule, as the network gets them; what ``blend_steps`` counts."""
 
     def tiling(self, height: int, width: int, timestep: torch.Tensor | float) -> Tiling | Partition:
         """The tiles of this step: always the same ones, or shifted at random by the timestep."""
@@ -200,7 +212,7 @@ class TileDenoiser:
             tile = (grid.tile_size[0] * self.unit, grid.tile_size[1] * self.unit)
             size = (height * self.unit, width * self.unit)
             # Lines that move do so by eighths of a tile, and what is left at the canvas' end is a tile too.
-            moves = self.config.shift and self.unit == 1
+            moves = (self.config.shift or self.config.exchanges) and self.unit == 1
             asked = _pair(self.native if self.config.tile is None else self.config.tile)
             whole = tile != asked  # the canvas is smaller than a tile: nothing moves
             least = 8 * self.patch if moves and self.patch > 1 and not whole else self.patch
@@ -210,12 +222,27 @@ class TileDenoiser:
                     f"{self.patch}x{self.patch} of them, so that a tile's sides must be multiples of {least}"
                 )
             self._grid = grid
-        if not self.config.shift:
+        if self.config.shift and self._blends(timestep):
             return self._grid
+        grid = self._grid
+        if self.config.blend_steps:
+            grid = TileGrid(grid.height, grid.width, grid.tile_size, wrap=grid.wrap)
+        if not self.config.shift:
+            return grid.partition() if self.config.exchanges else grid
         # Seeded by the timestep itself: both guidance branches of a step see the same grid, whether
         # the pipeline evaluates them together or one after the other.
         step = round(1000 * float(torch.as_tensor(timestep).flatten()[0]))
-        return self._grid.shifted(step, self.config.seed)
+        return grid.shifted(step, self.config.seed)
+
+    def _blends(self, timestep: torch.Tensor | float) -> bool:
+        """Whether this is one of the last ``blend_steps`` steps. Some schedulers evaluate one timestep twice."""
+        if not self.config.blend_steps or self.timesteps is None:
+            return False
+        # By the nearest one: pipelines round timesteps to the network's precision.
+        time = float(torch.as_tensor(timestep).flatten()[0])
+        steps = list(dict.fromkeys(self.timesteps()))
+        nearest = min(range(len(steps)), key=lambda i: abs(steps[i] - time))
+        return nearest >= len(steps) - self.config.blend_steps
 
     def __call__(
         self, forward: Callable[..., Any], sample: torch.Tensor, timestep: torch.Tensor | float, **kwargs: Any
@@ -236,7 +263,7 @@ class TileDenoiser:
         """Lay out the tiles of a step, and put their offsets on the device, always in the same tensor.
 
         Returns:
-            Whether the next step's tiles will have the same sizes, so that a graph of this step serves it too.
+            Whether all steps have as many tiles of the same sizes, so that a graph of this one serves the others.
         """
         tiling = self.tiling(*size, timestep)
         uniform = isinstance(tiling, Tiling) or len(tiling.groups) == 1
@@ -248,7 +275,12 @@ class TileDenoiser:
         elif tiling != self._tiling:
             self._offsets.copy_(torch.tensor(places, dtype=torch.int32))
         self._tiling = tiling
-        return self.config.mode == "canvas" or uniform
+        if self.config.exchanges and isinstance(tiling, Partition):
+            rows, columns = ([size for _, size in axis] for axis in (tiling.rows, tiling.cols))
+            if self._exchange is None or (self._exchange.rows, self._exchange.columns) != (tuple(rows), tuple(columns)):
+                wrap = self.config.wrap if isinstance(self.config.wrap, tuple) else (self.config.wrap,) * 2
+                self._exchange = Exchange(rows, columns, wrap)
+        return uniform and not self.config.blend_steps
 
     def evaluate(
         self, forward: Callable[..., Any], sample: torch.Tensor, timestep: torch.Tensor | float, **kwargs: Any
@@ -274,19 +306,40 @@ class TileDenoiser:
         assert tiling is not None, "place() comes first"
         if len(tiling) == 1:
             return self._whole(self._network(forward, sample, timestep=timestep, **kwargs))
+        exchange = self._exchange if isinstance(tiling, Partition) else None
+        if exchange is not None and batch > 1 and not self.config.guidance_batch:
+            return self._one_by_one(forward, sample, timestep, kwargs)
         if offsets is None:
             assert isinstance(tiling, Partition)
             return self._evaluate_partition(tiling, forward, sample, timestep, kwargs)
         kwargs["timestep"] = timestep
         tile = next(iter(tiling.groups)) if isinstance(tiling, Partition) else tiling.tile_size
-        for start in range(0, len(tiling), self.config.tile_batch):
-            part = offsets[start : start + self.config.tile_batch]
-            out = self._tile_batch(forward, sample, part, tile, kwargs)
+        together = self.config.tile_batch if exchange is None else len(tiling)
+        for start in range(0, len(tiling), together):
+            part = offsets[start : start + together]
+            body = partial(self._tile_batch, forward, sample, part, tile, kwargs)
+            out = body() if exchange is None else exchange.run([body])[0]
             buffer = self._buffer((len(tiling) * batch, *out.shape[1:]), out)
             buffer[start * batch : start * batch + len(out)] = out
-        assert self._grid is not None
-        ramp = max(1, min(self._grid.overlap)) if self.config.ramp is None else -(-self.config.ramp // self.unit)
+        overlap = (0, 0) if isinstance(tiling, Partition) else tiling.overlap
+        ramp = max(1, min(overlap)) if self.config.ramp is None else -(-self.config.ramp // self.unit)
         return Prediction(buffer, offsets, size, ramp)
+
+    def _one_by_one(
+        self,
+        forward: Callable[..., Any],
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float,
+        kwargs: dict[str, Any],
+    ) -> Prediction:
+        """The images of the batch one after the other, each with all of its tiles."""
+        parts = []
+        for i in range(len(sample)):
+            given = one_image({**kwargs, "timestep": timestep}, i, len(sample))
+            part = self.evaluate(forward, sample[i : i + 1], given.pop("timestep"), **given)
+            parts.append(part._replace(tiles=part.tiles.clone()))  # the buffer is used again
+        tiles = torch.stack([part.tiles for part in parts], 1).flatten(0, 1)
+        return parts[0]._replace(tiles=tiles)
 
     def _evaluate_partition(
         self,
@@ -297,21 +350,24 @@ class TileDenoiser:
         kwargs: dict[str, Any],
     ) -> Prediction:
         """Tiles of several sizes, each of which is put where it belongs: nothing overlaps, nothing to blend."""
-        if len(partition) == 1:
-            return self._whole(self._network(forward, sample, timestep=timestep, **kwargs))
         batch, _, height, width = sample.shape
         kwargs["timestep"] = timestep
-        for (h, w), places in partition.groups.items():
-            for start in range(0, len(places), self.config.tile_batch):
-                group = places[start : start + self.config.tile_batch]
+        jobs = []
+        for size, places in partition.groups.items():
+            together = self.config.tile_batch if self._exchange is None else len(places)
+            for start in range(0, len(places), together):
+                group = places[start : start + together]
                 part = torch.tensor(group, dtype=torch.int32).to(sample.device)
-                out = self._tile_batch(forward, sample, part, (h, w), kwargs)
-                canvas = self._buffer((batch, out.shape[1], height, width), out)
-                for (y, x), tile in zip(group, out.split(batch), strict=True):
-                    rows, columns = _span(y, h, height), _span(x, w, width)
-                    for into_y, from_y in rows:
-                        for into_x, from_x in columns:
-                            canvas[:, :, into_y, into_x] = tile[:, :, from_y, from_x]
+                jobs.append((size, group, partial(self._tile_batch, forward, sample, part, size, kwargs)))
+        bodies = [body for _, _, body in jobs]
+        results = (body() for body in bodies) if self._exchange is None else self._exchange.run(bodies)
+        for ((h, w), group, _), out in zip(jobs, results, strict=True):
+            canvas = self._buffer((batch, out.shape[1], height, width), out)
+            for (y, x), tile in zip(group, out.split(batch), strict=True):
+                rows, columns = _span(y, h, height), _span(x, w, width)
+                for into_y, from_y in rows:
+                    for into_x, from_x in columns:
+                        canvas[:, :, into_y, into_x] = tile[:, :, from_y, from_x]
         return self._whole(canvas)
 
     def _whole(self, prediction: torch.Tensor) -> Prediction:

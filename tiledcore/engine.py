@@ -244,10 +244,14 @@ class Engine:
         """
         assert self._solver is not None
         buffers, index = self.buffers, self.index
+        timesteps = denoiser.timesteps
         denoiser = buffers.denoiser = buffers.denoiser or denoiser
+        denoiser.timesteps = timesteps  # of the scheduler that this call has
         size, device = (buffers.model_input.shape[2], buffers.model_input.shape[3]), buffers.model_input.device
         uniform = denoiser.place(size, timestep, device)
-        refusal = self._graph_refusal() if uniform else "shift=True: the tiles' sizes differ from step to step"
+        refusal = (
+            self._graph_refusal() if uniform else "the tiles of a step have several sizes, or differ from step to step"
+        )
         if refusal is None and self.graphs.backend is not None:
             given = {**conditions, "": timestep}
             if not buffers.arguments:

@@ -1,7 +1,7 @@
 """The networks that can be tiled: how the arguments and the result of each one's forward map to a canvas.
 
 A forward is always described by its arguments by name. What a family does not say is the same for all:
-which arguments have one row per image (:data:`tiledcore.denoiser.PER_IMAGE`) and which cannot be tiled.
+which arguments have one row per image (:data:`tiledcore.arguments.PER_IMAGE`) and which cannot be tiled.
 
 Positions: every tile is an image of its own size that starts at 0. So no position lies outside of what
 the network was trained on, however large the canvas is. Position embeddings that a network computes from
@@ -25,6 +25,7 @@ from diffusers import (
     UNet2DConditionModel,
     ZImageTransformer2DModel,
 )
+from diffusers.hooks import HookRegistry
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
@@ -53,6 +54,8 @@ class Family:
     sample: str = "hidden_states"
     """Name of the argument that holds the canvas."""
     timestep: str = "timestep"
+    clock: Callable[[Tensor], Tensor] = lambda timesteps: timesteps
+    """The scheduler's timesteps -> what the pipeline passes as :attr:`timestep`."""
     canvas: Callable[[Arguments], Tensor] = lambda arguments: arguments["hidden_states"]
     """The canvas in these arguments, which stay as they are."""
     tiles: Callable[[Tensor, Arguments, int], Arguments] = lambda tiles, arguments, pixels: {"hidden_states": tiles}
@@ -83,6 +86,15 @@ def network_of(pipe: Any) -> tuple[Any, Family]:
         f"pipe={type(pipe).__name__}: tiling needs a pipeline whose unet or transformer is one of {known}; "
         f"found {there or 'neither'}"
     )
+
+
+def registry(network: Any) -> HookRegistry:
+    """The network's hooks. A compiled module passes attributes on to the module inside, whose registry must
+    not get ours: what is compiled is the network on one tile batch. So its own ``__dict__`` is looked into."""
+    found = vars(network).get("_diffusers_hook")
+    if found is None:
+        found = vars(network)["_diffusers_hook"] = HookRegistry(network)
+    return found
 
 
 def to_tokens(image: Tensor) -> Tensor:
@@ -184,6 +196,7 @@ FAMILIES: tuple[Family, ...] = (
         patch=lambda network: 2,  # packed by the pipeline: the network's own patch_size is 1
         packed=True,
         dynamic_shift=1.15,
+        clock=lambda timesteps: timesteps / 1000,
         canvas=_flux_canvas,
         tiles=_flux_tiles,
         prediction=to_image,
@@ -199,6 +212,7 @@ FAMILIES: tuple[Family, ...] = (
         dynamic_shift=1.15,
         sample="x",
         timestep="t",
+        clock=lambda timesteps: (1000 - timesteps) / 1000,
         canvas=_z_image_canvas,
         tiles=_z_image_tiles,
         prediction=lambda output, size: torch.stack(list(output)).squeeze(2),
@@ -210,6 +224,7 @@ FAMILIES: tuple[Family, ...] = (
         patch=lambda network: 2,
         packed=True,
         dynamic_shift=1.15,
+        clock=lambda timesteps: timesteps / 1000,
         canvas=_qwen_canvas,
         tiles=_qwen_tiles,
         prediction=to_image,

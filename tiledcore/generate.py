@@ -87,8 +87,13 @@ def check(args: argparse.Namespace) -> Image.Image | None:
     """Whatever can be known before loading; completes ``args.size``, returns the init image."""
     if args.strength is not None and args.init_image is None:
         raise CommandError("--strength: only used with --init-image")
-    if args.shift and args.overlap not in (None, (0, 0)):
-        raise CommandError("--overlap: --shift replaces the overlap; give only one of them")
+    overlaps = args.overlap not in (None, (0, 0))
+    if args.shift and overlaps and not args.blend_steps:
+        raise CommandError("--overlap: --shift replaces the overlap; give only one of them, or --blend-steps")
+    if args.mode == "tiles" and args.halo is not None and overlaps and not args.blend_steps:
+        raise CommandError("--overlap: tiles that exchange a --halo do not overlap; give only one of them")
+    if args.blend_steps and not args.shift:
+        raise CommandError("--blend-steps: only used with --shift; without it every step is blended")
     if args.tile is not None:
         h, w = args.tile
         TileGrid(h, w, tile=(h, w), overlap=args.overlap or 0)
@@ -169,6 +174,7 @@ def _config(args: argparse.Namespace, seed: int) -> TilingConfig:
         window=args.window,
         ramp=args.ramp,
         shift=args.shift,
+        blend_steps=args.blend_steps,
         wrap=("y" in args.wrap, "x" in args.wrap),
         tile_batch=args.tile_batch,
         seed=seed,
@@ -270,18 +276,22 @@ def _describe(
         "device": args.device,
         "dtype": args.dtype,
         "version": __version__,
-        "tiling": _describe_tiling(pipe.tiling, grid, pipe.vae_scale_factor),
+        "tiling": _describe_tiling(pipe.tiling, grid, pipe.vae_scale_factor, call),
     }
 
 
-def _describe_tiling(config: TilingConfig, grid: TileGrid, factor: int) -> dict[str, Any]:
+def _describe_tiling(config: TilingConfig, grid: TileGrid, factor: int, call: dict[str, Any]) -> dict[str, Any]:
     # Of a shifted grid the lines are those of the unshifted one: each step has its own.
     lines_y, lines_x = grid.lines
     if config.mode == "canvas":  # its windows are a regular partition, cut off at the border
         lines_y, lines_x = (
             tuple(range(tile, size, tile)) for tile, size in zip(grid.tile_size, (grid.height, grid.width), strict=True)
         )
-    blends = config.mode == "tiles" and not config.shift
+    elif config.exchanges and not config.shift:
+        whole = grid.partition()
+        lines_y, lines_x = (tuple(start for start, _ in axis if start) for axis in (whole.rows, whole.cols))
+    blends = config.mode == "tiles" and (config.blend_steps > 0 or not (config.shift or config.exchanges))
+    steps = max(1, int(call["num_inference_steps"] * call.get("strength", 1.0)))
     return {
         "mode": config.mode,
         "tile": list(grid.tile_size),
@@ -290,9 +300,10 @@ def _describe_tiling(config: TilingConfig, grid: TileGrid, factor: int) -> dict[
         "window": config.window if blends else None,
         "ramp": (config.ramp or max(1, min(grid.overlap))) if blends and config.window == "ramp" else None,
         "shift": config.shift,
+        "blend_steps": config.blend_steps,
         "wrap": list(grid.wrap),
         "tiles": len(grid),
-        "area_factor": round(grid.area_factor, 4) if blends else 1.0,
+        "area_factor": round(config.area_factor(grid, steps), 4),
         "lines_y": [factor * y for y in lines_y],
         "lines_x": [factor * x for x in lines_x],
     }

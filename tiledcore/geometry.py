@@ -162,6 +162,14 @@ class TileGrid(Tiling):
             cols=_spread(canvas[1], w, overlap_x, wraps[1]),
         )
 
+    def partition(self) -> Partition:
+        """The canvas cut into tiles that share no pixel, always at the same lines: those of :meth:`shifted` unmoved.
+
+        Raises:
+            ValueError: if the grid has an overlap.
+        """
+        return self._partition(0.0, 0.0)
+
     def shifted(self, step: int, seed: int) -> Partition:
         """A partition of the canvas whose lines lie elsewhere in every step (SpotDiffusion).
 
@@ -174,14 +182,16 @@ class TileGrid(Tiling):
         Raises:
             ValueError: if the grid has an overlap.
         """
-        if self.overlap != (0, 0):
-            raise ValueError(f"overlap={self.overlap!r} cannot be shifted: only a grid with overlap=0 can")
         # Seeding with a string hashes it by SHA-512, so neighbouring steps are unrelated; random()
         # is the one method whose values Python promises to keep between versions.
         random = Random(f"{seed}/{step}")
+        return self._partition(random.random(), random.random())
+
+    def _partition(self, *moved: float) -> Partition:
+        if self.overlap != (0, 0):
+            raise ValueError(f"overlap={self.overlap!r} cannot be shifted: only a grid with overlap=0 can")
         rows, cols = (
-            _moved(size, t, wrap, random.random())
-            for size, t, wrap in zip((self.height, self.width), self.tile_size, self.wrap, strict=True)
+            _moved(*axis) for axis in zip((self.height, self.width), self.tile_size, self.wrap, moved, strict=True)
         )
         return Partition(self.height, self.width, rows, cols)
 

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoPipelineForImage2Image, DiffusionPipeline
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks import ModelHook
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL import Image
 
 from tiledcore import attention
 from tiledcore.denoiser import TileDenoiser, TilingConfig
 from tiledcore.engine import Engine, Report
-from tiledcore.families import Family, network_of
+from tiledcore.families import Family, network_of, registry
 from tiledcore.geometry import TileGrid
 from tiledcore.graph import CudaBackend, Mode, StepGraphs
 from tiledcore.labels import labelled
@@ -137,15 +137,6 @@ def _set_timesteps(
     return original(*args, **kwargs)
 
 
-def _registry(network: Any) -> HookRegistry:
-    """The network's hooks. A compiled module passes attributes on to the module inside, whose registry must
-    not get ours: what is compiled is the network on one tile batch. So its own ``__dict__`` is looked into."""
-    registry = vars(network).get("_diffusers_hook")
-    if registry is None:
-        registry = vars(network)["_diffusers_hook"] = HookRegistry(network)
-    return registry
-
-
 def apply_tiling(pipe: Any, config: TilingConfig | None = None) -> Any:
     """Make a diffusers pipeline denoise in tiles; everything else of it stays as it is.
 
@@ -182,9 +173,10 @@ def apply_tiling(pipe: Any, config: TilingConfig | None = None) -> Any:
     denoiser = TileDenoiser(config, native, pipe.vae_scale_factor, patch, family.packed)
     denoiser.tiling(2 * height // denoiser.unit, 2 * width // denoiser.unit, 0)
     remove_tiling(pipe)
-    if config.mode == "canvas":
+    if config.mode == "canvas" or config.exchanges:
         attention.install(
             network,
+            tiles=config.exchanges,
             tile=(height, width),
             halo=config.halo,
             wrap=config.wrap,
@@ -193,15 +185,17 @@ def apply_tiling(pipe: Any, config: TilingConfig | None = None) -> Any:
             guidance_batch=config.guidance_batch,
             impl=config.impl,
         )
+    scheduler = pipe.scheduler
+    denoiser.timesteps = lambda: family.clock(torch.as_tensor(scheduler.timesteps).float()).tolist()
     hook = TilingHook(denoiser, family, pipe.scheduler, (height // patch) * (width // patch))
-    _registry(network).register_hook(hook, HOOK)
+    registry(network).register_hook(hook, HOOK)
     return pipe
 
 
 def remove_tiling(pipe: Any) -> Any:
     """Undo :func:`apply_tiling`: results are bit-identical to before. Without tiling, does nothing."""
     network, _ = network_of(pipe)
-    _registry(network).remove_hook(HOOK, recurse=False)
+    registry(network).remove_hook(HOOK, recurse=False)
     attention.remove(network)
     return pipe
 
@@ -314,7 +308,7 @@ class TiledPipeline:
             bound = signature(type(pipe).__call__).bind_partial(pipe, *args, **kwargs)
             bound.apply_defaults()
             with Engine(pipe, bound.arguments, config, self._graphs) as engine:
-                _registry(network_of(pipe)[0]).get_hook(HOOK).engine = engine
+                registry(network_of(pipe)[0]).get_hook(HOOK).engine = engine
                 try:
                     return pipe(*args, **kwargs)
                 finally:
@@ -324,7 +318,7 @@ class TiledPipeline:
 @contextmanager
 def tiled(pipe: Any, config: TilingConfig | None = None) -> Iterator[Any]:
     """``apply_tiling`` for the length of a ``with`` block; a tiling that was there before comes back."""
-    before = _registry(network_of(pipe)[0]).get_hook(HOOK)
+    before = registry(network_of(pipe)[0]).get_hook(HOOK)
     try:
         yield apply_tiling(pipe, config)
     finally:

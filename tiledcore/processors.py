@@ -14,11 +14,15 @@ from torch import Tensor
 
 from tiledcore import ops
 from tiledcore.canvas import QKV, Canvas, Placed, Rotary, Windows, cell_turns, place, rotate, thumbnail, thumbnail_cells
+from tiledcore.exchange import current
 from tiledcore.labels import label
 
 
 def attend(canvas: Canvas, windows: Windows, tokens: QKV, scale: float | None) -> Tensor:
-    """Neighbour attention of image tokens, plus the thumbnail; ``[B, N, heads, D]``."""
+    """Neighbour attention of image tokens, plus the thumbnail; ``[B, N, heads, D]``. Where the images are tiles that
+    exchange halos (:mod:`tiledcore.exchange`), with those of their neighbours."""
+    if (tiles := current()) is not None:
+        return tiles.attend(canvas, windows, tokens, scale)
     extra_k = extra_v = None
     if cells := thumbnail_cells(windows, canvas.global_tokens):
         extra_k, extra_v = (thumbnail(t, windows.canvas, cells) for t in (tokens.k, tokens.v))
@@ -61,6 +65,9 @@ def attend_jointly(
         What the image and the text attended to, of their shapes.
     """
     windows = canvas.image()
+    if (tiles := current()) is not None:
+        out, own_k = tiles.attend_jointly(canvas, image, text, scale, rotary, kept)
+        return out, None if text is None else _attend_text(text, own_k, image.v, scale, kept)
     placed = place(canvas, image, rotary)
     small = None
     if cells := thumbnail_cells(windows, canvas.global_tokens):

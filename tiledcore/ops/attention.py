@@ -1,7 +1,8 @@
 """neighbor_attention: argument checks, schema, fake, and the implementation on top of torch's own attention."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,8 @@ Precision = Literal["full", "int8"]
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor? global_q, Tensor? global_k, Tensor? global_v, SymInt[2] canvas, "
-    "int[2] tile, int[2] halo, bool[2] wrap, float scale, str precision) -> Tensor"
+    "int[2] tile, int[2] halo, bool[2] wrap, float scale, str precision, "
+    "int[] rows, int[] columns) -> Tensor"
 )
 # What gathered windows may take at a time. On a GPU a chunk must fill the device; on a CPU it had better stay
 # near the caches.
@@ -25,6 +27,8 @@ _CHUNK_BYTES = {"cuda": 512 << 20, "cpu": 8 << 20}
 TRITON_HEAD_DIM = 160  # the widest head that the Triton kernels take
 
 Pair = tuple[int, int]
+Extent = int | tuple[int, ...]
+"""Size of the tiles of one axis, or the sizes of all of them."""
 
 
 def _fake(q: Tensor, *_: object) -> Tensor:
@@ -45,7 +49,8 @@ def _reference(
     global_v: Tensor | None,
     *geometry: Any,
 ) -> Tensor:
-    canvas, tile, halo, wrap, scale, _ = geometry  # the precision is the kernels' business
+    canvas, tile, halo, wrap, scale, _, rows, columns = geometry  # the precision is the kernels' business
+    tile = _extents(tile, rows, columns)
     return reference.neighbor_attention(q, k, v, canvas, tile, halo, wrap, scale, global_q, global_k, global_v)
 
 
@@ -54,7 +59,8 @@ def _reference(
 def _triton(*arguments: Any) -> Tensor:
     from tiledcore.kernels.neighbor_attention import neighbor_attention as kernel
 
-    return kernel(*arguments)
+    *tensors, canvas, tile, halo, wrap, scale, precision, rows, columns = arguments
+    return kernel(*tensors, canvas, _extents(tile, rows, columns), halo, wrap, scale, precision)
 
 
 @torch.library.impl("tiledcore::neighbor_attention_sdpa", ("cpu", "cuda"))
@@ -72,6 +78,8 @@ def _sdpa(
     wrap: tuple[bool, bool],
     scale: float,
     precision: str,
+    rows: Sequence[int],
+    columns: Sequence[int],
 ) -> Tensor:
     """Gather each tile's queries and window, and call torch's attention on a batch of tiles.
 
@@ -87,7 +95,7 @@ def _sdpa(
     # torch's fused kernels want one head dimension.
     split = global_q is not None and G > 0
     budget = _CHUNK_BYTES.get(q.device.type, _CHUNK_BYTES["cpu"])
-    for queries, window in _batches(canvas, tile, halo, wrap):
+    for queries, window in _batches(canvas, _extents(tile, rows, columns), halo, wrap):
         per_tile = B * heads * D * (1 + split) * q.element_size() * 2 * (queries.shape[1] + window.shape[1] + G)
         step = max(1, budget // per_tile)
         for at, seen in zip(queries.split(step), window.split(step), strict=True):
@@ -111,7 +119,14 @@ def _take(tokens: Tensor, at: Tensor) -> Tensor:
     return tokens[:, at].flatten(0, 1)
 
 
-def _batches(canvas: Pair, tile: Pair, halo: Pair, wrap: tuple[bool, bool]) -> Iterator[tuple[Tensor, Tensor]]:
+def _extents(tile: Pair, rows: Sequence[int], columns: Sequence[int]) -> tuple[Extent, Extent]:
+    """What the schema tells apart: one size for all tiles of an axis, or, where there are any, all sizes."""
+    return tuple(rows) or tile[0], tuple(columns) or tile[1]
+
+
+def _batches(
+    canvas: Pair, tile: tuple[Extent, Extent], halo: Pair, wrap: tuple[bool, bool]
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Token indices of the tiles, ``[tiles, queries]``, and of their windows, ``[tiles, keys]``, by shape."""
     by_row, by_column = (_axis_groups(*axis) for axis in zip(canvas, tile, halo, wrap, strict=True))
     width = canvas[1]
@@ -125,11 +140,12 @@ def _batches(canvas: Pair, tile: Pair, halo: Pair, wrap: tuple[bool, bool]) -> I
             yield tokens(rows, columns), tokens(row_window, column_window)
 
 
-def _axis_groups(size: int, tile: int, halo: int, wrap: bool) -> list[tuple[Tensor, Tensor]]:
+def _axis_groups(size: int, tile: Extent, halo: int, wrap: bool) -> list[tuple[Tensor, Tensor]]:
     """The tiles of one axis and their windows, grouped by both lengths: ``[tiles, extent]``, ``[tiles, window]``."""
     groups: dict[Pair, tuple[list[list[int]], list[list[int]]]] = {}
-    for start in range(0, size, tile):
-        extent = list(range(start, min(start + tile, size)))
+    sizes = [min(tile, size - start) for start in range(0, size, tile)] if isinstance(tile, int) else tile
+    for start, length in zip(accumulate(sizes, initial=0), sizes, strict=False):
+        extent = list(range(start, start + length))
         low, high = start - halo, extent[-1] + 1 + halo
         if not wrap:
             window = list(range(max(low, 0), min(high, size)))
@@ -174,13 +190,31 @@ def _check_pair(name: str, value: Pair, least: int) -> Pair:
     return value[0], value[1]
 
 
+def _check_tile(tile: Any, canvas: Pair) -> tuple[Pair, list[int], list[int]]:
+    """Tile sizes, and for each axis all sizes where they were given."""
+    listed = [isinstance(n, Sequence) for n in tile] if isinstance(tile, tuple | list) and len(tile) == 2 else []
+    if not any(listed):
+        return _check_pair("tile", tile, 1), [], []
+    sizes: list[list[int]] = [[], []]
+    for axis, (extent, total) in enumerate(zip(tile, canvas, strict=True)):
+        if not listed[axis] and (not isinstance(extent, int) or extent < 1):
+            raise ValueError(f"tile={tile!r}: the size along {'yx'[axis]} must be an int of at least 1")
+        if not listed[axis]:
+            continue
+        if any(not isinstance(n, int) or n < 1 for n in extent) or sum(extent) != total:
+            raise ValueError(f"tile={tile!r}: the sizes along {'yx'[axis]} must be ints of at least 1, {total} in all")
+        sizes[axis] = list(extent)
+    first, second = (max(all_) if all_ else extent for extent, all_ in zip(tile, sizes, strict=True))
+    return (first, second), sizes[0], sizes[1]
+
+
 def neighbor_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *,
     canvas: tuple[int, int],
-    tile: tuple[int, int],
+    tile: tuple[int | Sequence[int], int | Sequence[int]],
     halo: tuple[int, int],
     wrap: tuple[bool, bool] = (False, False),
     global_q: Tensor | None = None,
@@ -210,7 +244,8 @@ def neighbor_attention(
             160, and take none above; on a CPU every D is alike. float64 is computed by ``"sdpa"`` and
             ``"reference"`` alone.
         canvas: ``(H, W)`` in tokens.
-        tile: ``(th, tw)`` in tokens; larger than the canvas means one tile.
+        tile: ``(th, tw)`` in tokens; larger than the canvas means one tile. In place of a size, an axis may have the
+            sizes of all of its tiles, one after the other, which add up to the canvas.
         halo: ``(hy, hx)`` in tokens.
         wrap: whether the canvas continues at its other side, along (y, x).
         global_q: ``[B, H*W, heads, D]``, the queries that meet the global keys; None means q. (A transformer with
@@ -230,7 +265,8 @@ def neighbor_attention(
         RuntimeError: ``impl`` was named, or is needed for ``precision``, and is unavailable here.
     """
     _check_tokens("q", q)
-    canvas, tile, halo = _check_pair("canvas", canvas, 1), _check_pair("tile", tile, 1), _check_pair("halo", halo, 0)
+    canvas, halo = _check_pair("canvas", canvas, 1), _check_pair("halo", halo, 0)
+    size, rows, columns = _check_tile(tile, canvas)
     if not isinstance(wrap, tuple | list) or len(wrap) != 2 or not all(isinstance(w, bool) for w in wrap):
         raise ValueError(f"wrap={wrap!r} must be a (y, x) pair of bools")
     B, N, heads, D = q.shape
@@ -257,7 +293,7 @@ def neighbor_attention(
         raise ValueError(f"scale={scale} must be finite")
     op = getattr(torch.ops.tiledcore, _op_name(_implementation(q, precision, impl), q.device))
     tensors = [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, global_q, global_k, global_v)]
-    return op(*tensors, canvas, tile, halo, tuple(wrap), scale, precision)
+    return op(*tensors, canvas, size, halo, tuple(wrap), scale, precision, rows, columns)
 
 
 def _op_name(impl: Impl | None, device: torch.device) -> str:
