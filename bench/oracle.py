@@ -2,10 +2,10 @@
 
     python -m bench.oracle [--fields 8] [--json bench/results/oracle.json]
 
-A stationary Gaussian field on a torus has the spectrum P. Given ``x = a x0 + s n`` with noise n, the best prediction of
-x0 is the conditional mean: for the whole canvas the Wiener filter ``a P / (a² P + s²)``, a product in frequency, and for
-a tile ``a C (a² C + s²)⁻¹ x`` with C the covariance of the tile's pixels. No weights, no training error: what is wrong
-with a sample is wrong with the tiling. The tiles are gathered, blended and moved on by the engine's own code:
+A stationary Gaussian field on a torus has the spectrum P. Given ``x = a x0 + s n`` with noise n, the best prediction
+of x0 is the conditional mean: for the whole canvas the Wiener filter ``a P / (a² P + s²)``, a product in frequency, and
+for a tile ``a C (a² C + s²)⁻¹ x`` with C the covariance of the tile's pixels. No weights, no training error: what is
+wrong with a sample is wrong with the tiling. The tiles are gathered, blended and moved on by the engine's own code:
 :class:`~tiledcore.denoiser.TileDenoiser` around the denoiser, and :func:`~tiledcore.ops.fused_step` with the table of
 diffusers' flow-matching scheduler.
 
@@ -14,14 +14,14 @@ of its side (Cantoni and Butler 1976); each is diagonalised once and serves ever
 
 Columns:
 
-- seam: mean |difference| across the lines on which tiles start or end (with a hard crop: on which cores meet), over that
-  across all other lines; 1 is ideal. A grid that moves has no lines of its own: it is judged on those of the fixed grid.
+- seam: mean |difference| across the lines on which tiles start or end (with a hard crop: on which cores meet), over
+  that across all other lines; 1 is ideal. A grid that moves has no lines of its own: those of the fixed grid are taken.
 - low: power at up to 4 cycles per canvas side, which are waves of at least 40 pixels, over that of the exact flow from
   the same noise, so that little of it is chance.
 
-The design's table was measured once, by code that is gone: what was noise schedule and cutoff there is not told. Those
-here are plain choices, with which its last column comes back within 0.05 (0.03 without the long ramp, whose form is the engine's).
-The whole canvas is below 1 in the last column because 40 Euler steps are no exact integral: compare with it, not with 1.
+The design's table was measured once, by code that is gone, and does not tell noise schedule and cutoff. Those here are
+plain choices, with which its last column comes back within 0.05, and within 0.03 but for the long ramp, whose form is
+the engine's. The whole canvas is below 1 there because 40 Euler steps are no exact integral: compare with it, not 1.
 A core that sees its neighbours is here a wide tile of which only the core is kept: what canvas mode computes without
 evaluating a pixel twice, if its network makes as much of its neighbours as this denoiser does.
 """

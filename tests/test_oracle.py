@@ -72,8 +72,14 @@ def test_columns_find_what_is_planted() -> None:
     assert (np.diff(seams) > 0).all() and seams[-1] > 2
 
 
-CHEAP = ("whole", "no overlap, fixed", "50 % overlap, equal", "25 % overlap, ramp", "window 32, core 20", "no overlap, sh",
-         "canvas mode: core 32 sees 8")  # fmt: skip
+CHEAP = (
+    "whole",
+    "no overlap",
+    "50 % overlap, equal",
+    "25 % overlap, ramp",
+    "window 32, core 20",
+    "canvas mode: core 32 sees 8",
+)
 
 
 @pytest.mark.parametrize("row", [row for row in oracle.rows() if row.name.startswith(CHEAP)], ids=lambda row: row.name)
