@@ -1,11 +1,13 @@
 """Interleaved timing: what a kernel benchmark needs, and nothing more."""
 
 import argparse
+import ctypes
 import json
+import math
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,31 @@ def interleaved(candidates: dict[str, Callable[[], Any]], device: torch.device, 
                 run()
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def peak_growth(run: Callable[[], Any], device: torch.device) -> int:
+    """Bytes by which memory grows at its peak while ``run`` runs, its result included. On a CPU, Linux alone."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+
+    def high_water() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+
+    ctypes.CDLL(None).malloc_trim(0)  # else the run may grow into what was freed before
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts at what is resident now
+    before = high_water()
+    run()
+    return high_water() - before
+
+
+def exponent(areas: Sequence[float], values: Sequence[float]) -> float:
+    """The power of the area that fits the values best: the slope between their logarithms."""
+    return statistics.linear_regression([math.log(a) for a in areas], [math.log(v) for v in values]).slope
 
 
 def machine(device: torch.device) -> dict[str, str]:
