@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from bench import case as suite
 from bench import timing
 from tiledcore import ops
 from tiledcore.ops.attention import _batches
@@ -217,6 +218,39 @@ def candidates(
         else:
             ready[name] = run
     return ready, missing
+
+
+def prepare(case: Case, device: torch.device, dtype: torch.dtype) -> suite.Ready:
+    """For the suite: the implementations only on one set of inputs, and dense attention."""
+    runs, missing = candidates(case, device, dtype)
+    del runs["matmul"]
+    arguments = case.arguments(device, dtype)
+    for impl in IMPLS:
+        if impl in runs:
+            runs[impl] = partial(ops.neighbor_attention, **arguments, impl=impl)
+
+    def errors() -> dict[str, float]:
+        wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+        exact = ops.neighbor_attention(**wide, impl="sdpa")
+        return {impl: suite.relative_error(runs[impl](), exact) for impl in IMPLS if impl in runs}
+
+    tokens = case.B * case.heads * case.D * dtype.itemsize
+    moved = tokens * (4 * case.side**2 + 2 * case.text)  # q, k, v and the result, once
+    return suite.Ready(runs, "sdpa", dict.fromkeys(runs, moved), case.flops(), errors, missing)
+
+
+def cases(device: torch.device | None = None) -> list[suite.Case]:
+    cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
+    return [
+        suite.Case(
+            "neighbor_attention",
+            f"{case.name}: {case.side}x{case.side} tokens, tile {case.tile}, halo {case.halo}, batch {case.B}",
+            "windows gathered, SDPA in float64",
+            partial(prepare, case),
+            quick=cuda or case.name.startswith("the embedded"),
+        )
+        for case in (CUDA_CASES if cuda else CPU_CASES)
+    ]
 
 
 def compare(case: Case, device: torch.device, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:

@@ -2,8 +2,8 @@
 
     python -m bench.peers_table --size 1024 --steps 8 --json bench/results/peers_earth.json
 
-Every result is kept in ``--work`` (image, seconds, memory), so a run that was stopped goes on where it was. One seed of
-1024² takes about as long as 75 steps of the plain grid on that canvas do; the stride of an eighth alone takes 40 of them.
+Every result is kept in ``--work`` (image, seconds, memory), so a run that was stopped goes on where it was. One step of
+all ways at 1024² costs as much as about 80 of the plain grid do; the stride of an eighth alone costs 39.
 
 - s: of denoising, text encoding included, without decoding; one run, so trust nothing below some per cent of it.
 - area: latent pixels given to the network over canvas pixels, steps and guidance branches; counted, not calculated.
@@ -14,7 +14,7 @@ Every result is kept in ``--work`` (image, seconds, memory), so a run that was s
 - low, patches: power at low frequencies over that of native samples, and sliced Wasserstein distance to them.
 - repeat: largest normalised cross-correlation between distant tiles. PSNR: against the dense whole canvas, in dB.
 
-Seam to repeat are means over prompts and seeds, but for the worst line. All images are decoded whole by the same decoder.
+Seam to repeat are means over prompts and seeds, but for the worst line. All images are decoded whole, by one decoder.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def ours(config: TilingConfig) -> Denoise:
 
 
 def ways(tile: int) -> dict[str, tuple[Denoise, int]]:
-    """Name -> what denoises, and how far apart its windows start; the tile itself where the lines are those of the grid."""
+    """Name -> what denoises, and how far apart its windows start; 0 for ours, whose configuration tells."""
     peers: dict[str, tuple[Denoise, int]] = {
         "dense whole canvas": (peer(methods.dense), tile),
         "MultiDiffusion, stride 1/8": (peer(methods.multidiffusion), tile // 8),
