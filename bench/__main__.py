@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -80,7 +79,7 @@ def _run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     results = suite.run(cases, device, dtype, rounds, budget=4.0 if args.quick else 30.0)
     print(f"\n{len(cases)} cases in {results['took_seconds']} s")
     if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+        args.json.write_text(suite.dumps(results))
     if args.markdown:
         args.markdown.write_text(suite.markdown(results) + "\n")
     return int(any("wrong" in row for row in results["results"]))

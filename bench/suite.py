@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import time
@@ -71,7 +72,14 @@ def run_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: int, 
         taken = timing.samples(rotated, device, rounds, calls)
     for name, values in taken.items():
         low, median, high = statistics.quantiles(values, n=4)
-        row = {"name": name, "seconds": median, "low": low, "high": high, "samples": values, "timed": how[name]}
+        row = {
+            "name": name,
+            "seconds": median,
+            "low": low,
+            "high": high,
+            "samples": [float(f"{v:.4g}") for v in values],
+            "timed": how[name],
+        }
         row |= {"bytes": first.bytes.get(name, 0), "flops": 0 if name == "copy" else first.flops}
         error = next((e for names, e in errors.items() if name in names.split(", ")), None)
         rows.append(about | row | ({} if error is None else {"error": error}))
@@ -146,6 +154,13 @@ def text(case: Case, rows: list[dict[str, Any]]) -> str:
             f"{row['name']:14}{row['seconds'] * 1e3:10.3f}{spread:>19}{speed:>9}{row['of_ceiling']:8.0%}{error:>9}"
         )
     return "\n".join(lines)
+
+
+def dumps(results: Results) -> str:
+    """JSON with a line for each row, so that a file of a thousand samples can be read and compared."""
+    head = json.dumps({key: value for key, value in results.items() if key != "results"}, indent=1)
+    rows = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in results["results"])
+    return head.removesuffix("\n}") + f',\n "results": [\n  {rows}\n ]\n}}\n'
 
 
 def markdown(results: Results) -> str:
