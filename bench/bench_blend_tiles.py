@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from bench import timing
+from bench.case import Case, Ready, relative_error
 from tiledcore import ops, reference
 
 # canvas side, tile side, stride, channels: latent pixels
+IMPLS: tuple[ops.Impl, ...] = ("reference", "native", "triton")
 CASES = [(512, 128, 64, 4), (1024, 128, 96, 4), (512, 64, 48, 16)]
 
 
@@ -43,35 +45,69 @@ def bytes_moved(offsets: Tensor, tile: int, size: int, channels: int, window: op
     return channels * (rows * columns + size * size)
 
 
+def prepare(
+    size: int,
+    tile: int,
+    stride: int,
+    channels: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    window: ops.Window = "ramp",
+) -> Ready:
+    line = starts(size, tile, stride)
+    corners = [(y, x) for y in line for x in line]
+    offsets = torch.tensor(corners, dtype=torch.int32)
+    weighed = bytes_moved(offsets, tile, size, channels, window)
+    moved = weighed * dtype.itemsize
+    offsets = offsets.to(device)
+    tiles = torch.randn(len(corners), channels, tile, tile, device=device).to(dtype)
+    weight = torch.rand(tile, tile, device=device).to(dtype) + 0.1
+    target = torch.empty_like(tiles)
+    runs: dict[str, Callable[[], Tensor]] = {
+        "copy": partial(target.copy_, tiles),
+        "python loop": partial(python_loop, tiles, corners, size, weight),
+    }
+    bytes_of, missing = {"copy": 2 * tiles.nbytes, "python loop": moved}, {}
+    for impl in IMPLS:
+        reason = ops.unavailable("blend_tiles", impl, device)
+        if reason is not None:
+            missing[impl] = reason
+            continue
+        runs[impl] = partial(ops.blend_tiles, tiles, offsets, (size, size), window=window, impl=impl)
+        bytes_of[impl] = moved
+
+    def errors() -> dict[str, float]:
+        exact = reference.blend_tiles(tiles.double(), offsets, (size, size), window)
+        return {impl: relative_error(runs[impl](), exact) for impl in IMPLS if impl in runs}
+
+    flops = 2 * (weighed - channels * size * size)  # a product and a sum for each element that has weight
+    return Ready(runs, "python loop", bytes_of, flops, errors, missing)
+
+
+def cases() -> list[Case]:
+    return [
+        Case(
+            "blend_tiles",
+            f"{len(starts(size, tile, stride)) ** 2} tiles of {tile}x{tile}x{channels} on {size}x{size}",
+            "reference.blend_tiles in float64",
+            partial(prepare, size, tile, stride, channels),
+            quick=size == 512,
+        )
+        for size, tile, stride, channels in CASES
+    ]
+
+
 def main() -> None:
     options = timing.parser(__doc__.split("\n")[0] if __doc__ else None)
     options.add_argument("--window", default="ramp", choices=ops.WINDOWS)
     args = options.parse_args()
-    device, dtype, window = torch.device(args.device), getattr(torch, args.dtype), args.window
-    print(timing.machine(device), args.dtype, window)
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    print(timing.machine(device), args.dtype, args.window)
     rows = []
-    for size, tile, stride, channels in CASES:
-        line = starts(size, tile, stride)
-        corners = [(y, x) for y in line for x in line]
-        offsets = torch.tensor(corners, dtype=torch.int32)
-        moved = bytes_moved(offsets, tile, size, channels, window) * dtype.itemsize
-        offsets = offsets.to(device)
-        tiles = torch.randn(len(corners), channels, tile, tile, device=device).to(dtype)
-        weight = torch.rand(tile, tile, device=device).to(dtype) + 0.1
-        target = torch.empty_like(tiles)
-        candidates: dict[str, Callable[[], Tensor]] = {
-            "copy": partial(target.copy_, tiles),
-            "python loop": partial(python_loop, tiles, corners, size, weight),
-        }
-        bytes_of = {"copy": 2 * tiles.nbytes, "python loop": moved}
-        implementations: tuple[ops.Impl, ...] = ("reference", "native", "triton")
-        for impl in implementations:
-            if ops.unavailable("blend_tiles", impl, device) is None:
-                candidates[impl] = partial(ops.blend_tiles, tiles, offsets, (size, size), window=window, impl=impl)
-                bytes_of[impl] = moved
-        seconds = timing.interleaved(candidates, device, args.rounds)
-        case = f"{len(corners)} tiles of {tile}x{tile}x{channels} on {size}x{size}"
-        rows += timing.report(case, seconds, bytes_of, "python loop")
+    for case in cases():
+        ready = case.prepare(device, dtype, window=args.window)  # type: ignore[call-arg]
+        seconds = timing.interleaved(ready.runs, device, args.rounds)
+        rows += timing.report(case.shapes, seconds, ready.bytes, ready.baseline)
     timing.save(args.json, device, rows)
 
 

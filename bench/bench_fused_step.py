@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench import timing
 from bench.bench_blend_tiles import bytes_moved, starts
+from bench.case import Case, Ready
 from tiledcore import ops
 from tiledcore.solver import LinearSolver, linear_solver
 
@@ -146,8 +147,9 @@ def schedulers() -> dict[str, Callable[[], Any]]:
     }
 
 
-def measure(name: str, make: Callable[[], Any], tile: int, stride: int, args: Any) -> list[dict[str, Any]]:
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+def prepare(
+    name: str, make: Callable[[], Any], tile: int, stride: int, device: torch.device, dtype: torch.dtype
+) -> Ready:
     line = starts(SIZE, tile, stride)
     corners = [(y, x) for y in line for x in line]
     on_host = torch.tensor(corners, dtype=torch.int32)
@@ -170,12 +172,9 @@ def measure(name: str, make: Callable[[], Any], tile: int, stride: int, args: An
     blend = Eager(make(), sample.to(dtype), tiles, corners, offsets, blend_op=True)
     mean, ramp = fused("mean"), fused("ramp")
     difference = agreement([loop, blend], [mean, ramp])
-    allowed = 100 * torch.finfo(dtype).eps
-    if not difference <= allowed:
-        raise RuntimeError(f"{name}: the ways differ by {difference:.2g}, where {allowed:.2g} is rounding")
 
     target = torch.empty_like(tiles)
-    candidates: dict[str, Callable[[], Any]] = {
+    runs: dict[str, Callable[[], Any]] = {
         "copy": partial(target.copy_, tiles),
         "loop": partial(loop, WARM),
         "blend op": partial(blend, WARM),
@@ -186,23 +185,44 @@ def measure(name: str, make: Callable[[], Any], tile: int, stride: int, args: An
     moved |= {f"{way.window}": fused_bytes(way, on_host, tile) for way in (mean, ramp)}
     for key in ("loop", "blend op"):
         with CountBytes() as counter:
-            candidates[key]()
+            runs[key]()
         moved[key] = counter.moved
-    seconds = timing.interleaved(candidates, device, args.rounds)
-    case = f"{name}, {len(corners)} tiles of {tile}x{tile}x{CHANNELS}, guidance, on {SIZE}x{SIZE}"
-    rows = timing.report(case, seconds, moved, "loop")
-    print(f"largest relative difference of loop, blend op and mean over {WARM} evaluations: {difference:.2g}")
-    return rows
+    # Of the default window: a product and a sum for each element that has weight, guidance, and the table's row.
+    canvas = CHANNELS * SIZE * SIZE
+    weighed = bytes_moved(on_host, tile, SIZE, CHANNELS, "ramp") - canvas
+    terms = int((solver.table[WARM][list(solver.writes(WARM))] != 0).sum())
+    flops = 4 * weighed + 3 * canvas + 2 * terms * canvas
+    return Ready(runs, "loop", moved, flops, lambda: {"blend op, mean": difference})
+
+
+def cases() -> list[Case]:
+    return [
+        Case(
+            "fused_step",
+            f"{name}, {len(starts(SIZE, tile, stride)) ** 2} tiles of {tile}x{tile}x{CHANNELS}, guidance, "
+            f"on {SIZE}x{SIZE}",
+            f"the scheduler's own step after the loop, over {WARM} evaluations",
+            partial(prepare, name, make, tile, stride),
+            quick=name == "DPM++ 2M",
+        )
+        for name, make in schedulers().items()
+        for tile, stride in CASES
+    ]
 
 
 def main() -> None:
     args = timing.parser(__doc__.split("\n")[0] if __doc__ else None).parse_args()
-    device = torch.device(args.device)
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     print(timing.machine(device), args.dtype)
-    rows = []
-    for name, make in schedulers().items():
-        for tile, stride in CASES:
-            rows += measure(name, make, tile, stride, args)
+    rows, allowed = [], 100 * torch.finfo(dtype).eps
+    for case in cases():
+        ready = case.prepare(device, dtype)
+        difference = max(ready.errors().values())
+        if not difference <= allowed:
+            raise RuntimeError(f"{case.name}: the ways differ by {difference:.2g}, where {allowed:.2g} is rounding")
+        seconds = timing.interleaved(ready.runs, device, args.rounds)
+        rows += timing.report(case.shapes, seconds, ready.bytes, ready.baseline)
+        print(f"largest relative difference of loop, blend op and mean over {WARM} evaluations: {difference:.2g}")
     timing.save(args.json, device, rows)
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from bench import timing
-from bench.bench_blend_tiles import CASES, starts
+from bench.bench_blend_tiles import CASES, IMPLS, starts
+from bench.case import Case, Ready, relative_error
 from tiledcore import ops
 
 
@@ -19,30 +20,55 @@ def python_loop(canvas: Tensor, corners: list[tuple[int, int]], tile: int) -> Te
     return torch.cat([canvas[:, :, y : y + tile, x : x + tile] for y, x in corners])
 
 
+def prepare(size: int, tile: int, stride: int, channels: int, device: torch.device, dtype: torch.dtype) -> Ready:
+    line = starts(size, tile, stride)
+    corners = [(y, x) for y in line for x in line]
+    offsets = torch.tensor(corners, dtype=torch.int32, device=device)
+    canvas = torch.randn(1, channels, size, size, device=device).to(dtype)
+    tiles = torch.randn(len(corners), channels, tile, tile, device=device).to(dtype)
+    runs: dict[str, Callable[[], Tensor]] = {
+        "copy": tiles.clone,
+        "python loop": partial(python_loop, canvas, corners, tile),
+    }
+    missing = {}
+    for impl in IMPLS:
+        reason = ops.unavailable("gather_tiles", impl, device)
+        if reason is None:
+            runs[impl] = partial(ops.gather_tiles, canvas, offsets, (tile, tile), impl=impl)
+        else:
+            missing[impl] = reason
+
+    def errors() -> dict[str, float]:
+        exact = python_loop(canvas, corners, tile)
+        return {impl: relative_error(runs[impl](), exact) for impl in IMPLS if impl in runs}
+
+    # The canvas is read about once, from the cache after that; the tiles are written once.
+    moved = dict.fromkeys(runs, canvas.nbytes + tiles.nbytes) | {"copy": 2 * tiles.nbytes}
+    return Ready(runs, "python loop", moved, 0, errors, missing)
+
+
+def cases() -> list[Case]:
+    return [
+        Case(
+            "gather_tiles",
+            f"{len(starts(size, tile, stride)) ** 2} tiles of {tile}x{tile}x{channels} from {size}x{size}",
+            "slices, which must be the same bits",
+            partial(prepare, size, tile, stride, channels),
+            quick=size == 512,
+        )
+        for size, tile, stride, channels in CASES
+    ]
+
+
 def main() -> None:
     args = timing.parser(__doc__.split("\n")[0] if __doc__ else None).parse_args()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     print(timing.machine(device), args.dtype)
     rows = []
-    for size, tile, stride, channels in CASES:
-        line = starts(size, tile, stride)
-        corners = [(y, x) for y in line for x in line]
-        offsets = torch.tensor(corners, dtype=torch.int32, device=device)
-        canvas = torch.randn(1, channels, size, size, device=device).to(dtype)
-        tiles = torch.randn(len(corners), channels, tile, tile, device=device).to(dtype)
-        candidates: dict[str, Callable[[], Tensor]] = {
-            "copy": tiles.clone,
-            "python loop": partial(python_loop, canvas, corners, tile),
-        }
-        implementations: tuple[ops.Impl, ...] = ("reference", "native", "triton")
-        for impl in implementations:
-            if ops.unavailable("gather_tiles", impl, device) is None:
-                candidates[impl] = partial(ops.gather_tiles, canvas, offsets, (tile, tile), impl=impl)
-        seconds = timing.interleaved(candidates, device, args.rounds)
-        # The canvas is read about once, from the cache after that; the tiles are written once.
-        moved = dict.fromkeys(candidates, canvas.nbytes + tiles.nbytes) | {"copy": 2 * tiles.nbytes}
-        case = f"{len(corners)} tiles of {tile}x{tile}x{channels} from {size}x{size}"
-        rows += timing.report(case, seconds, moved, "python loop")
+    for case in cases():
+        ready = case.prepare(device, dtype)
+        seconds = timing.interleaved(ready.runs, device, args.rounds)
+        rows += timing.report(case.shapes, seconds, ready.bytes, ready.baseline)
     timing.save(args.json, device, rows)
 
 

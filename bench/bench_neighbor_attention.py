@@ -8,13 +8,9 @@ product of the same dtype, timed in the same turns.
     python -m bench.bench_neighbor_attention --scaling
 """
 
-import ctypes
-import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from bench import case as suite
 from bench import timing
 from tiledcore import ops
 from tiledcore.ops.attention import _batches
@@ -223,6 +220,39 @@ def candidates(
     return ready, missing
 
 
+def prepare(case: Case, device: torch.device, dtype: torch.dtype) -> suite.Ready:
+    """For the suite: the implementations only on one set of inputs, and dense attention."""
+    runs, missing = candidates(case, device, dtype)
+    del runs["matmul"]
+    arguments = case.arguments(device, dtype)
+    for impl in IMPLS:
+        if impl in runs:
+            runs[impl] = partial(ops.neighbor_attention, **arguments, impl=impl)
+
+    def errors() -> dict[str, float]:
+        wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+        exact = ops.neighbor_attention(**wide, impl="sdpa")
+        return {impl: suite.relative_error(runs[impl](), exact) for impl in IMPLS if impl in runs}
+
+    tokens = case.B * case.heads * case.D * dtype.itemsize
+    moved = tokens * (4 * case.side**2 + 2 * case.text)  # q, k, v and the result, once
+    return suite.Ready(runs, "sdpa", dict.fromkeys(runs, moved), case.flops(), errors, missing)
+
+
+def cases(device: torch.device | None = None) -> list[suite.Case]:
+    cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
+    return [
+        suite.Case(
+            "neighbor_attention",
+            f"{case.name}: {case.side}x{case.side} tokens, tile {case.tile}, halo {case.halo}, batch {case.B}",
+            "windows gathered, SDPA in float64",
+            partial(prepare, case),
+            quick=cuda or case.name.startswith("the embedded"),
+        )
+        for case in (CUDA_CASES if cuda else CPU_CASES)
+    ]
+
+
 def compare(case: Case, device: torch.device, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
     runs, missing = candidates(case, device, dtype)
     side = 8192 if device.type == "cuda" else 1024
@@ -248,31 +278,6 @@ def compare(case: Case, device: torch.device, dtype: torch.dtype, rounds: int) -
     return rows
 
 
-def peak_growth(run: Callable[[], Tensor], device: torch.device) -> int:
-    """Bytes by which memory grows at its peak while ``run`` runs, its result included. On a CPU, Linux alone."""
-    run()  # what is allocated once is not the op's
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
-
-    def high_water() -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
-
-    ctypes.CDLL(None).malloc_trim(0)  # else the op may grow into what was freed before
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts at what is resident now
-    before = high_water()
-    run()
-    return high_water() - before
-
-
-def exponent(areas: Sequence[float], values: Sequence[float]) -> float:
-    """The power of the area that fits the values best: the slope between their logarithms."""
-    return statistics.linear_regression([math.log(a) for a in areas], [math.log(v) for v in values]).slope
-
-
 def scaling(device: torch.device, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
     """The op on 1 to 64 tiles. Windows are clipped at the border, so the work itself grows a little faster."""
     big = device.type == "cuda"
@@ -289,14 +294,15 @@ def scaling(device: torch.device, dtype: torch.dtype, rounds: int) -> list[dict[
         peaks = []
         for case, seconds in zip(cases, times[impl], strict=True):
             run = partial(ops.neighbor_attention, **case.arguments(device, dtype), impl=impl)
-            peaks.append(peak_growth(run, device))
+            run()  # what is allocated once is not the op's
+            peaks.append(timing.peak_growth(run, device))
             rate, result = case.flops() / seconds / 1e9, case.side**2 * case.heads * case.D * dtype.itemsize / 1e6
             print(f"{case.name.split()[0]:>8}{seconds * 1e3:12.3f}{case.flops() / 1e9:10.3f}{rate:10.1f}", end="")
             print(f"{peaks[-1] / 1e6:10.1f}{result:11.1f}")
             row = {"case": case.name, "name": impl, "seconds": seconds, "flops": case.flops(), "peak_bytes": peaks[-1]}
             rows.append(row)
         lines: list[tuple[str, Sequence[float]]] = [("time", times[impl]), ("work", flops), ("peak", peaks)]
-        fits = {name: exponent(areas, line) for name, line in lines}
+        fits = {name: timing.exponent(areas, line) for name, line in lines}
         print("fitted powers of the area: " + ", ".join(f"{name} {power:.2f}" for name, power in fits.items()))
         rows.append({"name": impl, "fitted_powers_of_the_area": fits})
     return rows

@@ -5,8 +5,10 @@ differences on all lines of a region alike, cancel out. A *line* y lies between 
 line 0 joins the last row to the first one and only exists on a wrapped axis.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +58,17 @@ class SeamCheck:
     def passes(self) -> bool:
         """No tile line stands out more than the most conspicuous 0.1 % of ordinary lines."""
         return self.worst <= self.limit
+
+
+@dataclass(frozen=True)
+class ToneStep:
+    """What :func:`tone_step` found."""
+
+    on_lines: float
+    """Mean |difference| of tone across tile lines."""
+    elsewhere: float
+    """The same across the lines moved by random offsets."""
+    ratio: float
 
 
 def seam_profile(image: NDArray[np.floating], wrap: tuple[bool, bool] = (False, False)) -> tuple[Floats, Floats]:
@@ -136,6 +149,147 @@ def low_frequency_power(images: NDArray[np.floating]) -> float:
     frequency = np.fft.fftfreq(size) * size
     radius = np.hypot(frequency[:, None], frequency)
     return float(power[:, (radius >= 1) & (radius < 2.5)].mean())
+
+
+def tone_step(
+    image: NDArray[np.floating],
+    lines_y: Iterable[int],
+    lines_x: Iterable[int],
+    band: int = 32,
+    offsets: int = 64,
+    seed: int = 0,
+) -> ToneStep:
+    """Whether tiles differ in tone from their neighbours, which a ramp hides from the seam ratio.
+
+    At each line the means of the two bands of ``band`` pixels beside it are compared, tile by tile: along the line in
+    pieces between the crossing lines. The same is measured with all lines moved by random offsets, the same for all,
+    that keep them at least ``band`` away from the tile lines where these are far enough apart; else half as far
+    as the nearest two lines are.
+
+    Args:
+        image: ``[H, W]`` or ``[H, W, C]``.
+        lines_y: y in pixels of the lines between tiles.
+        lines_x: the same along x.
+        band: pixels on each side whose tone counts.
+        offsets: how many random offsets to compare with.
+        seed: of these.
+
+    Returns:
+        The mean step on tile lines, and over that at random offsets; 1 is ideal, NaN without tile lines.
+
+    Raises:
+        ValueError: no line has ``band`` pixels on both sides, or there are no two lines' widths to move them in.
+    """
+    grey = image.astype(np.float64) if image.ndim == 2 else image.mean(-1, dtype=np.float64)
+    axes = [sorted(_valid(lines, size, axis, False)) for lines, size, axis in
+            zip((lines_y, lines_x), grey.shape, "yx", strict=True)]  # fmt: skip
+    if not any(axes):
+        return ToneStep(float("nan"), float("nan"), float("nan"))
+    on = _steps(grey, axes, band, (0, 0))
+    if not on.size:
+        raise ValueError(f"band={band}: no tile line of an image of {grey.shape} has that many pixels on both sides")
+    rng = np.random.default_rng(seed)
+    ranges = [_free_offsets(lines, size, band) for lines, size in zip(axes, grey.shape, strict=True)]
+    moved = [_steps(grey, axes, band, tuple(int(rng.choice(r)) for r in ranges)) for _ in range(offsets)]
+    elsewhere = float(np.mean([steps.mean() for steps in moved if steps.size]))
+    found = float(on.mean())
+    return ToneStep(found, elsewhere, 1.0 if found == elsewhere else found / elsewhere if elsewhere else float("inf"))
+
+
+def _free_offsets(lines: list[int], size: int, band: int) -> NDArray[np.int64]:
+    """Offsets that move every line away from all others."""
+    if not lines:
+        return np.zeros(1, dtype=np.int64)
+    gaps = np.diff([0, *lines, size])
+    room = min(band, max(1, int(gaps.min()) // 4))
+    away = np.arange(-int(gaps.max()) + 1, int(gaps.max()))
+    at = np.array(lines)
+    apart = np.abs(at[None, :, None] + away[:, None, None] - at[None, None, :]).min((1, 2))
+    return away[apart >= room]
+
+
+def _steps(grey: Floats, axes: list[list[int]], band: int, offset: tuple[int, ...]) -> Floats:
+    """|difference of tone| across each piece of each line, both axes, lines moved by the offset."""
+    found = []
+    for axis, (turned, lines, crossing) in enumerate(
+        zip((grey, grey.T), axes, (axes[1], axes[0]), strict=True)  # [along the normal, along the line]
+    ):
+        pieces = np.clip([0, *(line + offset[1 - axis] for line in crossing), turned.shape[1]], 0, turned.shape[1])
+        for line in (line + offset[axis] for line in lines):
+            if band <= line <= len(turned) - band:
+                step = turned[line : line + band].mean(0) - turned[line - band : line].mean(0)
+                found += [abs(float(step[a:b].mean())) for a, b in pairwise(pieces) if b - a >= band]
+    return np.array(found)
+
+
+def repetition(images: NDArray[np.floating], tile: int, size: int = 16) -> float:
+    """Largest normalised cross-correlation between distant tiles of an image: 1 where one repeats another.
+
+    Tiles that do not know of each other repeat the subject. Each tile is shrunk to ``size`` pixels a side, its mean is
+    taken off and it is scaled to unit length; tiles that touch, also across a corner, are not compared, because they
+    are meant to be alike. A pair is compared at all shifts of up to a quarter of a tile, each normalised anew.
+
+    Args:
+        images: ``[H, W]`` or ``[H, W, C]``.
+        tile: side of a tile in pixels.
+        size: pixels per tile that are compared.
+
+    Returns:
+        -1 to 1. NaN where no two tiles are distant, that is, below three tiles along both axes.
+    """
+    grey = images.astype(np.float64) if images.ndim == 2 else images.mean(-1, dtype=np.float64)
+    if tile < size or tile % size:
+        raise ValueError(f"tile={tile} must be a multiple of size={size}")
+    rows, cols = (n // tile for n in grey.shape)
+    block = tile // size
+    small = grey[: rows * tile, : cols * tile].reshape(rows * size, block, cols * size, block).mean((1, 3))
+    tiles = small.reshape(rows, size, cols, size).swapaxes(1, 2).reshape(rows * cols, size, size)
+    y, x = np.divmod(np.arange(rows * cols), max(cols, 1))
+    distant = np.maximum(np.abs(y[:, None] - y), np.abs(x[:, None] - x)) > 1
+    if not distant.any():
+        return float("nan")
+    best, reach = -1.0, size // 4
+    for dy in range(-reach, reach + 1):
+        for dx in range(-reach, reach + 1):
+            here = tiles[:, max(dy, 0) : size + min(dy, 0), max(dx, 0) : size + min(dx, 0)]
+            there = tiles[:, max(-dy, 0) : size + min(-dy, 0), max(-dx, 0) : size + min(-dx, 0)]
+            best = max(best, float((_unit(here) @ _unit(there).T)[distant].max()))
+    return best
+
+
+def _unit(tiles: Floats) -> Floats:
+    """``[N, pixels]`` without mean and of length 1; 0 where nothing changes."""
+    flat = tiles.reshape(len(tiles), -1)
+    flat = flat - flat.mean(1, keepdims=True)
+    length = np.linalg.norm(flat, axis=1, keepdims=True)
+    return np.divide(flat, length, out=np.zeros_like(flat), where=length > 1e-9)
+
+
+def psnr(image: NDArray[np.floating], whole: NDArray[np.floating], peak: float = 1.0) -> float:
+    """Peak signal-to-noise ratio in dB of a tiled image against the same one made whole; infinite where they agree."""
+    if image.shape != whole.shape:
+        raise ValueError(f"image of shape {image.shape} and whole of shape {whole.shape} must have the same shape")
+    error = float(np.mean((image.astype(np.float64) - whole) ** 2))
+    return math.inf if error == 0 else 10 * math.log10(peak**2 / error)
+
+
+def tiling_score(image: NDArray[np.floating], wrap: tuple[bool, bool] = (True, True)) -> float:
+    """How well an image joins itself: mean |difference| of the pixels that meet across its wrapped borders.
+
+    After the Tiling Score of Tiled Diffusion (Madar and Fried, CVPR 2025), which compares the pixels along the sides
+    that are to be connected; 0 is ideal, and its authors report 0.03 to 0.04. The paper's formula was not at hand:
+    the mean over both axes, pixels and channels of an image in 0..1 is this project's reading of that description. An
+    untouched image has about what two neighbouring rows have.
+
+    Args:
+        image: ``[H, W]`` or ``[H, W, C]``, 0 to 1.
+        wrap: which axes join.
+    """
+    if not any(wrap):
+        raise ValueError(f"wrap={wrap}: at least one axis must be wrapped")
+    sides = [np.abs(image[0] - image[-1])] if wrap[0] else []
+    sides += [np.abs(image[:, 0] - image[:, -1])] if wrap[1] else []
+    return float(np.mean([side.mean(dtype=np.float64) for side in sides]))
 
 
 def _differences(image: NDArray[np.floating]) -> Floats:

@@ -10,7 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from bench import seams
-from bench.quality import seam_check, seam_profile
+from bench.quality import psnr, repetition, seam_check, seam_profile, tiling_score, tone_step
 from tiledcore import cli
 
 SIZE = 512
@@ -140,6 +140,96 @@ def test_impossible_requests() -> None:
         seam_profile(np.zeros((2, 9)))
     with pytest.raises(ValueError, match="every line is a tile line"):
         seam_check(np.zeros((4, 4)), range(4), range(4))
+
+
+TILES = (128, 256, 384)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_planted_tone_steps_are_graded_in_order_and_ramps_do_not_hide_them(seed: int) -> None:
+    """Tones of whole tiles, faded over 16 pixels: hardly any line stands out, the tone does."""
+    tones = np.random.default_rng(seed).choice([-1.0, 1.0], (4, 4))
+    tones[::2, ::2], tones[1::2, 1::2], tones[::2, 1::2], tones[1::2, ::2] = 1, 1, -1, -1
+    planted = np.kron(tones, np.ones((128, 128)))
+    kernel = np.ones(16) / 16
+    for axis in (0, 1):
+        planted = np.apply_along_axis(
+            lambda row: np.convolve(np.pad(row, 8, "edge"), kernel, "same")[8:-8], axis, planted
+        )
+    image = field(seed)
+    ratios = [tone_step(image + s * planted[..., None], TILES, TILES).ratio for s in (0.0, 0.2, 0.4, 0.8, 1.6)]
+    assert ratios == sorted(ratios)
+    assert ratios[0] < 1.4 and ratios[-1] > 2
+    assert seam_check(image + 0.8 * planted[..., None], TILES, TILES).mean < 1.3
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_tone_of_an_untouched_field_is_ordinary_at_the_lines(seed: int) -> None:
+    found = tone_step(field(seed), TILES, TILES)
+    assert found.ratio == pytest.approx(1, abs=0.4)
+    assert found.ratio == pytest.approx(found.on_lines / found.elsewhere)
+
+
+def test_tone_step_of_a_checkerboard_is_its_contrast() -> None:
+    board = np.kron(np.indices((4, 4)).sum(0) % 2, np.ones((64, 64)))
+    found = tone_step(board, (64, 128, 192), (64, 128, 192), band=8)
+    assert found.on_lines == pytest.approx(1) and found.ratio > 3
+    assert np.isnan(tone_step(board, (), ()).ratio)
+    assert tone_step(np.zeros((256, 256)), (128,), (), band=8).ratio == 1
+    with pytest.raises(ValueError, match="band=200: no tile line"):
+        tone_step(board, (128,), (), band=200)
+
+
+def test_planted_repeats_are_graded_in_order_and_found_moved() -> None:
+    image, found = field(0)[..., 0], []
+    subject = field(9)[:128, :128, 0]
+    for strength in (0.0, 0.5, 1.0, 2.0, 4.0):
+        planted = image.copy()
+        planted[:128, :128] += strength * subject
+        planted[384:, 256:384] += strength * subject
+        found.append(repetition(planted, 128))
+    assert found == sorted(found) and found[0] < 0.6 < 0.9 < found[-1]
+    copied = image.copy()
+    copied[384:, 256:384] = image[8:136, 16:144]  # one and two of sixteen pixels off
+    assert repetition(copied, 128) > 0.98
+    touching = image.copy()
+    touching[:128, 128:256] = touching[:128, :128]
+    assert repetition(touching, 128) < 0.98
+
+
+def test_repetition_limits() -> None:
+    noise = np.random.default_rng(0).standard_normal((96, 96))
+    assert np.isnan(repetition(noise[:64, :64], 32))
+    tiled = np.tile(noise[:32, :32], (3, 3))
+    assert repetition(tiled, 32) == pytest.approx(1)
+    assert repetition(np.zeros((96, 96)), 32) == 0
+    with pytest.raises(ValueError, match="tile=24 must be a multiple of size=16"):
+        repetition(noise, 24)
+
+
+def test_psnr_is_the_textbook_one() -> None:
+    image = np.zeros((8, 8, 3))
+    assert psnr(image, image) == np.inf
+    assert psnr(image + 0.1, image) == pytest.approx(20)
+    assert psnr(image + 25.5, image, peak=255) == pytest.approx(20)
+    with pytest.raises(ValueError, match="must have the same shape"):
+        psnr(image, image[1:])
+
+
+def test_tiling_score_grades_what_does_not_join() -> None:
+    image = 0.5 + 0.05 * field(0)
+    whole = tiling_score(image)
+    inner = np.abs(np.diff(image, axis=0)).mean()
+    assert whole == pytest.approx(inner, rel=0.3)
+    slope = np.linspace(0, 1, SIZE)[:, None, None]
+    scores = [tiling_score(image + strength * slope) for strength in (0.0, 0.05, 0.1, 0.2, 0.4)]
+    assert scores == sorted(scores) and scores[-1] == pytest.approx(0.2, rel=0.1)
+    assert tiling_score(image[:384, :384]) > 3 * whole
+    ramp = np.linspace(0, 1, 64)[:, None] * np.ones((64, 64))
+    assert tiling_score(ramp, (True, False)) == 1 and tiling_score(ramp, (False, True)) == 0
+    assert tiling_score(ramp) == 0.5
+    with pytest.raises(ValueError, match="at least one axis"):
+        tiling_score(ramp, (False, False))
 
 
 def save(path: Path, image: NDArray[np.float64], lines: tuple[int, ...]) -> Path:

@@ -1,0 +1,179 @@
+"""The peers. Each takes a :class:`~bench.peers.model.Model` and the noise ``[1, C, H, W]``, and gives the latents.
+
+What a paper leaves open, or gives for another model's size, is kept in proportion to the window and said below.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.peers.model import Corner, Model, average, cut, starts
+
+
+def dense(model: Model, noise: Tensor) -> Tensor:
+    """The whole canvas at once: what the model does when it is simply asked for more pixels."""
+    sample = noise
+    for t in model.timesteps:
+        sample = model.step(model.predict(sample, t), t, sample)
+    return sample
+
+
+def multidiffusion(model: Model, noise: Tensor, stride: int | None = None) -> Tensor:
+    """MultiDiffusion (Bar-Tal et al., ICML 2023): step every window alone, and average where they overlap.
+
+    The least-squares problem of their eq. 3 with equal weights has this mean as its solution (eq. 5).
+
+    Args:
+        model: the model.
+        noise: ``[1, C, H, W]``.
+        stride: between windows. Default: an eighth of the window, as theirs of 8 latent pixels is of 64.
+    """
+    window = model.native
+    corners = _grid(noise, window, window // 8 if stride is None else stride)
+    sample = noise
+    for t in model.timesteps:
+        windows = cut(sample, corners, window)
+        sample = average(model.step(model.predict(windows, t), t, windows), corners, sample, noise.new_ones(1, 1))
+    return sample
+
+
+def mixture_of_diffusers(model: Model, noise: Tensor) -> Tensor:
+    """Mixture of Diffusers (Jiménez 2023): predictions are averaged with Gaussian weights, then one step for all.
+
+    The Gaussian has variance 0.01 in units of the window and its mean in the middle. Windows share 3/8 of their side;
+    the paper's examples have 256 of 640 px.
+    """
+    window = model.native
+    corners = _grid(noise, window, window - window * 3 // 8)
+    at = (torch.arange(window, device=noise.device) + 0.5) / window - 0.5
+    line = torch.exp(-(at**2) / (2 * 0.01)).to(noise)
+    sample = noise
+    for t in model.timesteps:
+        predictions = model.predict(cut(sample, corners, window), t)
+        sample = model.step(average(predictions, corners, sample, line[:, None] * line), t, sample)
+    return sample
+
+
+def spotdiffusion(model: Model, noise: Tensor, seed: int = 0) -> Tensor:
+    """SpotDiffusion (Frolov et al., WACV 2025): windows that do not overlap, all moved by a random offset in each step.
+
+    A window that leaves the canvas goes on at its other side, so that all have the size the model was trained at.
+    """
+    window, (height, width) = model.native, noise.shape[2:]
+    if height % window or width % window:
+        raise ValueError(f"a canvas of {height}x{width} latent pixels is no multiple of the window, {window}")
+    corners = _grid(noise, window, window)
+    generator = torch.Generator().manual_seed(seed)
+    sample = noise
+    for t in model.timesteps:
+        shift = tuple(torch.randint(0, window, (2,), generator=generator).tolist())
+        moved = sample.roll(shift, (2, 3))
+        prediction = average(model.predict(cut(moved, corners, window), t), corners, moved, noise.new_ones(1, 1))
+        sample = model.step(prediction.roll((-shift[0], -shift[1]), (2, 3)), t, sample)
+    return sample
+
+
+def demofusion(model: Model, noise: Tensor, seed: int = 0) -> Tensor:
+    """DemoFusion (Du et al., CVPR 2024): the canvas grows by one window's side a phase, each phase denoised anew.
+
+    - Progressive upscaling: the result of a phase is enlarged (bicubic) and noised to every timestep.
+    - Skip residual: before a step, that noised image is mixed in by c1 = ((1 + cos(pi (T - t) / T)) / 2)^3.
+    - Local paths: MultiDiffusion at half a window's stride, inner windows moved at random by up to a quarter.
+    - Dilated sampling: every s-th pixel along both axes is a window, too. These see the canvas through a Gaussian
+      filter whose width falls from 1 to 0.01 pixels as the same cosine does, exponent 1; mixed with the local result by
+      that cosine, exponent 1.
+
+    Two things are our reading: the filtered canvas is given the mean and deviation that it had, for a filtered noise is
+    less than noise; and it is only looked at, while the step is made from the canvas as it is.
+    """
+    window, (height, width) = model.native, noise.shape[2:]
+    if height != width or height % window:
+        raise ValueError(f"a canvas of {height}x{width} latent pixels must be square and a multiple of {window}")
+    generator = torch.Generator(noise.device).manual_seed(seed)
+    last = height // window
+    sample = dense(model, noise[:, :, :window, :window])
+    for s in range(2, last + 1):
+        size = (s * window, s * window)
+        guide = F.interpolate(sample, size, mode="bicubic")
+        shape = (*noise.shape[:2], *size)
+        added = noise if s == last else torch.randn(shape, generator=generator, device=noise.device, dtype=noise.dtype)
+        sample = model.noised(guide, added, model.timesteps[0])
+        for t in model.timesteps:
+            cosine = (1 + math.cos(math.pi * (1 - float(t) / model.pipe.scheduler.config.num_train_timesteps))) / 2
+            mixed = cosine**3 * model.noised(guide, added, t) + (1 - cosine**3) * sample
+            local = _local(model, mixed, t, generator)
+            sample = cosine * _dilated(model, mixed, t, s, 0.01 + 0.99 * cosine) + (1 - cosine) * local
+    return sample
+
+
+def _local(model: Model, sample: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
+    """One step of every window of a grid at half strides, each moved by itself, but those at the border."""
+    window, corners = model.native, []
+    reach = window // 4
+    limits = [size - window for size in sample.shape[2:]]
+    for corner in _grid(sample, window, window // 2):
+        moves = torch.randint(-reach, reach + 1, (2,), generator=generator, device=generator.device).tolist()
+        inner = [min(max(a + m, 0), n) if 0 < a < n else a for a, m, n in zip(corner, moves, limits, strict=True)]
+        corners.append((inner[0], inner[1]))
+    windows = cut(sample, corners, window)
+    moved = model.step(model.predict(windows, t), t, windows)
+    return average(moved, corners, sample, sample.new_ones(1, 1))
+
+
+def _dilated(model: Model, sample: Tensor, t: Tensor, s: int, sigma: float) -> Tensor:
+    """One step of the ``s²`` windows that have every s-th pixel."""
+    seen = _gaussian(sample, sigma)
+    mean, deviation = sample.mean((2, 3), keepdim=True), sample.std((2, 3), keepdim=True)
+    seen = (seen - seen.mean((2, 3), keepdim=True)) / seen.std((2, 3), keepdim=True) * deviation + mean
+    predicted = model.predict(torch.cat([seen[:, :, y::s, x::s] for y in range(s) for x in range(s)]), t)
+    prediction = torch.empty_like(sample)
+    for index, window in enumerate(predicted):
+        prediction[0, :, index // s :: s, index % s :: s] = window
+    return model.step(prediction, t, sample)
+
+
+def _gaussian(canvas: Tensor, sigma: float) -> Tensor:
+    """A Gaussian filter cut off at 3 pixels, the canvas continued by its border's reflection."""
+    at = torch.arange(-3, 4, device=canvas.device, dtype=canvas.dtype)
+    line = torch.exp(-(at**2) / (2 * sigma**2))
+    line = line / line.sum()
+    channels = canvas.shape[1]
+    padded = F.pad(canvas, (3, 3, 3, 3), mode="reflect")
+    down = F.conv2d(padded, line.view(1, 1, -1, 1).repeat(channels, 1, 1, 1), groups=channels)
+    return F.conv2d(down, line.view(1, 1, 1, -1).repeat(channels, 1, 1, 1), groups=channels)
+
+
+def panorama(model: Model, noise: Tensor, prompt: str) -> Tensor:
+    """diffusers' ``StableDiffusionPanoramaPipeline`` as it ships: windows of 64 latent pixels, 8 apart, one at a time.
+
+    It leaves pixels beyond the last multiple of its stride without a window, so the canvas must be a multiple of 8.
+    """
+    from diffusers import StableDiffusionPanoramaPipeline
+
+    height, width = noise.shape[2:]
+    if height % 8 or width % 8 or min(height, width) < 64:
+        raise ValueError(f"a canvas of {height}x{width} latent pixels: must be multiples of 8, of at least 64")
+    parts = {name: getattr(model.pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
+    pipe = StableDiffusionPanoramaPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    result: Tensor = pipe(
+        prompt,
+        height=8 * height,
+        width=8 * width,
+        num_inference_steps=len(model.timesteps),
+        guidance_scale=model.guidance_scale,
+        latents=noise,
+        output_type="latent",
+    ).images
+    return result
+
+
+def _grid(canvas: Tensor, window: int, stride: int) -> list[Corner]:
+    rows, columns = (starts(size, window, stride) for size in canvas.shape[2:])
+    return [(y, x) for y in rows for x in columns]

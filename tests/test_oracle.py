@@ -1,0 +1,100 @@
+"""The Gaussian field's ideal denoiser against dense linear algebra, and the design's table within its noise."""
+
+import numpy as np
+import pytest
+import torch
+
+from bench import oracle
+
+
+def dense_covariance(power: oracle.Floats, tile: int) -> oracle.Floats:
+    """``[tile², tile²]``, entry by entry."""
+    by_distance = np.fft.ifft2(power).real
+    at = [(y, x) for y in range(tile) for x in range(tile)]
+    return np.array([[by_distance[a - c, b - d] for c, d in at] for a, b in at])
+
+
+@pytest.mark.parametrize(("tile", "sigma"), [(2, 0.9), (8, 0.3), (8, 1.0), (12, 0.02)])
+def test_tile_denoiser_is_the_conditional_mean(tile: int, sigma: float) -> None:
+    power = oracle.spectrum(20)
+    covariance = dense_covariance(power, tile)
+    x = np.random.default_rng(0).standard_normal((3, 1, tile, tile))
+    a = 1 - sigma
+    inner = a * a * covariance + sigma**2 * np.eye(tile * tile)
+    mean = a * covariance @ np.linalg.solve(inner, x.reshape(3, -1).T)
+    expected = (x - mean.T.reshape(x.shape)) / sigma
+    (found,) = oracle.IdealDenoiser(power)(torch.from_numpy(x), torch.tensor(1000 * sigma, dtype=torch.float64))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-7, atol=1e-7)
+
+
+def test_whole_canvas_is_the_conditional_mean_too() -> None:
+    power, sigma = oracle.spectrum(10), 0.4
+    covariance = dense_covariance(power, 10)
+    x = np.random.default_rng(1).standard_normal((1, 1, 10, 10))
+    inner = 0.6**2 * covariance + sigma**2 * np.eye(100)
+    mean = 0.6 * covariance @ np.linalg.solve(inner, x.ravel())
+    (found,) = oracle.IdealDenoiser(power)(torch.from_numpy(x), 1000 * sigma)
+    np.testing.assert_allclose(found.numpy().ravel(), (x.ravel() - mean) / sigma, rtol=1e-7, atol=1e-7)
+
+
+def test_many_steps_over_the_whole_canvas_are_the_exact_flow() -> None:
+    power = oracle.spectrum(16)
+    noise = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = np.fft.ifft2(np.sqrt(power) * np.fft.fft2(noise[:, 0].numpy())).real
+    errors = []
+    for steps in (25, 100, 400):
+        found = oracle.sample(oracle.IdealDenoiser(power), noise, None, 8, steps)[:, 0].numpy()
+        errors.append(np.abs(found - exact).max() / np.abs(exact).max())
+    assert errors[0] > 3 * errors[1] > 9 * errors[2]
+    assert errors[2] < 0.02
+
+
+def test_exact_samples_have_the_spectrum_and_no_seams() -> None:
+    power = oracle.spectrum(64)
+    images = oracle.fields(power, 64, seed=0)
+    assert images.var() == pytest.approx(1, rel=0.25)
+    measured = (np.abs(np.fft.fft2(images)) ** 2).mean(0) / 64**2
+    assert np.median(measured / power) == pytest.approx(1, abs=0.05)
+    assert oracle.seam_ratio(images, {0, 16, 32, 48}) == pytest.approx(1, abs=0.03)
+
+
+def test_columns_find_what_is_planted() -> None:
+    power = oracle.spectrum(64)
+    noise = np.random.default_rng(0).standard_normal((4, 64, 64))
+    exact = np.fft.ifft2(np.fft.fft2(noise) * np.sqrt(power)).real
+    assert oracle.low_power(exact, noise, power) == pytest.approx(1)
+    assert oracle.low_power(exact / 2, noise, power) == pytest.approx(0.25)
+    seams = []
+    for strength in (0.0, 0.5, 1.0, 2.0):
+        image = exact.copy()
+        image[:, 16:32] += strength
+        seams.append(oracle.seam_ratio(image, {0, 16, 32, 48}))
+    assert (np.diff(seams) > 0).all() and seams[-1] > 2
+
+
+CHEAP = (
+    "whole",
+    "no overlap",
+    "50 % overlap, equal",
+    "25 % overlap, ramp",
+    "window 32, core 20",
+    "canvas mode: core 32 sees 8",
+)
+
+
+@pytest.mark.parametrize("row", [row for row in oracle.rows() if row.name.startswith(CHEAP)], ids=lambda row: row.name)
+def test_design_table_within_its_noise(row: oracle.Row) -> None:
+    assert row.seam is not None and row.low is not None
+    found = oracle.measure(row, oracle.SIDE, oracle.TILE, count=1, steps=oracle.STEPS)
+    assert found["seam"] == pytest.approx(row.seam, abs=0.06 if row.seam < 1.1 else 0.35)
+    assert found["low"] == pytest.approx(row.low, abs=0.07)
+
+
+def test_area_factors_of_the_table() -> None:
+    factors = [oracle.measure(row, 160, 32, count=1, steps=2)["area_factor"] for row in oracle.rows()[:5]]
+    assert factors == pytest.approx([1, 1, 4, 16, 1.96], abs=0.01)
+
+
+def test_odd_tiles_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"tiles of \(3, 3\)"):
+        oracle.IdealDenoiser(oracle.spectrum(8))(torch.zeros(1, 1, 3, 3, dtype=torch.float64), 500)
