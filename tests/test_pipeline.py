@@ -1,5 +1,6 @@
 """apply_tiling and TiledPipeline on tiny pipelines of the real classes."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from diffusers import (
 from PIL import Image
 from tiny import tiny_sd, tiny_sdxl
 
-from tiledcore import TiledPipeline, TilingConfig, apply_tiling, remove_tiling
+from tiledcore import TiledPipeline, TilingConfig, apply_tiling, ops, remove_tiling
 
 TILES = TilingConfig(tile=16, overlap=4, tile_batch=3)
 
@@ -246,3 +247,44 @@ def test_what_cannot_be_tiled_is_named() -> None:
     pipe = apply_tiling(tiny_sd(), TILES)
     with pytest.raises(ValueError, match="divisible by 8"):
         run(pipe, height=130, width=128)
+
+
+def test_settings_of_canvas_mode_reach_the_network(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+    attention = ops.neighbor_attention
+
+    def spy(q: torch.Tensor, *others: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        calls.append({**kwargs, "images": len(q)})
+        return attention(q, *others, **kwargs)
+
+    monkeypatch.setattr("tiledcore.processors.ops.neighbor_attention", spy)
+    config = TilingConfig(tile=16, mode="canvas", halo=(4, 2), wrap=(False, True), guidance_batch=False, impl="sdpa")
+    size = {"height": 192, "width": 160, "num_inference_steps": 1}
+    one_by_one = run(TiledPipeline.from_pipe(pipe, tiling=config), **size)
+    finest = [call for call in calls if call["canvas"] == (24, 20)]
+    assert {(c["tile"], c["halo"], c["wrap"]) for c in finest} == {((16, 16), (4, 2), (False, True))}
+    assert {(c["images"], c["impl"], c["global_k"] is None) for c in calls} == {(1, "sdpa", True)}
+    calls.clear()
+    both = run(TiledPipeline.from_pipe(pipe, tiling=replace(config, guidance_batch=True, impl=None)), **size)
+    assert {(c["images"], c["impl"]) for c in calls} == {(2, None)}
+    torch.testing.assert_close(one_by_one, both, rtol=1e-4, atol=1e-4)
+    calls.clear()
+    run(TiledPipeline.from_pipe(pipe, tiling=replace(config, global_tokens=6)), **size)
+    assert {c["global_k"].shape[1] for c in calls if c["canvas"] == (24, 20)} == {6}
+
+
+def test_a_compiled_unet_runs_in_canvas_mode() -> None:
+    pipe, config = tiny_sd(), TilingConfig(tile=16, mode="canvas")
+    pipe.set_progress_bar_config(disable=True)
+    size = {"height": 192, "width": 160, "num_inference_steps": 1}
+    plain, expected = run(pipe, **size), run(apply_tiling(pipe, config), **size)
+    remove_tiling(pipe)
+    unet = pipe.unet
+    pipe.unet = torch.compile(unet, backend="eager")
+    try:
+        torch.testing.assert_close(run(apply_tiling(pipe, config), **size), expected, rtol=1e-4, atol=1e-4)
+        remove_tiling(pipe)
+    finally:
+        pipe.unet = unet
+        torch._dynamo.reset()
+    assert torch.equal(run(pipe, **size), plain)  # no hook is left on the network inside

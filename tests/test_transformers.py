@@ -1,7 +1,5 @@
 """Tile mode on tiny transformer pipelines of the real classes."""
 
-import copy
-import functools
 from typing import Any
 
 import pytest
@@ -9,20 +7,18 @@ import torch
 from diffusers import (
     FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    UniPCMultistepScheduler,
 )
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL import Image
 from tiny_transformers import (
     ALL,
     CHANNELS,
     NATIVE,
     PACKED,
-    SHIFT,
-    SHIFTED,
     build,
     call,
+    canvas,
+    side,
+    tiles,
     tiny_flux,
     tiny_pixart_alpha,
     tiny_pixart_sigma,
@@ -34,20 +30,6 @@ from tiny_transformers import (
 
 from tiledcore import TiledPipeline, TilingConfig, apply_tiling, remove_tiling
 from tiledcore.families import network_of, to_image, to_tokens
-
-
-def side(make: Any) -> int:
-    """Of a tile, in latent pixels."""
-    return 4 if make is tiny_sana else NATIVE
-
-
-def tiles(make: Any, **kwargs: Any) -> TilingConfig:
-    return TilingConfig(**{"tile": side(make), "overlap": side(make) // 4, "tile_batch": 3, **kwargs})
-
-
-def canvas(make: Any) -> tuple[int, int]:
-    """2 by 3 tiles; small enough for every network to run on it untiled."""
-    return (6, 8) if make is tiny_sana else (22, 24) if make is tiny_sd3 else (22, 32)
 
 
 def static(pipe: Any) -> Any:
@@ -214,88 +196,6 @@ def test_the_default_tile_is_the_size_of_the_training(make: Any) -> None:
     tiling = denoiser.tiling(2 * native // unit, 2 * native // unit, 0)
     assert tiling.tile_size == (native // unit, native // unit)
     assert tiling.overlap == (native // 8 // unit, native // 8 // unit)
-
-
-# --- the shift of the noise levels
-
-
-def line(tokens: int) -> float:
-    return calculate_shift(
-        tokens, SHIFT["base_image_seq_len"], SHIFT["max_image_seq_len"], SHIFT["base_shift"], SHIFT["max_shift"]
-    )
-
-
-def mus(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The shifts that reach the scheduler from now on."""
-    seen: list[float] = []
-    original = type(pipe.scheduler).set_timesteps
-
-    def spy(self: Any, *args: Any, mu: Any = None, **kwargs: Any) -> Any:
-        seen.append(mu)
-        return original(self, *args, mu=mu, **kwargs)
-
-    # The pipelines look for ``sigmas`` among its parameters.
-    monkeypatch.setattr(type(pipe.scheduler), "set_timesteps", functools.wraps(original)(spy))
-    return seen
-
-
-@pytest.mark.parametrize("make", SHIFTED)
-def test_the_shift_is_that_of_a_tile(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe = build(make)
-    seen = mus(pipe, monkeypatch)
-    call(pipe, make, canvas(make), num_inference_steps=1)
-    apply_tiling(pipe, tiles(make))
-    for size in (canvas(make), (NATIVE, NATIVE), (8, NATIVE)):
-        call(pipe, make, size, num_inference_steps=1)
-    call(remove_tiling(pipe), make, canvas(make), num_inference_steps=1)
-    whole = line(canvas(make)[0] * canvas(make)[1] // 4)
-    assert whole > line(64)
-    assert seen == [whole, line(64), line(64), line(32), whole]
-
-
-def test_a_shift_of_the_callers_own_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe = build(tiny_sd3)
-    seen = mus(pipe, monkeypatch)
-    call(apply_tiling(pipe, tiles(tiny_sd3)), tiny_sd3, (22, 24), num_inference_steps=1, mu=3.0)
-    assert seen == [3.0]
-
-
-def test_a_copied_scheduler_is_a_scheduler_of_its_own() -> None:
-    pipe = apply_tiling(build(tiny_flux), tiles(tiny_flux))
-    other = copy.deepcopy(pipe.scheduler)
-    pipe.scheduler.set_timesteps(2, mu=1.0)
-    other.set_timesteps(5, mu=line(1000))
-    assert len(pipe.scheduler.timesteps) == 2
-    expected = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
-    expected.set_timesteps(5, mu=line(64))
-    assert torch.equal(other.timesteps, expected.timesteps)
-
-
-MULTISTEP = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
-
-
-@pytest.mark.parametrize(
-    ("make", "scheduler"),
-    [
-        (tiny_sd3, UniPCMultistepScheduler(**MULTISTEP)),
-        (tiny_sd3, FlowMatchHeunDiscreteScheduler(shift=3.0)),
-        (tiny_flux, UniPCMultistepScheduler(**MULTISTEP)),
-    ],
-)
-def test_the_scheduler_steps_once_for_the_canvas(make: Any, scheduler: Any) -> None:
-    pipe = build(make)
-    pipe.scheduler = scheduler
-    steps: list[int] = []
-    step = pipe.scheduler.step
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        steps.append(args[0].numel())
-        return step(*args, **kwargs)
-
-    pipe.scheduler.step = counted
-    result = call(apply_tiling(pipe, tiles(make)), make, canvas(make), num_inference_steps=4)
-    assert torch.isfinite(result).all()
-    assert steps == [result.numel()] * len(pipe.scheduler.timesteps)
 
 
 # --- what a pipeline's own call offers

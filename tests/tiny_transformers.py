@@ -31,6 +31,8 @@ from diffusers import (
 from tiny import TEXT_WIDTH, text_config, tiny_tokenizer
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
 
+from tiledcore import TilingConfig
+
 NATIVE = 16
 """Side of the images that these networks are for, in latent pixels; Sana's is 4."""
 CHANNELS = 4
@@ -199,6 +201,20 @@ def build(make: Callable[[], Any], seed: int = 0) -> Any:
                 torch.nn.init.normal_(parameter, std=0.1)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def side(make: Any) -> int:
+    """Of a tile, in latent pixels."""
+    return 4 if make is tiny_sana else NATIVE
+
+
+def tiles(make: Any, **kwargs: Any) -> TilingConfig:
+    return TilingConfig(**{"tile": side(make), "overlap": side(make) // 4, "tile_batch": 3, **kwargs})
+
+
+def canvas(make: Any) -> tuple[int, int]:
+    """2 by 3 tiles; small enough for every network to run on it untiled."""
+    return (6, 8) if make is tiny_sana else (22, 24) if make is tiny_sd3 else (22, 32)
 
 
 def _embeds(length: int, seed: int) -> torch.Tensor:
