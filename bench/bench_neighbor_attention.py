@@ -201,9 +201,9 @@ def candidates(
     missing: dict[str, str] = {}
     wanted: dict[str, Callable[[], Callable[[], Tensor]]] = {"dense": lambda: partial(dense, case, q, k, v, text)}
     for impl in IMPLS:
-        if reason := ops.unavailable("neighbor_attention", impl, device):
+        if reason := suite.why_not("neighbor_attention", impl, device):
             missing[impl] = reason
-        elif impl != "triton" or device.type == "cuda":  # interpreted, a time means nothing
+        else:
             wanted[impl] = partial(partial, ops.neighbor_attention, **arguments, impl=impl)
     if device.type == "cuda":
         wanted["triton int8"] = partial(partial, ops.neighbor_attention, **arguments, impl="triton", precision="int8")
