@@ -67,7 +67,8 @@ def prepare(
         "copy": partial(target.copy_, tiles),
         "python loop": partial(python_loop, tiles, corners, size, weight),
     }
-    bytes_of, missing = {"copy": 2 * tiles.nbytes, "python loop": moved}, {}
+    bytes_of = {"copy": 2 * tiles.nbytes, "python loop": moved}
+    missing: dict[str, str] = {}
     for impl in IMPLS:
         reason = why_not("blend_tiles", impl, device)
         if reason is not None:

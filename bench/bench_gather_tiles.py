@@ -30,7 +30,7 @@ def prepare(size: int, tile: int, stride: int, channels: int, device: torch.devi
         "copy": tiles.clone,
         "python loop": partial(python_loop, canvas, corners, tile),
     }
-    missing = {}
+    missing: dict[str, str] = {}
     for impl in IMPLS:
         reason = why_not("gather_tiles", impl, device)
         if reason is None:

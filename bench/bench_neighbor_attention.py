@@ -230,7 +230,7 @@ def prepare(case: Case, device: torch.device, dtype: torch.dtype) -> suite.Ready
             runs[impl] = partial(ops.neighbor_attention, **arguments, impl=impl)
 
     def errors() -> dict[str, float]:
-        wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+        wide: dict[str, Any] = {k: v.double() if isinstance(v, Tensor) else v for k, v in arguments.items()}
         exact = ops.neighbor_attention(**wide, impl="sdpa")
         return {impl: suite.relative_error(runs[impl](), exact) for impl in IMPLS if impl in runs}
 

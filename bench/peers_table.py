@@ -84,7 +84,7 @@ def peer(method: Callable[..., Tensor], **options: Any) -> Denoise:
 
 def ours(config: TilingConfig) -> Denoise:
     def run(pipe: Any, noise: Tensor, prompt: str, call: dict[str, Any]) -> Tensor:
-        px = {"height": PX * noise.shape[2], "width": PX * noise.shape[3]}
+        px: dict[str, Any] = {"height": PX * noise.shape[2], "width": PX * noise.shape[3]}
         result: Tensor = TiledPipeline.from_pipe(pipe, tiling=config)(
             prompt, latents=noise, output_type="latent", **px, **call
         ).images

@@ -350,10 +350,11 @@ def test_gpu_suite_goes_on_after_a_failure_and_says_so(tmp_path: Path, monkeypat
     write = f"from pathlib import Path; Path({str(tmp_path / 'scaling.json')!r}).write_text({json.dumps(SCALING)!r})"
     fakes = [
         gpu_suite.Step("tests", ["-c", "print('one failed'); raise SystemExit(1)"], 20),
-        gpu_suite.Step("graph", ["-c", "import time; time.sleep(60)"], 5.2),
+        gpu_suite.Step("graph", ["-c", "import time; time.sleep(60)"], 20),
         gpu_suite.Step("scaling", ["-c", write], 20, "scaling.json"),
     ]
     monkeypatch.setattr(gpu_suite, "steps", lambda out, dry: fakes)
+    monkeypatch.setattr(gpu_suite, "DRY_LIMIT", 5.2)
     assert gpu_suite.main([str(tmp_path), "--dry-run"]) == 1
     data = json.loads((tmp_path / "gpu_suite.json").read_text())
     assert [step["status"] for step in data["steps"]] == ["failed", "out of time", "passed"]
