@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench import timing
-from bench.case import Case, Ready, relative_error
+from bench.case import Case, Ready, relative_error, why_not
 from tiledcore import ops, reference
 
 # canvas side, tile side, stride, channels: latent pixels
@@ -67,9 +67,10 @@ def prepare(
         "copy": partial(target.copy_, tiles),
         "python loop": partial(python_loop, tiles, corners, size, weight),
     }
-    bytes_of, missing = {"copy": 2 * tiles.nbytes, "python loop": moved}, {}
+    bytes_of = {"copy": 2 * tiles.nbytes, "python loop": moved}
+    missing: dict[str, str] = {}
     for impl in IMPLS:
-        reason = ops.unavailable("blend_tiles", impl, device)
+        reason = why_not("blend_tiles", impl, device)
         if reason is not None:
             missing[impl] = reason
             continue

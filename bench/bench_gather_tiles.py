@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench import timing
 from bench.bench_blend_tiles import CASES, IMPLS, starts
-from bench.case import Case, Ready, relative_error
+from bench.case import Case, Ready, relative_error, why_not
 from tiledcore import ops
 
 
@@ -30,9 +30,9 @@ def prepare(size: int, tile: int, stride: int, channels: int, device: torch.devi
         "copy": tiles.clone,
         "python loop": partial(python_loop, canvas, corners, tile),
     }
-    missing = {}
+    missing: dict[str, str] = {}
     for impl in IMPLS:
-        reason = ops.unavailable("gather_tiles", impl, device)
+        reason = why_not("gather_tiles", impl, device)
         if reason is None:
             runs[impl] = partial(ops.gather_tiles, canvas, offsets, (tile, tile), impl=impl)
         else:

@@ -201,9 +201,9 @@ def candidates(
     missing: dict[str, str] = {}
     wanted: dict[str, Callable[[], Callable[[], Tensor]]] = {"dense": lambda: partial(dense, case, q, k, v, text)}
     for impl in IMPLS:
-        if reason := ops.unavailable("neighbor_attention", impl, device):
+        if reason := suite.why_not("neighbor_attention", impl, device):
             missing[impl] = reason
-        elif impl != "triton" or device.type == "cuda":  # interpreted, a time means nothing
+        else:
             wanted[impl] = partial(partial, ops.neighbor_attention, **arguments, impl=impl)
     if device.type == "cuda":
         wanted["triton int8"] = partial(partial, ops.neighbor_attention, **arguments, impl="triton", precision="int8")
@@ -230,7 +230,7 @@ def prepare(case: Case, device: torch.device, dtype: torch.dtype) -> suite.Ready
             runs[impl] = partial(ops.neighbor_attention, **arguments, impl=impl)
 
     def errors() -> dict[str, float]:
-        wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+        wide: dict[str, Any] = {k: v.double() if isinstance(v, Tensor) else v for k, v in arguments.items()}
         exact = ops.neighbor_attention(**wide, impl="sdpa")
         return {impl: suite.relative_error(runs[impl](), exact) for impl in IMPLS if impl in runs}
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiledcore import ops
+
 
 @dataclass(frozen=True)
 class Ready:
@@ -45,6 +47,13 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.op}: {self.shapes}"
+
+
+def why_not(op: str, impl: ops.Impl, device: torch.device) -> str | None:
+    """Why an implementation cannot be timed on a device, or None where it can."""
+    if impl == "triton" and device.type == "cpu":
+        return "interpreted, its time would mean nothing"
+    return ops.unavailable(op, impl, device)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -59,7 +59,7 @@ def run_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: int, 
         first = case.prepare(device, dtype)
         errors = first.errors()
         wrong = {name: error for name, error in errors.items() if not error <= ULPS * torch.finfo(dtype).eps}
-        rows = [
+        rows: list[dict[str, Any]] = [
             about | {"name": name, "error": error, "wrong": f"differs by {error:.2g} from {case.oracle}"}
             for name, error in wrong.items()
         ]
@@ -83,10 +83,10 @@ def run_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: int, 
         row |= {"bytes": first.bytes.get(name, 0), "flops": 0 if name == "copy" else first.flops}
         error = next((e for names, e in errors.items() if name in names.split(", ")), None)
         rows.append(about | row | ({} if error is None else {"error": error}))
-    by_name = {row["name"]: row for row in rows if "seconds" in row}
-    for row in by_name.values():
-        if first.baseline in by_name:
-            row["speedup"] = by_name[first.baseline]["seconds"] / row["seconds"]
+    timed: list[dict[str, Any]] = [row for row in rows if "seconds" in row]
+    for base in (row for row in timed if row["name"] == first.baseline):
+        for row in timed:
+            row["speedup"] = base["seconds"] / row["seconds"]
     return rows + [about | {"name": name, "not_run": reason} for name, reason in first.not_run.items()]
 
 
@@ -125,8 +125,8 @@ def run(
             row["of_ceiling"] = of_ceiling(row, ceiling)
         rows += found
         say(text(case, found))
-    machine = timing.machine(device) | {"clocks": before, "clocks_after": timing.clocks(device)}
-    machine |= {"load": [round(x, 2) for x in os.getloadavg()]}
+    machine: dict[str, Any] = {**timing.machine(device), "clocks": before, "clocks_after": timing.clocks(device)}
+    machine["load"] = [round(x, 2) for x in os.getloadavg()]
     took = round(time.perf_counter() - begin, 1)
     return {"machine": machine, "dtype": str(dtype), "ceilings": ceiling, "took_seconds": took, "results": rows}
 
