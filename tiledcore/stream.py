@@ -1,0 +1,83 @@
+"""The decode inside a pipeline's call as a stream of rows.
+
+The pipeline's call stays as it is: it unpacks, scales and shifts the latents, casts the VAE and brings it to the
+device. Where it then decodes, the rows go to their consumer instead, and the pipeline is given a stand-in of one pixel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from diffusers.models.autoencoders.vae import DecoderOutput
+from numpy.typing import NDArray
+from torch import Tensor
+
+Band = NDArray[np.uint8]
+Rows = Callable[[Iterator[Band]], None]
+"""Takes the image from top to bottom as bands ``[rows, W, 3]`` uint8."""
+
+BAND_PX = 256
+# What looks at, or changes, the decoded image as a whole. The pipeline's own names.
+WHOLE = ("safety_checker", "watermark")
+
+
+def why_not_streamed(pipe: Any) -> str | None:
+    """Why the image must be whole at once, or None where it may leave as rows."""
+    for name in WHOLE:
+        if getattr(pipe, name, None) is not None:
+            return f"the pipeline's {name} needs the whole image"
+    return None
+
+
+@contextmanager
+def streamed(pipe: Any, rows: Rows | None, whole_pixels: int) -> Iterator[None]:
+    """Give what the pipeline decodes in this block to ``rows``, in the 8 bits that ``output_type="pil"`` would have.
+
+    Args:
+        pipe: its call inside the block decodes one image.
+        rows: called once, in the place of the decode; None: nothing changes.
+        whole_pixels: up to so many pixels the VAE's own decode is sliced, so that no bit differs.
+
+    Raises:
+        ValueError: the pipeline must see the whole image, or decodes several.
+    """
+    if rows is None:
+        yield
+        return
+    reason = why_not_streamed(pipe)
+    if reason is not None:
+        raise ValueError(f"rows: {reason}; leave out one of them")
+    vae, original = pipe.vae, pipe.vae.decode
+    own = vars(vae).get("decode")
+
+    def decode(latents: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        if len(latents) != 1:
+            raise ValueError(f"rows: one image at a time, not {len(latents)}")
+        rows(_bands(pipe, _decoded(pipe, original, latents, whole_pixels)))
+        image = latents.new_zeros(1, 3, *[1] * (latents.ndim - 2))
+        return DecoderOutput(sample=image) if return_dict else (image,)
+
+    vars(vae)["decode"] = decode
+    try:
+        yield
+    finally:
+        del vars(vae)["decode"]
+        if own is not None:
+            vars(vae)["decode"] = own
+
+
+def _decoded(pipe: Any, decode: Callable[..., Any], latents: Tensor, whole_pixels: int) -> Iterator[Tensor]:
+    """``[1, C, (1,) h, w]`` -> ``[1, 3, rows, W]``, top to bottom."""
+    image = decode(latents, return_dict=False)[0]
+    if image.ndim == 5:  # Qwen-Image's autoencoder is one of videos
+        image = image[:, :, 0]
+    yield from image.split(BAND_PX, dim=2)
+
+
+def _bands(pipe: Any, parts: Iterator[Tensor]) -> Iterator[Band]:
+    for part in parts:
+        image = pipe.image_processor.postprocess(part, output_type="np")[0]
+        yield (image * 255).round().astype(np.uint8)  # as diffusers' numpy_to_pil
