@@ -42,7 +42,7 @@ def streamed(pipe: Any, rows: Rows | None, whole_pixels: int) -> Iterator[None]:
         whole_pixels: up to so many pixels the VAE's own decode is sliced, so that no bit differs.
 
     Raises:
-        ValueError: the pipeline must see the whole image, or decodes several.
+        ValueError: the pipeline must see the whole image, or decodes several or none.
     """
     if rows is None:
         yield
@@ -52,8 +52,11 @@ def streamed(pipe: Any, rows: Rows | None, whole_pixels: int) -> Iterator[None]:
         raise ValueError(f"rows: {reason}; leave out one of them")
     vae, original = pipe.vae, pipe.vae.decode
     own = vars(vae).get("decode")
+    decoded = False
 
     def decode(latents: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        nonlocal decoded
+        decoded = True
         if len(latents) != 1:
             raise ValueError(f"rows: one image at a time, not {len(latents)}")
         rows(_bands(pipe, _decoded(pipe, original, latents, whole_pixels)))
@@ -67,6 +70,8 @@ def streamed(pipe: Any, rows: Rows | None, whole_pixels: int) -> Iterator[None]:
         del vars(vae)["decode"]
         if own is not None:
             vars(vae)["decode"] = own
+    if not decoded:
+        raise ValueError("rows: the pipeline decoded nothing; leave out output_type='latent'")
 
 
 def _decoded(pipe: Any, decode: Callable[..., Any], latents: Tensor, whole_pixels: int) -> Iterator[Tensor]:
