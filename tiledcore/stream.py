@@ -6,6 +6,7 @@ device. Where it then decodes, the rows go to their consumer instead, and the pi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,11 +16,17 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tiledcore.vae import decode_rows, unsupported
+
+logger = logging.getLogger(__name__)
+
 Band = NDArray[np.uint8]
 Rows = Callable[[Iterator[Band]], None]
 """Takes the image from top to bottom as bands ``[rows, W, 3]`` uint8."""
 
 BAND_PX = 256
+CPU_BUDGET = 3 << 29
+"""Bytes of activations that the decoder may keep on a CPU, 1.5 GiB: rows are asked for to save memory."""
 # What looks at, or changes, the decoded image as a whole. The pipeline's own names.
 WHOLE = ("safety_checker", "watermark")
 
@@ -76,6 +83,13 @@ def streamed(pipe: Any, rows: Rows | None, whole_pixels: int) -> Iterator[None]:
 
 def _decoded(pipe: Any, decode: Callable[..., Any], latents: Tensor, whole_pixels: int) -> Iterator[Tensor]:
     """``[1, C, (1,) h, w]`` -> ``[1, 3, rows, W]``, top to bottom."""
+    vae = pipe.vae
+    if latents.shape[-2] * latents.shape[-1] * pipe.vae_scale_factor**2 > whole_pixels:
+        reason = "its own tiling is switched on" if getattr(vae, "use_tiling", False) else unsupported(vae)
+        if reason is None:
+            yield from decode_rows(vae, latents, budget=CPU_BUDGET if vae.device.type == "cpu" else None)
+            return
+        logger.warning("the image is decoded whole before its rows are written: %s", reason)
     image = decode(latents, return_dict=False)[0]
     if image.ndim == 5:  # Qwen-Image's autoencoder is one of videos
         image = image[:, :, 0]
