@@ -11,9 +11,9 @@ from PIL import Image
 from tiny import tiny_sd, tiny_sdxl
 from tiny_transformers import ALL, NATIVE, build, call
 
-from tiledcore import TiledPipeline, TilingConfig, pipeline
+from tiledcore import TiledPipeline, TilingConfig, pipeline, stream
 
-SD = {"height": 136, "width": 264, "num_inference_steps": 2}
+SD = {"height": 128, "width": 200, "num_inference_steps": 2}
 
 
 class Collected:
@@ -48,7 +48,7 @@ def test_rows_of_transformers(make: Any) -> None:
 
 
 @pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
-@pytest.mark.parametrize("start", [None, Image.effect_noise((264, 136), 60)], ids=["text", "image"])
+@pytest.mark.parametrize("start", [None, Image.effect_noise((200, 128), 60)], ids=["text", "image"])
 def test_rows_of_unets(make: Any, start: Image.Image | None) -> None:
     rows, pipe = Collected(), make()
     (image,) = run(pipe, image=start).images
@@ -57,7 +57,7 @@ def test_rows_of_unets(make: Any, start: Image.Image | None) -> None:
     assert result.images[0].size == (1, 1)
 
 
-def test_bands_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bands_are_short() -> None:
     rows, pipe = Collected(), tiny_sd()
     run(pipe, height=520, width=64, rows=rows)
     assert len(rows.bands) > 1 and max(map(len, rows.bands)) <= 256
@@ -80,6 +80,18 @@ def test_large_images_are_the_same_up_to_rounding(monkeypatch: pytest.MonkeyPatc
     run(pipe, rows=rows)
     difference = rows.image().astype(int) - np.asarray(image).astype(int)
     assert abs(difference).max() <= 1 and (difference != 0).mean() < 0.01
+
+
+def test_tiled_rows_are_the_autoencoders_own(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, pipe = Collected(), tiny_sd()
+    monkeypatch.setattr(pipeline, "EXACT_DECODE_PIXELS", 0)
+    monkeypatch.setattr(stream, "CPU_EXACT_PIXELS", 0)
+    run(pipe, rows=rows)
+    assert "in diffusers' tiles, which is approximate: its attention" in caplog.text
+    pipe.vae.enable_tiling()
+    (image,) = run(pipe).images
+    assert np.array_equal(rows.image(), np.asarray(image))
+    assert len(rows.bands) > 1
 
 
 @pytest.mark.parametrize("name", ["safety_checker", "watermark"])
