@@ -113,7 +113,7 @@ def main() -> None:
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     print(timing.machine(device), args.dtype)
     print(f"{'autoencoder, size, direction, way':45}{'error':>8}{'peak MiB':>12}{'seconds':>10}")
-    kinds = [("SDXL", AutoencoderKL, SDXL)]
+    kinds: list[tuple[str, Any, dict[str, Any]]] = [("SDXL", AutoencoderKL, SDXL)]
     if not args.full:
         kinds = [("small", AutoencoderKL, SMALL), ("tiny", AutoencoderTiny, TINY)]
     rows = []

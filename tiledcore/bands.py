@@ -73,10 +73,13 @@ class Statistics(Reduction):
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         self.norm = norm
+        self.dtype = torch.float32
+        self.mean = self.rstd = torch.empty(0)
 
     def start(self, extent: Extent) -> None:
         self.count = 0
-        self.total_mean = self.total_m2 = None
+        self.total_mean: Tensor | None = None
+        self.total_m2: Tensor | None = None
 
     def update(self, rows: Tensor) -> None:
         groups = self.norm.num_groups

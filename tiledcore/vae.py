@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tiledcore import vae_plan
 from tiledcore.autoencoders import UnsupportedError, convolution, layers_of, unsupported
-from tiledcore.bands import Band, Conv, Extent, Layer, Stream, split
+from tiledcore.bands import Band, Conv, Extent, Layer, Reduction, Stream, split
 from tiledcore.vae_plan import Kind, Plan
 
 __all__ = ["Plan", "decode", "decode_rows", "encode", "exact_bands", "peak_bytes", "plan", "unsupported"]
@@ -162,7 +162,8 @@ def _run(layers: Sequence[Layer], given: _Given, stores: Sequence[Kind | None], 
         kept: _Device | _Host | None = None
         if stores[i] is not None:
             kept = (_Device if stores[i] == "device" else _Host)(given.device, given.dtype)
-        for reduction in layer.reductions or [None] * (kept is not None):
+        passes: Sequence[Reduction | None] = layer.reductions or [None] * (kept is not None)
+        for reduction in passes:
             # The first pass to get here leaves behind what the next ones start from.
             writes = kept if kept is not None and store is not kept else None
             if reduction is not None:
@@ -334,7 +335,7 @@ def _start(
     if not isinstance(given, Tensor) or not given.is_floating_point():
         kind = given.dtype if isinstance(given, Tensor) else type(given).__name__
         raise TypeError(f"{'latents' if direction == 'decode' else 'images'} must be a tensor of floats, got {kind}")
-    hook = getattr(vae, "_hf_hook", None)
+    hook: Any = getattr(vae, "_hf_hook", None)
     if whole and hasattr(hook, "pre_forward"):  # model offload: weights come to the device when they are called
         hook.pre_forward(vae)
     layers = _program(vae, direction, whole)

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from tiledcore import reference
-from tiledcore.ops.dispatch import Impl, choose, define
 from tiledcore.ops.checks import BLEND_DTYPES, check_image
+from tiledcore.ops.dispatch import Impl, choose, define
 
 _NORM = "(Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, bool silu, Tensor(a!) out) -> ()"
 
