@@ -378,7 +378,7 @@ def test_info_of_anything_else(content: str, capsys: pytest.CaptureFixture[str])
         (["--init-image", "."], ".: cannot be read: Is a directory"),
         (["--init-image", "whole.png", "--strength", "0"], "'0' is not a number above 0"),
         (["--init-image", "whole.png", "--strength", "1.1"], "'1.1' is not a number above 0"),
-        (["--out", "a.gif"], "must be one of .png, .jpg, .jpeg, .webp"),
+        (["--out", "a.gif"], "must be one of .png, .jpg, .jpeg, .webp, .tif, .tiff"),
         (["--out", "none/a.png"], "there is no folder none"),
         (["--out", "folder.png"], "cannot be written"),
         (["--out", "a.webp", "--size", "16384x64"], "WEBP holds at most 16383 px"),

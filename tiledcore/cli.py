@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def info(args: argparse.Namespace) -> None:
     metadata = read_image(read_metadata, args.file)
     if metadata is None:
-        raise CommandError(f"{args.file}: holds no tiledcore settings (only PNG files can)")
+        raise CommandError(f"{args.file}: holds no tiledcore settings (only PNG and TIFF files can)")
     if args.json:
         print(json.dumps(metadata, indent=2))
         return
@@ -90,7 +90,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     making = commands.add_parser("generate", help="make an image")
     making.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help=".png (holds the settings), .jpg or .webp"
+        "--out", type=Path, required=True, metavar="FILE", help=".png or .tif (hold the settings), .jpg or .webp"
+    )
+    making.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="save the run there, and go on from what is there"
+    )
+    making.add_argument(
+        "--checkpoint-every", type=_integer(1), metavar="N", help="evaluations between two saves; default 1"
     )
     making.set_defaults(command=generate)
     _add_generate(making)
@@ -98,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     timing.add_argument("--trace", type=Path, metavar="FILE", help="also write a Chrome trace there (.json)")
     timing.set_defaults(command=profile, out=None)
     _add_generate(timing)
-    about = commands.add_parser("info", help="print the settings that a PNG was made with")
+    about = commands.add_parser("info", help="print the settings that a PNG or TIFF was made with")
     about.add_argument("file", type=Path)
     about.add_argument("--json", action="store_true", help="as JSON, as they are stored")
     about.set_defaults(command=info)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tiledcore import ops
+from tiledcore.checkpoint import Checkpoint, Run
 from tiledcore.denoiser import TileDenoiser, TilingConfig
 from tiledcore.families import Family
 from tiledcore.graph import Counters, Entry, StepGraphs
@@ -55,6 +56,8 @@ class Report:
     evaluations: int
     """Of the network on the whole canvas, by the engine."""
     graph: Counters
+    resumed: int = 0
+    """Evaluations before them that a checkpoint spared."""
 
 
 @dataclass
@@ -93,9 +96,20 @@ class Engine:
         call: the arguments of its call.
         config: the tiling.
         graphs: of the steps, kept from call to call.
+        checkpoint: where the call is saved, and goes on from.
+
+    Raises:
+        ValueError: the call cannot be saved, or go on from what is there.
     """
 
-    def __init__(self, pipe: Any, call: dict[str, Any], config: TilingConfig, graphs: StepGraphs) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        call: dict[str, Any],
+        config: TilingConfig,
+        graphs: StepGraphs,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
         self.pipe, self.config, self.graphs, self.scheduler = pipe, config, graphs, pipe.scheduler
         self.generator = call.get("generator")
         self.eta = call.get("eta", 0.0)
@@ -105,10 +119,18 @@ class Engine:
         self.reason = why_not(pipe, call)
         self._decided = False
         self._shown: Tensor | None = None
+        self._saves = None if checkpoint is None else Run(checkpoint, pipe, call, config)
+        self._resumed = 0 if self._saves is None else self._saves.done
+        self._check_saves()
         graphs.counters = Counters()
 
     def report(self) -> Report:
-        return Report(self.index > 0, self.reason, self.index, self.graphs.counters)
+        evaluations = max(0, self.index - self._resumed)
+        return Report(self.index > 0, self.reason, evaluations, self.graphs.counters, self._resumed)
+
+    def _check_saves(self) -> None:
+        if self._saves is not None and self.reason is not None:
+            raise ValueError(f"checkpoint: only the fused step can be resumed, and here: {self.reason}")
 
     def __enter__(self) -> Engine:
         self._before = {name: vars(self.scheduler).get(name) for name in ("step", "scale_model_input")}
@@ -143,6 +165,7 @@ class Engine:
             self._decided = True
             self._solver = self._linear(float(torch.as_tensor(timestep).flatten()[0]))
             if self._solver is None:
+                self._check_saves()
                 logger.warning("the scheduler's own step is used: %s", self.reason)
         return self.reason is None
 
@@ -214,6 +237,8 @@ class Engine:
         self.buffers.input_scale.copy_(solver.input_scale)
         self.buffers.step.zero_()
         self._take_back(latents)
+        if self._saves is not None:
+            self._saves.restore(self.buffers)
         # What the pipeline holds meanwhile: as many images, of one pixel, or one token.
         self._stand_in = latents.new_zeros(latents.shape[0], *[1] * (sample.ndim - 1))
 
@@ -244,6 +269,9 @@ class Engine:
         """
         assert self._solver is not None
         buffers, index = self.buffers, self.index
+        if index < self._resumed:
+            self.index += 1
+            return self._prediction()
         timesteps = denoiser.timesteps
         denoiser = buffers.denoiser = buffers.denoiser or denoiser
         denoiser.timesteps = timesteps  # of the scheduler that this call has
@@ -293,6 +321,11 @@ class Engine:
 
         self.graphs.run(self.entry, body, refusal)
         self.index += 1
+        if self._saves is not None:
+            self._saves.after(self.index, len(self._solver), buffers)
+        return self._prediction()
+
+    def _prediction(self) -> Tensor:
         return self._stand_in.repeat(self.branches, *[1] * (self._stand_in.ndim - 1))
 
     def _graph_refusal(self) -> str | None:

@@ -24,15 +24,19 @@ from PIL import Image
 
 from tiledcore import __version__
 from tiledcore.geometry import TileGrid
-from tiledcore.images import check_target, load_image, save_image
+from tiledcore.images import FORMATS, check_target, load_image, save_image
 from tiledcore.models import EARTH, EMBEDDED, call_defaults
+from tiledcore.writers import write_rows
 
 if TYPE_CHECKING:
+    from tiledcore.checkpoint import Checkpoint
     from tiledcore.denoiser import TilingConfig
     from tiledcore.pipeline import TiledPipeline
+    from tiledcore.stream import Rows
 
 SIZE = (1024, 1024)
 STRENGTH = 0.6
+WHOLE = 2048 * 2048  # up to so many pixels the image is decoded and written whole
 VAE_FACTOR = 8  # until the model is open; all of Stable Diffusion has it
 
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
@@ -64,23 +68,69 @@ def generate(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     image = check(args)
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
+    checkpoint = None
+    if args.checkpoint is not None:
+        checkpoint, seed = _open_checkpoint(args, seed)
     with quiet():
         pipe = open_pipeline(args, seed)
         call = call_arguments(args, pipe, image)
         grid = pipe.grid(args.size[1], args.size[0])
         metadata = _describe(args, pipe, call, grid, seed)
-        picture = _run(pipe, call, grid, seed)
-    try:
-        save_image(picture, args.out, metadata)
-    except OSError as error:
-        raise CommandError(f"{args.out} was not written: {error.strerror or error}") from error
-    if args.out.suffix.lower() != ".png":
-        say(f"{args.out}: without its settings, which only a PNG can hold")
+        if checkpoint is not None:
+            call["checkpoint"] = checkpoint
+        picture = _run(pipe, call, grid, seed, _rows_writer(args, pipe, metadata))
+    if picture is not None:
+        with writing(args.out):
+            save_image(picture, args.out, metadata)
+    if checkpoint is not None:
+        checkpoint.remove()
+    if FORMATS[args.out.suffix.lower()][0] not in ("PNG", "TIFF"):
+        say(f"{args.out}: without its settings, which only a PNG or TIFF can hold")
     elapsed = time.perf_counter() - started
     say(
         f"{args.out}: {args.size[0]}x{args.size[1]}, seed {seed}, {len(grid)} tiles, "
         f"area factor {metadata['tiling']['area_factor']:.2f}, {elapsed:.1f} s"
     )
+
+
+def _open_checkpoint(args: argparse.Namespace, seed: int) -> tuple[Checkpoint, int]:
+    """Also the seed of the run that is there, unless one was asked for."""
+    from tiledcore.checkpoint import Checkpoint, load
+
+    checkpoint = Checkpoint(args.checkpoint, args.checkpoint_every or 1)
+    saved = load(checkpoint)
+    if saved is not None:
+        say(f"{checkpoint.file}: {saved.index} of {saved.steps} steps are done")
+        if args.seed is None:
+            seed = saved.seeds[0]
+    return checkpoint, seed
+
+
+def _rows_writer(args: argparse.Namespace, pipe: TiledPipeline, metadata: dict[str, Any]) -> Rows | None:
+    """What writes the decoded rows of a large image as they come; None where it is small, or must be whole."""
+    from tiledcore.stream import why_not_streamed
+
+    if args.size[0] * args.size[1] <= WHOLE:
+        return None
+    reason = why_not_streamed(pipe.pipe)
+    if reason is not None:
+        say(f"decoding the whole image in memory: {reason}")
+        return None
+
+    def write(bands: Iterator[Any]) -> None:
+        say("decoding")
+        with writing(args.out):
+            write_rows(args.out, args.size, bands, metadata)
+
+    return write
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CommandError(f"{path} was not written: {error.strerror or error}") from error
 
 
 def check(args: argparse.Namespace) -> Image.Image | None:
@@ -107,6 +157,8 @@ def check(args: argparse.Namespace) -> Image.Image | None:
     _check_size(args.size, factor)
     if args.out is not None:
         check_target(args.out, args.size)
+        if args.checkpoint_every is not None and args.checkpoint is None:
+            raise CommandError("--checkpoint-every: only used with --checkpoint")
     return image
 
 
@@ -309,7 +361,8 @@ def _describe_tiling(config: TilingConfig, grid: TileGrid, factor: int, call: di
     }
 
 
-def _run(pipe: TiledPipeline, call: dict[str, Any], grid: TileGrid, seed: int) -> Any:
+def _run(pipe: TiledPipeline, call: dict[str, Any], grid: TileGrid, seed: int, rows: Rows | None) -> Any:
+    """The image, or None if it went to ``rows``."""
     import torch
 
     def decoding(*_: Any) -> None:
@@ -318,9 +371,13 @@ def _run(pipe: TiledPipeline, call: dict[str, Any], grid: TileGrid, seed: int) -
 
     h, w = grid.tile_size
     say(f"denoising {len(grid)} tiles of {h}x{w} latent pixels, seed {seed}")
-    hook = pipe.vae.decoder.register_forward_pre_hook(decoding)
     # Drawn on the CPU, so that a seed means the same noise on every device.
-    output = pipe(**call, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    if rows is not None:
+        pipe(**call, generator=generator, rows=rows)
+        return None
+    hook = pipe.vae.decoder.register_forward_pre_hook(decoding)
+    output = pipe(**call, generator=generator)
     if any(getattr(output, "nsfw_content_detected", None) or []):
         say("the model's safety checker made the image black")
     return output.images[0]

@@ -1,4 +1,4 @@
-"""Image files: written whole or not at all, PNG with the settings that made it in a text chunk."""
+"""Image files: written whole or not at all, PNG and TIFF with the settings that made them."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-#: Keyword of the PNG text chunk that holds the settings, as JSON.
+#: Keyword of the PNG text chunk that holds the settings, as JSON. In a TIFF, the key in its description's JSON.
 CHUNK = "tiledcore"
 
+# Pillow's JPEG and WebP encoders take the image whole, at 4 bytes per pixel: up to 256 MiB.
+WHOLE_PIXELS = 8192 * 8192
 # By extension: Pillow's format, its options, and the longest side that the format can hold.
 FORMATS: dict[str, tuple[str, dict[str, Any], int]] = {
     ".png": ("PNG", {}, 2**31 - 1),
     ".jpg": ("JPEG", {"quality": 95}, 65_535),
     ".jpeg": ("JPEG", {"quality": 95}, 65_535),
     ".webp": ("WEBP", {"quality": 95}, 16_383),
+    ".tif": ("TIFF", {}, 2**31 - 1),
+    ".tiff": ("TIFF", {}, 2**31 - 1),
 }
 
 
@@ -30,7 +34,9 @@ def check_target(path: Path, size: tuple[int, int]) -> None:
         raise ValueError(f"{path}: the extension must be one of {', '.join(FORMATS)}")
     kind, _, longest = FORMATS[path.suffix.lower()]
     if max(size) > longest:
-        raise ValueError(f"{path}: {kind} holds at most {longest} px a side, PNG any size")
+        raise ValueError(f"{path}: {kind} holds at most {longest} px a side, PNG and TIFF any size")
+    if kind not in ("PNG", "TIFF") and size[0] * size[1] > WHOLE_PIXELS:
+        raise ValueError(f"{path}: {kind} is only for up to 8192x8192 px, PNG and TIFF for any size")
     if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}")
     if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
@@ -43,24 +49,48 @@ def save_image(image: Image.Image, path: Path, metadata: dict[str, Any]) -> None
     Args:
         image: the image.
         path: its extension is one of ``FORMATS``.
-        metadata: stored in a PNG (with ``metadata["prompt"]`` as its standard description); the
+        metadata: stored in a PNG (with ``metadata["prompt"]`` as its standard description) or TIFF; the
             other formats are written without.
 
     Raises:
         OSError: it could not be written; nothing is left behind.
     """
     kind, options, _ = FORMATS[path.suffix.lower()]
+    if kind == "TIFF":
+        import numpy as np
+
+        from tiledcore.writers import write_rows
+
+        write_rows(path, image.size, iter([np.asarray(image.convert("RGB"))]), metadata)
+        return
     if kind == "PNG":
-        info = PngInfo()
-        info.add_text(CHUNK, json.dumps(metadata))
-        info.add_text("Description", metadata["prompt"])
-        options = {"pnginfo": info}
+        options = {"pnginfo": png_texts(metadata)}
+    with replacing(path) as file:
+        image.save(file, format=kind, **options)
+
+
+def png_texts(metadata: dict[str, Any]) -> PngInfo:
+    """The text chunks of a PNG."""
+    info = PngInfo()
+    info.add_text(CHUNK, json.dumps(metadata))
+    info.add_text("Description", metadata["prompt"])
+    return info
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A new file, open to be written and read, that takes the place of ``path`` once it is complete.
+
+    Raises:
+        OSError: as writing raises it; then, or on any other error inside, ``path`` is as it was and
+            nothing else is left behind.
+    """
     # In the same folder, for only within one file system a rename replaces a file in one go. Opened
     # here rather than by tempfile, whose files only their owner may read.
     temporary = path.with_name(f".tiledcore-{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            image.save(file, format=kind, **options)
+        with temporary.open("w+b") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -85,11 +115,17 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
         OSError: it is not there, or not an image that Pillow knows.
     """
     with _any_size(), Image.open(path) as image:
-        text = image.info.get(CHUNK)
+        tagged = image.format == "TIFF"
+        if tagged:
+            text = getattr(image, "tag_v2", {}).get(ExifTags.Base.ImageDescription)
+        else:
+            text = image.info.get(CHUNK)
     try:
         metadata = json.loads(text) if isinstance(text, str) else None
     except ValueError:
         return None
+    if tagged and isinstance(metadata, dict):
+        metadata = metadata.get(CHUNK)
     return metadata if isinstance(metadata, dict) else None
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial, update_wrapper
 from inspect import signature
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL import Image
 
 from tiledcore import attention
+from tiledcore.checkpoint import Checkpoint
 from tiledcore.denoiser import TileDenoiser, TilingConfig
 from tiledcore.engine import Engine, Report
 from tiledcore.families import Family, network_of, registry
@@ -24,6 +26,7 @@ from tiledcore.geometry import TileGrid
 from tiledcore.graph import CudaBackend, Mode, StepGraphs
 from tiledcore.labels import labelled
 from tiledcore.models import EARTH, EARTH_FLUX, EMBEDDED
+from tiledcore.stream import Rows, streamed
 from tiledcore.vae import exact_bands, unsupported
 
 logger = logging.getLogger(__name__)
@@ -271,7 +274,15 @@ class TiledPipeline:
         else:
             setattr(self.pipe, name, value)
 
-    def __call__(self, *args: Any, image: Any = None, tiling: TilingConfig | None = None, **kwargs: Any) -> Any:
+    def __call__(
+        self,
+        *args: Any,
+        image: Any = None,
+        tiling: TilingConfig | None = None,
+        rows: Rows | None = None,
+        checkpoint: Checkpoint | str | PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Run the wrapped pipeline tiled.
 
         Args:
@@ -279,11 +290,20 @@ class TiledPipeline:
             image: start from this picture (PIL, or a tensor as diffusers takes it). A PIL image is
                 resized to ``height`` and ``width`` where these are given.
             tiling: for this call, instead of ``self.tiling``.
+            rows: is given the decoded image as an iterator of bands ``[rows, width, 3]`` uint8, top to bottom, and
+                the image is never in memory whole; those of the result are then stand-ins of one pixel.
+                :func:`tiledcore.writers.write_rows` writes them to a file.
+            checkpoint: a folder, or a :class:`~tiledcore.checkpoint.Checkpoint`: the run is saved there, and goes
+                on from there if it was broken off. The file stays when the run is finished.
             kwargs: as for the wrapped pipeline. ``use_resolution_binning`` (PixArt, Sana) is off unless it
                 is given: with it the picture is made at a trained size and resized.
 
         Returns:
             The wrapped pipeline's own output class.
+
+        Raises:
+            ValueError: ``rows``: the pipeline must see the whole image, or makes several. ``checkpoint``: it is
+                damaged, belongs to another run, or this run cannot be saved.
         """
         pipe = self.pipe
         if image is not None:
@@ -300,15 +320,24 @@ class TiledPipeline:
         if "use_resolution_binning" in signature(type(pipe).__call__).parameters:
             kwargs.setdefault("use_resolution_binning", False)
         config = tiling or self.tiling
-        with tiled(pipe, config), _bounded_vae(pipe, kwargs), labelled(pipe.vae, "decode", "decode"):
+        if isinstance(checkpoint, str | PathLike):
+            checkpoint = Checkpoint(Path(checkpoint))
+        with (
+            tiled(pipe, config),
+            _bounded_vae(pipe, kwargs),
+            streamed(pipe, rows, EXACT_DECODE_PIXELS),
+            labelled(pipe.vae, "decode", "decode"),
+        ):
             if not self.fused:
+                if checkpoint is not None:
+                    raise ValueError("checkpoint: only the fused step can be resumed; leave out fused=False")
                 self.report = None
                 return pipe(*args, **kwargs)
             if self._graphs.backend is None and torch.device(pipe._execution_device).type == "cuda":
                 self._graphs.backend = CudaBackend()
             bound = signature(type(pipe).__call__).bind_partial(pipe, *args, **kwargs)
             bound.apply_defaults()
-            with Engine(pipe, bound.arguments, config, self._graphs) as engine:
+            with Engine(pipe, bound.arguments, config, self._graphs, checkpoint) as engine:
                 registry(network_of(pipe)[0]).get_hook(HOOK).engine = engine
                 try:
                     return pipe(*args, **kwargs)

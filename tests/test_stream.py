@@ -1,0 +1,117 @@
+"""Rows that leave the decoder are the image that the pipeline would have returned."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from tiny import tiny_sd, tiny_sdxl
+from tiny_transformers import ALL, NATIVE, build, call
+
+from tiledcore import TiledPipeline, TilingConfig, pipeline, stream
+
+SD = {"height": 128, "width": 200, "num_inference_steps": 2}
+
+
+class Collected:
+    """A consumer of rows."""
+
+    def __init__(self) -> None:
+        self.bands: list[NDArray[np.uint8]] = []
+
+    def __call__(self, bands: Iterator[NDArray[np.uint8]]) -> None:
+        self.bands.extend(bands)
+
+    def image(self) -> NDArray[np.uint8]:
+        return np.concatenate(self.bands)
+
+
+def wrap(pipe: Any) -> TiledPipeline:
+    pipe.set_progress_bar_config(disable=True)
+    return TiledPipeline.from_pipe(pipe, tiling=TilingConfig(tile=16, overlap=4))
+
+
+def run(pipe: Any, **kwargs: Any) -> Any:
+    return wrap(pipe)("a cat", generator=torch.Generator().manual_seed(0), **{**SD, **kwargs})
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_rows_of_transformers(make: Any) -> None:
+    rows = Collected()
+    wrapped = TiledPipeline.from_pipe(build(make), tiling=TilingConfig(tile=NATIVE, overlap=4))
+    (image,) = call(wrapped, make, (24, 32), output_type="pil")
+    call(wrapped, make, (24, 32), output_type="pil", rows=rows)
+    assert np.array_equal(rows.image(), np.asarray(image))
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
+@pytest.mark.parametrize("start", [None, Image.effect_noise((200, 128), 60)], ids=["text", "image"])
+def test_rows_of_unets(make: Any, start: Image.Image | None) -> None:
+    rows, pipe = Collected(), make()
+    (image,) = run(pipe, image=start).images
+    result = run(pipe, image=start, rows=rows)
+    assert np.array_equal(rows.image(), np.asarray(image))
+    assert result.images[0].size == (1, 1)
+
+
+def test_bands_are_short() -> None:
+    rows, pipe = Collected(), tiny_sd()
+    run(pipe, height=520, width=64, rows=rows)
+    assert len(rows.bands) > 1 and max(map(len, rows.bands)) <= 256
+
+
+def test_a_vae_that_must_be_upcast() -> None:
+    rows, pipe = Collected(), tiny_sdxl().to(torch.float16)
+    assert pipe.vae.config.force_upcast
+    (image,) = run(pipe).images
+    run(pipe, rows=rows)
+    assert np.array_equal(rows.image(), np.asarray(image))
+    assert pipe.vae.dtype == torch.float16
+
+
+def test_large_images_are_the_same_up_to_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above the limit, rows come from the banded decoder: exact to 1e-5, so one level of 255 at a rounding's edge."""
+    rows, pipe = Collected(), tiny_sd()
+    (image,) = run(pipe).images
+    monkeypatch.setattr(pipeline, "EXACT_DECODE_PIXELS", 0)
+    run(pipe, rows=rows)
+    difference = rows.image().astype(int) - np.asarray(image).astype(int)
+    assert abs(difference).max() <= 1 and (difference != 0).mean() < 0.01
+
+
+def test_tiled_rows_are_the_autoencoders_own(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, pipe = Collected(), tiny_sd()
+    monkeypatch.setattr(pipeline, "EXACT_DECODE_PIXELS", 0)
+    monkeypatch.setattr(stream, "CPU_EXACT_PIXELS", 0)
+    run(pipe, rows=rows)
+    assert "in diffusers' tiles, which is approximate: its attention" in caplog.text
+    pipe.vae.enable_tiling()
+    (image,) = run(pipe).images
+    assert np.array_equal(rows.image(), np.asarray(image))
+    assert len(rows.bands) > 1
+
+
+@pytest.mark.parametrize("name", ["safety_checker", "watermark"])
+def test_pipelines_that_look_at_the_whole_image(name: str) -> None:
+    pipe = tiny_sd()
+    setattr(pipe, name, object())
+    with pytest.raises(ValueError, match=f"rows: the pipeline's {name} needs the whole image"):
+        run(pipe, rows=Collected())
+
+
+def test_refused_calls_leave_the_vae_as_it_was() -> None:
+    def failing(bands: Iterator[NDArray[np.uint8]]) -> None:
+        raise OSError("disk")
+
+    pipe = tiny_sd()
+    for kwargs, error in (
+        ({"rows": Collected(), "num_images_per_prompt": 2}, "one image at a time, not 2"),
+        ({"rows": Collected(), "output_type": "latent"}, "decoded nothing"),
+        ({"rows": failing}, "disk"),
+    ):
+        with pytest.raises((ValueError, OSError), match=error):
+            run(pipe, **kwargs)
+        assert "decode" not in vars(pipe.vae)
