@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -11,6 +12,8 @@ import torch
 from tiledcore import ops
 from tiledcore.geometry import Pair, Partition, TileGrid, Tiling
 from tiledcore.labels import label
+
+logger = logging.getLogger(__name__)
 
 # Arguments of a denoiser's forward with one row per image of the batch; a tile batch repeats them.
 PER_IMAGE = (
@@ -187,6 +190,9 @@ class TileDenoiser:
     ) -> None:
         self.unit = patch if packed else 1
         self.config, self.native, self.pixels, self.patch = config, native, pixels * self.unit, patch
+        self.tile_batch = config.tile_batch  # as long as it fits
+        self.attention: Any = None  # of canvas mode: its guidance_batch is what can be lowered
+        self.reductions: list[str] = []
         self._grid: TileGrid | None = None
         self._tiling: Tiling | Partition | None = None
         self._offsets: torch.Tensor | None = None
@@ -220,13 +226,13 @@ class TileDenoiser:
     def __call__(
         self, forward: Callable[..., Any], sample: torch.Tensor, timestep: torch.Tensor | float, **kwargs: Any
     ) -> torch.Tensor:
-        """Predict for the whole canvas: :meth:`evaluate`, then blend.
+        """Predict for the whole canvas: :meth:`attempt`, then blend.
 
         Returns:
             ``[B, C', H, W]``, the blended prediction, in the denoiser's dtype.
         """
         self.place((sample.shape[2], sample.shape[3]), timestep, sample.device)
-        tiles, offsets, size, ramp = self.evaluate(forward, sample, timestep, **kwargs)
+        tiles, offsets, size, ramp = self.attempt(forward, sample, timestep, **kwargs)
         if len(offsets) == 1:  # as it came, so that no bit changes
             return tiles
         with label("blend"):
@@ -279,14 +285,61 @@ class TileDenoiser:
             return self._evaluate_partition(tiling, forward, sample, timestep, kwargs)
         kwargs["timestep"] = timestep
         tile = next(iter(tiling.groups)) if isinstance(tiling, Partition) else tiling.tile_size
-        for start in range(0, len(tiling), self.config.tile_batch):
-            part = offsets[start : start + self.config.tile_batch]
+        for start in range(0, len(tiling), self.tile_batch):
+            part = offsets[start : start + self.tile_batch]
             out = self._tile_batch(forward, sample, part, tile, kwargs)
             buffer = self._buffer((len(tiling) * batch, *out.shape[1:]), out)
             buffer[start * batch : start * batch + len(out)] = out
         assert self._grid is not None
         ramp = max(1, min(self._grid.overlap)) if self.config.ramp is None else -(-self.config.ramp // self.unit)
         return Prediction(buffer, offsets, size, ramp)
+
+    def attempt(
+        self, forward: Callable[..., Any], sample: torch.Tensor, timestep: torch.Tensor | float, **kwargs: Any
+    ) -> Prediction:
+        """:meth:`evaluate`; out of memory, again with half the tile batch, or one guidance branch at a time.
+
+        An evaluation changes nothing but its own buffer, so that nothing of the step has to be undone.
+
+        Raises:
+            torch.OutOfMemoryError: there is nothing left to lower.
+        """
+        while True:
+            try:
+                return self.evaluate(forward, sample, timestep, **kwargs)
+            except torch.OutOfMemoryError:
+                # What was recorded of a CUDA graph cannot be taken back: its owner drops it and runs eagerly.
+                capturing = sample.is_cuda and torch.cuda.is_current_stream_capturing()
+                if capturing or not self._reduce(len(sample)):
+                    raise
+            # Outside of the handler, whose traceback holds the tensors of the failed attempt.
+            if sample.is_cuda:
+                torch.cuda.empty_cache()
+
+    def renewed(self, other: TileDenoiser) -> TileDenoiser:
+        """This one, in another call, of which ``other`` was made: its attention, what was lowered before stays."""
+        if other.attention is not None and self.reductions:
+            other.attention.guidance_batch = False
+        self.attention = other.attention
+        return self
+
+    def _reduce(self, batch: int) -> bool:
+        """Lower what an evaluation takes at a time; False where that is the least already."""
+        if self.config.mode == "canvas":
+            if self.attention is None or not self.attention.guidance_batch or batch == 1:
+                return False
+            self.attention.guidance_batch = False
+            change = "guidance branches one after the other"
+        else:
+            assert self._tiling is not None
+            now = min(self.tile_batch, len(self._tiling))
+            if now == 1:
+                return False
+            self.tile_batch = now // 2
+            change = f"tile_batch {now} -> {self.tile_batch}"
+        self.reductions.append(change)
+        logger.warning("out of memory: %s, from this step on", change)
+        return True
 
     def _evaluate_partition(
         self,
@@ -302,8 +355,8 @@ class TileDenoiser:
         batch, _, height, width = sample.shape
         kwargs["timestep"] = timestep
         for (h, w), places in partition.groups.items():
-            for start in range(0, len(places), self.config.tile_batch):
-                group = places[start : start + self.config.tile_batch]
+            for start in range(0, len(places), self.tile_batch):
+                group = places[start : start + self.tile_batch]
                 part = torch.tensor(group, dtype=torch.int32).to(sample.device)
                 out = self._tile_batch(forward, sample, part, (h, w), kwargs)
                 canvas = self._buffer((batch, out.shape[1], height, width), out)

@@ -53,6 +53,11 @@ class Plan:
         return math.ceil(self.peak * self.safety)
 
     @property
+    def summary(self) -> str:
+        """The choices in one line."""
+        return "; ".join(dict.fromkeys(phase.choice for phase in self.phases))
+
+    @property
     def fits(self) -> bool:
         return self.needs <= self.budget
 
@@ -131,7 +136,10 @@ class Planner:
             if found.fits:
                 return found
             plans.append(found)
-        raise DoesNotFit(min(plans, key=lambda found: found.peak), self._largest(size, tiling))
+        raise DoesNotFit(
+            min(plans, key=lambda found: (found.peak, sum(phase.peak for phase in found.phases))),
+            self._largest(size, tiling),
+        )
 
     def _check(self, size: Pair) -> None:
         factor = self.predictor.model.factor
@@ -221,17 +229,17 @@ class Planner:
         )
 
     def _largest(self, size: Pair, tiling: TilingConfig | None) -> Pair | None:
-        """The largest of sixteen smaller sizes of this aspect for which the leanest ways fit."""
+        """The largest of some smaller sizes of this aspect for which the leanest ways fit."""
         lean = Planner(self.predictor, self.budget, self.images, self.branches, self.offloads[-1])
 
-        def smaller(sixteenths: int) -> Pair:
-            width, height = (max(64, n * sixteenths // 16 // 64 * 64) for n in size)
+        def smaller(eighths: int) -> Pair:
+            width, height = (max(64, n * eighths // 8 // 64 * 64) for n in size)
             return width, height
 
         def fits(at: Pair) -> bool:
             return any(found.fits for ways in self._configs(tiling) for found in lean._candidates(at, ways[-1]))
 
-        low, high = 0, 16
+        low, high = 0, 8
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(smaller(middle)) else (low, middle)
