@@ -63,6 +63,7 @@ def extension() -> Extension | None:
     if torch is None or sys.platform != "linux" or os.environ.get("TILEDCORE_NO_NATIVE") == "1":
         return None
     sources = ["csrc/gather_tiles.cpp", "csrc/blend_tiles.cpp", "csrc/fused_step.cpp", "csrc/neighbor_attention.cpp"]
+    sources.append("csrc/group_norm_silu.cpp")
     macros: list[tuple[str, str | None]] = [("TORCH_TARGET_VERSION", STABLE_ABI)]
     include = [str(torch / "include")]
     libraries, folders = ["torch_cpu"], [str(torch / "lib")]

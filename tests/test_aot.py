@@ -30,6 +30,7 @@ def compiled() -> list[dict[str, Any]]:
 def test_every_configuration_compiles(compiled: list[dict[str, Any]]) -> None:
     kernels = {(job["label"].split()[0], job["capability"]) for job in compiled}
     names = {"gather_tiles", "blend_tiles", "fused_step", "neighbor_attention", "neighbor_attention_int8"}
+    names.add("group_norm_silu")
     assert kernels >= {(name, capability) for name in names for capability in SHARED_LIMIT}
     assert [job for job in compiled if "error" in job] == []
 

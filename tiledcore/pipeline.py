@@ -25,12 +25,13 @@ from tiledcore.geometry import TileGrid
 from tiledcore.graph import CudaBackend, Mode, StepGraphs
 from tiledcore.labels import labelled
 from tiledcore.models import EARTH, EARTH_FLUX, EMBEDDED
+from tiledcore.vae import exact_bands, unsupported
 
 logger = logging.getLogger(__name__)
 
 HOOK = "tiledcore"
-# Larger images are decoded by diffusers' own tiled decoder, which is approximate: an untiled SDXL
-# decoder needs 24 GiB of activations at 4096x4096.
+# Larger images are decoded and encoded in row bands, exactly to rounding; up to here the autoencoder runs as it
+# is, bit for bit. An untiled SDXL decoder needs 24 GiB of activations at 4096x4096.
 EXACT_DECODE_PIXELS = 2048 * 2048
 
 
@@ -366,7 +367,15 @@ def tiled(pipe: Any, config: TilingConfig | None = None) -> Iterator[Any]:
 
 @contextmanager
 def _bounded_vae(pipe: Any, kwargs: dict[str, Any]) -> Iterator[None]:
-    """Switch the VAE to tiles where the whole image would not fit, and back afterwards."""
+    """Run the VAE in exact bands where the whole image would not fit; in diffusers' tiles if bands cannot."""
+    vae = pipe.vae
+    if getattr(vae, "use_tiling", True):  # the caller's own choice, or not an autoencoder of this kind
+        yield
+        return
+    if (reason := unsupported(vae)) is None:
+        with exact_bands(vae, EXACT_DECODE_PIXELS):
+            yield
+        return
     image = kwargs.get("image")
     if isinstance(image, Image.Image):
         pixels = image.width * image.height
@@ -374,11 +383,10 @@ def _bounded_vae(pipe: Any, kwargs: dict[str, Any]) -> Iterator[None]:
         pixels = image.shape[-1] * image.shape[-2]
     else:
         pixels = (kwargs.get("height") or 0) * (kwargs.get("width") or 0)
-    vae = pipe.vae
-    if pixels <= EXACT_DECODE_PIXELS or getattr(vae, "use_tiling", True):
+    if pixels <= EXACT_DECODE_PIXELS:
         yield
         return
-    logger.warning("%d pixels: decoding in tiles, which is approximate (diffusers' VAE tiling)", pixels)
+    logger.warning("%d pixels: decoding in diffusers' tiles, which is approximate: %s", pixels, reason)
     vae.enable_tiling()
     try:
         yield

@@ -175,3 +175,13 @@ def fused_step(
                 total += coefficient * value
         state[slot] = total
     model_input.copy_(input_scale[evaluation + 1] * state[0])
+
+
+def group_norm_silu(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, silu: bool = True) -> Tensor:
+    """Normalise by given statistics, scale, shift, and apply SiLU; see :func:`tiledcore.ops.group_norm_silu`."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    per_group = x.shape[1] // mean.shape[1]
+    mean, rstd = (s.to(dtype).repeat_interleave(per_group, 1)[:, :, None, None] for s in (mean, rstd))
+    weight, bias = (p.to(dtype)[None, :, None, None] for p in (weight, bias))
+    normalised = (x.to(dtype) - mean) * rstd * weight + bias
+    return (normalised * torch.sigmoid(normalised) if silu else normalised).to(x.dtype)

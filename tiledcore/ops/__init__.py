@@ -3,6 +3,7 @@
 from tiledcore.ops.attention import Precision, neighbor_attention
 from tiledcore.ops.checks import WINDOWS, Window
 from tiledcore.ops.dispatch import Impl, choose, unavailable
+from tiledcore.ops.norm import group_norm_silu
 from tiledcore.ops.step import fused_step, guidance_rescale
 from tiledcore.ops.tiles import blend_tiles, gather_tiles
 
@@ -15,6 +16,7 @@ __all__ = [
     "choose",
     "fused_step",
     "gather_tiles",
+    "group_norm_silu",
     "guidance_rescale",
     "neighbor_attention",
     "unavailable",

@@ -1,0 +1,128 @@
+"""Exact bands against the untiled autoencoder, and diffusers' own tiling beside them: error, peak and time.
+
+The error is the largest difference from the untiled result of the same weights, over the largest value of
+that. The weights are random, with scales and shifts of the norms that are not 1 and 0, so that an error
+of their statistics shows. The peak is of tensors made during the call, the finished image included.
+
+    python -m bench.bench_vae                      # a small SDXL-like autoencoder and AutoencoderTiny
+    python -m bench.bench_vae --full --sizes 512   # SDXL's own architecture; minutes on a CPU
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from torch import Tensor
+
+from bench import timing
+from tiledcore import vae as bands
+from tiledcore.vae_plan import LiveBytes
+
+SDXL = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "sample_size": 1024,
+}
+SMALL = SDXL | {"block_out_channels": (8, 16, 32, 32), "norm_num_groups": 4, "sample_size": 128}
+TINY = {"encoder_block_out_channels": (16,) * 4, "decoder_block_out_channels": (16,) * 4}
+
+
+def build(kind: Any, config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
+    """The same random weights each time."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        vae = kind(**config).eval()
+        for module in vae.modules():
+            if isinstance(module, torch.nn.GroupNorm):
+                torch.nn.init.normal_(module.weight, 1.0, 0.3)
+                torch.nn.init.normal_(module.bias, 0.0, 0.3)
+    return torch.nn.Module.to(vae, device=device, dtype=dtype)
+
+
+def measured(run: Callable[[], Tensor]) -> tuple[Tensor, int, float]:
+    """Result, peak and seconds, all of one run: counting costs some microseconds an operation."""
+    start = time.perf_counter()
+    with torch.no_grad(), LiveBytes() as live:
+        result = run()
+        if result.is_cuda:
+            torch.cuda.synchronize()
+    return result, live.peak, time.perf_counter() - start
+
+
+def relative(result: Tensor, exact: Tensor) -> float:
+    return float((result.double() - exact.double()).abs().max() / exact.double().abs().max())
+
+
+def case(name: str, vae: Any, size: int, heights: list[int], dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Both directions of one autoencoder at one size."""
+    generator = torch.Generator().manual_seed(1)
+    weight = next(vae.parameters())
+    image = torch.rand(1, 3, size, size, generator=generator).mul(2).sub(1).to(weight.device, dtype)
+    latents = torch.randn(1, vae.config.latent_channels, size // 8, size // 8, generator=generator)
+    latents = latents.to(weight.device, dtype)
+
+    def encoded(output: Any) -> Tensor:
+        return output.latents if hasattr(output, "latents") else output.latent_dist.parameters
+
+    rows = []
+    for direction in ("decode", "encode"):
+
+        def plain(direction: str = direction) -> Tensor:
+            return vae.decode(latents).sample if direction == "decode" else encoded(vae.encode(image))
+
+        def banded(height: int, direction: str = direction) -> Tensor:
+            if direction == "decode":
+                return bands.decode(vae, latents, height)
+            return encoded(bands.encode(vae, image, height))
+
+        exact, peak, seconds = measured(plain)
+        results = [("untiled", 0.0, peak, seconds)]
+        vae.enable_tiling()
+        tiled, peak, seconds = measured(plain)
+        vae.disable_tiling()
+        results.append(("enable_tiling", relative(tiled, exact), peak, seconds))
+        del tiled
+        for height in heights:
+            result, peak, seconds = measured(lambda height=height: banded(height))  # type: ignore[misc]
+            results.append((f"bands of {height} px", relative(result, exact), peak, seconds))
+            del result
+        for way, error, peak, seconds in results:
+            print(f"{name} {size}² {direction:7}{way:18}{error:12.2e}{peak / 2**20:12.1f}{seconds:10.2f}", flush=True)
+            row = {"vae": name, "size": size, "direction": direction, "way": way}
+            rows.append(row | {"error": error, "peak_bytes": peak, "seconds": seconds})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", help="float16, bfloat16 or float32")
+    parser.add_argument("--full", action="store_true", help="SDXL's architecture instead of small ones")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[512])
+    parser.add_argument("--heights", type=int, nargs="+", default=[256, 128, 64], help="of the bands, in px")
+    parser.add_argument("--json", type=Path, help="also write the results there")
+    args = parser.parse_args()
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    print(timing.machine(device), args.dtype)
+    print(f"{'autoencoder, size, direction, way':45}{'error':>8}{'peak MiB':>12}{'seconds':>10}")
+    kinds = [("SDXL", AutoencoderKL, SDXL)]
+    if not args.full:
+        kinds = [("small", AutoencoderKL, SMALL), ("tiny", AutoencoderTiny, TINY)]
+    rows = []
+    for name, kind, config in kinds:
+        vae = build(kind, config, device, dtype)
+        for size in args.sizes:
+            rows += case(name, vae, size, args.heights, dtype)
+    timing.save(args.json, device, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,463 @@
+"""Exact decode and encode of images of any size, in row bands.
+
+What comes out is what ``vae.decode`` and ``vae.encode`` would give with unlimited memory, to rounding:
+convolutions see their true neighbours (:mod:`tiledcore.bands`), GroupNorm's statistics are those of the
+whole image, the middle block attends globally. :mod:`tiledcore.vae_plan` decides what is kept between the
+passes that this takes, so that the peak stays within a budget.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import AutoencoderTiny
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from torch import Tensor
+
+from tiledcore import vae_plan
+from tiledcore.autoencoders import UnsupportedError, convolution, layers_of, unsupported
+from tiledcore.bands import Band, Conv, Extent, Layer, Stream, split
+from tiledcore.vae_plan import Kind, Plan
+
+__all__ = ["Plan", "decode", "decode_rows", "encode", "exact_bands", "peak_bytes", "plan", "unsupported"]
+
+logger = logging.getLogger(__name__)
+
+
+class _Given:
+    """The tensor that a program starts from; its bands go to the device one at a time."""
+
+    def __init__(self, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+        self.tensor, self.device, self.dtype = tensor, device, dtype
+
+    def read(self, rows: int, consume: bool) -> Stream:
+        height = self.tensor.shape[2]
+        for start in range(0, height, rows):
+            piece = self.tensor[:, :, start : start + rows].to(self.device, self.dtype)
+            yield Band([piece.contiguous()], start + rows >= height)
+            del piece
+
+
+class _Device:
+    """Bands that stay where they were computed."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.bands: deque[Band] = deque()
+
+    def append(self, band: Band) -> None:
+        self.bands.append(Band(list(band.tensors), band.last))
+
+    def read(self, rows: int, consume: bool) -> Stream:
+        """Bands of at most so many rows, top to bottom; with ``consume`` each is dropped once it was read."""
+        if consume:
+            while self.bands:
+                yield from split(iter([self.bands.popleft()]), rows)
+        else:
+            for band in self.bands:
+                yield from split(iter([Band(list(band.tensors), band.last)]), rows)
+
+
+class _Host:
+    """Bands in pinned host memory. On CUDA the copies run on a stream of their own: a band is written while
+    the next is computed, and read while the one before it is used."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.cuda = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if self.cuda else None
+        self.bands: deque[tuple[list[Any], bool]] = deque()
+        self.writes: deque[tuple[list[Tensor], Any]] = deque()
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """On the copying stream, after what the current one has been given so far."""
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            yield
+
+    def append(self, band: Band) -> None:
+        host: list[Any] = []
+        with self._beside():
+            for tensor in band.tensors:
+                if tensor.device.type == "meta":  # a count of device memory: the host's is not in it
+                    host.append(tensor.shape)
+                    continue
+                target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.cuda)
+                host.append(target.copy_(tensor, non_blocking=True))
+        self.bands.append((host, band.last))
+        # Device memory of a band is free only after its copy: no more than two may wait.
+        self.writes.append((list(band.tensors), None if self.stream is None else self.stream.record_event()))
+        if len(self.writes) > 2:
+            self._wait()
+
+    def _wait(self) -> None:
+        _, event = self.writes.popleft()
+        if event is not None:
+            event.synchronize()
+
+    def _load(self, host: Sequence[Any]) -> tuple[list[Tensor], Any]:
+        with self._beside():
+            if self.device.type == "meta":
+                tensors = [torch.empty(shape, dtype=self.dtype, device="meta") for shape in host]
+            else:
+                tensors = [t.to(self.device, non_blocking=True, copy=True) for t in host]
+        return tensors, self.stream.record_event() if self.stream is not None else None
+
+    def read(self, rows: int, consume: bool) -> Stream:
+        while self.writes:
+            self._wait()
+        source = (self.bands.popleft() for _ in range(len(self.bands))) if consume else iter(self.bands)
+        ready: tuple[list[Tensor], Any, bool] | None = None
+        for host, last in source:
+            coming = (*self._load(host), last)
+            if ready is not None:
+                yield from self._use(*ready, rows)
+            ready = coming
+            del host, coming
+        if ready is not None:
+            yield from self._use(*ready, rows)
+
+    def _use(self, tensors: list[Tensor], event: Any, last: bool, rows: int) -> Stream:
+        if event is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(event)
+            for tensor in tensors:
+                tensor.record_stream(current)
+        band = Band(list(tensors), last)
+        tensors.clear()
+        yield from split(iter([band]), rows)
+
+
+def _stream(layers: Sequence[Layer], limits: Sequence[int], source: Stream) -> Stream:
+    for layer, rows in zip(layers, limits, strict=False):
+        # Bands grow a little on their way down; what makes more rows of them gets no more than planned.
+        source = layer.run(split(source, rows) if layer.upsample > 1 else source)
+    return source
+
+
+@torch.no_grad()
+def _run(layers: Sequence[Layer], given: _Given, stores: Sequence[Kind | None], band_px: int) -> Iterator[Tensor]:
+    """All rows of a program's output, top to bottom."""
+    B, C, H, W = given.tensor.shape
+    places = vae_plan.extents(layers, Extent(B, (C,), H, W))
+    limits = vae_plan.limits(places, band_px)
+    store: _Given | _Device | _Host = given
+    start = 0
+
+    def stream(end: int, consume: bool) -> Stream:
+        return _stream(layers[start:end], limits[start:end], store.read(limits[start], consume))
+
+    for i, layer in enumerate(layers):
+        kept: _Device | _Host | None = None
+        if stores[i] is not None:
+            kept = (_Device if stores[i] == "device" else _Host)(given.device, given.dtype)
+        for reduction in layer.reductions or [None] * (kept is not None):
+            # The first pass to get here leaves behind what the next ones start from.
+            writes = kept if kept is not None and store is not kept else None
+            if reduction is not None:
+                reduction.start(places[i])
+            for band in stream(i, consume=writes is not None):
+                if reduction is not None:
+                    reduction.update(band.tensors[0])
+                if writes is not None:
+                    writes.append(band)
+                band.tensors.clear()
+            if reduction is not None:
+                reduction.finish()
+            if writes is not None:
+                store, start = writes, i
+                _free(layers[:i])
+    for band in stream(len(layers), consume=True):
+        yield band.tensors.pop()
+    _free(layers)
+
+
+def _free(layers: Sequence[Layer]) -> None:
+    for layer in layers:
+        for reduction in layer.reductions:
+            reduction.free()
+
+
+def _program(vae: Any, direction: str, whole: bool = True) -> list[Layer]:
+    """Decoder with the convolution before it, or encoder with the one after it; without it if not ``whole``."""
+    if direction not in ("decode", "encode"):
+        raise ValueError(f"direction={direction!r} is not decode or encode")
+    if (reason := unsupported(vae)) is not None:
+        raise UnsupportedError(f"vae cannot {direction} in exact bands: {reason}")
+    if direction == "decode":
+        before = getattr(vae, "post_quant_conv", None) if whole else None
+        return [*(Conv(convolution(c)) for c in (before,) if c is not None), *layers_of(vae.decoder)]
+    after = getattr(vae, "quant_conv", None) if whole else None
+    return [*layers_of(vae.encoder), *(Conv(convolution(c)) for c in (after,) if c is not None)]
+
+
+def _check(shape: Sequence[int], layers: Sequence[Layer], band_px: int | None, budget: float | None) -> None:
+    if band_px is not None and (isinstance(band_px, bool) or not isinstance(band_px, int) or band_px < 1):
+        raise ValueError(f"band_px={band_px!r} must be an int of at least 1, or None")
+    if budget is not None and not budget > 0:
+        raise ValueError(f"budget={budget!r} must be a positive number of bytes, or None")
+    if len(shape) != 4 or min(shape) < 1:
+        raise ValueError(f"the input's shape {tuple(shape)} must be [B, C, H, W], at least 1 each")
+    channels = next(layer.conv.in_channels for layer in layers if isinstance(layer, Conv))
+    if shape[1] != channels:
+        raise ValueError(f"the input has {shape[1]} channels, but vae takes {channels}")
+
+
+def plan(
+    vae: Any,
+    shape: Sequence[int],
+    *,
+    direction: str = "decode",
+    band_px: int | None = None,
+    budget: float | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    whole: bool = True,
+) -> Plan:
+    """How an image would be decoded or encoded within a budget; allocates nothing.
+
+    Args:
+        vae: a supported autoencoder, which may be on the meta device.
+        shape: of the latents ``[B, C, h, w]``, or of the images ``[B, 3, H, W]`` for ``"encode"``.
+        direction: ``"decode"`` or ``"encode"``.
+        band_px: rows of the image worked on at once; None tries 512, 256, 128 and 64.
+        budget: bytes of device memory, beside weights, the given tensor and the finished image; None means
+            without limit.
+        device: where it will run, if not where ``vae`` is; on ``"cuda"`` activations may go to the host.
+        dtype: of the weights and activations, if not that of ``vae``.
+        whole: with the 1x1 convolution between latents and decoder, or encoder and latents.
+
+    Returns:
+        The plan predicted to be the fastest. Its peak is counted by running it without data, unless it is
+        far from the budget.
+
+    Raises:
+        TypeError: (an UnsupportedError) ``vae`` has parts that cannot be computed in bands.
+        ValueError: an argument is not as above, or nothing fits ``budget``; the message says what would.
+    """
+    layers = _program(vae, direction, whole)
+    _check(shape, layers, band_px, budget)
+    weight = next(vae.parameters())
+    where, kind = torch.device(device or weight.device), dtype or weight.dtype
+    given = Extent(shape[0], (shape[1],), shape[2], shape[3])
+    machine = vae_plan.machine(where, kind)
+    limit = float("inf") if budget is None else float(budget)
+    found: list[Plan] = []
+    shadow: Any = None
+    for rows in vae_plan.BANDS if band_px is None else (band_px,):
+        target = limit
+        for _ in range(4):
+            chosen = vae_plan.choose(layers, given, kind.itemsize, rows, target, machine)
+            if chosen is None:
+                break
+            stores, seconds, bound = chosen
+            peak = bound
+            if bound > limit / 2:  # the search's bound is rough: what decides is the count
+                shadow = shadow or _program(_shadow(vae, kind), direction, whole)
+                peak = _count(shadow, shape, kind, stores, rows)
+            if peak <= limit:
+                found.append(Plan(rows, stores, peak, seconds, vae_plan.recomputed(layers, given, stores)))
+                break
+            target = 0.99 * bound * min(1.0, limit / peak)
+    if not found:
+        rows = band_px or vae_plan.BANDS[-1]
+        need = vae_plan.least(layers, given, kind.itemsize, rows, machine)
+        raise ValueError(
+            f"budget={budget:,} bytes do not hold an input of {tuple(shape)} in bands of {rows} px; {need:,} would"
+        )
+    return min(found, key=lambda one: one.seconds)
+
+
+def _shadow(vae: Any, dtype: torch.dtype) -> Any:
+    """The same autoencoder without data."""
+    with torch.device("meta"):
+        # Not diffusers' own to(), which warns of casts that are meant.
+        return torch.nn.Module.to(type(vae).from_config(vae.config), dtype).eval()
+
+
+def _count(
+    layers: Sequence[Layer], shape: Sequence[int], dtype: torch.dtype, stores: Sequence[Kind | None], band_px: int
+) -> int:
+    """The peak of a plan, by running it on meta tensors."""
+    given = _Given(torch.empty(tuple(shape), dtype=dtype, device="meta"), torch.device("meta"), dtype)
+    with vae_plan.LiveBytes() as live:
+        for rows in _run(layers, given, stores, band_px):
+            del rows
+    return live.peak
+
+
+def peak_bytes(
+    vae: Any,
+    shape: Sequence[int],
+    band_px: int | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    direction: str = "decode",
+    budget: float | None = None,
+    device: torch.device | str | None = None,
+) -> int:
+    """The peak of :func:`decode_rows` or :func:`encode` in bytes, counted by running the plan without data.
+
+    Without ``budget`` it is that of the fastest plan, which keeps all that a GroupNorm has to wait for.
+    Arguments and errors are those of :func:`plan`; what the figure leaves out, too.
+    """
+    chosen = plan(vae, shape, direction=direction, band_px=band_px, budget=budget, device=device, dtype=dtype)
+    kind = dtype or next(vae.parameters()).dtype
+    return _count(_program(_shadow(vae, kind), direction), shape, kind, chosen.stores, chosen.band_px)
+
+
+def _free_bytes(device: torch.device) -> float:
+    """What may be used where nobody said how much: most of what is free on the device now."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return 0.85 * (free + cached)
+    if device.type == "cpu":
+        return 0.5 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return float("inf")
+
+
+def _start(
+    vae: Any, given: Tensor, direction: str, band_px: int | None, budget: float | None, whole: bool = True
+) -> tuple[Iterator[Tensor], list[Layer]]:
+    if not isinstance(given, Tensor) or not given.is_floating_point():
+        kind = given.dtype if isinstance(given, Tensor) else type(given).__name__
+        raise TypeError(f"{'latents' if direction == 'decode' else 'images'} must be a tensor of floats, got {kind}")
+    hook = getattr(vae, "_hf_hook", None)
+    if whole and hasattr(hook, "pre_forward"):  # model offload: weights come to the device when they are called
+        hook.pre_forward(vae)
+    layers = _program(vae, direction, whole)
+    weight = next(vae.parameters())
+    limit = _free_bytes(weight.device) if budget is None else budget
+    chosen = plan(vae, given.shape, direction=direction, band_px=band_px, budget=limit, whole=whole)
+    logger.debug("%s of %s: %s", direction, tuple(given.shape), chosen)
+    rows = _run(layers, _Given(given, weight.device, weight.dtype), chosen.stores, chosen.band_px)
+    return rows, layers
+
+
+def decode_rows(vae: Any, latents: Tensor, band_px: int | None = None, budget: float | None = None) -> Iterator[Tensor]:
+    """Decode an image and yield its finished rows, top to bottom, so that it never exists whole.
+
+    Args:
+        vae: a supported autoencoder (see :func:`unsupported`), in eval mode.
+        latents: ``[B, C, h, w]`` as ``vae.decode`` takes them: scaling and shift are the pipeline's. They
+            may be on another device and of another dtype than ``vae``.
+        band_px: rows of the image that are worked on at once; None chooses by what fits.
+        budget: bytes of device memory beside weights and latents; None means most of what is free now.
+
+    Yields:
+        ``[B, 3, rows, W]`` of the dtype and on the device of ``vae``, without a gradient; together exactly what
+        ``vae.decode(latents)`` gives, to rounding. The heights vary.
+
+    Raises:
+        TypeError: ``latents`` is no tensor of floats, or ``vae`` is not supported.
+        ValueError: an argument is not as above, or nothing fits ``budget``; raised at the call.
+    """
+    return _start(vae, latents, "decode", band_px, budget)[0]
+
+
+def decode(vae: Any, latents: Tensor, band_px: int | None = None, budget: float | None = None) -> Tensor:
+    """Decode an image in row bands: ``vae.decode(latents).sample``, to rounding, in bounded memory.
+
+    Arguments and errors as for :func:`decode_rows`.
+
+    Returns:
+        ``[B, 3, H, W]`` of the dtype and on the device of ``vae``.
+    """
+    return _whole(*_start(vae, latents, "decode", band_px, budget), latents)
+
+
+def encode(vae: Any, images: Tensor, band_px: int | None = None, budget: float | None = None) -> Any:
+    """Encode images in row bands: ``vae.encode(images)``, to rounding, in bounded memory.
+
+    Args:
+        vae: as for :func:`decode_rows`.
+        images: ``[B, 3, H, W]`` in [-1, 1], on any device.
+        band_px: as for :func:`decode_rows`.
+        budget: as for :func:`decode_rows`.
+
+    Returns:
+        What ``vae.encode`` returns: ``AutoencoderKLOutput`` with its ``latent_dist``, or
+        ``AutoencoderTinyOutput`` with its ``latents``.
+
+    Raises:
+        TypeError: ``images`` is no tensor of floats, or ``vae`` is not supported.
+        ValueError: an argument is not as above, or nothing fits ``budget``.
+    """
+    moments = _whole(*_start(vae, images, "encode", band_px, budget), images)
+    if type(vae) is AutoencoderTiny:
+        return AutoencoderTinyOutput(latents=moments)
+    return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(moments))
+
+
+def _whole(rows: Iterator[Tensor], layers: Sequence[Layer], given: Tensor) -> Tensor:
+    B, C, H, W = given.shape
+    end = vae_plan.extents(layers, Extent(B, (C,), H, W))[-1]
+    image: Tensor | None = None
+    filled = 0
+    for band in rows:
+        if image is None:
+            image = band.new_empty(B, end.channels[0], end.height, end.width)
+        image[:, :, filled : filled + band.shape[2]] = band
+        filled += band.shape[2]
+        del band
+    assert image is not None and filled == end.height
+    return image
+
+
+@contextmanager
+def exact_bands(
+    vae: Any, larger_than: int = 0, band_px: int | None = None, budget: float | None = None
+) -> Iterator[None]:
+    """Let ``vae.decode`` and ``vae.encode`` run in exact bands for the length of a ``with`` block.
+
+    Only the encoder's and decoder's forward are replaced: slicing, offload, the convolutions beside them and
+    the classes that are returned stay diffusers' own.
+
+    Args:
+        vae: a supported autoencoder.
+        larger_than: images of up to so many pixels run as they are, bit for bit.
+        band_px: as for :func:`decode_rows`.
+        budget: as for :func:`decode_rows`.
+
+    Raises:
+        TypeError: ``vae`` is not supported.
+    """
+    networks = {"decode": vae.decoder, "encode": vae.encoder}
+    for direction in networks:
+        _program(vae, direction)
+    before = {direction: vars(network).get("forward") for direction, network in networks.items()}
+
+    def replacement(direction: str, original: Any) -> Any:
+        def forward(sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            height, width = sample.shape[2:]
+            if direction == "decode":
+                layers = _program(vae, direction, whole=False)
+                image = vae_plan.extents(layers, Extent(1, (sample.shape[1],), height, width))[-1]
+                height, width = image.height, image.width
+            if height * width <= larger_than or args or kwargs:
+                return original(sample, *args, **kwargs)
+            return _whole(*_start(vae, sample, direction, band_px, budget, whole=False), sample)
+
+        return forward
+
+    for direction, network in networks.items():
+        vars(network)["forward"] = replacement(direction, network.forward)
+    try:
+        yield
+    finally:
+        for direction, network in networks.items():
+            del vars(network)["forward"]
+            if before[direction] is not None:
+                vars(network)["forward"] = before[direction]
