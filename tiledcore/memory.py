@@ -22,6 +22,8 @@ from tiledcore.denoiser import TileDenoiser, TilingConfig
 from tiledcore.families import FAMILIES, Family
 from tiledcore.geometry import Pair, Partition, Tiling
 from tiledcore.simulation import Simulated, build, simulated
+from tiledcore.vae import Plan as BandPlan
+from tiledcore.vae import plan as band_plan
 
 SLOTS = 4
 """Canvases of scheduler state that are counted: what multistep schedulers of the third order keep."""
@@ -74,6 +76,18 @@ class Evaluation:
     flops: int
     tiles: int
     area_factor: float
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Decoding an image."""
+
+    base: int
+    """Bytes of weights, latents and the image."""
+    peak: int
+    flops: int
+    band: int | None
+    """Rows of the image at a time, px; None: all."""
 
 
 class Predictor:
@@ -223,36 +237,53 @@ class Predictor:
             area_factor=1.0 if one else tiling.area_factor,
         )
 
-    def _decode(self, canvas: Pair, images: int, band: int | None) -> tuple[int, int]:
-        """Bytes of decoding and of turning the result into a picture, weights included, and FLOPs."""
+    def _decode(self, canvas: Pair, images: int, room: int | None) -> Decode:
+        """Decoding latents of (height, width) pixels and turning the result into a picture, VAE weights included.
+
+        Args:
+            canvas: size of the latents.
+            images: how many.
+            room: None: the whole image at once. Otherwise in exact row bands (:mod:`tiledcore.vae`) that fit so many
+                bytes beside :attr:`Decode.base`; those that need least, where none fit.
+        """
         part = self.model.vae
         upcast = self.model.upcasts_vae and part.dtype == torch.float16
         vae: Any = self.module("vae", torch.float32 if upcast else None)
         shape = (images, vae.config.latent_channels, *canvas)
-        peak, flops = vae_peak(vae, shape, band, self.mode, self.device)
         real = part.weight_bytes
-        if real is not None:
-            peak += real * (2 if upcast else 1) - _weights(vae)
-        return peak, flops
+        extra = 0 if real is None else real * (2 if upcast else 1) - _weights(vae)
+        with simulated(self.mode, [vae], self.device) as run:
+            latents = [torch.empty(shape, dtype=vae.dtype) for _ in range(2)]  # scaled and not
+            image = vae.decode(latents[0], return_dict=False)[0]
+            base = _weights(vae) + extra + 2 * latents[0].nbytes + image.nbytes
+            whole, flops = run.live.reset() + extra, run.flops
+            torch.stack([(one * 0.5 + 0.5).clamp(0, 1) for one in image])  # VaeImageProcessor.denormalize
+            after = run.live.peak + extra
+        if room is None:
+            return Decode(base, max(whole, after), flops, None)
+        bands = vae_peak(vae, shape, room)
+        return Decode(base, max(base + bands.peak_bytes, after), int(flops * bands.recomputed), bands.band_px)
 
 
-def vae_peak(
-    vae: Any, latents: tuple[int, int, int, int], band: int | None, mode: FakeTensorMode, device: str
-) -> tuple[int, int]:
-    """Peak bytes of a decode, weights included, and its FLOPs.
+def vae_peak(vae: Any, latents: tuple[int, ...], room: int) -> BandPlan:
+    """Exact decoding in row bands within so many bytes beside weights, latents and image, or in the fewest.
+
+    Planned without host memory, which a CUDA device may use in addition, to compute less twice.
 
     Args:
-        vae: an ``AutoencoderKL`` of fake weights.
+        vae: an ``AutoencoderKL``, of fake weights or real ones.
         latents: shape ``[B, C, H, W]``.
-        band: rows of the image at a time, px; None: all.
-        mode: of the weights.
-        device: type of the device that is planned for.
+        room: bytes.
+
+    Raises:
+        TypeError: the autoencoder has parts that cannot be computed in bands.
     """
-    with simulated(mode, [vae], device) as run:
-        held = [torch.empty(latents, dtype=vae.dtype) for _ in range(2)]  # scaled and not
-        image = vae.decode(held[0], return_dict=False)[0]
-        torch.stack([(one * 0.5 + 0.5).clamp(0, 1) for one in image])  # VaeImageProcessor.denormalize
-    return run.live.peak, run.flops
+    room = max(room, 1 << 20)
+    while True:
+        try:
+            return band_plan(vae, latents, budget=room, device="cpu")
+        except ValueError:
+            room *= 2
 
 
 def _buffer_size(tiling: Tiling | Partition) -> tuple[int, int, int]:

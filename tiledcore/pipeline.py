@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, update_wrapper
@@ -25,6 +26,7 @@ from tiledcore.geometry import TileGrid
 from tiledcore.graph import CudaBackend, Mode, StepGraphs
 from tiledcore.labels import labelled
 from tiledcore.models import EARTH, EARTH_FLUX, EMBEDDED
+from tiledcore.planner import Plan
 from tiledcore.vae import exact_bands, unsupported
 
 logger = logging.getLogger(__name__)
@@ -335,7 +337,7 @@ class TiledPipeline:
         with (
             within(self, pipe, plan),
             tiled(pipe, config),
-            _bounded_vae(pipe, kwargs),
+            _bounded_vae(pipe, kwargs, plan),
             labelled(pipe.vae, "decode", "decode"),
         ):
             if not self.fused:
@@ -366,14 +368,17 @@ def tiled(pipe: Any, config: TilingConfig | None = None) -> Iterator[Any]:
 
 
 @contextmanager
-def _bounded_vae(pipe: Any, kwargs: dict[str, Any]) -> Iterator[None]:
+def _bounded_vae(pipe: Any, kwargs: dict[str, Any], plan: Plan | None = None) -> Iterator[None]:
     """Run the VAE in exact bands where the whole image would not fit; in diffusers' tiles if bands cannot."""
     vae = pipe.vae
     if getattr(vae, "use_tiling", True):  # the caller's own choice, or not an autoencoder of this kind
         yield
         return
     if (reason := unsupported(vae)) is None:
-        with exact_bands(vae, EXACT_DECODE_PIXELS):
+        larger_than, band, room = EXACT_DECODE_PIXELS, None, None
+        if plan is not None:  # which knows whether the whole image fits
+            larger_than, band, room = sys.maxsize if plan.vae_band is None else 0, plan.vae_band, plan.vae_room
+        with exact_bands(vae, larger_than, band, room):
             yield
         return
     image = kwargs.get("image")

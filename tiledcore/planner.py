@@ -17,8 +17,6 @@ from tiledcore.memory import SLOTS, Evaluation, Phase, Predictor, parse_bytes, s
 SAFETY = 1.1
 """What a predicted peak is multiplied by before it is compared with the budget: the allocator's fragmentation, the
 kernels' own workspaces and the CUDA context are not in the prediction."""
-BANDS = (1024, 512, 256, 128, 64)
-"""Heights of VAE bands that are tried, image pixels, after the whole image."""
 MODES: tuple[Literal["tiles", "canvas"], ...] = ("tiles", "canvas")
 """At equal FLOPs the first is taken."""
 
@@ -38,6 +36,8 @@ class Plan:
     """Each module is on the device only while it runs (``enable_model_cpu_offload``)."""
     vae_band: int | None
     """Rows of the image that are decoded at a time; None: all."""
+    vae_room: int | None
+    """With bands: bytes that they may take beside weights, latents and the image."""
     tiles: int
     area_factor: float
     phases: tuple[Phase, ...]
@@ -168,24 +168,14 @@ class Planner:
         for ways in modes:
             for offload in self.offloads:
                 for config in ways:
-                    yield from self._banded(size, config, offload)
+                    yield self._assemble(size, config, offload)
 
     def _evaluate(self, size: Pair, config: TilingConfig) -> Evaluation:
         factor = self.predictor.model.factor
         canvas = (size[1] // factor, size[0] // factor)
         return self.predictor.evaluation(canvas, config, self.images, self.branches)
 
-    def _banded(self, size: Pair, config: TilingConfig, offload: bool) -> Iterator[Plan]:
-        """One way with the tallest VAE band that fits, or with the lowest one."""
-        found = None
-        for band in (None, *(rows for rows in BANDS if rows < size[1])):
-            found = self._assemble(size, config, offload, band)
-            if found.phases[-1].peak * SAFETY <= self.budget:
-                break
-        assert found is not None
-        yield found
-
-    def _assemble(self, size: Pair, config: TilingConfig, offload: bool, band: int | None) -> Plan:
+    def _assemble(self, size: Pair, config: TilingConfig, offload: bool) -> Plan:
         predictor, model = self.predictor, self.predictor.model
         factor = model.factor
         weights = {part.role: predictor.weights(part.role) for part in model.parts}
@@ -196,18 +186,17 @@ class Planner:
 
         texts = predictor.text(self.images)
         evaluation = self._evaluate(size, config)
-        decode, decode_flops = predictor.decode((size[1] // factor, size[0] // factor), self.images, band)
-        others = 0 if offload else resident - weights["vae"]
+        others = (0 if offload else resident - weights["vae"]) + evaluation.kept
+        canvas, room = (size[1] // factor, size[0] // factor), None
+        decode = predictor.decode(canvas, self.images, None)
+        if (decode.peak + others) * SAFETY > self.budget:
+            room = max(1, int(self.budget / SAFETY) - others - decode.base)
+            decode = predictor.decode(canvas, self.images, room)
         network = model.network.role
         phases = [
             Phase("network", beside(network) + evaluation.network, evaluation.flops, _choice(config)),
             Phase("step", beside(network) + evaluation.step, 0, f"{SLOTS} canvases of fp32 state"),
-            Phase(
-                "decode",
-                decode + others + evaluation.kept,
-                decode_flops,
-                "whole image" if band is None else f"VAE bands of {band} px",
-            ),
+            Phase("decode", decode.peak + others, decode.flops, _bands(decode.band)),
         ]
         if texts:
             peak = max(beside(role) + activations for role, (activations, _) in texts.items())
@@ -222,7 +211,8 @@ class Planner:
             dtype=str(model.network.dtype).removeprefix("torch."),
             tiling=config,
             offload=offload,
-            vae_band=band,
+            vae_band=decode.band,
+            vae_room=room,
             tiles=evaluation.tiles,
             area_factor=evaluation.area_factor,
             phases=tuple(phases),
@@ -244,6 +234,10 @@ class Planner:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(smaller(middle)) else (low, middle)
         return smaller(low) if low else None
+
+
+def _bands(band: int | None) -> str:
+    return "whole image" if band is None else f"exact VAE bands of {band} px"
 
 
 def _choice(config: TilingConfig) -> str:
