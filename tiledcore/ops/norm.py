@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from tiledcore import reference
+from tiledcore.ops.checks import BLEND_DTYPES, check_image
 from tiledcore.ops.dispatch import Impl, choose, define
-from tiledcore.ops.tiles import _BLEND_DTYPES, _check_image
 
 _NORM = "(Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, bool silu, Tensor(a!) out) -> ()"
 
@@ -84,9 +84,9 @@ def group_norm_silu(
         ValueError: a shape, device, layout or ``impl`` is not as above.
         RuntimeError: ``impl`` was named and is unavailable here.
     """
-    _check_image("x", x, "[B, C, rows, W]")
-    if x.dtype not in _BLEND_DTYPES:
-        raise TypeError(f"x must be of one of {_BLEND_DTYPES}, got {x.dtype}")
+    check_image("x", x, "[B, C, rows, W]")
+    if x.dtype not in BLEND_DTYPES:
+        raise TypeError(f"x must be of one of {BLEND_DTYPES}, got {x.dtype}")
     B, C = x.shape[:2]
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     if not isinstance(mean, Tensor) or mean.dim() != 2:
