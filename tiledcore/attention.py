@@ -64,7 +64,11 @@ class CanvasAttention(ModelHook):
     Attributes:
         layers: names of the attention layers that were replaced.
         canvas: what the layers share.
+        grid: rows and columns of image tokens and latent pixels per token, where the arguments hold no values
+            from which to read them (simulated execution).
     """
+
+    grid: tuple[Pair, int] | None = None
 
     def __init__(
         self,
@@ -109,7 +113,7 @@ class CanvasAttention(ModelHook):
         return _stack([self._evaluate(one_image(kwargs, i, len(first))) for i in range(len(first))])
 
     def _evaluate(self, kwargs: dict[str, Any]) -> Any:
-        grid, pixels = _grid(self._network, kwargs)
+        grid, pixels = self.grid or _grid(self._network, kwargs)
         self.canvas.enter(list(self._levels(grid, pixels)))
         if (mask := kwargs.get("encoder_hidden_states_mask")) is not None and not mask.all():
             self.canvas.text_kept = [row.nonzero()[:, 0] for row in mask.bool()]

@@ -1,4 +1,4 @@
-"""The command line: ``tiledcore generate``, ``profile`` and ``info``."""
+"""The command line: ``tiledcore generate``, ``profile``, ``plan`` and ``info``."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from tiledcore.generate import (
     say,
 )
 from tiledcore.images import read_metadata
+from tiledcore.plan import add_arguments as add_plan
 from tiledcore.profile import profile
 
 WINDOWS = ("ramp", "core", "mean", "gaussian")
@@ -104,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     timing.add_argument("--trace", type=Path, metavar="FILE", help="also write a Chrome trace there (.json)")
     timing.set_defaults(command=profile, out=None)
     _add_generate(timing)
+    add_plan(commands.add_parser("plan", help="how an image would fit a memory budget"), _size, _integer)
     about = commands.add_parser("info", help="print the settings that a PNG or TIFF was made with")
     about.add_argument("file", type=Path)
     about.add_argument("--json", action="store_true", help="as JSON, as they are stored")

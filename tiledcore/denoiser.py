@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,8 @@ from tiledcore.arguments import PER_IMAGE, RESIDUALS, one_image
 from tiledcore.exchange import Exchange
 from tiledcore.geometry import Pair, Partition, TileGrid, Tiling
 from tiledcore.labels import label
+
+logger = logging.getLogger(__name__)
 
 # Further images that condition the whole canvas.
 REFUSED_IMAGES = (
@@ -196,6 +199,9 @@ class TileDenoiser:
     ) -> None:
         self.unit = patch if packed else 1
         self.config, self.native, self.pixels, self.patch = config, native, pixels * self.unit, patch
+        self.tile_batch = config.tile_batch  # as long as it fits
+        self.attention: Any = None  # of canvas mode or halos: its guidance_batch is what can be lowered
+        self.reductions: list[str] = []
         self._grid: TileGrid | None = None
         self._tiling: Tiling | Partition | None = None
         self._offsets: torch.Tensor | None = None
@@ -247,13 +253,13 @@ class TileDenoiser:
     def __call__(
         self, forward: Callable[..., Any], sample: torch.Tensor, timestep: torch.Tensor | float, **kwargs: Any
     ) -> torch.Tensor:
-        """Predict for the whole canvas: :meth:`evaluate`, then blend.
+        """Predict for the whole canvas: :meth:`attempt`, then blend.
 
         Returns:
             ``[B, C', H, W]``, the blended prediction, in the denoiser's dtype.
         """
         self.place((sample.shape[2], sample.shape[3]), timestep, sample.device)
-        tiles, offsets, size, ramp = self.evaluate(forward, sample, timestep, **kwargs)
+        tiles, offsets, size, ramp = self.attempt(forward, sample, timestep, **kwargs)
         if len(offsets) == 1:  # as it came, so that no bit changes
             return tiles
         with label("blend"):
@@ -307,14 +313,14 @@ class TileDenoiser:
         if len(tiling) == 1:
             return self._whole(self._network(forward, sample, timestep=timestep, **kwargs))
         exchange = self._exchange if isinstance(tiling, Partition) else None
-        if exchange is not None and batch > 1 and not self.config.guidance_batch:
+        if exchange is not None and batch > 1 and not (self.attention or self.config).guidance_batch:
             return self._one_by_one(forward, sample, timestep, kwargs)
         if offsets is None:
             assert isinstance(tiling, Partition)
             return self._evaluate_partition(tiling, forward, sample, timestep, kwargs)
         kwargs["timestep"] = timestep
         tile = next(iter(tiling.groups)) if isinstance(tiling, Partition) else tiling.tile_size
-        together = self.config.tile_batch if exchange is None else len(tiling)
+        together = self.tile_batch if exchange is None else len(tiling)
         for start in range(0, len(tiling), together):
             part = offsets[start : start + together]
             body = partial(self._tile_batch, forward, sample, part, tile, kwargs)
@@ -341,6 +347,53 @@ class TileDenoiser:
         tiles = torch.stack([part.tiles for part in parts], 1).flatten(0, 1)
         return parts[0]._replace(tiles=tiles)
 
+    def attempt(
+        self, forward: Callable[..., Any], sample: torch.Tensor, timestep: torch.Tensor | float, **kwargs: Any
+    ) -> Prediction:
+        """:meth:`evaluate`; out of memory, again with half the tile batch, or one guidance branch at a time.
+
+        An evaluation changes nothing but its own buffer, so that nothing of the step has to be undone.
+
+        Raises:
+            torch.OutOfMemoryError: there is nothing left to lower.
+        """
+        while True:
+            try:
+                return self.evaluate(forward, sample, timestep, **kwargs)
+            except torch.OutOfMemoryError:
+                # What was recorded of a CUDA graph cannot be taken back: its owner drops it and runs eagerly.
+                capturing = sample.is_cuda and torch.cuda.is_current_stream_capturing()
+                if capturing or not self._reduce(len(sample)):
+                    raise
+            # Outside of the handler, whose traceback holds the tensors of the failed attempt.
+            if sample.is_cuda:
+                torch.cuda.empty_cache()
+
+    def renewed(self, other: TileDenoiser) -> TileDenoiser:
+        """This one, in another call, of which ``other`` was made; what was lowered before stays."""
+        if other.attention is not None and self.reductions:
+            other.attention.guidance_batch = False
+        self.attention, self.timesteps = other.attention, other.timesteps
+        return self
+
+    def _reduce(self, batch: int) -> bool:
+        """Lower what an evaluation takes at a time; False where that is the least already."""
+        if self.config.mode == "canvas" or self._exchange is not None:
+            if self.attention is None or not self.attention.guidance_batch or batch == 1:
+                return False
+            self.attention.guidance_batch = False
+            change = "guidance branches one after the other"
+        else:
+            assert self._tiling is not None
+            now = min(self.tile_batch, len(self._tiling))
+            if now == 1:
+                return False
+            self.tile_batch = now // 2
+            change = f"tile_batch {now} -> {self.tile_batch}"
+        self.reductions.append(change)
+        logger.warning("out of memory: %s, from this step on", change)
+        return True
+
     def _evaluate_partition(
         self,
         partition: Partition,
@@ -354,7 +407,7 @@ class TileDenoiser:
         kwargs["timestep"] = timestep
         jobs = []
         for size, places in partition.groups.items():
-            together = self.config.tile_batch if self._exchange is None else len(places)
+            together = self.tile_batch if self._exchange is None else len(places)
             for start in range(0, len(places), together):
                 group = places[start : start + together]
                 part = torch.tensor(group, dtype=torch.int32).to(sample.device)

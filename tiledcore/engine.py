@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from tiledcore.graph import Counters, Entry, StepGraphs
 from tiledcore.labels import label
 from tiledcore.ops.step import MAX_SLOTS, guidance_rescale
 from tiledcore.solver import LinearSolver, NotLinear, linear_solver
+
+if TYPE_CHECKING:
+    from tiledcore.planner import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +61,12 @@ class Report:
     graph: Counters
     resumed: int = 0
     """Evaluations before them that a checkpoint spared."""
+    reductions: tuple[str, ...] = ()
+    """What was lowered because memory ran out, in the order in which it was."""
+    plan: Plan | None = None
+    """What a ``memory_budget`` led to, with its predicted peak."""
+    measured_bytes: int | None = None
+    """With a plan: the peak of tensors alive on the device, weights included."""
 
 
 @dataclass
@@ -116,6 +125,7 @@ class Engine:
         # A callback must see each step's latents; otherwise only the last ones are needed.
         self.shows_latents = any(call.get(name) is not None for name in ("callback_on_step_end", "callback"))
         self.index = 0
+        self.denoiser: TileDenoiser | None = None  # what evaluates, once it is known
         self.reason = why_not(pipe, call)
         self._decided = False
         self._shown: Tensor | None = None
@@ -126,7 +136,8 @@ class Engine:
 
     def report(self) -> Report:
         evaluations = max(0, self.index - self._resumed)
-        return Report(self.index > 0, self.reason, evaluations, self.graphs.counters, self._resumed)
+        reductions = () if self.denoiser is None else tuple(self.denoiser.reductions)
+        return Report(self.index > 0, self.reason, evaluations, self.graphs.counters, self._resumed, reductions)
 
     def _check_saves(self) -> None:
         if self._saves is not None and self.reason is not None:
@@ -272,9 +283,9 @@ class Engine:
         if index < self._resumed:
             self.index += 1
             return self._prediction()
-        timesteps = denoiser.timesteps
-        denoiser = buffers.denoiser = buffers.denoiser or denoiser
-        denoiser.timesteps = timesteps  # of the scheduler that this call has
+        if buffers.denoiser is not None and buffers.denoiser is not denoiser:
+            denoiser = buffers.denoiser.renewed(denoiser)
+        self.denoiser = buffers.denoiser = denoiser
         size, device = (buffers.model_input.shape[2], buffers.model_input.shape[3]), buffers.model_input.device
         uniform = denoiser.place(size, timestep, device)
         refusal = (
@@ -297,7 +308,7 @@ class Engine:
 
         def body() -> None:
             canvas = torch.cat([buffers.model_input] * self.branches)
-            tiles, offsets, size, ramp = denoiser.evaluate(forward, canvas, timestep, **conditions)
+            tiles, offsets, size, ramp = denoiser.attempt(forward, canvas, timestep, **conditions)
             options: dict[str, Any] = {"window": self.config.window, "ramp": ramp, "impl": self.config.impl}
             guidance = buffers.guidance if self.branches == 2 else None
             rescale = None

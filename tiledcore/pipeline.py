@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, update_wrapper
@@ -18,6 +19,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL import Image
 
 from tiledcore import attention
+from tiledcore.budget import Budget, within
 from tiledcore.checkpoint import Checkpoint
 from tiledcore.denoiser import TileDenoiser, TilingConfig
 from tiledcore.engine import Engine, Report
@@ -26,6 +28,7 @@ from tiledcore.geometry import TileGrid
 from tiledcore.graph import CudaBackend, Mode, StepGraphs
 from tiledcore.labels import labelled
 from tiledcore.models import EARTH, EARTH_FLUX, EMBEDDED
+from tiledcore.planner import Plan
 from tiledcore.stream import Rows, streamed
 from tiledcore.vae import exact_bands, unsupported
 
@@ -98,6 +101,8 @@ class TilingHook(ModelHook):
             prediction = engine.run_step(self.denoiser, forward, arguments[family.timestep], conditions)
         else:
             assert canvas is not None
+            if self.engine is not None:
+                self.engine.denoiser = self.denoiser
             prediction = family.result(self.denoiser(forward, canvas, arguments[family.timestep], **conditions))
         return family.output(sample=prediction) if return_dict else (prediction,)
 
@@ -178,7 +183,7 @@ def apply_tiling(pipe: Any, config: TilingConfig | None = None) -> Any:
     denoiser.tiling(2 * height // denoiser.unit, 2 * width // denoiser.unit, 0)
     remove_tiling(pipe)
     if config.mode == "canvas" or config.exchanges:
-        attention.install(
+        denoiser.attention = attention.install(
             network,
             tiles=config.exchanges,
             tile=(height, width),
@@ -209,6 +214,8 @@ class TiledPipeline:
 
     Components are read and set through it (``pipe.scheduler = ...``, ``pipe.load_lora_weights(...)``).
     With ``image=`` a text-to-image pipeline runs as its image-to-image sibling, on the same weights.
+    With ``memory_budget=`` (bytes, or such as ``"24GiB"``) each call is planned to stay within it
+    (:func:`tiledcore.planner.plan`), and refused where that cannot be; ``report`` has the plan and the real peak.
     """
 
     pipe: Any
@@ -219,11 +226,19 @@ class TiledPipeline:
     """How the last call ran: fused or not, graph replays, and why not."""
 
     def __init__(
-        self, pipe: Any, tiling: TilingConfig | None = None, fused: bool = True, cuda_graph: Mode = "auto"
+        self,
+        pipe: Any,
+        tiling: TilingConfig | None = None,
+        fused: bool = True,
+        cuda_graph: Mode = "auto",
+        memory_budget: int | str | None = None,
     ) -> None:
         network_of(pipe)
         graphs = StepGraphs(cuda_graph)
         self.__dict__.update(pipe=pipe, tiling=tiling or TilingConfig(), fused=fused, report=None, _graphs=graphs)
+        # Of a tiling that was asked for the plan keeps the geometry; otherwise it chooses that, too.
+        self.__dict__["_asked"] = tiling is not None
+        self.__dict__["_budget"] = None if memory_budget is None else Budget(memory_budget)
 
     @classmethod
     def from_pretrained(
@@ -233,6 +248,7 @@ class TiledPipeline:
         tiling: TilingConfig | None = None,
         fused: bool = True,
         cuda_graph: Mode = "auto",
+        memory_budget: int | str | None = None,
         **kwargs: Any,
     ) -> TiledPipeline:
         """Open a checkpoint: a hub id, a folder, or an embedded model: ``"earth"``, the default, or ``"earth-flux"``.
@@ -244,14 +260,20 @@ class TiledPipeline:
         if folder == EARTH_FLUX:
             vae = AutoencoderKL.from_pretrained(EARTH, subfolder="vae", torch_dtype=kwargs.get("torch_dtype"))
             kwargs.setdefault("vae", vae)
-        return cls(DiffusionPipeline.from_pretrained(folder, **kwargs), tiling, fused, cuda_graph)
+        return cls(DiffusionPipeline.from_pretrained(folder, **kwargs), tiling, fused, cuda_graph, memory_budget)
 
     @classmethod
     def from_pipe(
-        cls, pipe: Any, *, tiling: TilingConfig | None = None, fused: bool = True, cuda_graph: Mode = "auto"
+        cls,
+        pipe: Any,
+        *,
+        tiling: TilingConfig | None = None,
+        fused: bool = True,
+        cuda_graph: Mode = "auto",
+        memory_budget: int | str | None = None,
     ) -> TiledPipeline:
         """Wrap a pipeline that is already there; outside of this object it stays untiled."""
-        return cls(pipe, tiling, fused, cuda_graph)
+        return cls(pipe, tiling, fused, cuda_graph, memory_budget)
 
     def grid(self, height: int, width: int, tiling: TilingConfig | None = None) -> TileGrid:
         """The tiles of an image of ``height`` by ``width`` px, in latent pixels; before any shift."""
@@ -260,7 +282,8 @@ class TiledPipeline:
         return (tiling or self.tiling).grid(height // factor, width // factor, family.native(self.pipe, network))
 
     def to(self, *args: Any, **kwargs: Any) -> TiledPipeline:
-        self.pipe.to(*args, **kwargs)
+        if self._budget is None or not self._budget.keeps_off(self.pipe, *args, **kwargs):
+            self.pipe.to(*args, **kwargs)
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -271,6 +294,7 @@ class TiledPipeline:
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("pipe", "tiling", "fused", "report"):
             self.__dict__[name] = value
+            self.__dict__["_asked"] |= name == "tiling"
         else:
             setattr(self.pipe, name, value)
 
@@ -322,9 +346,14 @@ class TiledPipeline:
         config = tiling or self.tiling
         if isinstance(checkpoint, str | PathLike):
             checkpoint = Checkpoint(Path(checkpoint))
+        plan = None
+        if self._budget is not None:
+            plan = self._budget.plan(pipe, args, kwargs, config if tiling or self._asked else None)
+            config = plan.tiling
         with (
+            within(self, pipe, plan),
             tiled(pipe, config),
-            _bounded_vae(pipe, kwargs),
+            _bounded_vae(pipe, kwargs, plan),
             streamed(pipe, rows, EXACT_DECODE_PIXELS),
             labelled(pipe.vae, "decode", "decode"),
         ):
@@ -358,14 +387,17 @@ def tiled(pipe: Any, config: TilingConfig | None = None) -> Iterator[Any]:
 
 
 @contextmanager
-def _bounded_vae(pipe: Any, kwargs: dict[str, Any]) -> Iterator[None]:
+def _bounded_vae(pipe: Any, kwargs: dict[str, Any], plan: Plan | None = None) -> Iterator[None]:
     """Run the VAE in exact bands where the whole image would not fit; in diffusers' tiles if bands cannot."""
     vae = pipe.vae
     if getattr(vae, "use_tiling", True):  # the caller's own choice, or not an autoencoder of this kind
         yield
         return
     if (reason := unsupported(vae)) is None:
-        with exact_bands(vae, EXACT_DECODE_PIXELS):
+        larger_than, band, room = EXACT_DECODE_PIXELS, None, None
+        if plan is not None:  # which knows whether the whole image fits
+            larger_than, band, room = sys.maxsize if plan.vae_band is None else 0, plan.vae_band, plan.vae_room
+        with exact_bands(vae, larger_than, band, room):
             yield
         return
     image = kwargs.get("image")
