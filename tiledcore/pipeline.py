@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial, update_wrapper
 from inspect import signature
 from os import PathLike
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, AutoPipelineForImage2Image, DiffusionPipeline
+from diffusers import AutoencoderKL, AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL import Image
@@ -24,6 +24,8 @@ from tiledcore.geometry import TileGrid
 from tiledcore.graph import CudaBackend, Mode, StepGraphs
 from tiledcore.labels import labelled
 from tiledcore.models import EARTH, EARTH_FLUX, EMBEDDED
+from tiledcore.pull import Pull, Pulling
+from tiledcore.stages import Stages, from_pictures, staging
 
 logger = logging.getLogger(__name__)
 
@@ -215,17 +217,26 @@ class TiledPipeline:
 
     pipe: Any
     tiling: TilingConfig
+    stages: Stages
+    """Whether images are made in stages, see :mod:`tiledcore.stages`; None, the default, makes them in one."""
     fused: bool
     """Whether blend, guidance and scheduler are one fused step, where the pipeline and its scheduler allow it."""
     report: Report | None
     """How the last call ran: fused or not, graph replays, and why not."""
 
     def __init__(
-        self, pipe: Any, tiling: TilingConfig | None = None, fused: bool = True, cuda_graph: Mode = "auto"
+        self,
+        pipe: Any,
+        tiling: TilingConfig | None = None,
+        fused: bool = True,
+        cuda_graph: Mode = "auto",
+        stages: Stages = None,
     ) -> None:
         network_of(pipe)
+        staging(stages)
         graphs = StepGraphs(cuda_graph)
         self.__dict__.update(pipe=pipe, tiling=tiling or TilingConfig(), fused=fused, report=None, _graphs=graphs)
+        self.__dict__["stages"] = stages
 
     @classmethod
     def from_pretrained(
@@ -235,6 +246,7 @@ class TiledPipeline:
         tiling: TilingConfig | None = None,
         fused: bool = True,
         cuda_graph: Mode = "auto",
+        stages: Stages = None,
         **kwargs: Any,
     ) -> TiledPipeline:
         """Open a checkpoint: a hub id, a folder, or an embedded model: ``"earth"``, the default, or ``"earth-flux"``.
@@ -246,14 +258,20 @@ class TiledPipeline:
         if folder == EARTH_FLUX:
             vae = AutoencoderKL.from_pretrained(EARTH, subfolder="vae", torch_dtype=kwargs.get("torch_dtype"))
             kwargs.setdefault("vae", vae)
-        return cls(DiffusionPipeline.from_pretrained(folder, **kwargs), tiling, fused, cuda_graph)
+        return cls(DiffusionPipeline.from_pretrained(folder, **kwargs), tiling, fused, cuda_graph, stages)
 
     @classmethod
     def from_pipe(
-        cls, pipe: Any, *, tiling: TilingConfig | None = None, fused: bool = True, cuda_graph: Mode = "auto"
+        cls,
+        pipe: Any,
+        *,
+        tiling: TilingConfig | None = None,
+        fused: bool = True,
+        cuda_graph: Mode = "auto",
+        stages: Stages = None,
     ) -> TiledPipeline:
         """Wrap a pipeline that is already there; outside of this object it stays untiled."""
-        return cls(pipe, tiling, fused, cuda_graph)
+        return cls(pipe, tiling, fused, cuda_graph, stages)
 
     def grid(self, height: int, width: int, tiling: TilingConfig | None = None) -> TileGrid:
         """The tiles of an image of ``height`` by ``width`` px, in latent pixels; before any shift."""
@@ -271,12 +289,21 @@ class TiledPipeline:
         return getattr(self.pipe, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("pipe", "tiling", "fused", "report"):
+        if name in ("pipe", "tiling", "fused", "report", "stages"):
             self.__dict__[name] = value
         else:
             setattr(self.pipe, name, value)
 
-    def __call__(self, *args: Any, image: Any = None, tiling: TilingConfig | None = None, **kwargs: Any) -> Any:
+    def __call__(
+        self,
+        *args: Any,
+        image: Any = None,
+        tiling: TilingConfig | None = None,
+        pull: Pull | None = None,
+        stages: Stages | Literal["default"] = "default",
+        keep_colour: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """Run the wrapped pipeline tiled.
 
         Args:
@@ -284,17 +311,33 @@ class TiledPipeline:
             image: start from this picture (PIL, or a tensor as diffusers takes it). A PIL image is
                 resized to ``height`` and ``width`` where these are given.
             tiling: for this call, instead of ``self.tiling``.
+            pull: with ``image``, hold the picture to the image's low frequencies.
+            stages: for this call, instead of ``self.stages``. With ``image``, that picture takes the place of the
+                one of native size, and ``strength`` that of the stages.
+            keep_colour: with ``image``, give the result the low frequencies of that picture.
+            mask_image: (one of ``kwargs``) with ``image``, change only where it is white, with the pipeline's
+                inpainting sibling.
             kwargs: as for the wrapped pipeline. ``use_resolution_binning`` (PixArt, Sana) is off unless it
                 is given: with it the picture is made at a trained size and resized.
 
         Returns:
             The wrapped pipeline's own output class.
         """
+        staged = staging(self.stages if stages == "default" else stages)
+        if staged is not None or keep_colour:
+            return from_pictures(self, args, image, tiling or self.tiling, staged, pull, keep_colour, kwargs)
         pipe = self.pipe
+        masked = kwargs.get("mask_image") is not None
+        if masked and image is None:
+            raise ValueError("mask_image: needs an image to change; give image= too")
         if image is not None:
+            if masked and "mask_image" not in signature(type(pipe).__call__).parameters:
+                pipe = AutoPipelineForInpainting.from_pipe(pipe)
             if "image" not in signature(type(pipe).__call__).parameters:
                 pipe = AutoPipelineForImage2Image.from_pipe(pipe)
             height, width = kwargs.pop("height", None), kwargs.pop("width", None)
+            if masked and isinstance(image, torch.Tensor):  # else these pipelines take the native size
+                height, width = height or image.shape[-2], width or image.shape[-1]
             if isinstance(image, Image.Image):
                 width, height = width or image.width, height or image.height
                 if image.size != (width, height):
@@ -306,19 +349,33 @@ class TiledPipeline:
             kwargs.setdefault("use_resolution_binning", False)
         config = tiling or self.tiling
         with tiled(pipe, config), _bounded_vae(pipe, kwargs), labelled(pipe.vae, "decode", "decode"):
-            if not self.fused:
+            if not self.fused and pull is None:
                 self.report = None
                 return pipe(*args, **kwargs)
             if self._graphs.backend is None and torch.device(pipe._execution_device).type == "cuda":
                 self._graphs.backend = CudaBackend()
             bound = signature(type(pipe).__call__).bind_partial(pipe, *args, **kwargs)
             bound.apply_defaults()
-            with Engine(pipe, bound.arguments, config, self._graphs) as engine:
+            pulling = self._pulling(pull, pipe, config, image)
+            watching = pulling.watching() if pulling is not None else nullcontext()
+            with watching, Engine(pipe, bound.arguments, config, self._graphs, pulling, self.fused) as engine:
                 _registry(network_of(pipe)[0]).get_hook(HOOK).engine = engine
                 try:
                     return pipe(*args, **kwargs)
                 finally:
                     self.report = engine.report()
+
+    @staticmethod
+    def _pulling(pull: Pull | None, pipe: Any, config: TilingConfig, image: Any) -> Pulling | None:
+        if pull is None:
+            return None
+        if image is None:
+            raise ValueError("pull: needs an image to pull to; give image= too")
+        denoiser = _registry(network_of(pipe)[0]).get_hook(HOOK).denoiser
+        tile = denoiser.native if config.tile is None else config.tile
+        side = tile if isinstance(tile, int) else min(tile)
+        wrap = (config.wrap, config.wrap) if isinstance(config.wrap, bool) else config.wrap
+        return Pulling(pull, pipe.scheduler, denoiser.unit, wrap, side / 16)
 
 
 @contextmanager
