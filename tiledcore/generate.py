@@ -69,6 +69,8 @@ def generate(args: argparse.Namespace) -> None:
         call = call_arguments(args, pipe, image)
         grid = pipe.grid(args.size[1], args.size[0])
         metadata = _describe(args, pipe, call, grid, seed)
+        if args.stages is not None:
+            metadata["stages"] = _stages(pipe, call)
         picture = _run(pipe, call, grid, seed)
     try:
         save_image(picture, args.out, metadata)
@@ -85,8 +87,13 @@ def generate(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> Image.Image | None:
     """Whatever can be known before loading; completes ``args.size``, returns the init image."""
-    if args.strength is not None and args.init_image is None:
-        raise CommandError("--strength: only used with --init-image")
+    if args.strength is not None and args.init_image is None and args.stages is None:
+        raise CommandError("--strength: only used with --init-image or --stages")
+    for option, value in (("--mask", args.mask), ("--keep-colour", args.keep_colour or None)):
+        if value is not None and args.init_image is None:
+            raise CommandError(f"{option}: only used with --init-image")
+    if args.mask is not None and args.stages is not None:
+        raise CommandError("--stages: not used with --mask, whose surroundings are there already")
     if args.shift and args.overlap not in (None, (0, 0)):
         raise CommandError("--overlap: --shift replaces the overlap; give only one of them")
     if args.tile is not None:
@@ -96,13 +103,26 @@ def check(args: argparse.Namespace) -> Image.Image | None:
     image = None
     if args.init_image is not None:
         image = read_image(load_image, args.init_image)
-        if args.size is None:
-            args.size = tuple(max(factor, side // factor * factor) for side in image.size)
+        if args.size is None or isinstance(args.size, int):
+            args.size = tuple(max(factor, side * (args.size or 1) // factor * factor) for side in image.size)
+    if isinstance(args.size, int):
+        raise CommandError(f"--size {args.size}x: only used with --init-image, of whose size it is a multiple")
     args.size = args.size or SIZE
+    if args.mask is not None and image is not None:
+        args.mask = _mask(args.mask, image.size)
     _check_size(args.size, factor)
     if args.out is not None:
         check_target(args.out, args.size)
     return image
+
+
+def _mask(path: Path, size: tuple[int, int]) -> Image.Image:
+    mask = read_image(load_image, path).convert("L")
+    if mask.size != size:
+        raise CommandError(f"--mask {path}: is {mask.width}x{mask.height} px, --init-image {size[0]}x{size[1]} px")
+    if mask.getextrema()[1] < 128:
+        raise CommandError(f"--mask {path}: nothing in it is white, so there is nothing to change")
+    return mask
 
 
 def _factor(model: str) -> int:
@@ -232,7 +252,34 @@ def call_arguments(args: argparse.Namespace, pipe: TiledPipeline, image: Image.I
             steps = call["num_inference_steps"]
             raise CommandError(f"--strength {strength}: leaves none of {steps} steps")
         call.update(image=image, strength=strength)
+        if args.keep_colour:
+            call["keep_colour"] = True
+        if args.mask is not None:
+            call["mask_image"] = args.mask.resize(args.size)
+    elif args.strength is not None:
+        call["strength"] = args.strength
+    if args.stages is not None:
+        from tiledcore.stages import Staging
+
+        call["stages"] = "auto" if args.stages == "auto" else Staging(factor=args.stages)
     return call
+
+
+def _stages(pipe: TiledPipeline, call: dict[str, Any]) -> list[str]:
+    """The stages of a call in words; says what they cost."""
+    from tiledcore.stages import plan_call
+
+    *rows, total = plan_call(pipe, call).rows(call["num_inference_steps"])
+    lines = [
+        f"{row['size']}, {row['steps']} steps"
+        + ("" if row["strength"] is None else f" from strength {row['strength']:g}")
+        + f", {row['tiles']} tiles"
+        for row in rows
+    ]
+    for row, line in zip(rows, lines, strict=True):
+        say(f"stage {row['stage']}: {line}")
+    say(f"all stages: {total['of_floor']} x the floor of the last one's steps")
+    return lines
 
 
 def _check_prompt(pipe: TiledPipeline, prompt: str) -> None:
@@ -308,11 +355,16 @@ def _run(pipe: TiledPipeline, call: dict[str, Any], grid: TileGrid, seed: int) -
     h, w = grid.tile_size
     say(f"denoising {len(grid)} tiles of {h}x{w} latent pixels, seed {seed}")
     hook = pipe.vae.decoder.register_forward_pre_hook(decoding)
+    if "stages" in call:
+        hook.remove()  # each of them decodes
     # Drawn on the CPU, so that a seed means the same noise on every device.
     output = pipe(**call, generator=torch.Generator().manual_seed(seed))
     if any(getattr(output, "nsfw_content_detected", None) or []):
         say("the model's safety checker made the image black")
-    return output.images[0]
+    picture = output.images[0]
+    if "mask_image" in call:  # what is outside of it went through the autoencoder all the same
+        picture = Image.composite(picture, call["image"].resize(picture.size), call["mask_image"])
+    return picture
 
 
 @contextmanager

@@ -14,10 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from typing import Any, Literal, cast
 
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from PIL import Image
 from torch import Tensor
 
 from tiledcore.denoiser import TilingConfig
@@ -285,6 +287,34 @@ class StagePlan:
         return [*rows, {"stage": "all", "canvases": round(total, 2), "of_floor": round(total / costs[-1].steps, 2)}]
 
 
+def plan_call(pipe: Any, call: dict[str, Any]) -> StagePlan:
+    """The plan of a call of a :class:`~tiledcore.pipeline.TiledPipeline` with these arguments by name.
+
+    Raises:
+        ValueError: the stages do not lead to the size, or a strength leaves none of the steps.
+    """
+    image = call.get("image")
+    start = None
+    if image is not None:
+        start = (image.height, image.width) if isinstance(image, Image.Image) else to_tensor(image).shape[2:]
+    config = staging(call["stages"]) or Staging()
+    strength = call.get("strength")
+    config = replace(
+        config,
+        pull=call.get("pull") or config.pull,
+        strength=config.strength if strength is None else strength,
+    )
+    native = pipe.grid(10**6, 10**6, TilingConfig()).tile_size
+    default = start or (native[0] * pipe.vae_scale_factor, native[1] * pipe.vae_scale_factor)
+    size = (call.get("height") or default[0], call.get("width") or default[1])
+    plan = StagePlan(pipe, size, config, call.get("tiling") or pipe.tiling, start)
+    steps = call.get("num_inference_steps")
+    plan.costs(
+        signature(type(pipe.pipe).__call__).parameters["num_inference_steps"].default if steps is None else steps
+    )
+    return plan
+
+
 def from_pictures(
     pipe: Any,
     args: tuple[Any, ...],
@@ -311,17 +341,9 @@ def from_pictures(
         for name in ("latents", "mask_image", "sigmas", "timesteps"):
             if call.get(name) is not None:
                 raise ValueError(f"{name}: is of one stage only; leave it out, or give stages=None")
-        config = replace(config, pull=pull or config.pull, strength=call.pop("strength", None) or config.strength)
-        start = None if source is None else (source.shape[2], source.shape[3])
-        native = pipe.grid(10**6, 10**6, TilingConfig()).tile_size[0] * pipe.vae_scale_factor
-        height, width = (
-            call.pop(name, None) or start[i] if start else call.pop(name, None) or native
-            for i, name in enumerate(("height", "width"))
-        )
-        plan = StagePlan(pipe, (height, width), config, tiling, start)
-        if (steps := call.get("num_inference_steps")) is not None:
-            plan.costs(steps)
-        result = run(pipe, plan, args, call, source)
+        plan = plan_call(pipe, call | {"image": source, "tiling": tiling, "stages": config, "pull": pull})
+        rest = {name: value for name, value in call.items() if name not in ("height", "width", "strength")}
+        result = run(pipe, plan, args, rest, source)
     if not keep_colour or source is None:
         return result
     images = match_colour(result[0], source)
