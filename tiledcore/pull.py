@@ -132,6 +132,8 @@ class Pulling:
         self._coefficients = [_clean_and_noisy(self.scheduler, t) for t in timesteps]
         self._weights = self.pull.weights(len(timesteps))
         clean = self._clean.to(torch.promote_types(self._clean.dtype, torch.float32))
+        if clean.ndim == 5:  # video-like latents of one frame (Qwen-Image)
+            clean = clean.squeeze(1 if clean.shape[1] == 1 else 2)
         if self.unit > 1:  # in the order of channels of a packed token
             clean = F.pixel_unshuffle(clean, self.unit)
         # The filter of the tokens' grid: each of a token's pixels is one of `unit**2` interleaved images.

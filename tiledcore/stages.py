@@ -18,7 +18,7 @@ from inspect import signature
 from typing import Any, Literal, cast
 
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
+from diffusers import AutoPipelineForImage2Image, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
@@ -152,7 +152,7 @@ def plan_stages(size: Pair, native: Pair, multiple: int, config: Staging, start:
     if start is None:
         area = math.sqrt(native[0] * native[1] / (height * width))
         scale = min(1.0, max(area, min(native) / 2 / min(size)))
-        begin = _rounded(size, scale, multiple)
+        begin = (_rounded(scale * height, multiple), _rounded(scale * width, multiple))
     else:
         begin = start
     total = max(height / begin[0], width / begin[1])
@@ -162,14 +162,17 @@ def plan_stages(size: Pair, native: Pair, multiple: int, config: Staging, start:
         count = max(1, count)
     stages = [] if start is not None else [Stage(begin[1], begin[0], None)]
     for index in range(1, count + 1):
-        h, w = size if index == count else _rounded(size, total ** (index / count - 1), multiple)
-        stages.append(Stage(w, h, config.strength))
+        # Each axis by its own ratio: a picture may have other proportions than the result.
+        h, w = (
+            _rounded(first * (last / first) ** (index / count), multiple)
+            for first, last in zip(begin, size, strict=True)
+        )
+        stages.append(Stage(w, h, config.strength) if index < count else Stage(width, height, config.strength))
     return stages
 
 
-def _rounded(size: Pair, scale: float, multiple: int) -> Pair:
-    height, width = (max(multiple, round(scale * side / multiple) * multiple) for side in size)
-    return height, width
+def _rounded(side: float, multiple: int) -> int:
+    return max(multiple, round(side / multiple) * multiple)
 
 
 def _check_given(stages: Sequence[Stage], size: Pair, multiple: int, start: Pair | None) -> list[Stage]:
@@ -341,6 +344,7 @@ def from_pictures(
         for name in ("latents", "mask_image", "sigmas", "timesteps"):
             if call.get(name) is not None:
                 raise ValueError(f"{name}: is of one stage only; leave it out, or give stages=None")
+        _check_sibling(pipe.pipe, call)
         plan = plan_call(pipe, call | {"image": source, "tiling": tiling, "stages": config, "pull": pull})
         rest = {name: value for name, value in call.items() if name not in ("height", "width", "strength")}
         result = run(pipe, plan, args, rest, source)
@@ -351,6 +355,21 @@ def from_pictures(
         return (images, *result[1:])
     result.images = images
     return result
+
+
+def _check_sibling(pipe: Any, call: dict[str, Any]) -> None:
+    """There is an image-to-image pipeline of the same model, and it takes the arguments of the call."""
+    name, known = type(pipe).__name__, signature(type(pipe).__call__).parameters
+    if "image" in known:
+        return
+    try:
+        sibling = AutoPipelineForImage2Image.from_pipe(pipe)
+    except ValueError as error:
+        raise ValueError(f"stages: {name} has no image-to-image pipeline in diffusers") from error
+    takes = signature(type(sibling).__call__).parameters
+    for argument in call:
+        if argument in known and argument not in takes and argument not in ("height", "width"):
+            raise ValueError(f"stages: {type(sibling).__name__}, which refines them, has no {argument}; leave it out")
 
 
 def run(pipe: Any, plan: StagePlan, args: tuple[Any, ...], call: dict[str, Any], image: Tensor | None = None) -> Any:
