@@ -28,7 +28,7 @@ def test_every_form_is_the_same_tensor() -> None:
 
 @pytest.mark.parametrize("wrong", [3, [], torch.zeros(1, 4, 8, 8), torch.zeros(8, 8), ["a.png"]])
 def test_what_is_no_picture(wrong: Any) -> None:
-    with pytest.raises(ValueError, match="image=.*must be RGB"):
+    with pytest.raises(ValueError, match=r"image=.*must be RGB"):
         to_tensor(wrong)
 
 

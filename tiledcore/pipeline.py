@@ -24,6 +24,7 @@ from tiledcore.geometry import TileGrid
 from tiledcore.graph import CudaBackend, Mode, StepGraphs
 from tiledcore.labels import labelled
 from tiledcore.models import EARTH, EARTH_FLUX, EMBEDDED
+from tiledcore.models.architecture import NATIVE
 from tiledcore.pull import Pull, Pulling
 from tiledcore.stages import Stages, from_pictures, staging
 
@@ -258,7 +259,10 @@ class TiledPipeline:
         if folder == EARTH_FLUX:
             vae = AutoencoderKL.from_pretrained(EARTH, subfolder="vae", torch_dtype=kwargs.get("torch_dtype"))
             kwargs.setdefault("vae", vae)
-        return cls(DiffusionPipeline.from_pretrained(folder, **kwargs), tiling, fused, cuda_graph, stages)
+        pipe = DiffusionPipeline.from_pretrained(folder, **kwargs)
+        if folder == EARTH_FLUX:
+            pipe.transformer.native_size = NATIVE
+        return cls(pipe, tiling, fused, cuda_graph, stages)
 
     @classmethod
     def from_pipe(

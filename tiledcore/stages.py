@@ -66,6 +66,8 @@ class Staging:
         pull: toward the coarse picture's low frequencies; None leaves it out.
         upscale: of the picture between two stages: ``"bicubic"``, or a function of the picture ``[B, 3, h, w]`` in
             0..1 and the new (height, width).
+        match: give each refined picture the lowest frequencies of the first one, so that what the pull lets go does
+            not add up (:func:`tiledcore.pictures.match_colour`); not where the result is latents.
         sizes: the stages themselves, instead of planned ones; the last one's size is that of the call.
 
     Raises:
@@ -76,6 +78,7 @@ class Staging:
     strength: float = 0.6
     pull: Pull | None = field(default_factory=Pull)
     upscale: Literal["bicubic"] | Upscaler = "bicubic"
+    match: bool = True
     sizes: tuple[Stage, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -299,7 +302,8 @@ def plan_call(pipe: Any, call: dict[str, Any]) -> StagePlan:
     image = call.get("image")
     start = None
     if image is not None:
-        start = (image.height, image.width) if isinstance(image, Image.Image) else to_tensor(image).shape[2:]
+        width, height = image.size if isinstance(image, Image.Image) else to_tensor(image).shape[:1:-1]
+        start = (height, width)
     config = staging(call["stages"]) or Staging()
     strength = call.get("strength")
     config = replace(
@@ -385,19 +389,26 @@ def run(pipe: Any, plan: StagePlan, args: tuple[Any, ...], call: dict[str, Any],
     Returns:
         What the last stage's pipeline returns.
     """
-    output = {name: call.pop(name) for name in ("output_type", "return_dict") if name in call}
-    result: Any = None
+    call = dict(call)
+    return_dict = call.pop("return_dict", True)
+    output_type = call.pop("output_type", "pil")
+    first, wrap = image, plan.tiling.wrap
     for stage, tiling in zip(plan.stages, plan.tilings(), strict=True):
-        kwargs = {**call, "tiling": tiling, "height": stage.height, "width": stage.width}
+        kwargs = {**call, "tiling": tiling, "height": stage.height, "width": stage.width, "stages": None}
         if stage.strength is not None:
             assert image is not None, "a stage with a strength comes after a picture"
             kwargs["image"] = enlarge(image, (stage.height, stage.width), plan.config.upscale)
             kwargs |= {"strength": stage.strength, "pull": plan.config.pull}
-        if stage is plan.stages[-1]:
-            return pipe(*args, stages=None, **kwargs, **output)
-        result = pipe(*args, stages=None, output_type="pt", **kwargs)
+        last = stage is plan.stages[-1]
+        result = pipe(*args, output_type=output_type if last else "pt", **kwargs)
+        if stage.strength is not None and plan.config.match and not (last and output_type == "latent"):
+            assert first is not None
+            result.images = match_colour(result.images, first, wrap=(wrap, wrap) if isinstance(wrap, bool) else wrap)
+        if last:
+            return result if return_dict else result.to_tuple()
         image = result.images.float().clamp(0, 1)
-    return result
+        first = image if first is None else first
+    raise AssertionError("a plan has at least one stage")
 
 
 def enlarge(image: Tensor, size: Pair, upscale: Literal["bicubic"] | Upscaler) -> Tensor:
