@@ -27,12 +27,15 @@ PER_IMAGE = (
 )
 # Arguments on the canvas' own pixels or tokens, which tile mode does not know how to cut.
 REFUSED = (
-    "down_block_additional_residuals",
-    "mid_block_additional_residual",
-    "down_intrablock_additional_residuals",
     "block_controlnet_hidden_states",
     "controlnet_block_samples",
     "controlnet_single_block_samples",
+)
+# A UNet's: images at the sizes of its levels, of which each tile gets its own part.
+RESIDUALS = (
+    "down_block_additional_residuals",
+    "mid_block_additional_residual",
+    "down_intrablock_additional_residuals",
 )
 # Further images that condition the whole canvas.
 REFUSED_IMAGES = (
@@ -274,6 +277,7 @@ class TileDenoiser:
         assert tiling is not None, "place() comes first"
         if len(tiling) == 1:
             return self._whole(self._network(forward, sample, timestep=timestep, **kwargs))
+        check_residuals(kwargs, tiling, size)
         if offsets is None:
             assert isinstance(tiling, Partition)
             return self._evaluate_partition(tiling, forward, sample, timestep, kwargs)
@@ -331,7 +335,11 @@ class TileDenoiser:
         with label("gather"):
             inputs = ops.gather_tiles(sample, offsets, tile, impl=self.config.impl)
         canvas = (sample.shape[2], sample.shape[3])
-        return self._network(forward, inputs, **self._repeat(kwargs, offsets, tile, canvas, len(sample)))
+        conditions = self._repeat(kwargs, offsets, tile, canvas, len(sample))
+        for name in RESIDUALS:
+            if kwargs.get(name) is not None:
+                conditions[name] = crop_residuals(kwargs[name], offsets, tile, canvas, self.config.impl)
+        return self._network(forward, inputs, **conditions)
 
     @staticmethod
     def _network(forward: Callable[..., Any], inputs: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -377,6 +385,44 @@ class TileDenoiser:
             ids[:, 4] *= tile[0] / canvas[0]
             ids[:, 5] *= tile[1] / canvas[1]
         return ids
+
+
+def check_residuals(kwargs: dict[str, Any], tiling: Tiling | Partition, canvas: Pair) -> None:
+    """Whether tiles have a whole part of each residual: at every level they begin and end between its pixels.
+
+    Raises:
+        ValueError: they do not.
+    """
+    given = [kwargs[name] for name in RESIDUALS if kwargs.get(name) is not None]
+    levels = {_level(one, canvas) for each in given for one in (each if isinstance(each, list | tuple) else [each])}
+    groups = tiling.groups if isinstance(tiling, Partition) else {tiling.tile_size: tiling.offsets}
+    for size, places in groups.items():
+        for fy, fx in levels:
+            if size[0] % fy or size[1] % fx or any(y % fy or x % fx for y, x in places):
+                raise ValueError(
+                    f"ControlNet or adapter on a canvas of {canvas[0]}x{canvas[1]} latent pixels: tiles must begin and "
+                    f"end at multiples of {max(fy, fx)}; choose tile, overlap and size so, and not shift"
+                )
+
+
+def _level(residual: torch.Tensor, canvas: Pair) -> Pair:
+    """Canvas pixels per pixel of a residual, along both axes."""
+    height, width = canvas[0] // residual.shape[2], canvas[1] // residual.shape[3]
+    if (residual.shape[2] * height, residual.shape[3] * width) != canvas:
+        raise ValueError(
+            f"a residual of {residual.shape[2]}x{residual.shape[3]} does not divide the canvas of "
+            f"{canvas[0]}x{canvas[1]} latent pixels: ControlNet needs sizes that all of its levels divide"
+        )
+    return height, width
+
+
+def crop_residuals(residuals: Any, offsets: torch.Tensor, tile: Pair, canvas: Pair, impl: ops.Impl | None) -> Any:
+    """A residual of the canvas, or a list of them, as those of a tile batch, tile-major: ``[T*B, C, h/f, w/f]``."""
+    if isinstance(residuals, list | tuple):
+        return type(residuals)(crop_residuals(one, offsets, tile, canvas, impl) for one in residuals)
+    fy, fx = _level(residuals, canvas)
+    places = offsets // torch.tensor([fy, fx], dtype=torch.int32).to(offsets.device)
+    return ops.gather_tiles(residuals, places, (tile[0] // fy, tile[1] // fx), impl=impl)
 
 
 def _span(start: int, length: int, size: int) -> list[tuple[slice, slice]]:
