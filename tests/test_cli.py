@@ -251,6 +251,51 @@ def test_from_an_image(model: str) -> None:
     assert "strength" not in stored("d.png")
 
 
+def test_stages(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--stages", "auto", "--size", "256x256", "--steps", "4", "--strength", "0.5", "--shift"]
+    assert generate(model, *args) == 0
+    err = capsys.readouterr().err
+    assert "stage 1: 128x128, 4 steps, 1 tiles\nstage 2: 256x256, 2 steps from strength 0.5, 4 tiles" in err
+    assert "all stages: 1.5 x the floor of the last one's steps" in err  # (4 / 4 + 2) / 2
+    assert stored()["stages"] == ["128x128, 4 steps, 1 tiles", "256x256, 2 steps from strength 0.5, 4 tiles"]
+    expected = TiledPipeline.from_pretrained(model, tiling=TilingConfig(shift=True, seed=5), stages="auto")(
+        "a coast",
+        width=256,
+        height=256,
+        num_inference_steps=4,
+        strength=0.5,
+        generator=torch.Generator().manual_seed(5),
+    )
+    assert pixels() == expected.images[0].tobytes()
+    assert generate(model, *args[2:6], "--stages", "4", "--size", "512x512", out="b.png") == 0
+    assert [line.split(",")[0] for line in stored("b.png")["stages"]] == ["128x128", "512x512"]
+
+
+def test_an_image_four_times_as_large_in_its_colours(model: str) -> None:
+    Image.new("RGB", (61, 40), (200, 100, 50)).save("start.png")
+    start = ["generate", "a coast", "--model", model, "--steps", "2", "--init-image", "start.png", "--size", "4x"]
+    assert main([*start, "--keep-colour", "--stages", "auto", "--out", "a.png"]) == 0
+    assert main([*start, "--keep-colour", "--out", "b.png"]) == 0
+    for path in ("a.png", "b.png"):
+        assert stored(path)["size"] == [240, 160]
+        with Image.open(path) as image:
+            mean = image.convert("RGB").resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
+            assert mean == pytest.approx((200, 100, 50), abs=4)
+
+
+def test_a_mask(model: str) -> None:
+    start = Image.effect_noise((192, 160), 60).convert("RGB")
+    start.save("start.png")
+    mask = Image.new("L", (192, 160))
+    mask.paste(255, (96, 0, 192, 160))
+    mask.save("mask.png")
+    assert generate(model, "--init-image", "start.png", "--mask", "mask.png", "--strength", "1") == 0
+    with Image.open("a.png") as image:
+        left = image.crop((0, 0, 96, 160))
+        assert left.tobytes() == start.crop((0, 0, 96, 160)).tobytes()
+        assert image.crop((96, 0, 192, 160)).tobytes() != start.crop((96, 0, 192, 160)).tobytes()
+
+
 def test_sdxl(tmp_path: Path) -> None:
     tiny_sdxl().save_pretrained(tmp_path / "xl")
     assert generate("xl", "--scheduler", "unipc") == 0
@@ -371,7 +416,16 @@ def test_info_of_anything_else(content: str, capsys: pytest.CaptureFixture[str])
         (["--wrap", "z"], "--wrap: invalid choice"),
         (["--dtype", "fp8"], "--dtype: invalid choice"),
         (["--scheduler", "best"], "'dpm++2m'"),
-        (["--strength", "0.5"], "--strength: only used with --init-image"),
+        (["--strength", "0.5"], "--strength: only used with --init-image or --stages"),
+        (["--mask", "whole.png"], "--mask: only used with --init-image"),
+        (["--keep-colour"], "--keep-colour: only used with --init-image"),
+        (["--init-image", "whole.png", "--mask", "none.png"], "none.png: cannot be read: No such file"),
+        (["--init-image", "whole.png", "--mask", "small.png"], "small.png: is 32x64 px, --init-image 64x64 px"),
+        (["--init-image", "whole.png", "--mask", "black.png"], "black.png: nothing in it is white"),
+        (["--init-image", "whole.png", "--mask", "whole.png", "--stages", "auto"], "--stages: not used with --mask"),
+        (["--stages", "1"], "--stages: '1' is not auto or a number above 1 up to 4"),
+        (["--stages", "all"], "--stages: 'all' is not auto"),
+        (["--size", "4x"], "--size 4x: only used with --init-image"),
         (["--init-image", "none.png"], "none.png: cannot be read: No such file"),
         (["--init-image", "text.png"], "text.png: cannot be read: not an image"),
         (["--init-image", "cut.png"], "cut.png: cannot be read: not an image"),
@@ -398,6 +452,8 @@ def test_refused_before_anything_is_loaded(
 ) -> None:
     Path("text.png").write_text("text")
     Image.effect_noise((64, 64), 60).save("whole.png")
+    Image.new("L", (64, 64)).save("black.png")
+    Image.new("L", (32, 64), 255).save("small.png")
     Path("cut.png").write_bytes(Path("whole.png").read_bytes()[:2000])
     Path("folder.png").mkdir()
     Path("prior").mkdir()

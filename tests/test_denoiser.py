@@ -144,5 +144,5 @@ def test_bad_settings_are_named(arguments: dict[str, Any], message: str) -> None
 
 def test_residuals_of_adapters_are_refused() -> None:
     denoiser = TileDenoiser(TilingConfig(tile=8), 8, 8)
-    with pytest.raises(ValueError, match="mid_block_additional_residual"):
-        denoiser(pointwise, torch.zeros(1, 4, 16, 16), 1, mid_block_additional_residual=torch.ones(1))
+    with pytest.raises(ValueError, match="controlnet_block_samples"):
+        denoiser(pointwise, torch.zeros(1, 4, 16, 16), 1, controlnet_block_samples=torch.ones(1))

@@ -23,14 +23,17 @@ RESIDUALS = (
     "down_block_additional_residuals",
     "mid_block_additional_residual",
     "down_intrablock_additional_residuals",
+)
+"""What adapters add to a UNet: images at the sizes of its levels, of which each tile gets its own part."""
+REFUSED = (
     "block_controlnet_hidden_states",
     "controlnet_block_samples",
     "controlnet_single_block_samples",
 )
-"""What adapters add on the canvas' own pixels or tokens; tile mode does not know how to cut them."""
+"""What adapters add to a transformer's tokens, which tile mode does not know how to cut."""
 SAMPLES = ("sample", "hidden_states")
 """The image itself, as a tensor; Z-Image's is a list."""
-_TENSORS = {*PER_IMAGE, *RESIDUALS, *SAMPLES, "t", "additional_t_cond"}
+_TENSORS = {*PER_IMAGE, *RESIDUALS, *REFUSED, *SAMPLES, "t", "additional_t_cond"}
 _LISTS = ("x", "cap_feats", "img_shapes")
 
 

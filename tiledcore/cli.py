@@ -120,7 +120,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "--size",
         type=_size,
         metavar="WIDTHxHEIGHT",
-        help="in pixels; default 1024x1024, or that of --init-image",
+        help="in pixels; default 1024x1024, or that of --init-image, of which 4x is four times each side",
     )
     add("--seed", type=_integer(0, 2**64 - 1), metavar="N", help="default: random, and printed")
     add(
@@ -138,7 +138,15 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "--strength",
         type=_strength,
         metavar="S",
-        help=f"how much of --init-image to replace, above 0 up to 1; default {STRENGTH}",
+        help=f"how much of --init-image, or of a stage, to replace, above 0 up to 1; default {STRENGTH}",
+    )
+    add("--mask", type=Path, metavar="FILE", help="change --init-image only where this is white")
+    add("--keep-colour", action="store_true", help="give the result the low frequencies of --init-image")
+    add(
+        "--stages",
+        type=_stages,
+        metavar="auto|FACTOR",
+        help="one composition: make it at the model's size, then enlarge and refine by at most FACTOR (auto: 2)",
     )
     add("--device", metavar="NAME", help="default cuda where there is one, else cpu")
     add("--dtype", choices=DTYPES, help="default fp16 on cuda, else fp32")
@@ -177,7 +185,16 @@ def _add_tiling(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _size(text: str) -> tuple[int, int]:
+def _stages(text: str) -> str | float:
+    value = _float(text)
+    if text != "auto" and not 1 < value <= 4:
+        raise argparse.ArgumentTypeError(f"{text!r} is not auto or a number above 1 up to 4")
+    return text if text == "auto" else value
+
+
+def _size(text: str) -> tuple[int, int] | int:
+    if re.fullmatch(r"[1-9]\d?x", text):
+        return int(text[:-1])
     match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, such as 2048x1024")

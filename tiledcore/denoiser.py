@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from tiledcore import ops
-from tiledcore.arguments import PER_IMAGE, RESIDUALS, one_image
+from tiledcore.arguments import PER_IMAGE, REFUSED, RESIDUALS, one_image
 from tiledcore.exchange import Exchange
 from tiledcore.geometry import Pair, Partition, TileGrid, Tiling
 from tiledcore.labels import label
@@ -158,7 +158,7 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
 def _refuse(kwargs: dict[str, Any]) -> None:
     """One clear error for what cannot be cut into tiles."""
     given = {**kwargs, **(kwargs.get("joint_attention_kwargs") or {})}
-    for name in RESIDUALS:
+    for name in REFUSED:
         if given.get(name) is not None:
             raise ValueError(f"{name}: ControlNet and adapter residuals cannot be tiled yet; remove the adapter")
     for name in REFUSED_IMAGES:
@@ -315,6 +315,7 @@ class TileDenoiser:
         exchange = self._exchange if isinstance(tiling, Partition) else None
         if exchange is not None and batch > 1 and not (self.attention or self.config).guidance_batch:
             return self._one_by_one(forward, sample, timestep, kwargs)
+        check_residuals(kwargs, tiling, size)
         if offsets is None:
             assert isinstance(tiling, Partition)
             return self._evaluate_partition(tiling, forward, sample, timestep, kwargs)
@@ -440,7 +441,11 @@ class TileDenoiser:
         with label("gather"):
             inputs = ops.gather_tiles(sample, offsets, tile, impl=self.config.impl)
         canvas = (sample.shape[2], sample.shape[3])
-        return self._network(forward, inputs, **self._repeat(kwargs, offsets, tile, canvas, len(sample)))
+        conditions = self._repeat(kwargs, offsets, tile, canvas, len(sample))
+        for name in RESIDUALS:
+            if kwargs.get(name) is not None:
+                conditions[name] = crop_residuals(kwargs[name], offsets, tile, canvas, self.config.impl)
+        return self._network(forward, inputs, **conditions)
 
     @staticmethod
     def _network(forward: Callable[..., Any], inputs: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -486,6 +491,44 @@ class TileDenoiser:
             ids[:, 4] *= tile[0] / canvas[0]
             ids[:, 5] *= tile[1] / canvas[1]
         return ids
+
+
+def check_residuals(kwargs: dict[str, Any], tiling: Tiling | Partition, canvas: Pair) -> None:
+    """Whether tiles have a whole part of each residual: at every level they begin and end between its pixels.
+
+    Raises:
+        ValueError: they do not.
+    """
+    given = [kwargs[name] for name in RESIDUALS if kwargs.get(name) is not None]
+    levels = {_level(one, canvas) for each in given for one in (each if isinstance(each, list | tuple) else [each])}
+    groups = tiling.groups if isinstance(tiling, Partition) else {tiling.tile_size: tiling.offsets}
+    for size, places in groups.items():
+        for fy, fx in levels:
+            if size[0] % fy or size[1] % fx or any(y % fy or x % fx for y, x in places):
+                raise ValueError(
+                    f"ControlNet or adapter on a canvas of {canvas[0]}x{canvas[1]} latent pixels: tiles must begin and "
+                    f"end at multiples of {max(fy, fx)}; choose tile, overlap and size so, and not shift"
+                )
+
+
+def _level(residual: torch.Tensor, canvas: Pair) -> Pair:
+    """Canvas pixels per pixel of a residual, along both axes."""
+    height, width = canvas[0] // residual.shape[2], canvas[1] // residual.shape[3]
+    if (residual.shape[2] * height, residual.shape[3] * width) != canvas:
+        raise ValueError(
+            f"a residual of {residual.shape[2]}x{residual.shape[3]} does not divide the canvas of "
+            f"{canvas[0]}x{canvas[1]} latent pixels: ControlNet needs sizes that all of its levels divide"
+        )
+    return height, width
+
+
+def crop_residuals(residuals: Any, offsets: torch.Tensor, tile: Pair, canvas: Pair, impl: ops.Impl | None) -> Any:
+    """A residual of the canvas, or a list of them, as those of a tile batch, tile-major: ``[T*B, C, h/f, w/f]``."""
+    if isinstance(residuals, list | tuple):
+        return type(residuals)(crop_residuals(one, offsets, tile, canvas, impl) for one in residuals)
+    fy, fx = _level(residuals, canvas)
+    places = offsets // torch.tensor([fy, fx], dtype=torch.int32).to(offsets.device)
+    return ops.gather_tiles(residuals, places, (tile[0] // fy, tile[1] // fx), impl=impl)
 
 
 def _span(start: int, length: int, size: int) -> list[tuple[slice, slice]]:

@@ -22,10 +22,11 @@ from torch import Tensor
 from tiledcore import ops
 from tiledcore.checkpoint import Checkpoint, Run
 from tiledcore.denoiser import TileDenoiser, TilingConfig
-from tiledcore.families import Family
+from tiledcore.families import Family, network_of, to_image, to_tokens
 from tiledcore.graph import Counters, Entry, StepGraphs
 from tiledcore.labels import label
 from tiledcore.ops.step import MAX_SLOTS, guidance_rescale
+from tiledcore.pull import Pulling
 from tiledcore.solver import LinearSolver, NotLinear, linear_solver
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ class Engine:
         config: the tiling.
         graphs: of the steps, kept from call to call.
         checkpoint: where the call is saved, and goes on from.
+        pulling: a low-frequency pull, applied to every prediction whether the step is fused or the pipeline's own.
+        fused: whether the step may be fused.
 
     Raises:
         ValueError: the call cannot be saved, or go on from what is there.
@@ -118,7 +121,10 @@ class Engine:
         config: TilingConfig,
         graphs: StepGraphs,
         checkpoint: Checkpoint | None = None,
+        pulling: Pulling | None = None,
+        fused: bool = True,
     ) -> None:
+        self.pulling, self._own_steps = pulling, 0
         self.pipe, self.config, self.graphs, self.scheduler = pipe, config, graphs, pipe.scheduler
         self.generator = call.get("generator")
         self.eta = call.get("eta", 0.0)
@@ -126,7 +132,7 @@ class Engine:
         self.shows_latents = any(call.get(name) is not None for name in ("callback_on_step_end", "callback"))
         self.index = 0
         self.denoiser: TileDenoiser | None = None  # what evaluates, once it is known
-        self.reason = why_not(pipe, call)
+        self.reason = why_not(pipe, call) if fused else "fused=False"
         self._decided = False
         self._shown: Tensor | None = None
         self._saves = None if checkpoint is None else Run(checkpoint, pipe, call, config)
@@ -145,12 +151,14 @@ class Engine:
 
     def __enter__(self) -> Engine:
         self._before = {name: vars(self.scheduler).get(name) for name in ("step", "scale_model_input")}
-        if self.reason is None:
+        if self.reason is None or self.pulling is not None:
             own_step, own_scale = self.scheduler.step, getattr(self.scheduler, "scale_model_input", None)
 
             @wraps(own_step)  # pipelines look at its signature
             def step(model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
                 if self.reason is not None:
+                    if self.pulling is not None:
+                        model_output = self._pulled(self.pulling, model_output, timestep, sample)
                     return own_step(model_output, timestep, sample, *args, **kwargs)
                 return (self._latents(sample),)
 
@@ -163,6 +171,23 @@ class Engine:
 
                 self.scheduler.scale_model_input = scale
         return self
+
+    def _pulled(self, pulling: Pulling, prediction: Tensor, timestep: Any, sample: Tensor) -> Tensor:
+        """The pipeline's own loop: its guided prediction with the pull added."""
+        if not pulling.started:
+            begin = getattr(self.scheduler, "begin_index", None)
+            if begin is None:  # not told; a timestep that is there twice has one noise level
+                begin = int((self.scheduler.timesteps == timestep).nonzero()[0])
+            pulling.start(self.scheduler.timesteps[begin:])
+        index, self._own_steps = self._own_steps, self._own_steps + 1
+        if not pulling.active(index):
+            return prediction
+        if network_of(self.pipe)[1].packed:
+            images = [to_image(tokens, pulling.size) for tokens in (prediction, sample)]
+            correction = to_tokens(pulling.correction(index, *images))
+        else:
+            correction = pulling.correction(index, prediction, sample)
+        return (prediction + correction).to(prediction.dtype)
 
     def __exit__(self, *_: object) -> None:
         for name, value in self._before.items():
@@ -206,6 +231,8 @@ class Engine:
             self.reason = f"{type(plain).__name__}: {solver.reason}"
         elif solver.slots > MAX_SLOTS:
             self.reason = f"{type(plain).__name__}: needs {solver.slots} canvases of history, more than {MAX_SLOTS}"
+        elif any(solver.uses_noise) and self.pulling is not None:
+            self.reason = f"{type(plain).__name__}: draws noise, in whose place the fused step takes the pull"
         elif any(solver.uses_noise) and type(self.pipe).__name__.startswith("Flux"):
             self.reason = f"{type(plain).__name__}: draws noise in the shape of packed latents"
         else:
@@ -247,6 +274,11 @@ class Engine:
         self.buffers.table.copy_(solver.table)
         self.buffers.input_scale.copy_(solver.input_scale)
         self.buffers.step.zero_()
+        if self.pulling is not None:
+            self.pulling.start(solver.timesteps)
+            # The pull is added to the prediction; so where the kernel adds noise, with the prediction's coefficients.
+            pulled = sum(self.pulling.active(i) for i in range(len(solver)))
+            self.buffers.table[:pulled, :, -1] = self.buffers.table[:pulled, :, -2]
         self._take_back(latents)
         if self._saves is not None:
             self._saves.restore(self.buffers)
@@ -291,6 +323,9 @@ class Engine:
         refusal = (
             self._graph_refusal() if uniform else "the tiles of a step have several sizes, or differ from step to step"
         )
+        pulling = self.pulling if self.pulling is not None and self.pulling.active(index) else None
+        if pulling is not None:
+            refusal = refusal or "a pulled step has one input more than the others"
         if refusal is None and self.graphs.backend is not None:
             given = {**conditions, "": timestep}
             if not buffers.arguments:
@@ -314,6 +349,16 @@ class Engine:
             rescale = None
             if guidance is not None and self._rescale() > 0:
                 rescale = guidance_rescale(tiles, offsets, size, guidance, self._rescale(), **options)
+            noise = buffers.noise if self._solver.uses_noise[index] else None  # type: ignore[union-attr]
+            if pulling is not None:
+                with label("pull"):
+                    prediction = ops.blend_tiles(tiles, offsets, size, **options).to(buffers.state.dtype)
+                    if guidance is not None:
+                        unconditional, conditional = prediction.chunk(2)
+                        prediction = unconditional + guidance * (conditional - unconditional)
+                    if rescale is not None:
+                        prediction = prediction * rescale.view(-1, 1, 1, 1)
+                    noise = pulling.correction(index, prediction, buffers.state[0])
             with label("step"):
                 ops.fused_step(
                     tiles.contiguous(),
@@ -324,7 +369,7 @@ class Engine:
                     buffers.step,
                     model_input=buffers.model_input,
                     guidance_scale=guidance,
-                    noise=buffers.noise if self._solver.uses_noise[index] else None,  # type: ignore[union-attr]
+                    noise=noise,
                     rescale=rescale,
                     **options,
                 )

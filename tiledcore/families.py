@@ -192,7 +192,8 @@ FAMILIES: tuple[Family, ...] = (
     Family(SD3Transformer2DModel, native=_sample_size, patch=_patch_size, dynamic_shift=1.16),
     Family(
         FluxTransformer2DModel,
-        native=lambda pipe, network: pipe.default_sample_size,
+        # A constant of the pipeline's class, unless whoever opened the network knows better.
+        native=lambda pipe, network: getattr(network, "native_size", pipe.default_sample_size),
         patch=lambda network: 2,  # packed by the pipeline: the network's own patch_size is 1
         packed=True,
         dynamic_shift=1.15,

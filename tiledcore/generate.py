@@ -78,6 +78,8 @@ def generate(args: argparse.Namespace) -> None:
         metadata = _describe(args, pipe, call, grid, seed)
         if checkpoint is not None:
             call["checkpoint"] = checkpoint
+        if args.stages is not None:
+            metadata["stages"] = _stages(pipe, call)
         picture = _run(pipe, call, grid, seed, _rows_writer(args, pipe, metadata))
     if picture is not None:
         with writing(args.out):
@@ -113,6 +115,8 @@ def _rows_writer(args: argparse.Namespace, pipe: TiledPipeline, metadata: dict[s
     if args.size[0] * args.size[1] <= WHOLE:
         return None
     reason = why_not_streamed(pipe.pipe)
+    if args.stages is not None or args.keep_colour or args.mask is not None:
+        reason = "--stages, --keep-colour and --mask work on the whole picture"
     if reason is not None:
         say(f"decoding the whole image in memory: {reason}")
         return None
@@ -135,8 +139,15 @@ def writing(path: Path) -> Iterator[None]:
 
 def check(args: argparse.Namespace) -> Image.Image | None:
     """Whatever can be known before loading; completes ``args.size``, returns the init image."""
-    if args.strength is not None and args.init_image is None:
-        raise CommandError("--strength: only used with --init-image")
+    if args.strength is not None and args.init_image is None and args.stages is None:
+        raise CommandError("--strength: only used with --init-image or --stages")
+    for option, value in (("--mask", args.mask), ("--keep-colour", args.keep_colour or None)):
+        if value is not None and args.init_image is None:
+            raise CommandError(f"{option}: only used with --init-image")
+    if args.mask is not None and args.stages is not None:
+        raise CommandError("--stages: not used with --mask, whose surroundings are there already")
+    if args.checkpoint is not None and (args.stages is not None or args.keep_colour):
+        raise CommandError("--checkpoint: saves one stage; not used with --stages or --keep-colour")
     overlaps = args.overlap not in (None, (0, 0))
     if args.shift and overlaps and not args.blend_steps:
         raise CommandError("--overlap: --shift replaces the overlap; give only one of them, or --blend-steps")
@@ -151,15 +162,28 @@ def check(args: argparse.Namespace) -> Image.Image | None:
     image = None
     if args.init_image is not None:
         image = read_image(load_image, args.init_image)
-        if args.size is None:
-            args.size = tuple(max(factor, side // factor * factor) for side in image.size)
+        if args.size is None or isinstance(args.size, int):
+            args.size = tuple(max(factor, side * (args.size or 1) // factor * factor) for side in image.size)
+    if isinstance(args.size, int):
+        raise CommandError(f"--size {args.size}x: only used with --init-image, of whose size it is a multiple")
     args.size = args.size or SIZE
+    if args.mask is not None and image is not None:
+        args.mask = _mask(args.mask, image.size)
     _check_size(args.size, factor)
     if args.out is not None:
         check_target(args.out, args.size)
         if args.checkpoint_every is not None and args.checkpoint is None:
             raise CommandError("--checkpoint-every: only used with --checkpoint")
     return image
+
+
+def _mask(path: Path, size: tuple[int, int]) -> Image.Image:
+    mask = read_image(load_image, path).convert("L")
+    if mask.size != size:
+        raise CommandError(f"--mask {path}: is {mask.width}x{mask.height} px, --init-image {size[0]}x{size[1]} px")
+    if mask.getextrema()[1] < 128:
+        raise CommandError(f"--mask {path}: nothing in it is white, so there is nothing to change")
+    return mask
 
 
 def _factor(model: str) -> int:
@@ -290,7 +314,34 @@ def call_arguments(args: argparse.Namespace, pipe: TiledPipeline, image: Image.I
             steps = call["num_inference_steps"]
             raise CommandError(f"--strength {strength}: leaves none of {steps} steps")
         call.update(image=image, strength=strength)
+        if args.keep_colour:
+            call["keep_colour"] = True
+        if args.mask is not None:
+            call["mask_image"] = args.mask.resize(args.size)
+    elif args.strength is not None:
+        call["strength"] = args.strength
+    if args.stages is not None:
+        from tiledcore.stages import Staging
+
+        call["stages"] = "auto" if args.stages == "auto" else Staging(factor=args.stages)
     return call
+
+
+def _stages(pipe: TiledPipeline, call: dict[str, Any]) -> list[str]:
+    """The stages of a call in words; says what they cost."""
+    from tiledcore.stages import plan_call
+
+    *rows, total = plan_call(pipe, call).rows(call["num_inference_steps"])
+    lines = [
+        f"{row['size']}, {row['steps']} steps"
+        + ("" if row["strength"] is None else f" from strength {row['strength']:g}")
+        + f", {row['tiles']} tiles"
+        for row in rows
+    ]
+    for row, line in zip(rows, lines, strict=True):
+        say(f"stage {row['stage']}: {line}")
+    say(f"all stages: {total['of_floor']} x the floor of the last one's steps")
+    return lines
 
 
 def _check_prompt(pipe: TiledPipeline, prompt: str) -> None:
@@ -377,10 +428,15 @@ def _run(pipe: TiledPipeline, call: dict[str, Any], grid: TileGrid, seed: int, r
         pipe(**call, generator=generator, rows=rows)
         return None
     hook = pipe.vae.decoder.register_forward_pre_hook(decoding)
+    if "stages" in call:
+        hook.remove()  # each of them decodes
     output = pipe(**call, generator=generator)
     if any(getattr(output, "nsfw_content_detected", None) or []):
         say("the model's safety checker made the image black")
-    return output.images[0]
+    picture = output.images[0]
+    if "mask_image" in call:  # what is outside of it went through the autoencoder all the same
+        picture = Image.composite(picture, call["image"].resize(picture.size), call["mask_image"])
+    return picture
 
 
 @contextmanager

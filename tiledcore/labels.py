@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 PREFIX = "tiledcore::"
-LABELS = ("gather", "network", "attention", "blend", "step", "decode")
+LABELS = ("gather", "network", "attention", "blend", "pull", "step", "decode")
 
 
 @contextmanager

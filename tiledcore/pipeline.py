@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial, update_wrapper
 from inspect import signature
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, AutoPipelineForImage2Image, DiffusionPipeline
+from diffusers import AutoencoderKL, AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
 from diffusers.hooks import ModelHook
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL import Image
@@ -28,7 +28,10 @@ from tiledcore.geometry import TileGrid
 from tiledcore.graph import CudaBackend, Mode, StepGraphs
 from tiledcore.labels import labelled
 from tiledcore.models import EARTH, EARTH_FLUX, EMBEDDED
+from tiledcore.models.architecture import NATIVE
 from tiledcore.planner import Plan
+from tiledcore.pull import Pull, Pulling
+from tiledcore.stages import Stages, from_pictures, staging
 from tiledcore.stream import Rows, streamed
 from tiledcore.vae import exact_bands, unsupported
 
@@ -220,6 +223,8 @@ class TiledPipeline:
 
     pipe: Any
     tiling: TilingConfig
+    stages: Stages
+    """Whether images are made in stages, see :mod:`tiledcore.stages`; None, the default, makes them in one."""
     fused: bool
     """Whether blend, guidance and scheduler are one fused step, where the pipeline and its scheduler allow it."""
     report: Report | None
@@ -232,12 +237,14 @@ class TiledPipeline:
         fused: bool = True,
         cuda_graph: Mode = "auto",
         memory_budget: int | str | None = None,
+        stages: Stages = None,
     ) -> None:
         network_of(pipe)
+        staging(stages)
         graphs = StepGraphs(cuda_graph)
         self.__dict__.update(pipe=pipe, tiling=tiling or TilingConfig(), fused=fused, report=None, _graphs=graphs)
         # Of a tiling that was asked for the plan keeps the geometry; otherwise it chooses that, too.
-        self.__dict__["_asked"] = tiling is not None
+        self.__dict__.update(_asked=tiling is not None, stages=stages)
         self.__dict__["_budget"] = None if memory_budget is None else Budget(memory_budget)
 
     @classmethod
@@ -249,6 +256,7 @@ class TiledPipeline:
         fused: bool = True,
         cuda_graph: Mode = "auto",
         memory_budget: int | str | None = None,
+        stages: Stages = None,
         **kwargs: Any,
     ) -> TiledPipeline:
         """Open a checkpoint: a hub id, a folder, or an embedded model: ``"earth"``, the default, or ``"earth-flux"``.
@@ -260,7 +268,10 @@ class TiledPipeline:
         if folder == EARTH_FLUX:
             vae = AutoencoderKL.from_pretrained(EARTH, subfolder="vae", torch_dtype=kwargs.get("torch_dtype"))
             kwargs.setdefault("vae", vae)
-        return cls(DiffusionPipeline.from_pretrained(folder, **kwargs), tiling, fused, cuda_graph, memory_budget)
+        pipe = DiffusionPipeline.from_pretrained(folder, **kwargs)
+        if folder == EARTH_FLUX:
+            pipe.transformer.native_size = NATIVE
+        return cls(pipe, tiling, fused, cuda_graph, memory_budget, stages)
 
     @classmethod
     def from_pipe(
@@ -271,9 +282,10 @@ class TiledPipeline:
         fused: bool = True,
         cuda_graph: Mode = "auto",
         memory_budget: int | str | None = None,
+        stages: Stages = None,
     ) -> TiledPipeline:
         """Wrap a pipeline that is already there; outside of this object it stays untiled."""
-        return cls(pipe, tiling, fused, cuda_graph, memory_budget)
+        return cls(pipe, tiling, fused, cuda_graph, memory_budget, stages)
 
     def grid(self, height: int, width: int, tiling: TilingConfig | None = None) -> TileGrid:
         """The tiles of an image of ``height`` by ``width`` px, in latent pixels; before any shift."""
@@ -292,7 +304,7 @@ class TiledPipeline:
         return getattr(self.pipe, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("pipe", "tiling", "fused", "report"):
+        if name in ("pipe", "tiling", "fused", "report", "stages"):
             self.__dict__[name] = value
             self.__dict__["_asked"] |= name == "tiling"
         else:
@@ -305,6 +317,9 @@ class TiledPipeline:
         tiling: TilingConfig | None = None,
         rows: Rows | None = None,
         checkpoint: Checkpoint | str | PathLike[str] | None = None,
+        pull: Pull | None = None,
+        stages: Stages | Literal["default"] = "default",
+        keep_colour: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Run the wrapped pipeline tiled.
@@ -319,6 +334,12 @@ class TiledPipeline:
                 :func:`tiledcore.writers.write_rows` writes them to a file.
             checkpoint: a folder, or a :class:`~tiledcore.checkpoint.Checkpoint`: the run is saved there, and goes
                 on from there if it was broken off. The file stays when the run is finished.
+            pull: with ``image``, hold the picture to the image's low frequencies.
+            stages: for this call, instead of ``self.stages``. With ``image``, that picture takes the place of the
+                one of native size, and ``strength`` that of the stages.
+            keep_colour: with ``image``, give the result the low frequencies of that picture.
+            mask_image: (one of ``kwargs``) with ``image``, change only where it is white, with the pipeline's
+                inpainting sibling.
             kwargs: as for the wrapped pipeline. ``use_resolution_binning`` (PixArt, Sana) is off unless it
                 is given: with it the picture is made at a trained size and resized.
 
@@ -329,11 +350,24 @@ class TiledPipeline:
             ValueError: ``rows``: the pipeline must see the whole image, or makes several. ``checkpoint``: it is
                 damaged, belongs to another run, or this run cannot be saved.
         """
+        staged = staging(self.stages if stages == "default" else stages)
+        if staged is not None or keep_colour:
+            for name, value in (("rows", rows), ("checkpoint", checkpoint)):
+                if value is not None:
+                    raise ValueError(f"{name}: is of one stage only; leave it out, or give stages=None")
+            return from_pictures(self, args, image, tiling or self.tiling, staged, pull, keep_colour, kwargs)
         pipe = self.pipe
+        masked = kwargs.get("mask_image") is not None
+        if masked and image is None:
+            raise ValueError("mask_image: needs an image to change; give image= too")
         if image is not None:
+            if masked and "mask_image" not in signature(type(pipe).__call__).parameters:
+                pipe = AutoPipelineForInpainting.from_pipe(pipe)
             if "image" not in signature(type(pipe).__call__).parameters:
                 pipe = AutoPipelineForImage2Image.from_pipe(pipe)
             height, width = kwargs.pop("height", None), kwargs.pop("width", None)
+            if masked and isinstance(image, torch.Tensor):  # else these pipelines take the native size
+                height, width = height or image.shape[-2], width or image.shape[-1]
             if isinstance(image, Image.Image):
                 width, height = width or image.width, height or image.height
                 if image.size != (width, height):
@@ -357,21 +391,36 @@ class TiledPipeline:
             streamed(pipe, rows, EXACT_DECODE_PIXELS),
             labelled(pipe.vae, "decode", "decode"),
         ):
-            if not self.fused:
-                if checkpoint is not None:
-                    raise ValueError("checkpoint: only the fused step can be resumed; leave out fused=False")
+            if not self.fused and checkpoint is not None:
+                raise ValueError("checkpoint: only the fused step can be resumed; leave out fused=False")
+            if not self.fused and pull is None:
                 self.report = None
                 return pipe(*args, **kwargs)
             if self._graphs.backend is None and torch.device(pipe._execution_device).type == "cuda":
                 self._graphs.backend = CudaBackend()
             bound = signature(type(pipe).__call__).bind_partial(pipe, *args, **kwargs)
             bound.apply_defaults()
-            with Engine(pipe, bound.arguments, config, self._graphs, checkpoint) as engine:
+            pulling = self._pulling(pull, pipe, config, image)
+            watching = pulling.watching() if pulling is not None else nullcontext()
+            engine = Engine(pipe, bound.arguments, config, self._graphs, checkpoint, pulling, self.fused)
+            with watching, engine:
                 registry(network_of(pipe)[0]).get_hook(HOOK).engine = engine
                 try:
                     return pipe(*args, **kwargs)
                 finally:
                     self.report = engine.report()
+
+    @staticmethod
+    def _pulling(pull: Pull | None, pipe: Any, config: TilingConfig, image: Any) -> Pulling | None:
+        if pull is None:
+            return None
+        if image is None:
+            raise ValueError("pull: needs an image to pull to; give image= too")
+        denoiser = registry(network_of(pipe)[0]).get_hook(HOOK).denoiser
+        tile = denoiser.native if config.tile is None else config.tile
+        side = tile if isinstance(tile, int) else min(tile)
+        wrap = (config.wrap, config.wrap) if isinstance(config.wrap, bool) else config.wrap
+        return Pulling(pull, pipe.scheduler, denoiser.unit, wrap, side / 16)
 
 
 @contextmanager

@@ -1,0 +1,173 @@
+"""One composition: staged generation against one tiled stage, judged by the model's own native image.
+
+    python -m bench.stages --model earth-flux --size 2048 --json bench/results/stages_flux.json
+
+Each prompt and seed has a native image, which the staged ways start from; enlarged to the final size it is what the
+composition should be. Images are kept in ``--work`` and not made again, so a run that was stopped goes on. Columns:
+
+- of the floor: network evaluations of all stages in units of the floor, the last stage's steps with no pixel
+  evaluated twice (of a single stage: its own steps). Calculated from the plan; tests count them.
+- low: power at one to two cycles per image side, over that of the enlarged native image (of all images together, and
+  the images furthest from 1).
+- repetition: of the image, and of the enlarged native image (bench/quality.py), mean over images.
+- layout: PSNR in dB to the native image, at its size.
+- seam: worst tile line of the plain grid over the limit, the 99.9th percentile of ordinary lines.
+
+The tiles are shifted partitions, so that every area factor is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from bench import timing
+from bench.modes import PX, kept, run
+from bench.quality import low_frequency_power, seam_check
+from tiledcore import TiledPipeline, TileGrid, TilingConfig
+from tiledcore.models import call_defaults
+from tiledcore.models.architecture import NATIVE
+from tiledcore.stages import Staging, plan_call
+
+PROMPTS = [
+    "relief map of a rugged coast",
+    "topographic map of islands in the ocean",
+    "satellite view of continents and oceans",
+]
+SHIFT = TilingConfig(tile=NATIVE, shift=True)
+
+Images = NDArray[np.floating[Any]]
+
+
+def ways() -> dict[str, Staging | None]:
+    """``stages=`` of each row of the table."""
+    return {
+        "one stage": None,
+        "stages without a pull": Staging(pull=None),
+        "stages": Staging(),
+        "stages of up to 4x": Staging(factor=4),
+    }
+
+
+def repetition(image: Images, tile: int, size: int = 16) -> float:
+    """Largest normalised cross-correlation of two tiles that do not touch, each shrunk to ``size`` px, -1 to 1."""
+    grey = image.mean(-1, dtype=np.float64)
+    n = len(grey) // tile
+    block = tile // size
+    small = grey[: n * tile, : n * tile].reshape(n * size, block, n * size, block).mean((1, 3))
+    tiles = small.reshape(n, size, n, size).swapaxes(1, 2).reshape(n * n, -1)
+    tiles = tiles - tiles.mean(1, keepdims=True)
+    tiles /= np.maximum(np.linalg.norm(tiles, axis=1, keepdims=True), 1e-9)
+    y, x = np.divmod(np.arange(n * n), n)
+    distant = np.maximum(abs(y[:, None] - y), abs(x[:, None] - x)) > 1
+    return float((tiles @ tiles.T)[distant].max())
+
+
+def of_floor(pipe: Any, staging: Staging | None, size: int, steps: int) -> float:
+    if staging is None:
+        return 1.0
+    call = {"stages": staging, "tiling": SHIFT, "height": size, "width": size, "num_inference_steps": steps}
+    return float(plan_call(pipe, call).rows(steps)[-1]["of_floor"])
+
+
+def enlarged(native: Images, size: int) -> Images:
+    picture = Image.fromarray((native * 255).round().astype(np.uint8))
+    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32) / 255
+
+
+def judge(image: Images, native: Images) -> dict[str, float]:
+    """Figures of one image; the powers are pooled over images later."""
+    size, side = len(image), len(native)
+    whole = enlarged(native, size)
+    lines = TileGrid(size // PX, size // PX, NATIVE).lines
+    seams = seam_check(image, [PX * y for y in lines[0]], [PX * x for x in lines[1]])
+    block = size // side
+    small = image.reshape(side, block, side, block, 3).mean((1, 3))
+    return {
+        "power": low_frequency_power(image[None]),
+        "power_native": low_frequency_power(whole[None]),
+        "repetition": repetition(image, side),
+        "repetition_native": repetition(whole, side),
+        "layout": float(-10 * np.log10(((small - native) ** 2).mean())),
+        "seam": seams.worst / seams.limit,
+    }
+
+
+def row(name: str, found: list[dict[str, float]], floor: float) -> dict[str, Any]:
+    ratios = [f["power"] / f["power_native"] for f in found]
+    return {
+        "name": name,
+        "of_floor": floor,
+        "low": sum(f["power"] for f in found) / sum(f["power_native"] for f in found),
+        "low_least": min(ratios),
+        "low_most": max(ratios),
+        "repetition": float(np.mean([f["repetition"] for f in found])),
+        "repetition_native": float(np.mean([f["repetition_native"] for f in found])),
+        "layout": float(np.mean([f["layout"] for f in found])),
+        "seam": max(f["seam"] for f in found),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| way | of the floor | low | least, most | repetition / native | layout, dB | worst seam / limit |"]
+    lines.append("|---" * 7 + "|")
+    for r in rows:
+        lines.append(
+            f"| {r['name']} | {r['of_floor']:.2f} | {r['low']:.2f} | {r['low_least']:.2f}, {r['low_most']:.2f} | "
+            f"{r['repetition']:.2f} / {r['repetition_native']:.2f} | {r['layout']:.1f} | {r['seam']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="earth-flux", help="earth or earth-flux")
+    parser.add_argument("--size", type=int, default=2048, help="px, at least 3 native sizes")
+    parser.add_argument("--prompts", nargs="+", default=PROMPTS)
+    parser.add_argument("--seeds", type=int, default=1, help="images of each prompt")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--only", nargs="+", help="names of ways")
+    parser.add_argument("--work", type=Path, default=Path("runs/stages"))
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if args.size < 3 * NATIVE * PX or args.size % (NATIVE * PX):
+        parser.error(f"--size {args.size}: must be a multiple of {NATIVE * PX} from {3 * NATIVE * PX}")
+    Image.MAX_IMAGE_PIXELS = None
+    pipe = TiledPipeline.from_pretrained(args.model)
+    pipe.set_progress_bar_config(disable=True)
+    call = call_defaults(args.model) | {"num_inference_steps": args.steps, "output_type": "np"}
+    work = args.work / args.model
+    chosen = {name: way for name, way in ways().items() if name in (args.only or [name])}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
+    for prompt in args.prompts:
+        for seed in range(args.seeds):
+            whole = TilingConfig(tile=NATIVE)
+            side = NATIVE * PX
+            native = kept(
+                work / f"native {args.steps} {prompt} {seed}.png",
+                lambda p=prompt, s=seed, w=whole: run(pipe, p, side, s, w, **call),  # noqa: B023
+            )
+            for name, way in chosen.items():
+                image = kept(
+                    work / f"{args.size} {args.steps} {name} {prompt} {seed}.png",
+                    lambda w=way, p=prompt, s=seed: run(pipe, p, args.size, s, SHIFT, stages=w, **call),
+                )
+                found[name].append(judge(image, native))
+                print(name, prompt, seed, {k: round(v, 3) for k, v in found[name][-1].items()}, flush=True)
+    rows = [row(name, found[name], of_floor(pipe, way, args.size, args.steps)) for name, way in chosen.items()]
+    print(table(rows))
+    if args.json:
+        about = {"size": args.size, "tile": NATIVE, "prompts": args.prompts, "seeds": args.seeds, "call": call}
+        machine = timing.machine(torch.device("cpu"))
+        args.json.write_text(json.dumps({"machine": machine, "about": about, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,428 @@
+"""Staged generation: a picture of the model's own size decides the composition, stages of image-to-image refine it.
+
+Windows alone repeat the subject in every tile, because no window sees the whole. So the first stage is one native
+image; each further stage enlarges the picture by at most ``factor``, adds noise to a chosen strength, and denoises it
+tiled, held to the coarse picture's low frequencies (:mod:`tiledcore.pull`). Progressive upscaling as in DemoFusion
+(Du et al. 2024), with the noise of image-to-image instead of an inverted trajectory, so that every family works that
+has an image-to-image pipeline.
+
+The plan is integers and floats only; nothing here needs a model before :func:`run`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from inspect import signature
+from typing import Any, Literal, cast
+
+import torch.nn.functional as F
+from diffusers import AutoPipelineForImage2Image, UNet2DConditionModel
+from PIL import Image
+from torch import Tensor
+
+from tiledcore.denoiser import TilingConfig
+from tiledcore.families import network_of
+from tiledcore.geometry import Pair
+from tiledcore.pictures import match_colour, to_tensor
+from tiledcore.pull import Pull
+
+Upscaler = Callable[[Tensor, Pair], Tensor]
+"""``([B, 3, h, w] in 0..1, (H, W))`` -> ``[B, 3, H, W]`` in 0..1."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a plan. Sizes are image pixels.
+
+    Args:
+        width: of the picture that the stage makes.
+        height: the same.
+        strength: share of the steps that are run on the enlarged picture, above 0 up to 1; None generates from
+            nothing, in the first stage only.
+    """
+
+    width: int
+    height: int
+    strength: float | None
+
+    def __post_init__(self) -> None:
+        if min(self.width, self.height) < 1:
+            raise ValueError(f"stage of {self.width}x{self.height} px: both sides must be at least 1")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise ValueError(
+                f"stage of {self.width}x{self.height} px: strength={self.strength!r} must be above 0 up to 1"
+            )
+
+
+@dataclass(frozen=True)
+class Staging:
+    """How stages are laid out and refined.
+
+    Args:
+        factor: largest enlargement of one stage along a side, above 1 up to 4.
+        strength: of every stage but the first, above 0 up to 1.
+        pull: toward the coarse picture's low frequencies; None leaves it out.
+        upscale: of the picture between two stages: ``"bicubic"``, or a function of the picture ``[B, 3, h, w]`` in
+            0..1 and the new (height, width).
+        match: give each refined picture the lowest frequencies of the first one, so that what the pull lets go does
+            not add up (:func:`tiledcore.pictures.match_colour`); not where the result is latents.
+        sizes: the stages themselves, instead of planned ones; the last one's size is that of the call.
+
+    Raises:
+        ValueError: names the argument, its value and what is valid.
+    """
+
+    factor: float = 2.0
+    strength: float = 0.6
+    pull: Pull | None = field(default_factory=Pull)
+    upscale: Literal["bicubic"] | Upscaler = "bicubic"
+    match: bool = True
+    sizes: tuple[Stage, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 < self.factor <= 4:
+            raise ValueError(f"stages: factor={self.factor!r} must be above 1 and at most 4")
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"stages: strength={self.strength!r} must be above 0 up to 1")
+        if self.upscale != "bicubic" and not callable(self.upscale):
+            raise ValueError(f"stages: upscale={self.upscale!r} must be 'bicubic' or a function")
+
+
+Stages = Literal["auto"] | Staging | Sequence[Stage] | None
+"""What ``stages=`` takes: planned by the defaults, planned otherwise, given one by one, or none."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one stage costs.
+
+    Attributes:
+        stage: the stage.
+        steps: evaluations of the whole canvas (twice the steps for a scheduler of second order is not counted).
+        tiles: of the grid.
+        area_factor: tile area evaluated in a step over that of the canvas.
+        canvases: evaluations in units of the final canvas: ``steps * area_factor * area / final area``.
+    """
+
+    stage: Stage
+    steps: int
+    tiles: int
+    area_factor: float
+    canvases: float
+
+
+def staging(stages: Stages) -> Staging | None:
+    """``stages=`` as a :class:`Staging`.
+
+    Raises:
+        TypeError: it is none of the forms of :data:`Stages`.
+        ValueError: it is an empty list.
+    """
+    if stages is None or isinstance(stages, Staging):
+        return stages
+    if isinstance(stages, str) and stages == "auto":
+        return Staging()
+    if isinstance(stages, list | tuple) and all(isinstance(stage, Stage) for stage in stages):
+        if not stages:
+            raise ValueError("stages=[]: give at least one Stage, or None")
+        return Staging(sizes=tuple(stages))
+    raise TypeError(f"stages={stages!r}: must be None, 'auto', a Staging or a list of Stage")
+
+
+def plan_stages(size: Pair, native: Pair, multiple: int, config: Staging, start: Pair | None = None) -> list[Stage]:
+    """The stages from the native size, or from a picture, to ``size``; all (height, width) in image pixels.
+
+    The first stage has the native area and the aspect ratio of ``size``, but no side below half of the native one: a
+    long panorama starts longer, in tiles. The others enlarge by one ratio each, as few as ``config.factor`` allows.
+
+    Args:
+        size: of the last stage.
+        native: at which the model was trained.
+        multiple: that every side is a multiple of; ``size`` must be.
+        config: factor, strength, or the stages themselves.
+        start: of the picture that the first stage enlarges; then no stage generates from nothing.
+
+    Raises:
+        ValueError: ``size`` is no multiple, or the given stages do not lead to it.
+    """
+    height, width = size
+    if height < 1 or width < 1 or height % multiple or width % multiple:
+        raise ValueError(f"size {width}x{height}: each side must be a multiple of {multiple} px")
+    if config.sizes is not None:
+        return _check_given(config.sizes, size, multiple, start)
+    if start is None:
+        area = math.sqrt(native[0] * native[1] / (height * width))
+        scale = min(1.0, max(area, min(native) / 2 / min(size)))
+        begin = (_rounded(scale * height, multiple), _rounded(scale * width, multiple))
+    else:
+        begin = start
+    total = max(height / begin[0], width / begin[1])
+    # A native size that is rounded must not cost a stage more.
+    count = max(0, math.ceil(math.log(total) / math.log(config.factor) - 0.02)) if total > 1 else 0
+    if start is not None:
+        count = max(1, count)
+    stages = [] if start is not None else [Stage(begin[1], begin[0], None)]
+    for index in range(1, count + 1):
+        # Each axis by its own ratio: a picture may have other proportions than the result.
+        h, w = (
+            _rounded(first * (last / first) ** (index / count), multiple)
+            for first, last in zip(begin, size, strict=True)
+        )
+        stages.append(Stage(w, h, config.strength) if index < count else Stage(width, height, config.strength))
+    return stages
+
+
+def _rounded(side: float, multiple: int) -> int:
+    return max(multiple, round(side / multiple) * multiple)
+
+
+def _check_given(stages: Sequence[Stage], size: Pair, multiple: int, start: Pair | None) -> list[Stage]:
+    last = stages[-1]
+    if (last.height, last.width) != size:
+        raise ValueError(
+            f"stages: the last one is {last.width}x{last.height} px, but the call's size is {size[1]}x{size[0]}"
+        )
+    for index, stage in enumerate(stages):
+        name = f"stage {index + 1} of {stage.width}x{stage.height} px"
+        generates = index == 0 and start is None
+        if generates and stage.strength is not None:
+            raise ValueError(f"{name}: strength={stage.strength} needs a picture; the first stage takes None")
+        if not generates and stage.strength is None:
+            raise ValueError(f"{name}: needs a strength; only a first stage without an image takes None")
+        if stage.width % multiple or stage.height % multiple:
+            raise ValueError(f"{name}: each side must be a multiple of {multiple} px")
+        if index and (stage.width < stages[index - 1].width or stage.height < stages[index - 1].height):
+            raise ValueError(f"{name}: is smaller than the stage before it")
+    return list(stages)
+
+
+def stage_steps(stage: Stage, steps: int, rounds_down: bool) -> int:
+    """Steps of a stage, as diffusers' image-to-image pipelines count them; those of UNets round down."""
+    if stage.strength is None:
+        return steps
+    return int(steps * stage.strength) if rounds_down else steps - int(max(steps - steps * stage.strength, 0))
+
+
+def stage_tiling(stage: Stage, config: TilingConfig, native: Pair, factor: int, patch: int) -> TilingConfig:
+    """The tiling of a stage: the caller's, but one native image is seen whole unless it wraps.
+
+    Args:
+        stage: which one.
+        config: the caller's.
+        native: in latent pixels.
+        factor: image pixels per latent pixel.
+        patch: latent pixels per token.
+    """
+    height, width = stage.height // factor, stage.width // factor
+    open_tiles = config.mode == "tiles" and config.wrap in (False, (False, False))
+    if stage.strength is None and open_tiles and height * width <= 1.05 * native[0] * native[1]:
+        return replace(config, tile=(height, width), overlap=None, shift=False)
+    tile = native if config.tile is None else (config.tile if isinstance(config.tile, tuple) else (config.tile,) * 2)
+    wrap = (config.wrap, config.wrap) if isinstance(config.wrap, bool) else config.wrap
+    # One tile as large as an axis that wraps would see a border there: it gets less, so that several meet.
+    least = 8 * patch
+    cut = tuple(
+        max(least, min(t, n * 3 // 4) // least * least) if w and t >= n else t
+        for t, n, w in zip(tile, (height, width), wrap, strict=True)
+    )
+    return config if cut == tile else replace(config, tile=cast(Pair, cut), overlap=None)
+
+
+class StagePlan:
+    """The stages of one image of one pipeline, and what they cost.
+
+    Args:
+        pipe: a :class:`~tiledcore.pipeline.TiledPipeline`.
+        size: (height, width) of the result, px.
+        config: how stages are laid out.
+        tiling: of the last stage.
+        start: (height, width) of the picture that the first stage enlarges, or None.
+    """
+
+    def __init__(self, pipe: Any, size: Pair, config: Staging, tiling: TilingConfig, start: Pair | None = None) -> None:
+        network, family = network_of(pipe.pipe)
+        native = family.native(pipe.pipe, network)
+        self.native = (native, native) if isinstance(native, int) else native
+        self.factor, self.patch = int(pipe.vae_scale_factor), family.patch(network)
+        self.config, self.tiling = config, tiling
+        self._rounds_down = family.model is UNet2DConditionModel
+        native_px = (self.native[0] * self.factor, self.native[1] * self.factor)
+        self.stages = plan_stages(size, native_px, self.factor * self.patch, config, start)
+
+    def tilings(self) -> list[TilingConfig]:
+        """Of each stage."""
+        return [stage_tiling(s, self.tiling, self.native, self.factor, self.patch) for s in self.stages]
+
+    def costs(self, steps: int) -> list[Cost]:
+        """Of each stage, for a call of ``steps`` steps.
+
+        Raises:
+            ValueError: a stage's strength leaves none of the steps.
+        """
+        final = self.stages[-1].height * self.stages[-1].width
+        costs = []
+        for stage, tiling in zip(self.stages, self.tilings(), strict=True):
+            grid = tiling.grid(stage.height // self.factor, stage.width // self.factor, self.native)
+            area = 1.0 if tiling.shift or tiling.mode == "canvas" else grid.area_factor
+            count = stage_steps(stage, steps, self._rounds_down)
+            if count < 1:
+                raise ValueError(f"stages: strength={stage.strength} leaves none of {steps} steps")
+            share = stage.height * stage.width / final
+            costs.append(Cost(stage, count, len(grid), area, count * area * share))
+        return costs
+
+    def rows(self, steps: int) -> list[dict[str, Any]]:
+        """The plan as a table: one row for each stage, and the sum."""
+        costs = self.costs(steps)
+        rows: list[dict[str, Any]] = [
+            {
+                "stage": index + 1,
+                "size": f"{cost.stage.width}x{cost.stage.height}",
+                "strength": cost.stage.strength,
+                "steps": cost.steps,
+                "tiles": cost.tiles,
+                "area_factor": round(cost.area_factor, 2),
+                "canvases": round(cost.canvases, 2),
+            }
+            for index, cost in enumerate(costs)
+        ]
+        total = sum(cost.canvases for cost in costs)
+        # The floor: the final stage's steps, with no pixel evaluated twice.
+        return [*rows, {"stage": "all", "canvases": round(total, 2), "of_floor": round(total / costs[-1].steps, 2)}]
+
+
+def plan_call(pipe: Any, call: dict[str, Any]) -> StagePlan:
+    """The plan of a call of a :class:`~tiledcore.pipeline.TiledPipeline` with these arguments by name.
+
+    Raises:
+        ValueError: the stages do not lead to the size, or a strength leaves none of the steps.
+    """
+    image = call.get("image")
+    start = None
+    if image is not None:
+        width, height = image.size if isinstance(image, Image.Image) else to_tensor(image).shape[:1:-1]
+        start = (height, width)
+    config = staging(call["stages"]) or Staging()
+    strength = call.get("strength")
+    config = replace(
+        config,
+        pull=call.get("pull") or config.pull,
+        strength=config.strength if strength is None else strength,
+    )
+    native = pipe.grid(10**6, 10**6, TilingConfig()).tile_size
+    default = start or (native[0] * pipe.vae_scale_factor, native[1] * pipe.vae_scale_factor)
+    size = (call.get("height") or default[0], call.get("width") or default[1])
+    plan = StagePlan(pipe, size, config, call.get("tiling") or pipe.tiling, start)
+    steps = call.get("num_inference_steps")
+    plan.costs(
+        signature(type(pipe.pipe).__call__).parameters["num_inference_steps"].default if steps is None else steps
+    )
+    return plan
+
+
+def from_pictures(
+    pipe: Any,
+    args: tuple[Any, ...],
+    image: Any,
+    tiling: TilingConfig,
+    config: Staging | None,
+    pull: Pull | None,
+    keep_colour: bool,
+    call: dict[str, Any],
+) -> Any:
+    """A call of a :class:`~tiledcore.pipeline.TiledPipeline` in stages, or with the source's colours kept, or both.
+
+    Raises:
+        ValueError: an argument does not go with stages or ``keep_colour``; names it.
+    """
+    if keep_colour and image is None:
+        raise ValueError("keep_colour: needs an image whose colours to keep; give image= too")
+    if keep_colour and call.get("output_type") == "latent":
+        raise ValueError("keep_colour: works on pixels, and output_type='latent' has none")
+    source = None if image is None else to_tensor(image)
+    if config is None:
+        result = pipe(*args, image=image, tiling=tiling, pull=pull, stages=None, **call)
+    else:
+        for name in ("latents", "mask_image", "sigmas", "timesteps"):
+            if call.get(name) is not None:
+                raise ValueError(f"{name}: is of one stage only; leave it out, or give stages=None")
+        _check_sibling(pipe.pipe, call)
+        plan = plan_call(pipe, call | {"image": source, "tiling": tiling, "stages": config, "pull": pull})
+        rest = {name: value for name, value in call.items() if name not in ("height", "width", "strength")}
+        result = run(pipe, plan, args, rest, source)
+    if not keep_colour or source is None:
+        return result
+    images = match_colour(result[0], source)
+    if isinstance(result, tuple):
+        return (images, *result[1:])
+    result.images = images
+    return result
+
+
+def _check_sibling(pipe: Any, call: dict[str, Any]) -> None:
+    """There is an image-to-image pipeline of the same model, and it takes the arguments of the call."""
+    name, known = type(pipe).__name__, signature(type(pipe).__call__).parameters
+    if "image" in known:
+        return
+    try:
+        sibling = AutoPipelineForImage2Image.from_pipe(pipe)
+    except ValueError as error:
+        raise ValueError(f"stages: {name} has no image-to-image pipeline in diffusers") from error
+    takes = signature(type(sibling).__call__).parameters
+    for argument in call:
+        if argument in known and argument not in takes and argument not in ("height", "width"):
+            raise ValueError(f"stages: {type(sibling).__name__}, which refines them, has no {argument}; leave it out")
+
+
+def run(pipe: Any, plan: StagePlan, args: tuple[Any, ...], call: dict[str, Any], image: Tensor | None = None) -> Any:
+    """Make an image stage by stage.
+
+    Args:
+        pipe: the :class:`~tiledcore.pipeline.TiledPipeline`.
+        plan: of this image.
+        args: positional arguments of the call.
+        call: its keyword arguments, without size, image, tiling, strength and pull.
+        image: ``[B, 3, H, W]`` in 0..1: the picture that the first stage enlarges, where the plan has one.
+
+    Returns:
+        What the last stage's pipeline returns.
+    """
+    call = dict(call)
+    return_dict = call.pop("return_dict", True)
+    output_type = call.pop("output_type", "pil")
+    first, wrap = image, plan.tiling.wrap
+    for stage, tiling in zip(plan.stages, plan.tilings(), strict=True):
+        kwargs = {**call, "tiling": tiling, "height": stage.height, "width": stage.width, "stages": None}
+        if stage.strength is not None:
+            assert image is not None, "a stage with a strength comes after a picture"
+            kwargs["image"] = enlarge(image, (stage.height, stage.width), plan.config.upscale)
+            kwargs |= {"strength": stage.strength, "pull": plan.config.pull}
+        last = stage is plan.stages[-1]
+        result = pipe(*args, output_type=output_type if last else "pt", **kwargs)
+        if stage.strength is not None and plan.config.match and not (last and output_type == "latent"):
+            assert first is not None
+            result.images = match_colour(result.images, first, wrap=(wrap, wrap) if isinstance(wrap, bool) else wrap)
+        if last:
+            return result if return_dict else result.to_tuple()
+        image = result.images.float().clamp(0, 1)
+        first = image if first is None else first
+    raise AssertionError("a plan has at least one stage")
+
+
+def enlarge(image: Tensor, size: Pair, upscale: Literal["bicubic"] | Upscaler) -> Tensor:
+    """A picture ``[B, 3, h, w]`` in 0..1 at another size (height, width), in 0..1.
+
+    Raises:
+        ValueError: the caller's function gave another shape.
+    """
+    if callable(upscale):
+        enlarged = upscale(image, size)
+        wanted = (*image.shape[:2], *size)
+        if not isinstance(enlarged, Tensor) or enlarged.shape != wanted:
+            got = tuple(enlarged.shape) if isinstance(enlarged, Tensor) else type(enlarged).__name__
+            raise ValueError(f"stages: upscale must return a tensor of shape {wanted}, got {got}")
+    else:
+        enlarged = F.interpolate(image, size, mode="bicubic", antialias=True)
+    return enlarged.clamp(0, 1)
