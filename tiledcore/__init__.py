@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "Region": "tiledcore.regions",
     "TileGrid": "tiledcore.geometry",
     "TiledPipeline": "tiledcore.pipeline",
     "TilingConfig": "tiledcore.denoiser",
     "apply_tiling": "tiledcore.pipeline",
     "remove_tiling": "tiledcore.pipeline",
 }
-__all__ = ["TileGrid", "TiledPipeline", "TilingConfig", "__version__", "apply_tiling", "remove_tiling"]
+__all__ = ["Region", "TileGrid", "TiledPipeline", "TilingConfig", "__version__", "apply_tiling", "remove_tiling"]
 
 if TYPE_CHECKING:
     from tiledcore.denoiser import TilingConfig
     from tiledcore.geometry import TileGrid
     from tiledcore.pipeline import TiledPipeline, apply_tiling, remove_tiling
+    from tiledcore.regions import Region
 
 
 def __getattr__(name: str) -> Any:

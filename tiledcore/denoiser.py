@@ -260,18 +260,22 @@ class TileDenoiser:
                 first entry is ``[N, C', h, w]``.
             sample: canvas ``[B, C, H, W]``.
             timestep: scalar, or ``[B]``.
-            kwargs: the denoiser's other arguments.
+            kwargs: the denoiser's other arguments; ``regions``: a :class:`~tiledcore.regional.Regional`, or None.
 
         Returns:
             The tiles' predictions, in the denoiser's dtype, in a buffer that the next evaluation overwrites.
         """
         batch, _, height, width = sample.shape
         size = (height, width)
+        regions = kwargs.pop("regions", None)
+        prompts = regions.prompts(kwargs) if regions is not None else None
         if self.config.mode == "canvas":
             return self._whole(self._network(forward, sample, timestep=timestep, **kwargs))
         _refuse(kwargs)
         tiling, offsets = self._tiling, self._offsets
         assert tiling is not None, "place() comes first"
+        if prompts is not None:
+            return regions.evaluate(self, prompts, forward, sample, {**kwargs, "timestep": timestep})
         if len(tiling) == 1:
             return self._whole(self._network(forward, sample, timestep=timestep, **kwargs))
         if offsets is None:
@@ -284,9 +288,13 @@ class TileDenoiser:
             out = self._tile_batch(forward, sample, part, tile, kwargs)
             buffer = self._buffer((len(tiling) * batch, *out.shape[1:]), out)
             buffer[start * batch : start * batch + len(out)] = out
+        return self.prediction(buffer, offsets, size)
+
+    def prediction(self, tiles: torch.Tensor, offsets: torch.Tensor, size: Pair) -> Prediction:
+        """Predictions of the grid's tiles, to be blended as configured."""
         assert self._grid is not None
         ramp = max(1, min(self._grid.overlap)) if self.config.ramp is None else -(-self.config.ramp // self.unit)
-        return Prediction(buffer, offsets, size, ramp)
+        return Prediction(tiles, offsets, size, ramp)
 
     def _evaluate_partition(
         self,
@@ -307,12 +315,17 @@ class TileDenoiser:
                 part = torch.tensor(group, dtype=torch.int32).to(sample.device)
                 out = self._tile_batch(forward, sample, part, (h, w), kwargs)
                 canvas = self._buffer((batch, out.shape[1], height, width), out)
-                for (y, x), tile in zip(group, out.split(batch), strict=True):
-                    rows, columns = _span(y, h, height), _span(x, w, width)
-                    for into_y, from_y in rows:
-                        for into_x, from_x in columns:
-                            canvas[:, :, into_y, into_x] = tile[:, :, from_y, from_x]
+                for place, tile in zip(group, out.split(batch), strict=True):
+                    self.put(canvas, tile, place)
         return self._whole(canvas)
+
+    @staticmethod
+    def put(canvas: torch.Tensor, tile: torch.Tensor, place: Pair) -> None:
+        """Write a tile ``[B, C, h, w]`` where it belongs; it may wrap."""
+        rows, columns = (_span(*axis) for axis in zip(place, tile.shape[2:], canvas.shape[2:], strict=True))
+        for into_y, from_y in rows:
+            for into_x, from_x in columns:
+                canvas[:, :, into_y, into_x] = tile[:, :, from_y, from_x]
 
     def _whole(self, prediction: torch.Tensor) -> Prediction:
         """A prediction of the canvas as one tile."""

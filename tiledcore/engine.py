@@ -248,6 +248,8 @@ class Engine:
         size, device = (buffers.model_input.shape[2], buffers.model_input.shape[3]), buffers.model_input.device
         uniform = denoiser.place(size, timestep, device)
         refusal = self._graph_refusal() if uniform else "shift=True: the tiles' sizes differ from step to step"
+        if conditions.get("regions") is not None:
+            refusal = "regions: which prompts a tile has is decided on the host"
         if refusal is None and self.graphs.backend is not None:
             given = {**conditions, "": timestep}
             if not buffers.arguments:

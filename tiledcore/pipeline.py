@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, update_wrapper
 from inspect import signature
@@ -24,6 +24,8 @@ from tiledcore.geometry import TileGrid
 from tiledcore.graph import CudaBackend, Mode, StepGraphs
 from tiledcore.labels import labelled
 from tiledcore.models import EARTH, EARTH_FLUX, EMBEDDED
+from tiledcore.regional import Regional, seeded_latents
+from tiledcore.regions import Region
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,8 @@ class TilingHook(ModelHook):
 
     engine: Engine | None = None
     """What moves the canvas during a call of a :class:`TiledPipeline`."""
+    regions: Regional | None = None
+    """Prompts of parts of the canvas."""
 
     def __init__(self, denoiser: TileDenoiser, family: Family, scheduler: Any, tokens: int) -> None:
         super().__init__()
@@ -89,6 +93,7 @@ class TilingHook(ModelHook):
             return (family.prediction(output, (tiles.shape[2], tiles.shape[3])),)
 
         conditions = {name: v for name, v in arguments.items() if name not in (family.sample, family.timestep)}
+        conditions["regions"] = self.regions
         if engine is not None:
             engine.look(arguments, family)
             prediction = engine.run_step(self.denoiser, forward, arguments[family.timestep], conditions)
@@ -276,7 +281,14 @@ class TiledPipeline:
         else:
             setattr(self.pipe, name, value)
 
-    def __call__(self, *args: Any, image: Any = None, tiling: TilingConfig | None = None, **kwargs: Any) -> Any:
+    def __call__(
+        self,
+        *args: Any,
+        image: Any = None,
+        tiling: TilingConfig | None = None,
+        regions: Sequence[Region] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Run the wrapped pipeline tiled.
 
         Args:
@@ -284,6 +296,7 @@ class TiledPipeline:
             image: start from this picture (PIL, or a tensor as diffusers takes it). A PIL image is
                 resized to ``height`` and ``width`` where these are given.
             tiling: for this call, instead of ``self.tiling``.
+            regions: parts of the canvas with prompts of their own, see :class:`tiledcore.Region`.
             kwargs: as for the wrapped pipeline. ``use_resolution_binning`` (PixArt, Sana) is off unless it
                 is given: with it the picture is made at a trained size and resized.
 
@@ -305,7 +318,16 @@ class TiledPipeline:
         if "use_resolution_binning" in signature(type(pipe).__call__).parameters:
             kwargs.setdefault("use_resolution_binning", False)
         config = tiling or self.tiling
-        with tiled(pipe, config), _bounded_vae(pipe, kwargs), labelled(pipe.vae, "decode", "decode"):
+        if any(region.seed is not None for region in regions or ()):
+            network, family = network_of(pipe)
+            arguments = signature(type(pipe).__call__).bind_partial(pipe, *args, **kwargs).arguments
+            kwargs["latents"] = seeded_latents(pipe, family, network, arguments, regions or (), config.wrap)
+        with (
+            tiled(pipe, config),
+            regional(pipe, regions),
+            _bounded_vae(pipe, kwargs),
+            labelled(pipe.vae, "decode", "decode"),
+        ):
             if not self.fused:
                 self.report = None
                 return pipe(*args, **kwargs)
@@ -331,6 +353,33 @@ def tiled(pipe: Any, config: TilingConfig | None = None) -> Iterator[Any]:
         remove_tiling(pipe)
         if before is not None:
             apply_tiling(pipe, before.denoiser.config)
+
+
+@contextmanager
+def regional(pipe: Any, regions: Sequence[Region] | None) -> Iterator[Any]:
+    """Give parts of the canvas prompts of their own, for the length of a ``with`` block.
+
+    Args:
+        pipe: a pipeline that :func:`apply_tiling` has tiled.
+        regions: None or nothing in it: no change.
+
+    Raises:
+        ValueError: the pipeline is not tiled; at the first step also for regions that do not fit the canvas.
+        TypeError: its prompts cannot be replaced.
+    """
+    if not regions:
+        yield pipe
+        return
+    network, _ = network_of(pipe)
+    hook = _registry(network).get_hook(HOOK)
+    if hook is None:
+        raise ValueError("regions: the pipeline is not tiled; call apply_tiling first")
+    with Regional(pipe, network, regions) as prompts:
+        hook.regions = prompts
+        try:
+            yield pipe
+        finally:
+            hook.regions = None
 
 
 @contextmanager
