@@ -132,6 +132,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help=f"how much of --init-image to replace, above 0 up to 1; default {STRENGTH}",
     )
+    add("--regions", type=Path, metavar="FILE", help="parts of the image with prompts of their own: a TOML scene")
     add("--device", metavar="NAME", help="default cuda where there is one, else cpu")
     add("--dtype", choices=DTYPES, help="default fp16 on cuda, else fp32")
     _add_tiling(parser.add_argument_group("tiling (sizes in latent pixels, usually of 8 px)"))

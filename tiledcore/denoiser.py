@@ -270,6 +270,8 @@ class TileDenoiser:
         regions = kwargs.pop("regions", None)
         prompts = regions.prompts(kwargs) if regions is not None else None
         if self.config.mode == "canvas":
+            if prompts is not None:
+                kwargs = regions.joined(self, prompts, size, kwargs)
             return self._whole(self._network(forward, sample, timestep=timestep, **kwargs))
         _refuse(kwargs)
         tiling, offsets = self._tiling, self._offsets

@@ -30,6 +30,7 @@ from tiledcore.models import EARTH, EMBEDDED, call_defaults
 if TYPE_CHECKING:
     from tiledcore.denoiser import TilingConfig
     from tiledcore.pipeline import TiledPipeline
+    from tiledcore.regions import Region
 
 SIZE = (1024, 1024)
 STRENGTH = 0.6
@@ -102,7 +103,25 @@ def check(args: argparse.Namespace) -> Image.Image | None:
     _check_size(args.size, factor)
     if args.out is not None:
         check_target(args.out, args.size)
+    if args.regions is not None:
+        args.scene = _scene(args)
     return image
+
+
+def _scene(args: argparse.Namespace) -> list[Region]:
+    from tiledcore.regions import scene_for
+
+    try:
+        width, height = args.size
+        scene = scene_for(args.regions, width, height, ("y" in args.wrap, "x" in args.wrap))
+    except OSError as error:
+        raise CommandError(f"{args.regions}: cannot be read: {error.strerror or error}") from error
+    seeds = [region for region in scene if region.seed is not None]
+    if seeds and args.init_image is not None:
+        raise CommandError(
+            f"{args.regions}: seed={seeds[0].seed}: regions have no noise of their own with --init-image"
+        )
+    return scene
 
 
 def _factor(model: str) -> int:
@@ -232,6 +251,8 @@ def call_arguments(args: argparse.Namespace, pipe: TiledPipeline, image: Image.I
             steps = call["num_inference_steps"]
             raise CommandError(f"--strength {strength}: leaves none of {steps} steps")
         call.update(image=image, strength=strength)
+    if args.regions is not None:
+        call["regions"] = args.scene
     return call
 
 
@@ -266,6 +287,8 @@ def _describe(
     }
     if args.init_image is not None:
         metadata.update(init_image=str(args.init_image), strength=call["strength"])
+    if args.regions is not None:
+        metadata["regions"] = [region.describe() for region in args.scene]
     return metadata | {
         "device": args.device,
         "dtype": args.dtype,

@@ -83,7 +83,7 @@ class TilingHook(ModelHook):
 
         def forward(tiles: torch.Tensor, timestep: Any, **conditions: Any) -> tuple[torch.Tensor]:
             if tiles is canvas:  # one tile: the call as it came, so that no bit changes
-                inputs = arguments
+                inputs = arguments | conditions
             else:
                 if getattr(module, "is_cache_enabled", False):
                     raise ValueError("enable_cache: its state would be shared by different tiles; call disable_cache()")
@@ -374,7 +374,7 @@ def regional(pipe: Any, regions: Sequence[Region] | None) -> Iterator[Any]:
     hook = _registry(network).get_hook(HOOK)
     if hook is None:
         raise ValueError("regions: the pipeline is not tiled; call apply_tiling first")
-    with Regional(pipe, network, regions) as prompts:
+    with Regional(pipe, network, regions, canvas=hook.denoiser.config.mode == "canvas") as prompts:
         hook.regions = prompts
         try:
             yield pipe

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tiledcore import ops
 from tiledcore.geometry import Pair, Partition, Tiling
+from tiledcore.regional_canvas import CanvasRegions
 from tiledcore.regions import Region, check_regions, region_weights, seed_noise
 
 if TYPE_CHECKING:
@@ -48,12 +49,14 @@ class Regional:
         pipe: the pipeline.
         network: its denoiser.
         regions: at least one.
+        canvas: the network runs over the whole canvas (``mode="canvas"``).
 
     Raises:
         TypeError: the network's prompts cannot be replaced yet.
+        ValueError: not in canvas mode.
     """
 
-    def __init__(self, pipe: Any, network: Any, regions: Sequence[Region]) -> None:
+    def __init__(self, pipe: Any, network: Any, regions: Sequence[Region], canvas: bool = False) -> None:
         inner = getattr(network, "_orig_mod", network)
         found = [text for kind, text in TEXT.items() if isinstance(inner, kind)]
         if not found or not hasattr(pipe, "encode_prompt"):
@@ -65,6 +68,7 @@ class Regional:
         self._used = False
         self._weights: tuple[Any, Tensor] | None = None
         self._shares: tuple[Any, Tensor] | None = None
+        self._canvas = CanvasRegions(network) if canvas else None
 
     def __enter__(self) -> Regional:
         self._own = vars(self.pipe).get("encode_prompt")
@@ -91,6 +95,8 @@ class Regional:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._canvas is not None:
+            self._canvas.restore()
         del vars(self.pipe)["encode_prompt"]
         if self._own is not None:
             vars(self.pipe)["encode_prompt"] = self._own
@@ -132,6 +138,13 @@ class Regional:
             check_regions(self.regions, size[1] * pixels, size[0] * pixels, wraps)
             self._weights = (key, region_weights(self.regions, size, pixels, wraps))
         return self._weights[1]
+
+    def joined(
+        self, denoiser: TileDenoiser, prompts: list[dict[str, Any]], size: Pair, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The arguments of one evaluation of the whole canvas, in canvas mode."""
+        assert self._canvas is not None
+        return self._canvas.joined(prompts, self.weights(size, denoiser.pixels, denoiser.config.wrap), kwargs)
 
     def evaluate(
         self,
