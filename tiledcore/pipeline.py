@@ -26,6 +26,7 @@ from tiledcore.labels import labelled
 from tiledcore.models import EARTH, EARTH_FLUX, EMBEDDED
 from tiledcore.regional import Regional, seeded_latents
 from tiledcore.regions import Region
+from tiledcore.wrapping import wrapped
 
 logger = logging.getLogger(__name__)
 
@@ -326,6 +327,7 @@ class TiledPipeline:
             tiled(pipe, config),
             regional(pipe, regions),
             _bounded_vae(pipe, kwargs),
+            wrapped(pipe.vae, config.wrap, pipe.vae_scale_factor),
             labelled(pipe.vae, "decode", "decode"),
         ):
             if not self.fused:

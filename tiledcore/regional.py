@@ -198,28 +198,14 @@ def evaluations(regions: Sequence[Region], tiling: Tiling, pixels: int) -> int:
     return int((shares.amax((2, 3)) > 0).sum())
 
 
-def seeded_latents(
-    pipe: Any,
-    family: Any,
-    network: Any,
-    call: dict[str, Any],
-    regions: Sequence[Region],
-    wrap: bool | tuple[bool, bool],
-) -> Tensor:
-    """The ``latents`` that a text-to-image pipeline's call starts from, with the regions' own noise in them.
-
-    Elsewhere it is the noise that the pipeline would draw itself.
+def draw_noise(pipe: Any, family: Any, network: Any, call: dict[str, Any]) -> Tensor:
+    """The noise ``[B, C, H, W]`` that a text-to-image pipeline would draw for this call.
 
     Args:
         pipe: the pipeline.
         family: how its network maps to a canvas.
         network: the denoiser.
         call: the arguments of the pipeline's call.
-        regions: of which at least one has a seed.
-        wrap: whether the canvas is a torus, one bool or (along y, along x).
-
-    Returns:
-        As the pipeline takes it: ``[B, C, H, W]``, or packed tokens.
 
     Raises:
         ValueError: the call brings its own latents, or starts from an image.
@@ -227,19 +213,36 @@ def seeded_latents(
     for name in ("latents", "image"):
         if call.get(name) is not None:
             raise ValueError(f"{name}: a region's seed needs initial noise drawn here; leave one of them out")
-    factor = pipe.vae_scale_factor
-    native = family.native(pipe, network)
+    factor, native = pipe.vae_scale_factor, family.native(pipe, network)
     natives = (native, native) if isinstance(native, int) else native
     height, width = (call.get(name) or factor * n for name, n in zip(("height", "width"), natives, strict=True))
-    check_regions(regions, width, height, (wrap, wrap) if isinstance(wrap, bool) else wrap)
     images = _images(call) * (call.get("num_images_per_prompt") or 1)
     channels = network.config.in_channels // (4 if family.packed else 1)
-    shape = (images, channels, height // factor, width // factor)
-    noise = randn_tensor(
-        shape, generator=call.get("generator"), device=torch.device(pipe._execution_device), dtype=network.dtype
+    return randn_tensor(
+        (images, channels, height // factor, width // factor),
+        generator=call.get("generator"),
+        device=torch.device(pipe._execution_device),
+        dtype=network.dtype,
     )
-    noise = seed_noise(noise, regions, factor)
-    return pipe._pack_latents(noise, *shape) if family.packed else noise
+
+
+def as_latents(pipe: Any, family: Any, noise: Tensor) -> Tensor:
+    """Noise ``[B, C, H, W]`` in the form in which the pipeline takes ``latents``: packed, where it packs."""
+    return pipe._pack_latents(noise, *noise.shape) if family.packed else noise
+
+
+def seeded_latents(
+    pipe: Any, family: Any, network: Any, call: dict[str, Any], regions: Sequence[Region], wrap: Wrap
+) -> Tensor:
+    """The ``latents`` that a text-to-image pipeline's call starts from, with the regions' own noise in them.
+
+    Elsewhere it is the noise that the pipeline would draw itself. Arguments and errors are those of
+    :func:`draw_noise`; ``wrap`` says whether the canvas is a torus, as one bool or (along y, along x).
+    """
+    noise, factor = draw_noise(pipe, family, network, call), pipe.vae_scale_factor
+    height, width = (factor * n for n in noise.shape[2:])
+    check_regions(regions, width, height, (wrap, wrap) if isinstance(wrap, bool) else wrap)
+    return as_latents(pipe, family, seed_noise(noise, regions, factor))
 
 
 def _images(arguments: dict[str, Any]) -> int:

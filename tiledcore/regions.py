@@ -180,7 +180,8 @@ def seed_noise(noise: Tensor, regions: Sequence[Region], pixels: int) -> Tensor:
         rows = torch.arange(top // pixels, -(-bottom // pixels)) % H
         columns = torch.arange(left // pixels, -(-right // pixels)) % W
         # On the CPU, so that a seed means the same noise on every device.
-        drawn = torch.randn(B, C, len(rows), len(columns), generator=torch.Generator().manual_seed(region.seed))
+        generator = torch.Generator().manual_seed(region.seed)
+        drawn = torch.stack([torch.randn(C, len(rows), len(columns), generator=generator) for _ in range(B)])
         here = torch.ones(len(rows), len(columns), dtype=torch.bool)
         if region.mask is not None:
             pooled = F.avg_pool2d(torch.from_numpy(_mask(region.mask))[None], pixels)[0]
