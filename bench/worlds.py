@@ -6,8 +6,8 @@ Rows: a planet map wrapped in x, a texture wrapped in x and y, the map without w
 which every right side fits every left side: of 2 and of 4 images. Columns:
 
 - seam: ratio of the line across the wrap (or joint: mean over all pairs that fit) to its 16 neighbours
-  (bench/quality.py); worst: of the axes or pairs; p99: the 99th percentile of that ratio over the ordinary lines of both
-  axes.
+  (bench/quality.py); worst: of the axes or pairs; p99: the 99th percentile of that ratio over the ordinary lines of
+  both axes.
 - TS: Tiling Score of Tiled Diffusion (Madar and Fried, 2025, section 4.2): mean |difference| of pixels in 0..1
   across the joint, and at a fixed offset on both sides of it; the largest of the three, which bounds their average (the
   paper names both). TS inside: the same at the middle of an image, where nothing joins.
