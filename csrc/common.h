@@ -1,7 +1,7 @@
 // What the ops' files share: argument checks, and the macro that compiles a loop for several CPUs.
 //
 // Built on PyTorch's stable ABI only: one binary serves every torch from 2.10 on. The Python side
-// (tiledcore/ops.py) owns the schemas and reports bad arguments well; the checks here only keep a
+// (tiledcore/ops/) owns the schemas and reports bad arguments well; the checks here only keep a
 // direct call of the raw op from touching memory that is not its own.
 #pragma once
 

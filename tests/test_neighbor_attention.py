@@ -427,6 +427,7 @@ TEXT = torch.zeros(2, 6, 3, 8, device=DEVICE)
         ({"q": TOKENS[:0], "k": TOKENS[:0], "v": TOKENS[:0]}, ValueError, "no dimension 0"),
         ({"scale": float("nan")}, ValueError, "scale=nan must be finite"),
         ({"precision": "fp8"}, ValueError, "precision='fp8' is not one of full, int8"),
+        ({"precision": "int8"}, TypeError, "precision='int8' needs q of float16 or bfloat16, got torch.float32"),
         ({"precision": "int8", "impl": "sdpa"}, ValueError, "precision='int8' exists in impl='triton' alone"),
         ({"impl": "cuda"}, ValueError, "impl='cuda' is not one of reference, native, triton, sdpa"),
         ({name: TOKENS.double() for name in "qkv"} | {"impl": "native"}, TypeError, "impl='native' needs q of float16"),

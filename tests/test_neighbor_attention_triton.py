@@ -1,5 +1,6 @@
 """What the Triton kernels of neighbor_attention have of their own: lists of patches, variants, 8-bit scores."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ from tiledcore.kernels import neighbor_attention as full  # noqa: E402
 from tiledcore.kernels import neighbor_attention_int8 as int8  # noqa: E402
 from tiledcore.kernels.neighbor_config import HEAD_DIMS, Config, configuration, split  # noqa: E402
 from tiledcore.kernels.neighbor_patches import patch_lists  # noqa: E402
+
+from tiledcore.ops import attention  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")
 
@@ -267,3 +270,10 @@ def test_8_bits_of_32_are_refused() -> None:
     t = tokens(1, 4, 1, 40)
     with pytest.raises(TypeError, match=r"precision='int8' needs q of float16 or bfloat16, got torch\.float32"):
         ops.neighbor_attention(t, t, t, canvas=(2, 2), tile=(2, 2), halo=(0, 0), precision="int8", impl="triton")
+
+
+def test_heads_too_wide_for_the_kernels_go_to_sdpa() -> None:
+    assert HEAD_DIMS[-1] == attention.TRITON_HEAD_DIM
+    wide = SimpleNamespace(dtype=torch.float16, is_cuda=True, shape=(1, 4, 1, HEAD_DIMS[-1] + 8))
+    assert attention._implementation(wide, "full", None) == "sdpa"  # type: ignore[arg-type]
+    assert attention._implementation(wide, "full", "triton") == "triton"  # type: ignore[arg-type]

@@ -1,9 +1,10 @@
 """The public ops. Each takes ``impl=``: what is named is used or refused, never replaced."""
 
 from tiledcore.ops.attention import Precision, neighbor_attention
+from tiledcore.ops.checks import WINDOWS, Window
 from tiledcore.ops.dispatch import Impl, choose, unavailable
 from tiledcore.ops.step import fused_step, guidance_rescale
-from tiledcore.ops.tiles import WINDOWS, Window, blend_tiles, gather_tiles
+from tiledcore.ops.tiles import blend_tiles, gather_tiles
 
 __all__ = [
     "WINDOWS",

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,23 +22,12 @@ _SCHEMA = (
 # near the caches.
 _CHUNK_BYTES = {"cuda": 512 << 20, "cpu": 8 << 20}
 
+TRITON_HEAD_DIM = 160  # the widest head that the Triton kernels take
+
 Pair = tuple[int, int]
 
 
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    global_q: Tensor | None,
-    global_k: Tensor | None,
-    global_v: Tensor | None,
-    canvas: Pair,
-    tile: Pair,
-    halo: Pair,
-    wrap: tuple[bool, bool],
-    scale: float,
-    precision: str,
-) -> Tensor:
+def _fake(q: Tensor, *_: object) -> Tensor:
     return q.new_empty(q.shape)
 
 
@@ -54,35 +43,18 @@ def _reference(
     global_q: Tensor | None,
     global_k: Tensor | None,
     global_v: Tensor | None,
-    canvas: Pair,
-    tile: Pair,
-    halo: Pair,
-    wrap: tuple[bool, bool],
-    scale: float,
-    precision: str,
+    *geometry: Any,
 ) -> Tensor:
+    canvas, tile, halo, wrap, scale, _ = geometry  # the precision is the kernels' business
     return reference.neighbor_attention(q, k, v, canvas, tile, halo, wrap, scale, global_q, global_k, global_v)
 
 
 @torch.library.impl("tiledcore::neighbor_attention_triton", ("cpu", "cuda"))
 @torch.no_grad()
-def _triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    global_q: Tensor | None,
-    global_k: Tensor | None,
-    global_v: Tensor | None,
-    canvas: Pair,
-    tile: Pair,
-    halo: Pair,
-    wrap: tuple[bool, bool],
-    scale: float,
-    precision: str,
-) -> Tensor:
+def _triton(*arguments: Any) -> Tensor:
     from tiledcore.kernels.neighbor_attention import neighbor_attention as kernel
 
-    return kernel(q, k, v, global_q, global_k, global_v, canvas, tile, halo, wrap, scale, precision)
+    return kernel(*arguments)
 
 
 @torch.library.impl("tiledcore::neighbor_attention_sdpa", ("cpu", "cuda"))
@@ -235,7 +207,8 @@ def neighbor_attention(
         q, k, v: ``[B, H*W, heads, D]``, tokens row-major; float16, bfloat16, float32 or float64, of one dtype. Any
             strides: the views that chunking a fused projection gives are read in place; only a tensor whose last
             dimension is not contiguous is copied. The Triton kernels are tuned for D of 40, 64, 80, 96, 128 and
-            160; on a CPU every D is alike. float64 is computed by ``"sdpa"`` and ``"reference"`` alone.
+            160, and take none above; on a CPU every D is alike. float64 is computed by ``"sdpa"`` and
+            ``"reference"`` alone.
         canvas: ``(H, W)`` in tokens.
         tile: ``(th, tw)`` in tokens; larger than the canvas means one tile.
         halo: ``(hy, hx)`` in tokens.
@@ -245,7 +218,7 @@ def neighbor_attention(
         global_k, global_v: ``[B, G, heads, D]``, keys and values that every query sees; both or neither.
         scale: of the scores; None means ``D ** -0.5``.
         precision: ``"full"``, or ``"int8"``: query-key products in 8-bit integers after subtracting the mean key
-            (SageAttention, Zhang et al. 2024), in ``"triton"`` alone.
+            (SageAttention, Zhang et al. 2024), in ``"triton"`` alone, for float16 and bfloat16.
         impl: ``"reference"``, ``"native"``, ``"triton"`` or ``"sdpa"``; None picks the fastest there is.
 
     Returns:
@@ -282,7 +255,7 @@ def neighbor_attention(
     scale = D**-0.5 if scale is None else float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale={scale} must be finite")
-    op = getattr(torch.ops.tiledcore, _op_name(_implementation(q.dtype, precision, impl), q.device))
+    op = getattr(torch.ops.tiledcore, _op_name(_implementation(q, precision, impl), q.device))
     tensors = [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, global_q, global_k, global_v)]
     return op(*tensors, canvas, tile, halo, tuple(wrap), scale, precision)
 
@@ -296,18 +269,18 @@ def _op_name(impl: Impl | None, device: torch.device) -> str:
 vars(_op_name)["_dynamo_marked_constant"] = True
 
 
-def _implementation(dtype: torch.dtype, precision: str, impl: Impl | None) -> Impl | None:
-    """The implementation, where dtype or precision leave but one."""
+def _implementation(q: Tensor, precision: str, impl: Impl | None) -> Impl | None:
+    """The implementation, where dtype, head dimension or precision leave but one."""
     if precision not in ("full", "int8"):
         raise ValueError(f"precision={precision!r} is not one of full, int8")
     if precision == "int8":
         if impl not in (None, "triton"):
             raise ValueError(f"precision='int8' exists in impl='triton' alone, got impl={impl!r}")
-        if dtype == torch.float64:
-            raise TypeError("precision='int8' needs q of float16, bfloat16 or float32, got torch.float64")
+        if q.dtype not in (torch.float16, torch.bfloat16):
+            raise TypeError(f"precision='int8' needs q of float16 or bfloat16, got {q.dtype}")
         return "triton"
-    if dtype == torch.float64:
-        if impl in ("native", "triton"):
-            raise TypeError(f"impl={impl!r} needs q of float16, bfloat16 or float32, got torch.float64")
-        return impl or "sdpa"
+    if q.dtype == torch.float64 and impl in ("native", "triton"):
+        raise TypeError(f"impl={impl!r} needs q of float16, bfloat16 or float32, got torch.float64")
+    if impl is None and (q.dtype == torch.float64 or (q.is_cuda and q.shape[-1] > TRITON_HEAD_DIM)):
+        return "sdpa"
     return impl

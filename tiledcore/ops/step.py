@@ -1,21 +1,23 @@
 """fused_step: blend, guidance and the scheduler's linear update in one pass over the canvas."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tiledcore import reference
-from tiledcore.ops.dispatch import Impl, choose, define
-from tiledcore.ops.tiles import (
-    _BLEND_DTYPES,
-    WINDOWS,
+from tiledcore.ops.checks import (
+    BLEND_DTYPES,
     Window,
-    _check_grid,
-    _check_image,
-    _check_offsets,
-    _check_size,
-    _readable,
-    blend_tiles,
+    check_grid,
+    check_image,
+    check_offsets,
+    check_size,
+    check_window,
+    readable,
 )
+from tiledcore.ops.dispatch import Impl, choose, define
+from tiledcore.ops.tiles import blend_tiles
 
 MAX_SLOTS = 8
 
@@ -32,48 +34,14 @@ def _fake_step(*_: object) -> None:
 define("fused_step", _STEP, _fake_step)
 
 
-@torch.library.impl("tiledcore::fused_step_reference", ("cpu", "cuda"))
-def _step_reference(
-    tiles: Tensor,
-    offsets: Tensor,
-    state: Tensor,
-    table: Tensor,
-    input_scale: Tensor,
-    step: Tensor,
-    model_input: Tensor,
-    guidance_scale: Tensor | None,
-    noise: Tensor | None,
-    rescale: Tensor | None,
-    window: str,
-    ramp: int,
-) -> None:
-    reference.fused_step(
-        *(tiles, offsets, state, table, input_scale, step, model_input),
-        *(guidance_scale, noise, rescale, window, ramp),
-    )
+torch.library.impl("tiledcore::fused_step_reference", ("cpu", "cuda"))(reference.fused_step)
 
 
 @torch.library.impl("tiledcore::fused_step_triton", ("cpu", "cuda"))
-def _step_triton(
-    tiles: Tensor,
-    offsets: Tensor,
-    state: Tensor,
-    table: Tensor,
-    input_scale: Tensor,
-    step: Tensor,
-    model_input: Tensor,
-    guidance_scale: Tensor | None,
-    noise: Tensor | None,
-    rescale: Tensor | None,
-    window: str,
-    ramp: int,
-) -> None:
+def _step_triton(*arguments: Any) -> None:
     from tiledcore.kernels.fused_step import fused_step as kernel
 
-    kernel(
-        *(tiles, offsets, state, table, input_scale, step, model_input),
-        *(guidance_scale, noise, rescale, window, ramp),
-    )
+    kernel(*arguments)
 
 
 def _check_like(name: str, tensor: Tensor, shape: tuple[int, ...], dims: str, dtype: torch.dtype, like: Tensor) -> None:
@@ -176,13 +144,13 @@ def fused_step(
         ValueError: a shape, size, device, offset, step, window, ramp or ``impl`` is not as above.
         RuntimeError: ``impl`` was named and is unavailable here.
     """
-    _check_image("tiles", tiles, "[T*G*B, C, h, w]")
-    if tiles.dtype not in _BLEND_DTYPES:
-        raise TypeError(f"tiles must be of one of {_BLEND_DTYPES}, got {tiles.dtype}")
+    check_image("tiles", tiles, "[T*G*B, C, h, w]")
+    if tiles.dtype not in BLEND_DTYPES:
+        raise TypeError(f"tiles must be of one of {BLEND_DTYPES}, got {tiles.dtype}")
     _check_state(state, tiles)
     S, B, C, H, W = state.shape
-    tile = _check_size("the tile's size", tiles.shape[2:])
-    _check_offsets(offsets, tiles, (H, W), tile)
+    tile = check_size("the tile's size", tiles.shape[2:])
+    check_offsets(offsets, tiles, (H, W), tile)
     _check_tiles(tiles, offsets.shape[0], 1 if guidance_scale is None else 2, B, C)
 
     dtype, n = state.dtype, max(1, len(table)) if isinstance(table, Tensor) and table.dim() else 1
@@ -200,11 +168,11 @@ def fused_step(
         _check_like("noise", noise, (B, C, H, W), "[B, C, H, W]", dtype, tiles)
     if rescale is not None:
         _check_like("rescale", rescale, (B,), "[B]", dtype, tiles)
-    if _readable(offsets):
-        _check_grid(offsets, (H, W), tile)
-    if _readable(step):
+    if readable(offsets):
+        check_grid(offsets, (H, W), tile)
+    if readable(step):
         _check_evaluation(table, step, noise)
-    window, ramp = _check_window(window, ramp)
+    window, ramp = check_window(window, ramp)
     op = choose("fused_step", impl, tiles.device)
     op(tiles, offsets, state, table, input_scale, step, model_input, guidance_scale, noise, rescale, window, ramp)
 
@@ -216,17 +184,6 @@ def _check_tiles(tiles: Tensor, T: int, G: int, B: int, C: int) -> None:
             f"tiles must be [{T * G * B}, {C}, h, w]: {T} offsets, {halves}, a state of {B} images of {C} channels; "
             f"got {tuple(tiles.shape)}"
         )
-
-
-def _check_window(window: Window, ramp: int) -> tuple[Window, int]:
-    """The window and its ramp as the kernels know them: ``"core"`` is a ramp of one pixel."""
-    if window not in WINDOWS:
-        raise ValueError(f"window={window!r} is not one of {', '.join(WINDOWS)}")
-    if isinstance(ramp, bool) or not isinstance(ramp, int):
-        raise TypeError(f"ramp must be an int, got {ramp!r}")
-    if ramp < 1:
-        raise ValueError(f"ramp={ramp} must be at least 1")
-    return ("ramp", 1) if window == "core" else (window, ramp)
 
 
 def guidance_rescale(
