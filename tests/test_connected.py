@@ -9,7 +9,7 @@ from tiny import tiny_sd, tiny_sdxl
 from tiny_transformers import tiny_flux
 
 from tiledcore import TiledPipeline, TilingConfig
-from tiledcore.connected import SHARED, CanvasGraph, ConnectedDenoiser, Joint, connected
+from tiledcore.connected import SHARED, CanvasGraph, ConnectedDenoiser, Joint, _shared_statistics, connected
 
 SELF = [Joint("x", (0,), (0,)), Joint("y", (0,), (0,))]
 RING = [Joint("x", (0,), (1,)), Joint("x", (1,), (0,))]
@@ -69,6 +69,16 @@ def test_edges_are_predicted_in_the_sight_of_the_neighbour() -> None:
     expected = torch.stack(whole[0].split(16, -1))
     for edge in ((..., slice(0, 2)), (..., slice(-2, None))):
         torch.testing.assert_close(out[edge], expected[edge])
+
+
+def test_shared_statistics_are_those_of_the_images_side_by_side() -> None:
+    norm = torch.nn.GroupNorm(2, 4)
+    torch.nn.init.normal_(norm.weight)
+    images = torch.randn(3, 4, 5, 6) * torch.tensor([1.0, 2, 3]).view(3, 1, 1, 1)
+    expected = torch.stack(norm(torch.cat(list(images), -1)[None])[0].split(6, -1))
+    with _shared_statistics(torch.nn.Sequential(norm)):
+        torch.testing.assert_close(norm(images), expected)
+    assert not torch.allclose(norm(images), expected, atol=1e-2)
 
 
 @pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl, tiny_flux])

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from tiledcore import Region, TiledPipeline, TilingConfig, apply_tiling
 from tiledcore.denoiser import TileDenoiser
-from tiledcore.geometry import TileGrid
 from tiledcore.pipeline import regional
-from tiledcore.regional import evaluations
 from tiledcore.regions import region_weights
 
 SIDE = 208
@@ -76,7 +74,10 @@ def test_the_prediction_is_that_of_each_prompt_alone_mixed_by_the_shares() -> No
     assert_close(generate(pipe, tiling, regions, **step), torch.as_tensor(expected))
 
 
-def test_only_the_prompts_of_a_tile_are_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("seed", "count"), [(None, 5), (4, 4)])
+def test_only_the_prompts_of_a_tile_are_evaluated(
+    seed: int | None, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     evaluated: list[int] = []
     network = TileDenoiser._network
 
@@ -85,12 +86,34 @@ def test_only_the_prompts_of_a_tile_are_evaluated(monkeypatch: pytest.MonkeyPatc
         return network(forward, inputs, **kwargs)
 
     monkeypatch.setattr(TileDenoiser, "_network", staticmethod(spy))
-    tiling = TilingConfig(tile=16, overlap=0)
-    regions = [Region("the ocean", box=(0, 0, 128, 128), feather=0), Region("ice", box=(128, 0, 192, 64), feather=0)]
-    generate(tiny_sd(), tiling, regions, num_inference_steps=1, height=256, width=256)
-    # Four tiles: one is the first region's alone, one is shared, two have the global prompt alone.
-    assert sum(evaluated) == 5
-    assert evaluations(regions, TileGrid(32, 32, 16), 8) == 5
+    # Four tiles: one is the first region's alone, two have the global prompt alone, and one is shared; or else, where
+    # the second region has a seed, tile and all, its own.
+    box = (128, 0, 192, 64) if seed is None else (128, 0, 256, 128)
+    regions = [Region("the ocean", box=(0, 0, 128, 128), feather=0), Region("ice", box=box, feather=0, seed=seed)]
+    pipe = TiledPipeline.from_pipe(tiny_sd(), tiling=TilingConfig(tile=16, overlap=0))
+    pipe.set_progress_bar_config(disable=True)
+    pipe("a cat", regions=regions, num_inference_steps=1, height=256, width=256, output_type="latent")
+    assert sum(evaluated) == count
+    assert pipe.report is not None and pipe.report.region_tiles == count
+
+
+@pytest.mark.parametrize("name", ["tiles", "wrap", "shift"])
+def test_a_region_with_a_seed_can_be_moved_without_changing(name: str) -> None:
+    """Its tiles see nothing else here: the box is whole tiles, without a feather."""
+    pipe, side = tiny_sd(), 27  # two tiles that share 5 latent pixels
+    config = CONFIGS[name]
+
+    def content(x: int, y: int, seed: int | None) -> Tensor:
+        box = (8 * x, 8 * y, 8 * (x + side), 8 * (y + side))
+        region = Region("the ocean", box=box, feather=0, seed=seed)
+        image = generate(pipe, config, [region], height=320, width=336)
+        return image.roll((-y, -x), (2, 3))[:, :, :side, :side]
+
+    here = content(2, 3, seed=1)
+    assert_close(content(9, 7, seed=1), here)
+    assert not torch.allclose(content(9, 7, seed=None), content(2, 3, seed=None), atol=1e-2)
+    if name == "wrap":
+        assert_close(content(30, 35, seed=1), here)
 
 
 def test_a_batch_of_prompts_and_images() -> None:

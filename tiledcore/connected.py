@@ -13,10 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tiledcore import ops
@@ -229,13 +231,15 @@ def _hook(network: Any) -> Any:
 def _connected_decoder(vae: Any, graph: CanvasGraph, factor: int) -> Iterator[None]:
     """``vae.decode`` sees each image continued by its neighbours, as :func:`tiledcore.wrapping.wrapped` does.
 
-    Normalisation has each image's own statistics still, so that tone may step by a little at a joint.
+    The images of a set are normalised by the statistics of all of them: by its own, each would have another tone, and
+    that would step at the joints.
     """
     own, decode, partners = vars(vae).get("decode"), vae.decode, graph.partners(None)
 
     def decode_connected(z: Tensor, *args: Any, **kwargs: Any) -> Any:
         y, x = (min(decoder_reach(vae), n) for n in z.shape[-2:])
-        output = decode(graph.pad(z, (y, x), partners), *args, **kwargs)
+        with _shared_statistics(vae):
+            output = decode(graph.pad(z, (y, x), partners), *args, **kwargs)
         if isinstance(output, tuple):
             return (graph.crop(output[0], (y * factor, x * factor)), *output[1:])
         return type(output)(sample=graph.crop(output.sample, (y * factor, x * factor)))
@@ -247,3 +251,22 @@ def _connected_decoder(vae: Any, graph: CanvasGraph, factor: int) -> Iterator[No
         del vars(vae)["decode"]
         if own is not None:
             vars(vae)["decode"] = own
+
+
+@contextmanager
+def _shared_statistics(network: torch.nn.Module) -> Iterator[None]:
+    """Every GroupNorm takes its statistics over the whole batch, as if the images were one."""
+
+    def shared(norm: torch.nn.GroupNorm, x: Tensor) -> Tensor:
+        one = x.transpose(0, 1).flatten(1)[None]  # [1, C, N * pixels]
+        out = F.group_norm(one, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        return out[0].unflatten(1, (len(x), *x.shape[2:])).transpose(0, 1)
+
+    norms = [module for module in network.modules() if type(module) is torch.nn.GroupNorm]
+    for norm in norms:
+        vars(norm)["forward"] = partial(shared, norm)
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del vars(norm)["forward"]

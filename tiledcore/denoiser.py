@@ -292,6 +292,10 @@ class TileDenoiser:
             buffer[start * batch : start * batch + len(out)] = out
         return self.prediction(buffer, offsets, size)
 
+    def tile(self, size: Pair) -> Pair:
+        """Size of the grid's tiles on a canvas, before any shift."""
+        return self.config.grid(size[0] * self.unit, size[1] * self.unit, self.native, self.unit).tile_size
+
     def prediction(self, tiles: torch.Tensor, offsets: torch.Tensor, size: Pair) -> Prediction:
         """Predictions of the grid's tiles, to be blended as configured."""
         assert self._grid is not None

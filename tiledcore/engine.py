@@ -55,6 +55,8 @@ class Report:
     evaluations: int
     """Of the network on the whole canvas, by the engine."""
     graph: Counters
+    region_tiles: int | None = None
+    """With regions: tiles evaluated in the last step, each as often as there are prompts in it."""
 
 
 @dataclass

@@ -338,11 +338,14 @@ class TiledPipeline:
             bound = signature(type(pipe).__call__).bind_partial(pipe, *args, **kwargs)
             bound.apply_defaults()
             with Engine(pipe, bound.arguments, config, self._graphs) as engine:
-                _registry(network_of(pipe)[0]).get_hook(HOOK).engine = engine
+                hook = _registry(network_of(pipe)[0]).get_hook(HOOK)
+                hook.engine = engine
                 try:
                     return pipe(*args, **kwargs)
                 finally:
                     self.report = engine.report()
+                    if hook.regions is not None:
+                        self.report.region_tiles = hook.regions.tiles
 
 
 @contextmanager

@@ -6,7 +6,7 @@ always does. The pipeline encodes the regions' prompts itself, by the same argum
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,9 @@ from diffusers import (
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from tiledcore import ops
-from tiledcore.geometry import Pair, Partition, Tiling
+from tiledcore.geometry import Pair
 from tiledcore.regional_canvas import CanvasRegions
+from tiledcore.regional_tiles import Shares, evaluate, split
 from tiledcore.regions import Region, check_regions, region_weights, seed_noise
 
 if TYPE_CHECKING:
@@ -63,11 +63,12 @@ class Regional:
             known = ", ".join(kind.__name__ for kind in TEXT)
             raise TypeError(f"regions: {type(pipe).__name__} has no prompts that can be replaced; known are {known}")
         self.pipe, self.regions, self._text = pipe, tuple(regions), found[0]
+        self.tiles = 0  # evaluated in the last step, each as often as there are prompts in it
         self._encoded: list[Any] = []
         self._negative: list[Tensor] = []
         self._used = False
         self._weights: tuple[Any, Tensor] | None = None
-        self._shares: tuple[Any, Tensor] | None = None
+        self._shares: tuple[Tensor, Shares] | None = None
         self._canvas = CanvasRegions(network) if canvas else None
 
     def __enter__(self) -> Regional:
@@ -155,47 +156,13 @@ class Regional:
         kwargs: dict[str, Any],
     ) -> Prediction:
         """As :meth:`tiledcore.denoiser.TileDenoiser.evaluate`, with :meth:`prompts` in place of one."""
-        batch, size, tiling = len(sample), (sample.shape[2], sample.shape[3]), denoiser._tiling
-        assert tiling is not None
-        groups = _groups(tiling)
-        canvas: Tensor | None = None
-        for i, (tile, places) in enumerate(groups.items()):
-            offsets = torch.tensor(places, dtype=torch.int32)
-            shares = self._of_tiles(denoiser, size, tiling, i, tile, offsets)
-            tiles = None
-            for (chosen, p), parts in _evaluations(shares, denoiser.config.tile_batch):
-                out = denoiser._tile_batch(
-                    forward, sample, offsets[chosen].to(sample.device), tile, {**kwargs, **prompts[p]}
-                )
-                if tiles is None:
-                    tiles = out.new_zeros(len(places) * batch, *out.shape[1:])
-                _add(tiles, chosen, out, parts)
-            assert tiles is not None
-            if isinstance(tiling, Tiling):
-                return denoiser.prediction(tiles, offsets.to(sample.device), size)
-            if canvas is None:
-                canvas = tiles.new_empty(batch, tiles.shape[1], *size)
-            for place, one in zip(places, tiles.split(batch), strict=True):
-                denoiser.put(canvas, one, place)
-        assert canvas is not None
-        return denoiser._whole(canvas)
-
-    def _of_tiles(
-        self, denoiser: TileDenoiser, size: Pair, tiling: Tiling | Partition, group: int, tile: Pair, offsets: Tensor
-    ) -> Tensor:
-        """``[T, P, h, w]``: the prompts' shares in each tile of a group; kept while the tiles stay where they are."""
-        key = (tiling, group)
-        if self._shares is None or self._shares[0] != key:
-            weights = self.weights(size, denoiser.pixels, denoiser.config.wrap)
-            self._shares = (key, ops.gather_tiles(weights[None], offsets, tile))
-        return self._shares[1]
-
-
-def evaluations(regions: Sequence[Region], tiling: Tiling, pixels: int) -> int:
-    """How many tiles a step evaluates with these regions: each as often as there are prompts in it."""
-    weights = region_weights(regions, (tiling.height, tiling.width), pixels, tiling.wrap)
-    shares = ops.gather_tiles(weights[None], torch.tensor(tiling.offsets, dtype=torch.int32), tiling.tile_size)
-    return int((shares.amax((2, 3)) > 0).sum())
+        size, wrap = (sample.shape[2], sample.shape[3]), denoiser.config.wrap
+        weights = self.weights(size, denoiser.pixels, wrap)
+        if self._shares is None or self._shares[0] is not weights:
+            wraps, tile = (wrap, wrap) if isinstance(wrap, bool) else wrap, denoiser.tile(size)
+            self._shares = (weights, split(self.regions, weights, denoiser.pixels, tile, wraps))
+        prediction, self.tiles = evaluate(denoiser, self._shares[1], prompts, forward, sample, kwargs)
+        return prediction
 
 
 def draw_noise(pipe: Any, family: Any, network: Any, call: dict[str, Any]) -> Tensor:
@@ -251,27 +218,3 @@ def _images(arguments: dict[str, Any]) -> int:
         return len(arguments["prompt_embeds"])
     prompt = arguments.get("prompt")
     return len(prompt) if isinstance(prompt, list) else 1
-
-
-def _groups(tiling: Tiling | Partition) -> dict[Pair, tuple[Pair, ...]]:
-    return {tiling.tile_size: tiling.offsets} if isinstance(tiling, Tiling) else tiling.groups
-
-
-def _evaluations(shares: Tensor, tile_batch: int) -> Iterable[tuple[tuple[list[int], int], Tensor]]:
-    """(indices of tiles, prompt) of every batch to evaluate, and the shares ``[n, 1, h, w]`` of that prompt in them."""
-    present = shares.amax((2, 3)) > 0
-    for p in range(shares.shape[1]):
-        mine = present[:, p].nonzero().flatten().tolist()
-        for start in range(0, len(mine), tile_batch):
-            chosen = mine[start : start + tile_batch]
-            yield (chosen, p), shares[chosen, p : p + 1]
-
-
-def _add(tiles: Tensor, chosen: list[int], out: Tensor, shares: Tensor) -> None:
-    """Add the predictions of some tiles, weighted, to all tiles' ``[T*B, C, h, w]``."""
-    batch = len(out) // len(chosen)
-    shares = shares.to(out)
-    for i, tile in enumerate(chosen):
-        one = out[i * batch : (i + 1) * batch]
-        whole = bool((shares[i] == 1).all())  # the only prompt here: as it came, so that no bit changes
-        tiles[tile * batch : (tile + 1) * batch] += one if whole else one * shares[i]

@@ -46,8 +46,9 @@ class Region:
         weight: above 0.
         feather: width in image pixels of the transition at the region's border, half of it outside. At the canvas'
             own border there is none.
-        seed: of the region's part of the initial noise, which then moves along when the box is moved (best by
-            whole latent pixels). Default: the noise of the canvas.
+        seed: of the region's part of the initial noise. The region then also has tiles of its own (in tile mode), so
+            that its content moves along when the box is moved, by whole latent pixels, and changes only where tiles
+            reach out of it. Default: the noise of the canvas.
 
     Raises:
         ValueError: names the argument, its value and what is valid.
