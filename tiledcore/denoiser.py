@@ -290,17 +290,9 @@ class TileDenoiser:
             out = self._tile_batch(forward, sample, part, tile, kwargs)
             buffer = self._buffer((len(tiling) * batch, *out.shape[1:]), out)
             buffer[start * batch : start * batch + len(out)] = out
-        return self.prediction(buffer, offsets, size)
-
-    def tile(self, size: Pair) -> Pair:
-        """Size of the grid's tiles on a canvas, before any shift."""
-        return self.config.grid(size[0] * self.unit, size[1] * self.unit, self.native, self.unit).tile_size
-
-    def prediction(self, tiles: torch.Tensor, offsets: torch.Tensor, size: Pair) -> Prediction:
-        """Predictions of the grid's tiles, to be blended as configured."""
         assert self._grid is not None
         ramp = max(1, min(self._grid.overlap)) if self.config.ramp is None else -(-self.config.ramp // self.unit)
-        return Prediction(tiles, offsets, size, ramp)
+        return Prediction(buffer, offsets, size, ramp)
 
     def _evaluate_partition(
         self,
@@ -321,17 +313,12 @@ class TileDenoiser:
                 part = torch.tensor(group, dtype=torch.int32).to(sample.device)
                 out = self._tile_batch(forward, sample, part, (h, w), kwargs)
                 canvas = self._buffer((batch, out.shape[1], height, width), out)
-                for place, tile in zip(group, out.split(batch), strict=True):
-                    self.put(canvas, tile, place)
+                for (y, x), tile in zip(group, out.split(batch), strict=True):
+                    rows, columns = _span(y, h, height), _span(x, w, width)
+                    for into_y, from_y in rows:
+                        for into_x, from_x in columns:
+                            canvas[:, :, into_y, into_x] = tile[:, :, from_y, from_x]
         return self._whole(canvas)
-
-    @staticmethod
-    def put(canvas: torch.Tensor, tile: torch.Tensor, place: Pair) -> None:
-        """Write a tile ``[B, C, h, w]`` where it belongs; it may wrap."""
-        rows, columns = (_span(*axis) for axis in zip(place, tile.shape[2:], canvas.shape[2:], strict=True))
-        for into_y, from_y in rows:
-            for into_x, from_x in columns:
-                canvas[:, :, into_y, into_x] = tile[:, :, from_y, from_x]
 
     def _whole(self, prediction: torch.Tensor) -> Prediction:
         """A prediction of the canvas as one tile."""

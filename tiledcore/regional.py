@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tiledcore.geometry import Pair
 from tiledcore.regional_canvas import CanvasRegions
-from tiledcore.regional_tiles import Shares, evaluate, split
+from tiledcore.regional_tiles import Shares, evaluate, grid_of, split
 from tiledcore.regions import Region, check_regions, region_weights, seed_noise
 
 if TYPE_CHECKING:
@@ -159,7 +159,8 @@ class Regional:
         size, wrap = (sample.shape[2], sample.shape[3]), denoiser.config.wrap
         weights = self.weights(size, denoiser.pixels, wrap)
         if self._shares is None or self._shares[0] is not weights:
-            wraps, tile = (wrap, wrap) if isinstance(wrap, bool) else wrap, denoiser.tile(size)
+            wraps = (wrap, wrap) if isinstance(wrap, bool) else wrap
+            tile = grid_of(denoiser, size, wraps).tile_size
             self._shares = (weights, split(self.regions, weights, denoiser.pixels, tile, wraps))
         prediction, self.tiles = evaluate(denoiser, self._shares[1], prompts, forward, sample, kwargs)
         return prediction

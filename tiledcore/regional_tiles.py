@@ -1,7 +1,7 @@
 """Tile mode with regions: which tiles are evaluated for which prompts, and how the predictions become one canvas.
 
 The canvas' tiles are evaluated once for every prompt that has a share in them. A region with a seed has tiles
-of its own, laid out from its box, so that what it becomes does not depend on where the box lies among the canvas' tiles.
+of its own, laid out from its box, so that what it becomes does not depend on where among the canvas' tiles it lies.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from tiledcore import ops
-from tiledcore.geometry import Pair, Partition, Tiling
+from tiledcore.denoiser import Prediction
+from tiledcore.geometry import Pair, Partition, TileGrid, Tiling
 from tiledcore.regions import Region
 
 if TYPE_CHECKING:
-    from tiledcore.denoiser import Prediction, TileDenoiser
+    from tiledcore.denoiser import TileDenoiser
 
 Run = Callable[[Tensor, Pair, int], Tensor]
 """``(offsets [n, 2], tile size, prompt)`` -> predictions ``[n*B, C, h, w]``."""
@@ -99,14 +100,13 @@ def evaluate(
         tiles = _common(run, shares.common, offsets, tile, batch, like, denoiser.config.tile_batch)
         like = tiles
         if isinstance(tiling, Tiling):
-            prediction = denoiser.prediction(tiles, offsets.to(sample.device), size)
             if not own:
-                return prediction, count
+                return Prediction(tiles, offsets.to(sample.device), size, _ramp(denoiser, tiling)), count
             canvas = _blend(denoiser, tiling, tiles, offsets)
             break
         canvas = tiles.new_empty(batch, tiles.shape[1], *size) if canvas is None else canvas
         for place, one in zip(places, tiles.split(batch), strict=True):
-            denoiser.put(canvas, one, place)
+            _put(canvas, one, place)
     assert canvas is not None
     for p, (rows, columns, share) in shares.own.items():
         canvas[:, :, rows[:, None].to(canvas.device), columns.to(canvas.device)] += own[p] * share.to(canvas)
@@ -146,11 +146,11 @@ def _batches(shares: Tensor, tile_batch: int) -> Iterator[tuple[list[int], int]]
 
 def _own(denoiser: TileDenoiser, run: Run, rows: Tensor, columns: Tensor, timestep: Any, size: Pair, p: int) -> Tensor:
     """The prediction ``[B, C, h, w]`` of a part of the canvas, on tiles laid out from its corner."""
-    config, unit = replace(denoiser.config, wrap=False), denoiser.unit
-    tiling: Tiling | Partition = config.grid(len(rows) * unit, len(columns) * unit, denoiser.native, unit)
-    if config.shift:
+    config, grid = denoiser.config, grid_of(denoiser, (len(rows), len(columns)), (False, False))
+    tiling: Tiling | Partition = grid
+    if isinstance(denoiser._tiling, Partition):  # as the canvas' own tiles in this step
         step = round(1000 * float(torch.as_tensor(timestep).flatten()[0]))
-        tiling = tiling.shifted(step, config.seed)  # type: ignore[union-attr]
+        tiling = TileGrid(grid.height, grid.width, grid.tile_size).shifted(step, config.seed)
     corner, canvas = torch.tensor([[int(rows[0]), int(columns[0])]]), None
     for tile, places in _groups(tiling).items():
         local = torch.tensor(places, dtype=torch.int32)
@@ -162,15 +162,33 @@ def _own(denoiser: TileDenoiser, run: Run, rows: Tensor, columns: Tensor, timest
         if canvas is None:
             canvas = tiles.new_empty(batch, tiles.shape[1], len(rows), len(columns))
         for place, one in zip(places, tiles.split(batch), strict=True):
-            denoiser.put(canvas, one, place)
+            _put(canvas, one, place)
     assert canvas is not None
     return canvas
+
+
+def grid_of(denoiser: TileDenoiser, size: Pair, wrap: tuple[bool, bool]) -> TileGrid:
+    """The tiles of a canvas, or of a part of one, in canvas pixels; before any shift."""
+    config, unit = replace(denoiser.config, wrap=wrap), denoiser.unit
+    return config.grid(size[0] * unit, size[1] * unit, denoiser.native, unit)
+
+
+def _ramp(denoiser: TileDenoiser, tiling: Tiling) -> int:
+    ramp = denoiser.config.ramp
+    return max(1, min(tiling.overlap)) if ramp is None else -(-ramp // denoiser.unit)
 
 
 def _blend(denoiser: TileDenoiser, tiling: Tiling, tiles: Tensor, offsets: Tensor) -> Tensor:
     if len(offsets) == 1:
         return tiles
-    config = denoiser.config
-    ramp = max(1, min(tiling.overlap)) if config.ramp is None else -(-config.ramp // denoiser.unit)
-    size = (tiling.height, tiling.width)
+    size, ramp, config = (tiling.height, tiling.width), _ramp(denoiser, tiling), denoiser.config
     return ops.blend_tiles(tiles, offsets.to(tiles.device), size, window=config.window, ramp=ramp, impl=config.impl)
+
+
+def _put(canvas: Tensor, tile: Tensor, place: Pair) -> None:
+    """Write a tile ``[B, C, h, w]`` where it belongs; it may wrap."""
+    rows, columns = (
+        torch.arange(start, start + n, device=canvas.device) % size
+        for start, n, size in zip(place, tile.shape[2:], canvas.shape[2:], strict=True)
+    )
+    canvas[:, :, rows[:, None], columns] = tile
