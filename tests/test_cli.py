@@ -215,6 +215,42 @@ def test_shifted_tiles(model: str) -> None:
     assert tiling["lines_y"] == [8 * y for y in grid.lines[0]]
 
 
+SCENE = '[[region]]\nprompt = "ice"\nbox = [0, 0, 96, 160]\nfeather = 16\nseed = 4\n'
+
+
+def test_regions_of_a_scene_file(model: str, here: Path) -> None:
+    (here / "scene.toml").write_text(SCENE)
+    assert generate(model) == 0
+    plain = pixels()
+    assert generate(model, "--regions", "scene.toml", "--tile", "16") == 0
+    assert pixels() != plain
+    region = {"prompt": "ice", "box": [0, 0, 96, 160], "weight": 1.0, "feather": 16, "seed": 4}
+    assert stored()["regions"] == [region]
+
+
+@pytest.mark.parametrize(
+    ("scene", "message"),
+    [
+        (None, "scene.toml: cannot be read: No such file or directory"),
+        (SCENE.replace("96", "960"), "region 1: box=(0, 0, 960, 160): does not lie inside the canvas of 192x160 px"),
+        (SCENE.replace("box", "boks"), "region 1: unknown key 'boks'"),
+        (SCENE.replace("box = [0, 0, 96, 160]", 'mask = "empty.png"'), "region 1: mask: is empty"),
+        (SCENE.replace("16\n", '"16"\n'), "region 1: feather='16': must be an int"),
+    ],
+)
+def test_a_bad_scene_is_refused_before_the_model_is_opened(
+    model: str, here: Path, scene: str | None, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("L", (192, 160)).save("empty.png")
+    if scene is not None:
+        (here / "scene.toml").write_text(scene)
+    assert generate(model, "--regions", "scene.toml") == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert message in err
+    assert not Path("a.png").exists()
+
+
 @pytest.mark.parametrize("extension", ["jpg", "jpeg", "webp", "PNG"])
 def test_formats(model: str, extension: str, capsys: pytest.CaptureFixture[str]) -> None:
     out = f"a.{extension}"

@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "Pull": "tiledcore.pull",
+    "Region": "tiledcore.regions",
     "Stage": "tiledcore.stages",
     "Staging": "tiledcore.stages",
     "TileGrid": "tiledcore.geometry",
@@ -19,6 +20,7 @@ _EXPORTS = {
 }
 __all__ = [
     "Pull",
+    "Region",
     "Stage",
     "Staging",
     "TileGrid",
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from tiledcore.geometry import TileGrid
     from tiledcore.pipeline import TiledPipeline, apply_tiling, remove_tiling
     from tiledcore.pull import Pull
+    from tiledcore.regions import Region
     from tiledcore.stages import Stage, Staging
 
 

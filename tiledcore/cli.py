@@ -148,6 +148,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         metavar="auto|FACTOR",
         help="one composition: make it at the model's size, then enlarge and refine by at most FACTOR (auto: 2)",
     )
+    add("--regions", type=Path, metavar="FILE", help="parts of the image with prompts of their own: a TOML scene")
     add("--device", metavar="NAME", help="default cuda where there is one, else cpu")
     add("--dtype", choices=DTYPES, help="default fp16 on cuda, else fp32")
     _add_tiling(parser.add_argument_group("tiling (sizes in latent pixels, usually of 8 px)"))

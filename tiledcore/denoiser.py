@@ -298,18 +298,24 @@ class TileDenoiser:
                 first entry is ``[N, C', h, w]``.
             sample: canvas ``[B, C, H, W]``.
             timestep: scalar, or ``[B]``.
-            kwargs: the denoiser's other arguments.
+            kwargs: the denoiser's other arguments; ``regions``: a :class:`~tiledcore.regional.Regional`, or None.
 
         Returns:
             The tiles' predictions, in the denoiser's dtype, in a buffer that the next evaluation overwrites.
         """
         batch, _, height, width = sample.shape
         size = (height, width)
+        regions = kwargs.pop("regions", None)
+        prompts = regions.prompts(kwargs) if regions is not None else None
         if self.config.mode == "canvas":
+            if prompts is not None:
+                kwargs = regions.joined(self, prompts, size, kwargs)
             return self._whole(self._network(forward, sample, timestep=timestep, **kwargs))
         _refuse(kwargs)
         tiling, offsets = self._tiling, self._offsets
         assert tiling is not None, "place() comes first"
+        if prompts is not None:
+            return regions.evaluate(self, prompts, forward, sample, {**kwargs, "timestep": timestep})
         if len(tiling) == 1:
             return self._whole(self._network(forward, sample, timestep=timestep, **kwargs))
         exchange = self._exchange if isinstance(tiling, Partition) else None

@@ -68,6 +68,8 @@ class Report:
     """What a ``memory_budget`` led to, with its predicted peak."""
     measured_bytes: int | None = None
     """With a plan: the peak of tensors alive on the device, weights included."""
+    region_tiles: int | None = None
+    """With regions: tiles evaluated in the last step, each as often as there are prompts in it."""
 
 
 @dataclass
@@ -323,6 +325,8 @@ class Engine:
         refusal = (
             self._graph_refusal() if uniform else "the tiles of a step have several sizes, or differ from step to step"
         )
+        if conditions.get("regions") is not None:
+            refusal = "regions: which prompts a tile has is decided on the host"
         pulling = self.pulling if self.pulling is not None and self.pulling.active(index) else None
         if pulling is not None:
             refusal = refusal or "a pulled step has one input more than the others"

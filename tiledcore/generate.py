@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tiledcore.checkpoint import Checkpoint
     from tiledcore.denoiser import TilingConfig
     from tiledcore.pipeline import TiledPipeline
+    from tiledcore.regions import Region
     from tiledcore.stream import Rows
 
 SIZE = (1024, 1024)
@@ -174,6 +175,8 @@ def check(args: argparse.Namespace) -> Image.Image | None:
         check_target(args.out, args.size)
         if args.checkpoint_every is not None and args.checkpoint is None:
             raise CommandError("--checkpoint-every: only used with --checkpoint")
+    if args.regions is not None:
+        args.scene = _scene(args)
     return image
 
 
@@ -184,6 +187,22 @@ def _mask(path: Path, size: tuple[int, int]) -> Image.Image:
     if mask.getextrema()[1] < 128:
         raise CommandError(f"--mask {path}: nothing in it is white, so there is nothing to change")
     return mask
+
+
+def _scene(args: argparse.Namespace) -> list[Region]:
+    from tiledcore.regions import scene_for
+
+    try:
+        width, height = args.size
+        scene = scene_for(args.regions, width, height, ("y" in args.wrap, "x" in args.wrap))
+    except OSError as error:
+        raise CommandError(f"{args.regions}: cannot be read: {error.strerror or error}") from error
+    seeds = [region for region in scene if region.seed is not None]
+    if seeds and args.init_image is not None:
+        raise CommandError(
+            f"{args.regions}: seed={seeds[0].seed}: regions have no noise of their own with --init-image"
+        )
+    return scene
 
 
 def _factor(model: str) -> int:
@@ -324,6 +343,8 @@ def call_arguments(args: argparse.Namespace, pipe: TiledPipeline, image: Image.I
         from tiledcore.stages import Staging
 
         call["stages"] = "auto" if args.stages == "auto" else Staging(factor=args.stages)
+    if args.regions is not None:
+        call["regions"] = args.scene
     return call
 
 
@@ -375,6 +396,8 @@ def _describe(
     }
     if args.init_image is not None:
         metadata.update(init_image=str(args.init_image), strength=call["strength"])
+    if args.regions is not None:
+        metadata["regions"] = [region.describe() for region in args.scene]
     return metadata | {
         "device": args.device,
         "dtype": args.dtype,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial, update_wrapper
 from inspect import signature
@@ -31,9 +31,12 @@ from tiledcore.models import EARTH, EARTH_FLUX, EMBEDDED
 from tiledcore.models.architecture import NATIVE
 from tiledcore.planner import Plan
 from tiledcore.pull import Pull, Pulling
+from tiledcore.regional import Regional, seeded_latents
+from tiledcore.regions import Region
 from tiledcore.stages import Stages, from_pictures, staging
 from tiledcore.stream import Rows, streamed
 from tiledcore.vae import exact_bands, unsupported
+from tiledcore.wrapping import wrapped
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +58,8 @@ class TilingHook(ModelHook):
 
     engine: Engine | None = None
     """What moves the canvas during a call of a :class:`TiledPipeline`."""
+    regions: Regional | None = None
+    """Prompts of parts of the canvas."""
 
     def __init__(self, denoiser: TileDenoiser, family: Family, scheduler: Any, tokens: int) -> None:
         super().__init__()
@@ -89,7 +94,7 @@ class TilingHook(ModelHook):
 
         def forward(tiles: torch.Tensor, timestep: Any, **conditions: Any) -> tuple[torch.Tensor]:
             if tiles is canvas:  # one tile: the call as it came, so that no bit changes
-                inputs = arguments
+                inputs = arguments | conditions
             else:
                 if getattr(module, "is_cache_enabled", False):
                     raise ValueError("enable_cache: its state would be shared by different tiles; call disable_cache()")
@@ -99,6 +104,7 @@ class TilingHook(ModelHook):
             return (family.prediction(output, (tiles.shape[2], tiles.shape[3])),)
 
         conditions = {name: v for name, v in arguments.items() if name not in (family.sample, family.timestep)}
+        conditions["regions"] = self.regions
         if engine is not None:
             engine.look(arguments, family)
             prediction = engine.run_step(self.denoiser, forward, arguments[family.timestep], conditions)
@@ -315,6 +321,7 @@ class TiledPipeline:
         *args: Any,
         image: Any = None,
         tiling: TilingConfig | None = None,
+        regions: Sequence[Region] | None = None,
         rows: Rows | None = None,
         checkpoint: Checkpoint | str | PathLike[str] | None = None,
         pull: Pull | None = None,
@@ -329,6 +336,7 @@ class TiledPipeline:
             image: start from this picture (PIL, or a tensor as diffusers takes it). A PIL image is
                 resized to ``height`` and ``width`` where these are given.
             tiling: for this call, instead of ``self.tiling``.
+            regions: parts of the canvas with prompts of their own, see :class:`tiledcore.Region`.
             rows: is given the decoded image as an iterator of bands ``[rows, width, 3]`` uint8, top to bottom, and
                 the image is never in memory whole; those of the result are then stand-ins of one pixel.
                 :func:`tiledcore.writers.write_rows` writes them to a file.
@@ -384,10 +392,16 @@ class TiledPipeline:
         if self._budget is not None:
             plan = self._budget.plan(pipe, args, kwargs, config if tiling or self._asked else None)
             config = plan.tiling
+        if any(region.seed is not None for region in regions or ()):
+            network, family = network_of(pipe)
+            arguments = signature(type(pipe).__call__).bind_partial(pipe, *args, **kwargs).arguments
+            kwargs["latents"] = seeded_latents(pipe, family, network, arguments, regions or (), config.wrap)
         with (
             within(self, pipe, plan),
             tiled(pipe, config),
+            regional(pipe, regions),
             _bounded_vae(pipe, kwargs, plan),
+            wrapped(pipe.vae, config.wrap, pipe.vae_scale_factor),
             streamed(pipe, rows, EXACT_DECODE_PIXELS),
             labelled(pipe.vae, "decode", "decode"),
         ):
@@ -404,11 +418,14 @@ class TiledPipeline:
             watching = pulling.watching() if pulling is not None else nullcontext()
             engine = Engine(pipe, bound.arguments, config, self._graphs, checkpoint, pulling, self.fused)
             with watching, engine:
-                registry(network_of(pipe)[0]).get_hook(HOOK).engine = engine
+                hook = registry(network_of(pipe)[0]).get_hook(HOOK)
+                hook.engine = engine
                 try:
                     return pipe(*args, **kwargs)
                 finally:
                     self.report = engine.report()
+                    if hook.regions is not None:
+                        self.report.region_tiles = hook.regions.tiles
 
     @staticmethod
     def _pulling(pull: Pull | None, pipe: Any, config: TilingConfig, image: Any) -> Pulling | None:
@@ -433,6 +450,33 @@ def tiled(pipe: Any, config: TilingConfig | None = None) -> Iterator[Any]:
         remove_tiling(pipe)
         if before is not None:
             apply_tiling(pipe, before.denoiser.config)
+
+
+@contextmanager
+def regional(pipe: Any, regions: Sequence[Region] | None) -> Iterator[Any]:
+    """Give parts of the canvas prompts of their own, for the length of a ``with`` block.
+
+    Args:
+        pipe: a pipeline that :func:`apply_tiling` has tiled.
+        regions: None or nothing in it: no change.
+
+    Raises:
+        ValueError: the pipeline is not tiled; at the first step also for regions that do not fit the canvas.
+        TypeError: its prompts cannot be replaced.
+    """
+    if not regions:
+        yield pipe
+        return
+    network, _ = network_of(pipe)
+    hook = registry(network).get_hook(HOOK)
+    if hook is None:
+        raise ValueError("regions: the pipeline is not tiled; call apply_tiling first")
+    with Regional(pipe, network, regions, canvas=hook.denoiser.config.mode == "canvas") as prompts:
+        hook.regions = prompts
+        try:
+            yield pipe
+        finally:
+            hook.regions = None
 
 
 @contextmanager
