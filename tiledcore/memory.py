@@ -8,7 +8,7 @@ the engine's buffers, and the VAE.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -16,15 +16,18 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tiledcore import attention, ops
+from tiledcore import attention, ops, vae_plan
 from tiledcore.architectures import Architecture, Part
+from tiledcore.bands import Extent
 from tiledcore.denoiser import TileDenoiser, TilingConfig
 from tiledcore.families import FAMILIES, Family
 from tiledcore.geometry import Pair, Partition, Tiling
 from tiledcore.simulation import Simulated, build, simulated
-from tiledcore.vae import Plan as BandPlan
-from tiledcore.vae import plan as band_plan
+from tiledcore.vae import _count, _program, _shadow
+from tiledcore.vae_plan import Plan as BandPlan
 
+COUNTED = 128 * 128
+"""Latent pixels up to which a decode in bands is simulated."""
 SLOTS = 4
 """Canvases of scheduler state that are counted: what multistep schedulers of the third order keep."""
 UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
@@ -268,7 +271,8 @@ class Predictor:
 def vae_peak(vae: Any, latents: tuple[int, ...], room: int) -> BandPlan:
     """Exact decoding in row bands within so many bytes beside weights, latents and image, or in the fewest.
 
-    Planned without host memory, which a CUDA device may use in addition, to compute less twice.
+    Planned without host memory, which a CUDA device may use in addition, to compute less twice. Of images above
+    :data:`COUNTED` the peak is the planner's upper bound; to count it by simulation takes minutes.
 
     Args:
         vae: an ``AutoencoderKL``, of fake weights or real ones.
@@ -278,12 +282,23 @@ def vae_peak(vae: Any, latents: tuple[int, ...], room: int) -> BandPlan:
     Raises:
         TypeError: the autoencoder has parts that cannot be computed in bands.
     """
-    room = max(room, 1 << 20)
-    while True:
-        try:
-            return band_plan(vae, latents, budget=room, device="cpu")
-        except ValueError:
-            room *= 2
+    batch, channels, height, width = latents
+    layers, given = _program(vae, "decode"), Extent(batch, (channels,), height, width)
+    item, cpu = vae.dtype.itemsize, vae_plan.machine(torch.device("cpu"), vae.dtype)
+
+    def choose(room: int) -> list[BandPlan]:
+        found = ((rows, vae_plan.choose(layers, given, item, rows, room, cpu)) for rows in vae_plan.BANDS)
+        return [
+            BandPlan(rows, stores, bound, seconds, vae_plan.recomputed(layers, given, stores))
+            for rows, (stores, seconds, bound) in ((rows, one) for rows, one in found if one is not None)
+        ]
+
+    plans = choose(room) or choose(vae_plan.least(layers, given, item, vae_plan.BANDS[-1], cpu))
+    best = min(plans, key=lambda plan: plan.seconds)
+    if height * width <= COUNTED:
+        shadow = _program(_shadow(vae, vae.dtype), "decode")
+        best = replace(best, peak_bytes=_count(shadow, latents, vae.dtype, best.stores, best.band_px))
+    return best
 
 
 def _buffer_size(tiling: Tiling | Partition) -> tuple[int, int, int]:

@@ -1,0 +1,84 @@
+"""Predicted peaks against the CPU allocator's: ``python -m bench.bench_memory [--size 512] [--json FILE]``.
+
+The measurement shares nothing with the prediction: torch's profiler records every allocation and release of the
+CPU allocator, those inside of kernels included, and the peak is that of their running sum, plus the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from tiledcore import TiledPipeline, TilingConfig
+from tiledcore.memory import show_bytes
+
+Call = dict[str, Any]
+
+
+def allocated(pipe: Callable[..., Any], call: Call) -> int:
+    """Peak bytes of tensors on the CPU during ``pipe("a coast", **call)``, the pipeline's weights included."""
+    parts = getattr(pipe, "components").values()  # noqa: B009 - of a TiledPipeline, which passes it on
+    weights = sum(
+        tensor.nbytes
+        for module in parts
+        if isinstance(module, torch.nn.Module)
+        for tensor in (*module.parameters(), *module.buffers())
+    )
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        pipe("a coast", **call)
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return weights + peak
+
+
+def rows(size: int) -> list[dict[str, Any]]:
+    """One row for each way over the canvas of the embedded model."""
+    found = []
+    for name, tiling, budget in (
+        ("tiles, 4 at a time", TilingConfig(), "8GiB"),
+        ("tiles, 1 at a time", TilingConfig(tile_batch=1), "8GiB"),
+        ("canvas", TilingConfig(mode="canvas"), "8GiB"),
+        ("canvas, guidance split", TilingConfig(mode="canvas", guidance_batch=False), "8GiB"),
+    ):
+        for output in ("latent", "pt"):
+            pipe = TiledPipeline.from_pretrained(tiling=tiling, memory_budget=budget)
+            pipe.set_progress_bar_config(disable=True)
+            call: Call = {"height": size, "width": size, "num_inference_steps": 2, "output_type": output}
+            real = allocated(pipe, call)
+            assert pipe.report is not None and pipe.report.plan is not None
+            phases = pipe.report.plan.phases
+            predicted = max(p.peak for p in phases if output == "pt" or p.name != "decode")
+            found.append({"way": name, "until": "network" if output == "latent" else "image"})
+            found[-1] |= {"predicted": predicted, "allocated": real, "ratio": predicted / real}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    table = rows(args.size)
+    print(f"earth, {args.size}x{args.size}, fp32, 2 steps with guidance")
+    print(f"{'way':<24}{'until':<10}{'predicted':>12}{'allocated':>12}{'ratio':>8}")
+    for row in table:
+        print(
+            f"{row['way']:<24}{row['until']:<10}{show_bytes(row['predicted']):>12}"
+            f"{show_bytes(row['allocated']):>12}{row['ratio']:>8.3f}"
+        )
+    if args.json:
+        args.json.write_text(json.dumps({"size": args.size, "rows": table}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
