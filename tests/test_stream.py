@@ -57,6 +57,14 @@ def test_rows_of_unets(make: Any, start: Image.Image | None) -> None:
     assert result.images[0].size == (1, 1)
 
 
+def test_rows_of_a_torus() -> None:
+    rows, pipe = Collected(), tiny_sd()
+    tiling = TilingConfig(tile=16, overlap=4, wrap=(False, True))
+    (image,) = run(pipe, tiling=tiling).images
+    run(pipe, tiling=tiling, rows=rows)
+    assert np.array_equal(rows.image(), np.asarray(image))
+
+
 def test_bands_are_short() -> None:
     rows, pipe = Collected(), tiny_sd()
     run(pipe, height=520, width=64, rows=rows)

@@ -222,9 +222,10 @@ def connected(
 
 
 def _hook(network: Any) -> Any:
-    from tiledcore.pipeline import HOOK, _registry
+    from tiledcore.families import registry
+    from tiledcore.pipeline import HOOK
 
-    return _registry(network).get_hook(HOOK)
+    return registry(network).get_hook(HOOK)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from tiledcore.regions import Region
 from tiledcore.stages import Stages, from_pictures, staging
 from tiledcore.stream import Rows, streamed
 from tiledcore.vae import exact_bands, unsupported
-from tiledcore.wrapping import wrapped
+from tiledcore.wrapping import continuation, wrapped
 
 logger = logging.getLogger(__name__)
 
@@ -378,8 +378,9 @@ class TiledPipeline:
                 height, width = height or image.shape[-2], width or image.shape[-1]
             if isinstance(image, Image.Image):
                 width, height = width or image.width, height or image.height
+                image = image.convert("RGB")
                 if image.size != (width, height):
-                    image = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+                    image = image.resize((width, height), Image.Resampling.LANCZOS)
             if "height" in signature(type(pipe).__call__).parameters:
                 kwargs.update(height=height, width=width)
             kwargs["image"] = image
@@ -401,8 +402,8 @@ class TiledPipeline:
             tiled(pipe, config),
             regional(pipe, regions),
             _bounded_vae(pipe, kwargs, plan),
+            streamed(pipe, rows, continuation(pipe.vae, config.wrap, pipe.vae_scale_factor), EXACT_DECODE_PIXELS),
             wrapped(pipe.vae, config.wrap, pipe.vae_scale_factor),
-            streamed(pipe, rows, EXACT_DECODE_PIXELS),
             labelled(pipe.vae, "decode", "decode"),
         ):
             if not self.fused and checkpoint is not None:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tiledcore.vae import decode_rows, unsupported
+from tiledcore.wrapping import Continuation
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +45,14 @@ def why_not_streamed(pipe: Any) -> str | None:
 
 
 @contextmanager
-def streamed(pipe: Any, rows: Rows | None, whole_pixels: int) -> Iterator[None]:
+def streamed(pipe: Any, rows: Rows | None, around: Continuation, whole_pixels: int) -> Iterator[None]:
     """Give what the pipeline decodes in this block to ``rows``, in the 8 bits that ``output_type="pil"`` would have.
 
     Args:
         pipe: its call inside the block decodes one image.
         rows: called once, in the place of the decode; None: nothing changes.
+        around: what is added to the latents before they come here (:func:`tiledcore.wrapping.wrapped`), and must
+            be cut off the rows.
         whole_pixels: up to so many pixels the VAE's own decode is sliced, so that no bit differs.
 
     Raises:
@@ -70,8 +73,10 @@ def streamed(pipe: Any, rows: Rows | None, whole_pixels: int) -> Iterator[None]:
         decoded = True
         if len(latents) != 1:
             raise ValueError(f"rows: one image at a time, not {len(latents)}")
-        rows(_bands(pipe, _decoded(pipe, original, latents, whole_pixels)))
-        image = latents.new_zeros(1, 3, *[1] * (latents.ndim - 2))
+        y, x = (reach * around.factor for reach in around.reach)
+        parts = _decoded(pipe, original, latents, whole_pixels)
+        rows(_bands(pipe, around.crop_rows(parts, latents.shape[-2] * around.factor - 2 * y)))
+        image = latents.new_zeros(1, 3, *[1] * (latents.ndim - 4), 1 + 2 * y, 1 + 2 * x)
         return DecoderOutput(sample=image) if return_dict else (image,)
 
     vars(vae)["decode"] = decode
