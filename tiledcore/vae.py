@@ -310,7 +310,8 @@ def peak_bytes(
 ) -> int:
     """The peak of :func:`decode_rows` or :func:`encode` in bytes, counted by running the plan without data.
 
-    Without ``budget`` it is that of the fastest plan, which keeps all that a GroupNorm has to wait for.
+    Without ``budget`` it is that of the fastest plan, which keeps all that a GroupNorm has to wait for. What
+    a convolution's library takes for itself while it runs (cuDNN's workspace, oneDNN's layouts) is not in it.
     Arguments and errors are those of :func:`plan`; what the figure leaves out, too.
     """
     chosen = plan(vae, shape, direction=direction, band_px=band_px, budget=budget, device=device, dtype=dtype)
