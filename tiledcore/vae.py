@@ -274,6 +274,9 @@ def plan(
     if not found:
         rows = band_px or vae_plan.BANDS[-1]
         need = vae_plan.least(layers, given, kind.itemsize, rows, machine)
+        if (smallest := vae_plan.choose(layers, given, kind.itemsize, rows, need, machine)) is not None:
+            shadow = shadow or _program(_shadow(vae, kind), direction, whole)
+            need = max(need, int(1.1 * _count(shadow, shape, kind, smallest[0], rows)))
         raise ValueError(
             f"budget={budget:,} bytes do not hold an input of {tuple(shape)} in bands of {rows} px; {need:,} would"
         )
