@@ -377,7 +377,9 @@ class Attention(Layer):
             t.unflatten(2, (heads, -1)).transpose(1, 2)
             for t in (attention.to_q(tokens), self.memory.keys, self.memory.values)
         )
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        # Where there is no data, torch would take its fallback that keeps the scores.
+        attended = torch.empty_like(q) if q.is_meta else F.scaled_dot_product_attention(q, k, v)
+        attended = attended.transpose(1, 2).flatten(2)
         out = attention.to_out[0](attended).transpose(1, 2).unflatten(2, rows.shape[2:])
         if attention.residual_connection:
             out = out + rows

@@ -274,6 +274,9 @@ def plan(
     if not found:
         rows = band_px or vae_plan.BANDS[-1]
         need = vae_plan.least(layers, given, kind.itemsize, rows, machine)
+        if (smallest := vae_plan.choose(layers, given, kind.itemsize, rows, need, machine)) is not None:
+            shadow = shadow or _program(_shadow(vae, kind), direction, whole)
+            need = max(need, int(1.1 * _count(shadow, shape, kind, smallest[0], rows)))
         raise ValueError(
             f"budget={budget:,} bytes do not hold an input of {tuple(shape)} in bands of {rows} px; {need:,} would"
         )
@@ -310,7 +313,8 @@ def peak_bytes(
 ) -> int:
     """The peak of :func:`decode_rows` or :func:`encode` in bytes, counted by running the plan without data.
 
-    Without ``budget`` it is that of the fastest plan, which keeps all that a GroupNorm has to wait for.
+    Without ``budget`` it is that of the fastest plan, which keeps all that a GroupNorm has to wait for. What
+    a convolution's library takes for itself while it runs (cuDNN's workspace, oneDNN's layouts) is not in it.
     Arguments and errors are those of :func:`plan`; what the figure leaves out, too.
     """
     chosen = plan(vae, shape, direction=direction, band_px=band_px, budget=budget, device=device, dtype=dtype)
