@@ -131,6 +131,7 @@ def test_an_image_with_its_settings(model: str, capsys: pytest.CaptureFixture[st
             "window": "ramp",
             "ramp": 4,
             "shift": False,
+            "blend_steps": 0,
             "wrap": [False, False],
             "tiles": 4,
             "area_factor": round(4 * 16 * 16 / (24 * 20), 4),

@@ -258,12 +258,14 @@ def test_settings_of_canvas_mode_reach_the_network(pipe: Any, monkeypatch: pytes
         return attention(q, *others, **kwargs)
 
     monkeypatch.setattr("tiledcore.processors.ops.neighbor_attention", spy)
-    config = TilingConfig(tile=16, mode="canvas", halo=(4, 2), wrap=(False, True), guidance_batch=False, impl="sdpa")
+    config = TilingConfig(
+        tile=16, mode="canvas", halo=(4, 2), wrap=(False, True), guidance_batch=False, impl="reference"
+    )
     size = {"height": 192, "width": 160, "num_inference_steps": 1}
     one_by_one = run(TiledPipeline.from_pipe(pipe, tiling=config), **size)
     finest = [call for call in calls if call["canvas"] == (24, 20)]
     assert {(c["tile"], c["halo"], c["wrap"]) for c in finest} == {((16, 16), (4, 2), (False, True))}
-    assert {(c["images"], c["impl"], c["global_k"] is None) for c in calls} == {(1, "sdpa", True)}
+    assert {(c["images"], c["impl"], c["global_k"] is None) for c in calls} == {(1, "reference", True)}
     calls.clear()
     both = run(TiledPipeline.from_pipe(pipe, tiling=replace(config, guidance_batch=True, impl=None)), **size)
     assert {(c["images"], c["impl"]) for c in calls} == {(2, None)}

@@ -203,8 +203,7 @@ def apply_tiling(pipe: Any, config: TilingConfig | None = None) -> Any:
             guidance_batch=config.guidance_batch,
             impl=config.impl,
         )
-    scheduler = pipe.scheduler
-    denoiser.timesteps = lambda: family.clock(torch.as_tensor(scheduler.timesteps).float()).tolist()
+    denoiser.timesteps = lambda: family.clock(torch.as_tensor(pipe.scheduler.timesteps).float()).tolist()
     hook = TilingHook(denoiser, family, pipe.scheduler, (height // patch) * (width // patch))
     registry(network).register_hook(hook, HOOK)
     return pipe
