@@ -243,7 +243,8 @@ def test_verdict_says_where_a_peer_is_not_beaten() -> None:
     beaten, faster, better = peers_table.verdict(PEERS["rows"])  # type: ignore[arg-type]
     assert beaten == "beaten: tiledcore, shift is 2.0× as fast, at equal or better seam ratio and patches"
     assert faster.startswith("faster: NOT ahead: as good, but slower (0.5×")
-    assert better.startswith("better: NOT ahead in both")
+    assert better.startswith("better: NOT ahead: no way of ours is as good in both its seam ratio, 0.90")
+    assert better.endswith("the best of ours in each are 1.00, 0.0100")
 
 
 def test_judge_finds_planted_seams_on_a_method_s_own_lines(monkeypatch: pytest.MonkeyPatch) -> None:
