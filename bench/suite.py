@@ -88,8 +88,8 @@ def run_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: int, 
             "timed": how[name],
         }
         row |= {"bytes": first.bytes.get(name, 0), "flops": 0 if name == "copy" else first.flops}
-        error = next((e for names, e in errors.items() if name in names.split(", ")), None)
-        rows.append(about | row | ({} if error is None else {"error": error}))
+        found = next((e for names, e in errors.items() if name in names.split(", ")), None)
+        rows.append(about | row | ({} if found is None else {"error": found}))
     timed: list[dict[str, Any]] = [row for row in rows if "seconds" in row]
     for base in (row for row in timed if row["name"] == first.baseline):
         for row in timed:
