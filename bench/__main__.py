@@ -65,6 +65,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="the small cases, few rounds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default=None, help="default: float16 on CUDA, float32 elsewhere")
+    parser.add_argument("--budget", type=float, help="seconds of samples a case; default 4 with --quick, else 30")
     parser.add_argument("--rounds", type=int, help="samples of each provider; default 10 with --quick, else 50")
 
 
@@ -76,7 +77,7 @@ def _run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     except ValueError as error:
         parser.error(str(error))
     rounds = args.rounds or (10 if args.quick else 50)
-    results = suite.run(cases, device, dtype, rounds, budget=4.0 if args.quick else 30.0)
+    results = suite.run(cases, device, dtype, rounds, args.budget or (4.0 if args.quick else 30.0))
     print(f"\n{len(cases)} cases in {results['took_seconds']} s")
     if args.json:
         args.json.write_text(suite.dumps(results))
@@ -91,6 +92,7 @@ def _compare(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             options = ["--quick"] * args.quick + ["--device", args.device]
             options += ["--dtype", args.dtype] if args.dtype else []
             options += ["--rounds", str(args.rounds)] if args.rounds else []
+            options += ["--budget", str(args.budget)] if args.budget else []
             before, after = comparison.checkouts(args.before, args.after, options)
         else:
             before, after = [comparison.load(args.before)], [comparison.load(args.after)]

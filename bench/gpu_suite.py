@@ -53,7 +53,7 @@ def steps(out: Path, dry: bool) -> list[Step]:
     def module(name: str, *options: str, result: str) -> list[str]:
         return ["-m", f"bench{name}", *options, *device, "--json", str(out / result)]
 
-    run = ["run", "gather_tiles", "--quick", "--rounds", "2"] if dry else ["run", "--dtype", "float16"]
+    run = ["run", "gather_tiles", "--quick", "--rounds", "2"] if dry else ["run", "--dtype", "float16", "--budget", "4"]
     found = [
         Step("tests", [*tests, "--collect-only"] if dry else tests, 200),
         Step("suite", module("", *run, result="suite.json"), 130, "suite.json"),

@@ -20,7 +20,7 @@ Columns:
   the same noise, so that little of it is chance.
 
 The design's table was measured once, by code that is gone, and does not tell noise schedule and cutoff. Those here are
-plain choices, with which its last column comes back within 0.05, and within 0.03 but for the long ramp, whose form is
+plain choices, with which its last column comes back within 0.06, and within 0.02 but for the long ramp, whose form is
 the engine's. The whole canvas is below 1 there because 40 Euler steps are no exact integral: compare with it, not 1.
 A core that sees its neighbours is here a wide tile of which only the core is kept: what canvas mode computes without
 evaluating a pixel twice, if its network makes as much of its neighbours as this denoiser does.

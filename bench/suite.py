@@ -64,7 +64,14 @@ def run_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: int, 
             for name, error in wrong.items()
         ]
         bad = {provider for names in wrong for provider in names.split(", ")}
-        runs = {name: run for name, run in first.runs.items() if name not in bad}
+        runs, missing = {}, dict(first.not_run)
+        for name in (name for name in first.runs if name not in bad):
+            try:
+                first.runs[name]()
+            except Exception as error:  # a provider that does not run here is no reason to lose the others
+                missing[name] = _reason(error)
+            else:
+                runs[name] = first.runs[name]
         rotated, calls, how = _rotate(case, first, runs, device, dtype)
         once = timing.samples(rotated, device, 1, calls)
         cost = sum(values[0] * 2 * calls[name] for name, values in once.items())
@@ -81,13 +88,17 @@ def run_case(case: Case, device: torch.device, dtype: torch.dtype, rounds: int, 
             "timed": how[name],
         }
         row |= {"bytes": first.bytes.get(name, 0), "flops": 0 if name == "copy" else first.flops}
-        error = next((e for names, e in errors.items() if name in names.split(", ")), None)
-        rows.append(about | row | ({} if error is None else {"error": error}))
+        found = next((e for names, e in errors.items() if name in names.split(", ")), None)
+        rows.append(about | row | ({} if found is None else {"error": found}))
     timed: list[dict[str, Any]] = [row for row in rows if "seconds" in row]
     for base in (row for row in timed if row["name"] == first.baseline):
         for row in timed:
             row["speedup"] = base["seconds"] / row["seconds"]
-    return rows + [about | {"name": name, "not_run": reason} for name, reason in first.not_run.items()]
+    return rows + [about | {"name": name, "not_run": reason} for name, reason in missing.items()]
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def _rotate(
@@ -120,7 +131,11 @@ def run(
         f"matmul {ceiling['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s")  # fmt: skip
     rows: list[dict[str, Any]] = []
     for case in cases:
-        found = run_case(case, device, dtype, rounds, budget)
+        try:
+            found = run_case(case, device, dtype, rounds, budget)
+        except Exception as error:  # nor is a case that cannot be prepared or checked; but the run has failed
+            reason = f"could not be run: {_reason(error)}"
+            found = [{"case": case.name, "op": case.op, "shapes": case.shapes, "name": "all", "wrong": reason}]
         for row in found:
             row["of_ceiling"] = of_ceiling(row, ceiling)
         rows += found

@@ -80,7 +80,7 @@ def copies(moved: int, device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     cache: int = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(2, min(64, 1 + L2_TIMES * cache // max(moved, 1)))
+    return min(64, 1 + L2_TIMES * cache // max(moved, 1))
 
 
 def rotation(runs: list[Callable[[], Any]], device: torch.device) -> tuple[Callable[[], Any], str]:

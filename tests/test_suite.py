@@ -83,6 +83,18 @@ def test_a_wrong_kernel_is_told_and_not_timed(error: float) -> None:
     assert "wrong" in suite.markdown(found)
 
 
+def test_what_cannot_run_is_told_and_the_rest_goes_on() -> None:
+    def fails() -> None:
+        raise RuntimeError("no such kernel\nat line 1")
+
+    rows = {row["name"]: row for row in results(double(fails))["results"]}
+    assert rows["kernel"]["not_run"] == "RuntimeError: no such kernel" and "seconds" in rows["loop"]
+    broken = Case("double", "broken", "itself", lambda device, dtype: fails(), quick=True)  # type: ignore[arg-type]
+    found = suite.run([broken, double(sleeper(1.0))], CPU, torch.float32, 5, 5.0, say=lambda text: None)["results"]
+    assert found[0]["wrong"] == "could not be run: RuntimeError: no such kernel"
+    assert [row["name"] for row in found if "seconds" in row] == ["loop", "kernel"]
+
+
 def test_relative_error() -> None:
     exact = torch.tensor([1.0, -4.0])
     assert relative_error(exact + torch.tensor([0.0, 0.4]), exact) == pytest.approx(0.1)
@@ -231,16 +243,18 @@ def test_verdict_says_where_a_peer_is_not_beaten() -> None:
     beaten, faster, better = peers_table.verdict(PEERS["rows"])  # type: ignore[arg-type]
     assert beaten == "beaten: tiledcore, shift is 2.0× as fast, at equal or better seam ratio and patches"
     assert faster.startswith("faster: NOT ahead: as good, but slower (0.5×")
-    assert better.startswith("better: NOT ahead in both")
+    assert better.startswith("better: NOT ahead: no way of ours is as good in both its seam ratio, 0.90")
+    assert better.endswith("the best of ours in each are 1.00, 0.0100")
 
 
-def test_judge_finds_planted_seams_on_a_method_s_own_lines() -> None:
+def test_judge_finds_planted_seams_on_a_method_s_own_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers_table, "patch_distance", lambda windows, native: 0.5)  # slow, and tested elsewhere
     rng = np.random.default_rng(0)
     native = rng.random((32, 256, 256, 3))
     image = rng.random((768, 768, 3))
     plain = peers_table.judge(image, image, native, [32, 64], 32)
     assert plain["seam_mean"] == pytest.approx(1, abs=0.05) and plain["seam_worst_over_limit"] < 1.05
-    assert plain["psnr_to_whole"] == float("inf") and plain["patches"] < 0.02
+    assert plain["psnr_to_whole"] == float("inf") and plain["patches"] == 0.5
     found = []
     for strength in (0.5, 1.0, 2.0):
         seamed = image.copy()
@@ -258,6 +272,19 @@ def test_lines_are_where_windows_start_and_end() -> None:
     assert peers_table.lines("tiledcore, shift", 0, 96, 32) == [32, 64]
     assert peers_table.lines("diffusers' panorama as it ships", 8, 64, 32) == [32]
     assert peers_table.lines("diffusers' panorama as it ships", 8, 80, 32) == [8, 16, 64, 72]
+
+
+def test_an_image_that_was_made_is_not_made_again(tmp_path: Path) -> None:
+    calls = []
+
+    def run() -> Any:
+        calls.append(1)
+        return np.full((8, 8, 3), 0.2), {"seconds": 3.0}
+
+    for _ in range(2):
+        image, cost = peers_table.made(tmp_path / "a way.png", run)
+        assert image == pytest.approx(np.full((8, 8, 3), 0.2)) and cost == {"seconds": 3.0}
+    assert len(calls) == 1
 
 
 def test_report_is_one_page_that_needs_nothing_else(tmp_path: Path) -> None:
