@@ -48,7 +48,7 @@ def test_rows_of_transformers(make: Any) -> None:
 
 
 @pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
-@pytest.mark.parametrize("start", [None, Image.effect_noise((200, 128), 60)], ids=["text", "image"])
+@pytest.mark.parametrize("start", [None, Image.effect_noise((200, 128), 60).convert("RGB")], ids=["text", "image"])
 def test_rows_of_unets(make: Any, start: Image.Image | None) -> None:
     rows, pipe = Collected(), make()
     (image,) = run(pipe, image=start).images
