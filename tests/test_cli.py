@@ -252,15 +252,15 @@ def test_a_bad_scene_is_refused_before_the_model_is_opened(
     assert not Path("a.png").exists()
 
 
-@pytest.mark.parametrize("extension", ["jpg", "jpeg", "webp", "PNG"])
+@pytest.mark.parametrize("extension", ["jpg", "jpeg", "webp", "PNG", "tif"])
 def test_formats(model: str, extension: str, capsys: pytest.CaptureFixture[str]) -> None:
     out = f"a.{extension}"
     assert generate(model, out=out) == 0
-    assert f"{out}: without its settings" in capsys.readouterr().err or extension == "PNG"
+    assert f"{out}: without its settings" in capsys.readouterr().err or extension in ("PNG", "tif")
     with Image.open(out) as image:
-        kind = {"jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP", "PNG": "PNG"}[extension]
+        kind = {"jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP", "PNG": "PNG", "tif": "TIFF"}[extension]
         assert (image.format, image.size) == (kind, (192, 160))
-    assert main(["info", out]) == (0 if extension == "PNG" else 2)
+    assert main(["info", out]) == (0 if extension in ("PNG", "tif") else 2)
 
 
 def test_an_existing_image_is_replaced_with_ordinary_permissions(model: str) -> None:
@@ -470,6 +470,9 @@ def test_info_of_anything_else(content: str, capsys: pytest.CaptureFixture[str])
         (["--init-image", "whole.png", "--strength", "0"], "'0' is not a number above 0"),
         (["--init-image", "whole.png", "--strength", "1.1"], "'1.1' is not a number above 0"),
         (["--out", "a.gif"], "must be one of .png, .jpg, .jpeg, .webp, .tif, .tiff"),
+        (["--out", "a.jpg", "--size", "16384x8192"], "JPEG is only for up to 8192x8192 px"),
+        (["--checkpoint-every", "2"], "--checkpoint-every: only used with --checkpoint"),
+        (["--checkpoint", "none/run"], "checkpoint: there is no folder none"),
         (["--out", "none/a.png"], "there is no folder none"),
         (["--out", "folder.png"], "cannot be written"),
         (["--out", "a.webp", "--size", "16384x64"], "WEBP holds at most 16383 px"),
