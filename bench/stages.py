@@ -34,6 +34,7 @@ from bench.quality import low_frequency_power, seam_check
 from tiledcore import TiledPipeline, TileGrid, TilingConfig
 from tiledcore.models import call_defaults
 from tiledcore.models.architecture import NATIVE
+from tiledcore.pull import Pull
 from tiledcore.stages import Staging, plan_call
 
 PROMPTS = [
@@ -53,6 +54,7 @@ def ways() -> dict[str, Staging | None]:
         "stages without a pull": Staging(pull=None),
         "stages": Staging(),
         "stages of up to 4x": Staging(factor=4),
+        "stages, sharper pull": Staging(pull=Pull(sigma=NATIVE / 32)),
     }
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionImg2ImgPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -211,6 +212,9 @@ def test_what_does_not_go_with_stages() -> None:
             staging(wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="strength=2 must be above 0"):
         Stage(64, 64, 2)
+    sibling = TiledPipeline.from_pipe(StableDiffusionImg2ImgPipeline.from_pipe(pipe.pipe), stages="auto")
+    with pytest.raises(ValueError, match="StableDiffusionImg2ImgPipeline starts from an image"):
+        sibling("a coast", num_inference_steps=2)
     pixart = TiledPipeline.from_pipe(build(tiny_pixart_sigma), stages="auto")
     with pytest.raises(ValueError, match="PixArtSigmaPipeline has no image-to-image pipeline"):
         call(pixart, tiny_pixart_sigma, (32, 32))

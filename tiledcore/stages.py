@@ -348,7 +348,7 @@ def from_pictures(
         for name in ("latents", "mask_image", "sigmas", "timesteps"):
             if call.get(name) is not None:
                 raise ValueError(f"{name}: is of one stage only; leave it out, or give stages=None")
-        _check_sibling(pipe.pipe, call)
+        _check_sibling(pipe.pipe, call | {"image": image})
         plan = plan_call(pipe, call | {"image": source, "tiling": tiling, "stages": config, "pull": pull})
         rest = {name: value for name, value in call.items() if name not in ("height", "width", "strength")}
         result = run(pipe, plan, args, rest, source)
@@ -364,7 +364,11 @@ def from_pictures(
 def _check_sibling(pipe: Any, call: dict[str, Any]) -> None:
     """There is an image-to-image pipeline of the same model, and it takes the arguments of the call."""
     name, known = type(pipe).__name__, signature(type(pipe).__call__).parameters
+    if getattr(pipe, "controlnet", None) is not None:
+        raise ValueError(f"stages: {name} is not refined in stages; give stages=None")
     if "image" in known:
+        if call.get("image") is None:
+            raise ValueError(f"stages: {name} starts from an image; give image= too")
         return
     try:
         sibling = AutoPipelineForImage2Image.from_pipe(pipe)
@@ -372,7 +376,7 @@ def _check_sibling(pipe: Any, call: dict[str, Any]) -> None:
         raise ValueError(f"stages: {name} has no image-to-image pipeline in diffusers") from error
     takes = signature(type(sibling).__call__).parameters
     for argument in call:
-        if argument in known and argument not in takes and argument not in ("height", "width"):
+        if argument in known and argument not in takes and argument not in ("height", "width", "image"):
             raise ValueError(f"stages: {type(sibling).__name__}, which refines them, has no {argument}; leave it out")
 
 
