@@ -209,8 +209,8 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
             least = [min(m[key] for m in mine) for key in ("seam_mean", "patches")]
             text.append(
                 f"{row['name']}: NOT ahead: no way of ours is as good in both its seam ratio, {row['seam_mean']:.2f}, "
-                f"and its patch distance, {row['patches']:.4f}; the best of ours in each are {least[0]:.2f}, "
-                f"{least[1]:.4f}"
+                f"and its patch distance, {row['patches']:.4f}; "
+                f"the best of ours in each are {least[0]:.2f}, {least[1]:.4f}"
             )
     return text
 
