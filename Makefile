@@ -50,6 +50,8 @@ bench: install
 	$(BIN)/python -m bench.bench_neighbor_attention $(BENCH_ARGS)
 	$(BIN)/python -m bench.bench_neighbor_attention --scaling
 	$(BIN)/python -m bench.bench_fused_step $(BENCH_ARGS)
+	$(BIN)/python -m bench.bench_group_norm_silu $(BENCH_ARGS)
+	$(BIN)/python -m bench.bench_vae
 	$(BIN)/python -m bench.seams --generate
 
 # -P keeps the root, and so `kernels`, off sys.path.

@@ -24,6 +24,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sd": (AutoencoderKL, SD | {"sample_size": 64}),
     "sd3": (AutoencoderKL, SD3),
     "no attention": (AutoencoderKL, SD | {"mid_block_add_attention": False, "layers_per_block": 1}),
+    "short": (AutoencoderKL, SD | {"layers_per_block": 1}),
     "tiny": (AutoencoderTiny, TINY),
 }
 
@@ -69,7 +70,7 @@ def banded(vae: Any, given: torch.Tensor, direction: str, *args: Any) -> torch.T
     return bands.decode(vae, given, *args) if direction == "decode" else encoded(bands.encode(vae, given, *args))
 
 
-@pytest.mark.parametrize("name", list(KINDS))
+@pytest.mark.parametrize("name", ["sd", "sd3", "no attention", "tiny"])
 @pytest.mark.parametrize("direction", ["decode", "encode"])
 def test_every_band_height_gives_the_untiled_image(name: str, direction: str) -> None:
     """Odd sizes, two images; in float64, where nothing but an error of the method can differ."""
@@ -119,43 +120,55 @@ def test_statistics_merge_exactly() -> None:
 
 @pytest.mark.parametrize("direction", ["decode", "encode"])
 def test_less_memory_means_more_work_and_the_same_image(direction: str) -> None:
-    vae = build("sd")
-    given = latents_for(vae, 48, 20) if direction == "decode" else image_for(vae, 384, 160)
+    vae = build("short")
+    given = latents_for(vae, 32, 16) if direction == "decode" else image_for(vae, 256, 128)
     exact = whole(vae, given, direction)
-    most = bands.peak_bytes(vae, given.shape, 32, direction=direction)
+    most = bands.peak_bytes(vae, given.shape, 64, direction=direction)
     work = []
     for share in (1.1, 0.8, 0.65, 0.55):
-        chosen = bands.plan(vae, given.shape, direction=direction, band_px=32, budget=share * most)
+        chosen = bands.plan(vae, given.shape, direction=direction, band_px=64, budget=share * most)
         assert chosen.peak_bytes <= share * most
         work.append(chosen.recomputed)
-        assert relative(banded(vae, given, direction, 32, share * most), exact) <= 1e-5
+        assert relative(banded(vae, given, direction, 64, share * most), exact) <= 1e-5
     assert work == sorted(work) and work[-1] > work[0]
 
 
 @pytest.mark.parametrize("direction", ["decode", "encode"])
 def test_activations_on_the_host(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A link to the host makes the search use it; the memory of the device is not spent on what lies there."""
-    vae = build("sd")
-    given = latents_for(vae, 48, 20) if direction == "decode" else image_for(vae, 384, 160)
-    budget = 0.7 * bands.peak_bytes(vae, given.shape, 32, direction=direction)
-    slow = bands.plan(vae, given.shape, direction=direction, band_px=32, budget=budget)
+    vae = build("short")
+    given = latents_for(vae, 32, 16) if direction == "decode" else image_for(vae, 256, 128)
+    budget = 0.7 * bands.peak_bytes(vae, given.shape, 64, direction=direction)
+    slow = bands.plan(vae, given.shape, direction=direction, band_px=64, budget=budget)
     monkeypatch.setattr(vae_plan, "machine", lambda *_: vae_plan.Machine(5e10, 1e11, 0.0))
-    fast = bands.plan(vae, given.shape, direction=direction, band_px=32, budget=budget)
+    fast = bands.plan(vae, given.shape, direction=direction, band_px=64, budget=budget)
     assert "host" not in slow.stores and "host" in fast.stores
     assert fast.recomputed < slow.recomputed and fast.peak_bytes <= budget
-    assert relative(banded(vae, given, direction, 32, budget), whole(vae, given, direction)) <= 1e-5
+    assert relative(banded(vae, given, direction, 64, budget), whole(vae, given, direction)) <= 1e-5
     monkeypatch.setattr(vae_plan, "machine", lambda *_: vae_plan.Machine(5e10, 1.0, 0.0))
-    assert "host" not in bands.plan(vae, given.shape, direction=direction, band_px=32, budget=budget).stores
+    assert "host" not in bands.plan(vae, given.shape, direction=direction, band_px=64, budget=budget).stores
 
 
 def allocated_peak(run: Any) -> int:
-    """Most bytes that torch's CPU allocator had given out at once since the beginning, by its own events."""
+    """Most bytes that torch's CPU allocator had given out, by its own events, at the end of an operation.
+
+    At its end and not within: what a convolution's library takes and gives back in between is no tensor.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+    changes, ends, until = [], [], 0
+    for event in events:
+        if event.name() == "[memory]":
+            changes.append((event.start_ns(), event.nbytes()))
+        elif event.start_ns() >= until:
+            until = event.start_ns() + event.duration_ns()
+            ends.append(until)
+    live = peak = at = 0
+    for end in ends:
+        while at < len(changes) and changes[at][0] <= end:
+            live += changes[at][1]
+            at += 1
         peak = max(peak, live)
     return peak
 
@@ -164,8 +177,8 @@ def allocated_peak(run: Any) -> int:
 @pytest.mark.parametrize("share", [None, 0.8, 0.6])
 @pytest.mark.parametrize("direction", ["decode", "encode"])
 def test_the_predicted_peak_is_what_the_allocator_gives_out(direction: str, share: float | None) -> None:
-    vae = build("sd")
-    given = latents_for(vae, 64, 32) if direction == "decode" else image_for(vae, 512, 256)
+    vae = build("short")
+    given = latents_for(vae, 48, 24) if direction == "decode" else image_for(vae, 384, 192)
     most = bands.peak_bytes(vae, given.shape, 64, direction=direction)
     budget = None if share is None else share * most
     predicted = bands.peak_bytes(vae, given.shape, 64, direction=direction, budget=budget)
@@ -185,7 +198,7 @@ def test_rows_come_top_to_bottom_and_the_peak_does_not_grow_with_the_height() ->
     rows = list(bands.decode_rows(vae, latents, 64))
     assert len(rows) > 2 and max(row.shape[2] for row in rows) <= 80
     assert relative(torch.cat(rows, 2), whole(vae, latents, "decode")) < 1e-5
-    short, tall = (bands.peak_bytes(vae, (1, 4, height, 10), 64) for height in (40, 400))
+    short, tall = (bands.peak_bytes(vae, (1, 4, height, 10), 64) for height in (40, 200))
     assert tall < 1.05 * short
 
 
@@ -284,7 +297,7 @@ def test_errors(latents: Any, options: dict[str, Any], error: type[Exception], w
 
 
 def test_the_least_budget_that_an_error_names_is_enough() -> None:
-    vae = build("sd")
+    vae = build("short")
     latents = latents_for(vae, 32, 16)
     with pytest.raises(ValueError, match="would") as caught:
         bands.decode(vae, latents, 64, 1000)

@@ -164,9 +164,10 @@ def _tiny(network: Any) -> list[Layer]:
     upsample = 1
     for module in network.layers:
         if type(module) is nn.Upsample:
-            if module.mode != "nearest" or float(module.scale_factor) != int(module.scale_factor):
+            factor = module.scale_factor
+            if module.mode != "nearest" or not isinstance(factor, (int, float)) or factor != int(factor):
                 raise UnsupportedError(f"{module} does not repeat pixels")
-            upsample = int(module.scale_factor)
+            upsample = int(factor)
         elif type(module) is nn.Conv2d:
             layers.append(Conv(convolution(module), upsample=upsample))
             upsample = 1

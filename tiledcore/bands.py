@@ -73,10 +73,13 @@ class Statistics(Reduction):
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         self.norm = norm
+        self.dtype = torch.float32
+        self.mean = self.rstd = torch.empty(0)
 
     def start(self, extent: Extent) -> None:
         self.count = 0
-        self.total_mean = self.total_m2 = None
+        self.total_mean: Tensor | None = None
+        self.total_m2: Tensor | None = None
 
     def update(self, rows: Tensor) -> None:
         groups = self.norm.num_groups
@@ -374,7 +377,9 @@ class Attention(Layer):
             t.unflatten(2, (heads, -1)).transpose(1, 2)
             for t in (attention.to_q(tokens), self.memory.keys, self.memory.values)
         )
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        # Where there is no data, torch would take its fallback that keeps the scores.
+        attended = torch.empty_like(q) if q.is_meta else F.scaled_dot_product_attention(q, k, v)
+        attended = attended.transpose(1, 2).flatten(2)
         out = attention.to_out[0](attended).transpose(1, 2).unflatten(2, rows.shape[2:])
         if attention.residual_connection:
             out = out + rows

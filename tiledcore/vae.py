@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tiledcore import vae_plan
 from tiledcore.autoencoders import UnsupportedError, convolution, layers_of, unsupported
-from tiledcore.bands import Band, Conv, Extent, Layer, Stream, split
+from tiledcore.bands import Band, Conv, Extent, Layer, Reduction, Stream, split
 from tiledcore.vae_plan import Kind, Plan
 
 __all__ = ["Plan", "decode", "decode_rows", "encode", "exact_bands", "peak_bytes", "plan", "unsupported"]
@@ -162,7 +162,8 @@ def _run(layers: Sequence[Layer], given: _Given, stores: Sequence[Kind | None], 
         kept: _Device | _Host | None = None
         if stores[i] is not None:
             kept = (_Device if stores[i] == "device" else _Host)(given.device, given.dtype)
-        for reduction in layer.reductions or [None] * (kept is not None):
+        passes: Sequence[Reduction | None] = layer.reductions or [None] * (kept is not None)
+        for reduction in passes:
             # The first pass to get here leaves behind what the next ones start from.
             writes = kept if kept is not None and store is not kept else None
             if reduction is not None:
@@ -273,6 +274,9 @@ def plan(
     if not found:
         rows = band_px or vae_plan.BANDS[-1]
         need = vae_plan.least(layers, given, kind.itemsize, rows, machine)
+        if (smallest := vae_plan.choose(layers, given, kind.itemsize, rows, need, machine)) is not None:
+            shadow = shadow or _program(_shadow(vae, kind), direction, whole)
+            need = max(need, int(1.1 * _count(shadow, shape, kind, smallest[0], rows)))
         raise ValueError(
             f"budget={budget:,} bytes do not hold an input of {tuple(shape)} in bands of {rows} px; {need:,} would"
         )
@@ -309,7 +313,8 @@ def peak_bytes(
 ) -> int:
     """The peak of :func:`decode_rows` or :func:`encode` in bytes, counted by running the plan without data.
 
-    Without ``budget`` it is that of the fastest plan, which keeps all that a GroupNorm has to wait for.
+    Without ``budget`` it is that of the fastest plan, which keeps all that a GroupNorm has to wait for. What
+    a convolution's library takes for itself while it runs (cuDNN's workspace, oneDNN's layouts) is not in it.
     Arguments and errors are those of :func:`plan`; what the figure leaves out, too.
     """
     chosen = plan(vae, shape, direction=direction, band_px=band_px, budget=budget, device=device, dtype=dtype)
@@ -334,7 +339,7 @@ def _start(
     if not isinstance(given, Tensor) or not given.is_floating_point():
         kind = given.dtype if isinstance(given, Tensor) else type(given).__name__
         raise TypeError(f"{'latents' if direction == 'decode' else 'images'} must be a tensor of floats, got {kind}")
-    hook = getattr(vae, "_hf_hook", None)
+    hook: Any = getattr(vae, "_hf_hook", None)
     if whole and hasattr(hook, "pre_forward"):  # model offload: weights come to the device when they are called
         hook.pre_forward(vae)
     layers = _program(vae, direction, whole)
