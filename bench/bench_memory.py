@@ -54,7 +54,7 @@ def allocated(pipe: Callable[..., Any], call: Call) -> int:
 
 def rows(size: int) -> list[dict[str, Any]]:
     """One row for each way over the canvas of the embedded model."""
-    found = []
+    found: list[dict[str, Any]] = []
     for name, tiling, budget in (
         ("tiles, 4 at a time", TilingConfig(), "8GiB"),
         ("tiles, 1 at a time", TilingConfig(tile_batch=1), "8GiB"),
@@ -69,8 +69,8 @@ def rows(size: int) -> list[dict[str, Any]]:
             assert pipe.report is not None and pipe.report.plan is not None
             phases = pipe.report.plan.phases
             predicted = max(p.peak for p in phases if output == "pt" or p.name != "decode")
-            found.append({"way": name, "until": "network" if output == "latent" else "image"})
-            found[-1] |= {"predicted": predicted, "allocated": real, "ratio": predicted / real}
+            until = "network" if output == "latent" else "image"
+            found.append(dict(way=name, until=until, predicted=predicted, allocated=real, ratio=predicted / real))
     return found
 
 
