@@ -96,6 +96,16 @@ def test_a_smaller_budget_takes_smaller_batches_and_then_is_refused() -> None:
     assert refused.value.size is None and not refused.value.leanest.fits
 
 
+def test_the_mode_with_fewer_flops_is_taken() -> None:
+    planner = Planner(Predictor(architecture("earth", torch.float32), "cpu"), 8 * GIB)
+    flops = {
+        mode: planner.plan((512, 256), TilingConfig(mode=mode)).phases[1].flops  # type: ignore[arg-type]
+        for mode in ("tiles", "canvas")
+    }
+    assert flops["tiles"] != flops["canvas"]
+    assert planner.plan((512, 256)).tiling.mode == min(flops, key=flops.__getitem__)
+
+
 def test_offload_only_where_everything_at_once_does_not_fit() -> None:
     predictor = Predictor(architecture("earth", torch.float32), "cuda")
     everything = Planner(predictor, 8 * GIB).plan((256, 256))
