@@ -28,8 +28,8 @@ from tiledcore.vae_plan import Plan as BandPlan
 
 COUNTED = 128 * 128
 """Latent pixels up to which a decode in bands is simulated."""
-SLOTS = 4
-"""Canvases of scheduler state that are counted: what multistep schedulers of the third order keep."""
+SLOTS = 2
+"""Canvases of scheduler state that are counted: what a multistep scheduler of the second order keeps."""
 UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
     f"{letter}ib": 2 ** (10 * power) for power, letter in enumerate("kmgt", 1)
 }

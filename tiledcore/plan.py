@@ -64,7 +64,7 @@ def table(plan: Plan) -> str:
     width, height = plan.size
     lines = [
         f"{plan.model}, {width}x{height} px, {plan.dtype} on {plan.device}, budget {show_bytes(plan.budget)}",
-        f"{'phase':<15}{'predicted peak':>15}{f'x {plan.safety}':>12}{'area factor':>13}{'TFLOP':>11}  choice",
+        f"{'phase':<15}{'predicted peak':>15}{f'x {plan.safety}':>12}{'area factor':>13}{'TFLOP':>14}  choice",
     ]
     for phase in plan.phases:
         network = phase.name == "network"
@@ -73,7 +73,7 @@ def table(plan: Plan) -> str:
         over = "" if phase.peak * plan.safety <= plan.budget else "  (does not fit)"
         lines.append(
             f"{phase.name:<15}{show_bytes(phase.peak):>15}{show_bytes(phase.peak * plan.safety):>12}"
-            f"{factor:>13}{flops:>11}  {phase.choice}{over}"
+            f"{factor:>13}{flops:>14}  {phase.choice}{over}"
         )
     where = "come and go, one on the device at a time" if plan.offload else "all stay on the device"
     lines.append(

@@ -164,7 +164,8 @@ class Planner:
 
     def _candidates(self, size: Pair, tiling: TilingConfig | None) -> Iterator[Plan]:
         modes = self._configs(tiling)
-        modes.sort(key=lambda ways: self._evaluate(size, ways[0]).flops if len(modes) > 1 else 0)
+        if len(modes) > 1:
+            modes = sorted(modes, key=lambda ways: self._evaluate(size, ways[0]).flops)
         for ways in modes:
             for offload in self.offloads:
                 for config in ways:
