@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--places", nargs="+", choices=PLACES, default=list(PLACES))
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--strength", type=float, default=0.4, help="of the stages that enlarge")
+    parser.add_argument("--redraw", type=float, default=0.4, help="strength with which restyle draws the crop again")
     parser.add_argument("--work", type=Path, default=Path("runs/restyle"))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -99,18 +100,22 @@ def main() -> None:
 
     def draw(prompt: str, picture: Image.Image) -> Any:
         generator = torch.Generator().manual_seed(0)
-        return pipe(prompt, image=picture, strength=0.7, tiling=TilingConfig(tile=NATIVE), generator=generator, **call)
+        return pipe(
+            prompt, image=picture, strength=args.redraw, tiling=TilingConfig(tile=NATIVE), generator=generator, **call
+        )
 
     rows: list[dict[str, Any]] = []
     for place in args.places:
         source = crop(place)
         pixels = np.asarray(source, dtype=np.float32) / 255
         name = f"{args.steps} {place}.png"
-        drawn = kept(work / f"drawn {name}", lambda s=source: draw(RESTYLED, s).images)
+        drawn = kept(work / f"drawn {args.redraw} {name}", lambda s=source: draw(RESTYLED, s).images)
         redrawn = Image.fromarray((drawn * 255).round().astype(np.uint8))
         results = {
             "upscale": kept(work / f"upscale {args.strength} {name}", lambda s=source: enlarge(PROMPT, s)),
-            "restyle": kept(work / f"restyle {args.strength} {name}", lambda r=redrawn: enlarge(RESTYLED, r)),
+            "restyle": kept(
+                work / f"restyle {args.redraw} {args.strength} {name}", lambda r=redrawn: enlarge(RESTYLED, r)
+            ),
         }
         for way, image in results.items():
             kept_db, flat_db = structure(image, pixels, way == "restyle")
@@ -122,7 +127,13 @@ def main() -> None:
         without = "–" if r["without"] is None else f"{r['without']:.1f}"
         print(f"| {r['place']} | {r['way']} | {r['structure']:.1f} | {without} | {r['seam']:.2f} |")
     if args.json:
-        about = {"size": size, "strength": args.strength, "call": call, "prompts": [PROMPT, RESTYLED]}
+        about = {
+            "size": size,
+            "strength": args.strength,
+            "redraw": args.redraw,
+            "call": call,
+            "prompts": [PROMPT, RESTYLED],
+        }
         machine = timing.machine(torch.device("cpu"))
         args.json.write_text(json.dumps({"machine": machine, "about": about, "rows": rows}, indent=1) + "\n")
 
