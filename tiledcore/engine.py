@@ -56,7 +56,7 @@ class Report:
     """Of the network on the whole canvas, by the engine."""
     graph: Counters
     region_tiles: int | None = None
-    """With regions: tiles evaluated in the last step, each as often as there are prompts in it."""
+    """With regions, in tile mode: tiles evaluated in the last step, each as often as there are prompts in it."""
 
 
 @dataclass

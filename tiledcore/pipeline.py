@@ -319,7 +319,7 @@ class TiledPipeline:
         if "use_resolution_binning" in signature(type(pipe).__call__).parameters:
             kwargs.setdefault("use_resolution_binning", False)
         config = tiling or self.tiling
-        if any(region.seed is not None for region in regions or ()):
+        if any(getattr(region, "seed", None) is not None for region in regions or ()):
             network, family = network_of(pipe)
             arguments = signature(type(pipe).__call__).bind_partial(pipe, *args, **kwargs).arguments
             kwargs["latents"] = seeded_latents(pipe, family, network, arguments, regions or (), config.wrap)
@@ -345,7 +345,7 @@ class TiledPipeline:
                 finally:
                     self.report = engine.report()
                     if hook.regions is not None:
-                        self.report.region_tiles = hook.regions.tiles
+                        self.report.region_tiles = hook.regions.tiles or None
 
 
 @contextmanager
