@@ -8,18 +8,31 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "Joint": "tiledcore.joints",
     "Region": "tiledcore.regions",
     "TileGrid": "tiledcore.geometry",
     "TiledPipeline": "tiledcore.pipeline",
     "TilingConfig": "tiledcore.denoiser",
     "apply_tiling": "tiledcore.pipeline",
+    "connected": "tiledcore.joints",
     "remove_tiling": "tiledcore.pipeline",
 }
-__all__ = ["Region", "TileGrid", "TiledPipeline", "TilingConfig", "__version__", "apply_tiling", "remove_tiling"]
+__all__ = [
+    "Joint",
+    "Region",
+    "TileGrid",
+    "TiledPipeline",
+    "TilingConfig",
+    "__version__",
+    "apply_tiling",
+    "connected",
+    "remove_tiling",
+]
 
 if TYPE_CHECKING:
     from tiledcore.denoiser import TilingConfig
     from tiledcore.geometry import TileGrid
+    from tiledcore.joints import Joint, connected
     from tiledcore.pipeline import TiledPipeline, apply_tiling, remove_tiling
     from tiledcore.regions import Region
 
