@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from bench.modes import kept
 from bench.quality import seam_profile
 from tiledcore import TiledPipeline, TilingConfig
-from tiledcore.connected import Joint, connected
+from tiledcore.joints import Joint, connected
 from tiledcore.models import call_defaults
 from tiledcore.models.architecture import NATIVE
 from tiledcore.wrapping import wrapped

@@ -208,6 +208,11 @@ def test_prompts_that_cannot_be_replaced_are_refused() -> None:
         call(pipe, tiny_z_image, (26, 26), regions=[Region("x", box=BOX)])
 
 
+def test_what_is_no_region_is_named() -> None:
+    with pytest.raises(TypeError, match=r"regions\[1\]='ice': must be a tiledcore.Region"):
+        generate(tiny_sd(), TILES, [Region("x", box=BOX), "ice"])
+
+
 # ----------------------------------------------------------------------------- canvas mode
 
 

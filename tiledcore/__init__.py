@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "Joint": "tiledcore.joints",
     "Pull": "tiledcore.pull",
     "Region": "tiledcore.regions",
     "Stage": "tiledcore.stages",
@@ -16,9 +17,11 @@ _EXPORTS = {
     "TiledPipeline": "tiledcore.pipeline",
     "TilingConfig": "tiledcore.denoiser",
     "apply_tiling": "tiledcore.pipeline",
+    "connected": "tiledcore.joints",
     "remove_tiling": "tiledcore.pipeline",
 }
 __all__ = [
+    "Joint",
     "Pull",
     "Region",
     "Stage",
@@ -28,12 +31,14 @@ __all__ = [
     "TilingConfig",
     "__version__",
     "apply_tiling",
+    "connected",
     "remove_tiling",
 ]
 
 if TYPE_CHECKING:
     from tiledcore.denoiser import TilingConfig
     from tiledcore.geometry import TileGrid
+    from tiledcore.joints import Joint, connected
     from tiledcore.pipeline import TiledPipeline, apply_tiling, remove_tiling
     from tiledcore.pull import Pull
     from tiledcore.regions import Region

@@ -69,7 +69,7 @@ class Report:
     measured_bytes: int | None = None
     """With a plan: the peak of tensors alive on the device, weights included."""
     region_tiles: int | None = None
-    """With regions: tiles evaluated in the last step, each as often as there are prompts in it."""
+    """With regions, in tile mode: tiles evaluated in the last step, each as often as there are prompts in it."""
 
 
 @dataclass

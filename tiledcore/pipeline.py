@@ -359,7 +359,7 @@ class TiledPipeline:
         """
         staged = staging(self.stages if stages == "default" else stages)
         if staged is not None or keep_colour:
-            for name, value in (("rows", rows), ("checkpoint", checkpoint)):
+            for name, value in (("rows", rows), ("checkpoint", checkpoint), ("regions", regions or None)):
                 if value is not None:
                     raise ValueError(f"{name}: is of one stage only; leave it out, or give stages=None")
             return from_pictures(self, args, image, tiling or self.tiling, staged, pull, keep_colour, kwargs)
@@ -392,7 +392,7 @@ class TiledPipeline:
         if self._budget is not None:
             plan = self._budget.plan(pipe, args, kwargs, config if tiling or self._asked else None)
             config = plan.tiling
-        if any(region.seed is not None for region in regions or ()):
+        if any(getattr(region, "seed", None) is not None for region in regions or ()):
             network, family = network_of(pipe)
             arguments = signature(type(pipe).__call__).bind_partial(pipe, *args, **kwargs).arguments
             kwargs["latents"] = seeded_latents(pipe, family, network, arguments, regions or (), config.wrap)
@@ -425,7 +425,7 @@ class TiledPipeline:
                 finally:
                     self.report = engine.report()
                     if hook.regions is not None:
-                        self.report.region_tiles = hook.regions.tiles
+                        self.report.region_tiles = hook.regions.tiles or None
 
     @staticmethod
     def _pulling(pull: Pull | None, pipe: Any, config: TilingConfig, image: Any) -> Pulling | None:

@@ -52,11 +52,14 @@ class Regional:
         canvas: the network runs over the whole canvas (``mode="canvas"``).
 
     Raises:
-        TypeError: the network's prompts cannot be replaced yet.
+        TypeError: the network's prompts cannot be replaced yet, or something in ``regions`` is no region.
         ValueError: not in canvas mode.
     """
 
     def __init__(self, pipe: Any, network: Any, regions: Sequence[Region], canvas: bool = False) -> None:
+        for i, region in enumerate(regions):
+            if not isinstance(region, Region):
+                raise TypeError(f"regions[{i}]={region!r}: must be a tiledcore.Region")
         inner = getattr(network, "_orig_mod", network)
         found = [text for kind, text in TEXT.items() if isinstance(inner, kind)]
         if not found or not hasattr(pipe, "encode_prompt"):

@@ -101,8 +101,6 @@ def check_regions(regions: Sequence[Region], width: int, height: int, wrap: tupl
     """
     canvas = f"the canvas of {width}x{height} px"
     for i, region in enumerate(regions):
-        if not isinstance(region, Region):
-            raise ValueError(f"regions[{i}]={region!r}: must be a Region")
         if region.feather > min(width, height):
             raise ValueError(f"regions[{i}].feather={region.feather}: at most the shorter side of {canvas}")
         if region.box is not None:
