@@ -51,8 +51,9 @@ def test_rows_of_transformers(make: Any) -> None:
 @pytest.mark.parametrize("start", [None, Image.effect_noise((200, 128), 60).convert("RGB")], ids=["text", "image"])
 def test_rows_of_unets(make: Any, start: Image.Image | None) -> None:
     rows, pipe = Collected(), make()
-    (image,) = run(pipe, image=start).images
-    result = run(pipe, image=start, rows=rows)
+    call: dict[str, Any] = {} if start is None else {"image": start, "strength": 0.9}
+    (image,) = run(pipe, **call).images
+    result = run(pipe, **call, rows=rows)
     assert np.array_equal(rows.image(), np.asarray(image))
     assert result.images[0].size == (1, 1)
 

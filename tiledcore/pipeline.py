@@ -416,7 +416,8 @@ class TiledPipeline:
             bound.apply_defaults()
             pulling = self._pulling(pull, pipe, config, image)
             watching = pulling.watching() if pulling is not None else nullcontext()
-            engine = Engine(pipe, bound.arguments, config, self._graphs, checkpoint, pulling, self.fused)
+            given = {**bound.arguments, "regions": [vars(region) for region in regions or ()]}
+            engine = Engine(pipe, given, config, self._graphs, checkpoint, pulling, self.fused)
             with watching, engine:
                 hook = registry(network_of(pipe)[0]).get_hook(HOOK)
                 hook.engine = engine
@@ -471,6 +472,9 @@ def regional(pipe: Any, regions: Sequence[Region] | None) -> Iterator[Any]:
     hook = registry(network).get_hook(HOOK)
     if hook is None:
         raise ValueError("regions: the pipeline is not tiled; call apply_tiling first")
+    if hook.denoiser.config.exchanges:
+        halo = hook.denoiser.config.halo
+        raise ValueError(f"regions: their tiles do not exchange halos; leave out halo={halo}, or use canvas mode")
     with Regional(pipe, network, regions, canvas=hook.denoiser.config.mode == "canvas") as prompts:
         hook.regions = prompts
         try:

@@ -97,7 +97,7 @@ def evaluate(
     canvas: Tensor | None = None
     for tile, places in _groups(tiling).items():
         offsets = torch.tensor(places, dtype=torch.int32)
-        tiles = _common(run, shares.common, offsets, tile, batch, like, denoiser.config.tile_batch)
+        tiles = _common(run, shares.common, offsets, tile, batch, like, denoiser.tile_batch)
         like = tiles
         if isinstance(tiling, Tiling):
             if not own:
@@ -155,7 +155,7 @@ def _own(denoiser: TileDenoiser, run: Run, rows: Tensor, columns: Tensor, timest
     for tile, places in _groups(tiling).items():
         local = torch.tensor(places, dtype=torch.int32)
         offsets = ((local + corner) % torch.tensor([size])).to(torch.int32)
-        tiles = torch.cat([run(part, tile, p) for part in offsets.split(config.tile_batch)])
+        tiles = torch.cat([run(part, tile, p) for part in offsets.split(denoiser.tile_batch)])
         if isinstance(tiling, Tiling):
             return _blend(denoiser, tiling, tiles, local)
         batch = len(tiles) // len(places)
