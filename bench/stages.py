@@ -35,7 +35,8 @@ from tiledcore import TiledPipeline, TileGrid, TilingConfig
 from tiledcore.models import call_defaults
 from tiledcore.models.architecture import NATIVE
 from tiledcore.pull import Pull
-from tiledcore.stages import Staging, plan_call
+from tiledcore.stage_plan import Staging
+from tiledcore.stages import plan_call
 
 PROMPTS = [
     "relief map of a rugged coast",

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiledcore.denoiser import TileDenoiser, TilingConfig
+from tiledcore.config import TilingConfig
+from tiledcore.denoiser import TileDenoiser
 
 
 def pointwise(sample: torch.Tensor, timestep: Any, **kwargs: Any) -> tuple[torch.Tensor]:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tiledcore import Region, TiledPipeline, TilingConfig, apply_tiling
 from tiledcore.denoiser import TileDenoiser
-from tiledcore.pipeline import regional
 from tiledcore.regions import region_weights
+from tiledcore.tiling import regional
 
 SIDE = 208
 BOX = (64, 80, 160, 144)

@@ -16,7 +16,8 @@ from tiledcore import TiledPipeline, TilingConfig
 from tiledcore.denoiser import TileDenoiser
 from tiledcore.pictures import match_colour
 from tiledcore.pull import Pull
-from tiledcore.stages import Stage, StagePlan, Staging, enlarge, plan_call, plan_stages, staging
+from tiledcore.stage_plan import Stage, Staging, plan_stages, staging
+from tiledcore.stages import StagePlan, enlarge, plan_call
 
 SHIFT = TilingConfig(tile=16, shift=True)
 SIDES = st.integers(1, 64).map(lambda n: 64 * n)

@@ -11,14 +11,14 @@ _EXPORTS = {
     "Joint": "tiledcore.joints",
     "Pull": "tiledcore.pull",
     "Region": "tiledcore.regions",
-    "Stage": "tiledcore.stages",
-    "Staging": "tiledcore.stages",
+    "Stage": "tiledcore.stage_plan",
+    "Staging": "tiledcore.stage_plan",
     "TileGrid": "tiledcore.geometry",
     "TiledPipeline": "tiledcore.pipeline",
-    "TilingConfig": "tiledcore.denoiser",
-    "apply_tiling": "tiledcore.pipeline",
+    "TilingConfig": "tiledcore.config",
+    "apply_tiling": "tiledcore.tiling",
     "connected": "tiledcore.joints",
-    "remove_tiling": "tiledcore.pipeline",
+    "remove_tiling": "tiledcore.tiling",
 }
 __all__ = [
     "Joint",
@@ -36,13 +36,14 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from tiledcore.denoiser import TilingConfig
+    from tiledcore.config import TilingConfig
     from tiledcore.geometry import TileGrid
     from tiledcore.joints import Joint, connected
-    from tiledcore.pipeline import TiledPipeline, apply_tiling, remove_tiling
+    from tiledcore.pipeline import TiledPipeline
     from tiledcore.pull import Pull
     from tiledcore.regions import Region
-    from tiledcore.stages import Stage, Staging
+    from tiledcore.stage_plan import Stage, Staging
+    from tiledcore.tiling import apply_tiling, remove_tiling
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from tiledcore.architectures import architecture
-from tiledcore.denoiser import TilingConfig
+from tiledcore.config import TilingConfig
 from tiledcore.engine import Report
 from tiledcore.geometry import Pair
 from tiledcore.graph import Counters

@@ -24,7 +24,7 @@ from torch import Tensor
 from tiledcore import __version__
 
 if TYPE_CHECKING:
-    from tiledcore.denoiser import TilingConfig
+    from tiledcore.config import TilingConfig
     from tiledcore.engine import Buffers
 
 FILE = "checkpoint.safetensors"

@@ -15,18 +15,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tiledcore import __version__
-from tiledcore.generate import (
-    DTYPES,
-    SCHEDULERS,
-    STRENGTH,
-    CommandError,
-    generate,
-    read_image,
-    say,
-)
+from tiledcore.generate import DTYPES, SCHEDULERS, STRENGTH, generate, say
 from tiledcore.images import read_metadata
 from tiledcore.plan import add_arguments as add_plan
 from tiledcore.profile import profile
+from tiledcore.request import CommandError, read_image
 
 WINDOWS = ("ramp", "core", "mean", "gaussian")
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from tiledcore import ops
 from tiledcore.arguments import PER_IMAGE, REFUSED, RESIDUALS, one_image
+from tiledcore.config import TilingConfig, pair
 from tiledcore.exchange import Exchange
 from tiledcore.geometry import Pair, Partition, TileGrid, Tiling
 from tiledcore.labels import label
+from tiledcore.residuals import check_residuals, crop_residuals
 
 logger = logging.getLogger(__name__)
 
@@ -26,133 +27,6 @@ REFUSED_IMAGES = (
     "image_noise_mask",
     "additional_t_cond",
 )
-
-
-@dataclass(frozen=True)
-class TilingConfig:
-    """How the canvas is cut into tiles and put together again. Sizes are latent pixels.
-
-    Where a pipeline packs latents into tokens (FLUX, Qwen-Image), tiles consist of whole tokens: then
-    ``tile`` and ``overlap`` must be multiples of a token's side, 2, and a ramp is rounded up to one.
-
-    Args:
-        tile: side of a tile, or (height, width). Default: the size that the model was trained at.
-        overlap: pixels shared by two adjacent tiles, or (y, x). Default: an eighth of the tile; 0 with ``shift``.
-        window: how overlapping predictions are blended, see :func:`tiledcore.ops.blend_tiles`.
-        ramp: width of the transition between two tiles for ``window="ramp"``. Default: the smaller overlap.
-        shift: partition the canvas anew in every step instead of overlapping
-            (SpotDiffusion, Frolov et al. 2024).
-        blend_steps: with ``shift``: the last so many steps take the plain grid of overlapping tiles instead, since
-            no step comes after them to heal the seams of a partition. ``overlap`` is that of these steps.
-        mode: ``"tiles"``: a batch of windows through the unmodified model. ``"canvas"``: the network runs once over
-            the whole canvas, and its self-attention is that of tiles to their neighbours
-            (:mod:`tiledcore.attention`); nothing is evaluated twice.
-        halo: latent pixels that a tile's self-attention sees of its neighbours on each side. For ``"canvas"`` the
-            default is half a tile. For ``"tiles"`` it is none; with one, tiles do not overlap, and all tiles of a
-            step are in the network at the same time (:mod:`tiledcore.exchange`): this takes the memory of
-            canvas mode, and ``tile_batch`` does not apply.
-        global_tokens: for ``"canvas"``: size of a thumbnail of the canvas that every tile sees too; 0 is none.
-        guidance_batch: for ``"canvas"``, and for tiles with a halo: both guidance branches at once, or, to save
-            memory, one after the other.
-        wrap: the canvas is a torus: bool, or (along y, along x).
-        tile_batch: tiles per network evaluation; bounds the memory.
-        seed: of the random shifts.
-        impl: implementation of gather and blend, see :mod:`tiledcore.ops`.
-
-    Raises:
-        ValueError: names the argument, its value and what is valid.
-    """
-
-    tile: int | tuple[int, int] | None = None
-    overlap: int | tuple[int, int] | None = None
-    window: ops.Window = "ramp"
-    ramp: int | None = None
-    shift: bool = False
-    wrap: bool | tuple[bool, bool] = False
-    tile_batch: int = 4
-    seed: int = 0
-    impl: ops.Impl | None = None
-    mode: Literal["tiles", "canvas"] = "tiles"
-    halo: int | tuple[int, int] | None = None
-    global_tokens: int = 0
-    guidance_batch: bool = True
-    blend_steps: int = 0
-
-    def __post_init__(self) -> None:
-        if self.mode not in ("tiles", "canvas"):
-            raise ValueError(f"mode={self.mode!r}: must be one of tiles, canvas")
-        if self.mode == "canvas" and (self.shift or self.overlap not in (None, 0, (0, 0))):
-            raise ValueError(f"mode='canvas' has neither overlap={self.overlap} nor shift={self.shift}: leave them out")
-        if self.mode == "tiles" and self.global_tokens:
-            raise ValueError(f"global_tokens={self.global_tokens}: only for mode='canvas'")
-        if isinstance(self.blend_steps, bool) or not isinstance(self.blend_steps, int) or self.blend_steps < 0:
-            raise ValueError(f"blend_steps={self.blend_steps!r}: must be an int of at least 0")
-        if self.blend_steps and not self.shift:
-            raise ValueError(f"blend_steps={self.blend_steps}: only with shift=True; without it every step is blended")
-        if self.window not in ops.WINDOWS:
-            raise ValueError(f"window={self.window!r}: must be one of {', '.join(ops.WINDOWS)}")
-        if self.tile_batch < 1:
-            raise ValueError(f"tile_batch={self.tile_batch}: must be at least 1")
-        if self.ramp is not None and self.ramp < 1:
-            raise ValueError(f"ramp={self.ramp}: must be at least 1 (1 is a hard crop to the core)")
-        if self.shift and not self.blend_steps and self.overlap not in (None, 0, (0, 0)):
-            raise ValueError(
-                f"overlap={self.overlap}: shift=True replaces the overlap; give 0 or nothing, or blend_steps"
-            )
-        if self.exchanges and not self.blend_steps and self.overlap not in (None, 0, (0, 0)):
-            raise ValueError(f"overlap={self.overlap}: tiles with halo={self.halo} do not overlap; give 0 or nothing")
-        if self.tile is not None:  # the geometry's own checks, at once rather than in the first step
-            self.grid(1, 1, native=1)
-
-    @property
-    def exchanges(self) -> bool:
-        """Whether tiles exchange halos."""
-        return self.mode == "tiles" and self.halo is not None
-
-    def area_factor(self, grid: TileGrid, steps: int) -> float:
-        """Tile area evaluated over canvas area, the mean of so many steps; ``grid`` is :meth:`grid`'s."""
-        if self.mode == "canvas":
-            return 1.0
-        share = min(1.0, self.blend_steps / steps) if self.shift or self.exchanges else 1.0
-        return 1.0 + share * (grid.area_factor - 1.0)
-
-    def grid(self, height: int, width: int, native: int | tuple[int, int], unit: int = 1) -> TileGrid:
-        """The tiles of a canvas.
-
-        Args:
-            height: of the canvas, in latent pixels.
-            width: the same.
-            native: the tile size where none was asked for, in latent pixels.
-            unit: latent pixels per pixel of the grid, along each axis: a token's side for packed latents.
-
-        Returns:
-            The grid, in units; with ``blend_steps``, that of the last steps.
-
-        Raises:
-            ValueError: a size is no multiple of the unit, or :class:`~tiledcore.geometry.TileGrid` refuses it.
-        """
-        tile = _pair(native if self.tile is None else self.tile)
-        h, w = tile
-        blends = self.blend_steps or not (self.shift or self.exchanges or self.mode == "canvas")
-        default = (h // 8 // unit * unit, w // 8 // unit * unit) if blends else (0, 0)
-        overlap = default if self.overlap is None else _pair(self.overlap)
-        grid = TileGrid(height, width, tile=tile, overlap=overlap, wrap=self.wrap)
-        if unit == 1:
-            return grid
-        for name, size in (("canvas", (height, width)), ("tile", tile), ("overlap", overlap)):
-            if any(n % unit for n in size):
-                raise ValueError(f"{name}={size}: must be multiples of {unit}, the latent pixels per token")
-        return TileGrid(
-            height // unit,
-            width // unit,
-            tile=(h // unit, w // unit),
-            overlap=(overlap[0] // unit, overlap[1] // unit),
-            wrap=self.wrap,
-        )
-
-
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else value
 
 
 def _refuse(kwargs: dict[str, Any]) -> None:
@@ -219,7 +93,7 @@ class TileDenoiser:
             size = (height * self.unit, width * self.unit)
             # Lines that move do so by eighths of a tile, and what is left at the canvas' end is a tile too.
             moves = (self.config.shift or self.config.exchanges) and self.unit == 1
-            asked = _pair(self.native if self.config.tile is None else self.config.tile)
+            asked = pair(self.native if self.config.tile is None else self.config.tile)
             whole = tile != asked  # the canvas is smaller than a tile: nothing moves
             least = 8 * self.patch if moves and self.patch > 1 and not whole else self.patch
             if any(n % least for n in tile) or (moves and any(n % self.patch for n in size)):
@@ -497,44 +371,6 @@ class TileDenoiser:
             ids[:, 4] *= tile[0] / canvas[0]
             ids[:, 5] *= tile[1] / canvas[1]
         return ids
-
-
-def check_residuals(kwargs: dict[str, Any], tiling: Tiling | Partition, canvas: Pair) -> None:
-    """Whether tiles have a whole part of each residual: at every level they begin and end between its pixels.
-
-    Raises:
-        ValueError: they do not.
-    """
-    given = [kwargs[name] for name in RESIDUALS if kwargs.get(name) is not None]
-    levels = {_level(one, canvas) for each in given for one in (each if isinstance(each, list | tuple) else [each])}
-    groups = tiling.groups if isinstance(tiling, Partition) else {tiling.tile_size: tiling.offsets}
-    for size, places in groups.items():
-        for fy, fx in levels:
-            if size[0] % fy or size[1] % fx or any(y % fy or x % fx for y, x in places):
-                raise ValueError(
-                    f"ControlNet or adapter on a canvas of {canvas[0]}x{canvas[1]} latent pixels: tiles must begin and "
-                    f"end at multiples of {max(fy, fx)}; choose tile, overlap and size so, and not shift"
-                )
-
-
-def _level(residual: torch.Tensor, canvas: Pair) -> Pair:
-    """Canvas pixels per pixel of a residual, along both axes."""
-    height, width = canvas[0] // residual.shape[2], canvas[1] // residual.shape[3]
-    if (residual.shape[2] * height, residual.shape[3] * width) != canvas:
-        raise ValueError(
-            f"a residual of {residual.shape[2]}x{residual.shape[3]} does not divide the canvas of "
-            f"{canvas[0]}x{canvas[1]} latent pixels: ControlNet needs sizes that all of its levels divide"
-        )
-    return height, width
-
-
-def crop_residuals(residuals: Any, offsets: torch.Tensor, tile: Pair, canvas: Pair, impl: ops.Impl | None) -> Any:
-    """A residual of the canvas, or a list of them, as those of a tile batch, tile-major: ``[T*B, C, h/f, w/f]``."""
-    if isinstance(residuals, list | tuple):
-        return type(residuals)(crop_residuals(one, offsets, tile, canvas, impl) for one in residuals)
-    fy, fx = _level(residuals, canvas)
-    places = offsets // torch.tensor([fy, fx], dtype=torch.int32).to(offsets.device)
-    return ops.gather_tiles(residuals, places, (tile[0] // fy, tile[1] // fx), impl=impl)
 
 
 def _span(start: int, length: int, size: int) -> list[tuple[slice, slice]]:

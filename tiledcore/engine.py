@@ -21,9 +21,10 @@ from torch import Tensor
 
 from tiledcore import ops
 from tiledcore.checkpoint import Checkpoint, Run
-from tiledcore.denoiser import TileDenoiser, TilingConfig
+from tiledcore.config import TilingConfig
+from tiledcore.denoiser import TileDenoiser
 from tiledcore.families import Family, network_of, to_image, to_tokens
-from tiledcore.graph import Counters, Entry, StepGraphs
+from tiledcore.graph import Counters, Entry, StepGraphs, clone, identity, refill
 from tiledcore.labels import label
 from tiledcore.ops.step import MAX_SLOTS, guidance_rescale
 from tiledcore.pull import Pulling
@@ -270,7 +271,7 @@ class Engine:
             )
 
         shapes = (tuple(latents.shape), latents.dtype, latents.device, tuple(solver.table.shape), self.branches)
-        key = (_identity(_network(self.pipe)), self.config, shapes, self._rescale(), solver.uses_noise)
+        key = (identity(_network(self.pipe)), self.config, shapes, self._rescale(), solver.uses_noise)
         self.entry: Entry = self.graphs.entry(key, make)
         self.buffers: Buffers = self.entry.buffers
         self.buffers.table.copy_(solver.table)
@@ -333,8 +334,8 @@ class Engine:
         if refusal is None and self.graphs.backend is not None:
             given = {**conditions, "": timestep}
             if not buffers.arguments:
-                buffers.arguments = _clone(given)
-            elif not _refill(buffers.arguments, given):
+                buffers.arguments = clone(given)
+            elif not refill(buffers.arguments, given):
                 refusal = "the conditions have other shapes than before"
             if refusal is None:
                 conditions = {k: v for k, v in buffers.arguments.items() if k}
@@ -406,32 +407,3 @@ class Engine:
 
 def _network(pipe: Any) -> Any:
     return pipe.unet if getattr(pipe, "unet", None) is not None else pipe.transformer
-
-
-def _identity(network: Any) -> tuple[Any, ...]:
-    """What a graph of the network bakes in: where its weights lie, and the scales of its adapters."""
-    weights = hash(tuple(p.data_ptr() for p in network.parameters()))
-    scales = [str(m.scaling) for m in network.modules() if isinstance(getattr(m, "scaling", None), dict)]
-    return id(network), weights, hash(tuple(scales))
-
-
-def _clone(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {k: _clone(v) for k, v in value.items()}
-    return type(value)(_clone(v) for v in value) if isinstance(value, list | tuple) else value
-
-
-def _refill(old: Any, new: Any) -> bool:
-    """Copy new values into the tensors of a structure; False where it differs in anything else."""
-    if isinstance(old, Tensor) and isinstance(new, Tensor):
-        if old.shape != new.shape or old.dtype != new.dtype or old.device != new.device:
-            return False
-        old.copy_(new)
-        return True
-    if isinstance(old, dict) and isinstance(new, dict):
-        return old.keys() == new.keys() and all(_refill(old[k], new[k]) for k in old)
-    if isinstance(old, list | tuple) and isinstance(new, list | tuple):
-        return len(old) == len(new) and all(_refill(a, b) for a, b in zip(old, new, strict=True))
-    return type(old) is type(new) and bool(old == new)

@@ -7,14 +7,12 @@ to be good.
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import secrets
 import sys
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
@@ -24,21 +22,19 @@ from PIL import Image
 
 from tiledcore import __version__
 from tiledcore.geometry import TileGrid
-from tiledcore.images import FORMATS, check_target, load_image, save_image
-from tiledcore.models import EARTH, EMBEDDED, call_defaults
+from tiledcore.images import FORMATS, save_image
+from tiledcore.models import EMBEDDED, call_defaults
+from tiledcore.request import CommandError, check, check_size
 from tiledcore.writers import write_rows
 
 if TYPE_CHECKING:
     from tiledcore.checkpoint import Checkpoint
-    from tiledcore.denoiser import TilingConfig
+    from tiledcore.config import TilingConfig
     from tiledcore.pipeline import TiledPipeline
-    from tiledcore.regions import Region
     from tiledcore.stream import Rows
 
-SIZE = (1024, 1024)
 STRENGTH = 0.6
 WHOLE = 2048 * 2048  # up to so many pixels the image is decoded and written whole
-VAE_FACTOR = 8  # until the model is open; all of Stable Diffusion has it
 
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 SCHEDULERS = {
@@ -59,10 +55,6 @@ SCHEDULERS = {
 }
 # What a model was trained with, and what a scheduler must therefore know of.
 CONVENTIONS = ("prediction_type", "timestep_spacing", "rescale_betas_zero_snr")
-
-
-class CommandError(Exception):
-    """The user can mend it; the message says how."""
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -138,108 +130,6 @@ def writing(path: Path) -> Iterator[None]:
         raise CommandError(f"{path} was not written: {error.strerror or error}") from error
 
 
-def check(args: argparse.Namespace) -> Image.Image | None:
-    """Whatever can be known before loading; completes ``args.size``, returns the init image."""
-    if args.strength is not None and args.init_image is None and args.stages is None:
-        raise CommandError("--strength: only used with --init-image or --stages")
-    for option, value in (("--mask", args.mask), ("--keep-colour", args.keep_colour or None)):
-        if value is not None and args.init_image is None:
-            raise CommandError(f"{option}: only used with --init-image")
-    if args.mask is not None and args.stages is not None:
-        raise CommandError("--stages: not used with --mask, whose surroundings are there already")
-    if args.checkpoint is not None and (args.stages is not None or args.keep_colour):
-        raise CommandError("--checkpoint: saves one stage; not used with --stages or --keep-colour")
-    overlaps = args.overlap not in (None, (0, 0))
-    if args.shift and overlaps and not args.blend_steps:
-        raise CommandError("--overlap: --shift replaces the overlap; give only one of them, or --blend-steps")
-    if args.mode == "tiles" and args.halo is not None and overlaps and not args.blend_steps:
-        raise CommandError("--overlap: tiles that exchange a --halo do not overlap; give only one of them")
-    if args.blend_steps and not args.shift:
-        raise CommandError("--blend-steps: only used with --shift; without it every step is blended")
-    if args.tile is not None:
-        h, w = args.tile
-        TileGrid(h, w, tile=(h, w), overlap=args.overlap or 0)
-    factor = _factor(args.model)
-    image = None
-    if args.init_image is not None:
-        image = read_image(load_image, args.init_image)
-        if args.size is None or isinstance(args.size, int):
-            args.size = tuple(max(factor, side * (args.size or 1) // factor * factor) for side in image.size)
-    if isinstance(args.size, int):
-        raise CommandError(f"--size {args.size}x: only used with --init-image, of whose size it is a multiple")
-    args.size = args.size or SIZE
-    if args.mask is not None and image is not None:
-        args.mask = _mask(args.mask, image.size)
-    _check_size(args.size, factor)
-    if args.out is not None:
-        check_target(args.out, args.size)
-        if args.checkpoint_every is not None and args.checkpoint is None:
-            raise CommandError("--checkpoint-every: only used with --checkpoint")
-    if args.regions is not None:
-        args.scene = _scene(args)
-    return image
-
-
-def _mask(path: Path, size: tuple[int, int]) -> Image.Image:
-    mask = read_image(load_image, path).convert("L")
-    if mask.size != size:
-        raise CommandError(f"--mask {path}: is {mask.width}x{mask.height} px, --init-image {size[0]}x{size[1]} px")
-    if mask.getextrema()[1] < 128:
-        raise CommandError(f"--mask {path}: nothing in it is white, so there is nothing to change")
-    return mask
-
-
-def _scene(args: argparse.Namespace) -> list[Region]:
-    from tiledcore.regions import scene_for
-
-    try:
-        width, height = args.size
-        scene = scene_for(args.regions, width, height, ("y" in args.wrap, "x" in args.wrap))
-    except OSError as error:
-        raise CommandError(f"{args.regions}: cannot be read: {error.strerror or error}") from error
-    seeds = [region for region in scene if region.seed is not None]
-    if seeds and args.init_image is not None:
-        raise CommandError(
-            f"{args.regions}: seed={seeds[0].seed}: regions have no noise of their own with --init-image"
-        )
-    return scene
-
-
-def _factor(model: str) -> int:
-    """Pixels per latent pixel, as far as it can be told from a folder without opening the model."""
-    folder = EMBEDDED.get(model, Path(model))
-    if not folder.is_dir():
-        if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
-            raise CommandError(f"--model {model}: no such folder, and no name on the hub either")
-        return VAE_FACTOR
-    index = _json(folder / "model_index.json")
-    if index is None:
-        raise CommandError(f"--model {model}: there is no model_index.json in {folder}")
-    if not {"unet", "transformer"} & set(index):
-        raise CommandError(f"--model {model}: has neither a UNet nor a transformer, and cannot be tiled")
-    vae = EARTH / "vae" if model in EMBEDDED else folder / "vae"
-    levels = (_json(vae / "config.json") or {}).get("block_out_channels")
-    return int(2 ** (len(levels) - 1)) if levels else VAE_FACTOR
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def _check_size(size: tuple[int, int], factor: int) -> None:
-    below = [max(factor, side // factor * factor) for side in size]
-    above = [-(-side // factor) * factor for side in size]
-    if above != list(size):
-        raise CommandError(
-            f"--size {size[0]}x{size[1]}: each side must be a multiple of {factor} px, such as "
-            f"{below[0]}x{below[1]} or {above[0]}x{above[1]}"
-        )
-
-
 def open_pipeline(args: argparse.Namespace, seed: int) -> TiledPipeline:
     import torch
 
@@ -261,7 +151,7 @@ def open_pipeline(args: argparse.Namespace, seed: int) -> TiledPipeline:
 
 
 def _config(args: argparse.Namespace, seed: int) -> TilingConfig:
-    from tiledcore.denoiser import TilingConfig
+    from tiledcore.config import TilingConfig
 
     return TilingConfig(
         tile=args.tile,
@@ -317,7 +207,7 @@ def _set_scheduler(pipe: TiledPipeline, name: str) -> None:
 
 def call_arguments(args: argparse.Namespace, pipe: TiledPipeline, image: Image.Image | None) -> dict[str, Any]:
     """The arguments of the pipeline's call, with nothing left to its defaults that is stored."""
-    _check_size(args.size, pipe.vae_scale_factor)
+    check_size(args.size, pipe.vae_scale_factor)
     _check_prompt(pipe, args.prompt)
     known = {k: v.default for k, v in signature(type(pipe.pipe).__call__).parameters.items()}
     call = {"num_inference_steps": known["num_inference_steps"]} | call_defaults(args.model)
@@ -340,7 +230,7 @@ def call_arguments(args: argparse.Namespace, pipe: TiledPipeline, image: Image.I
     elif args.strength is not None:
         call["strength"] = args.strength
     if args.stages is not None:
-        from tiledcore.stages import Staging
+        from tiledcore.stage_plan import Staging
 
         call["stages"] = "auto" if args.stages == "auto" else Staging(factor=args.stages)
     if args.regions is not None:
@@ -481,11 +371,3 @@ def quiet() -> Iterator[None]:
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def read_image(reader: Callable[[Path], Any], path: Path) -> Any:
-    try:
-        return reader(path)
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all of them on broken files
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not an image"
-        raise CommandError(f"{path}: cannot be read: {reason}") from error

@@ -200,3 +200,32 @@ class StepGraphs:
         entry.replay, entry.captured, entry.refused = None, None, reason
         self.counters.reason = reason
         logger.info("no CUDA graph: %s", reason)
+
+
+def identity(network: Any) -> tuple[Any, ...]:
+    """What a graph of the network bakes in: where its weights lie, and the scales of its adapters."""
+    weights = hash(tuple(p.data_ptr() for p in network.parameters()))
+    scales = [str(m.scaling) for m in network.modules() if isinstance(getattr(m, "scaling", None), dict)]
+    return id(network), weights, hash(tuple(scales))
+
+
+def clone(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {k: clone(v) for k, v in value.items()}
+    return type(value)(clone(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def refill(old: Any, new: Any) -> bool:
+    """Copy new values into the tensors of a structure; False where it differs in anything else."""
+    if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
+        if old.shape != new.shape or old.dtype != new.dtype or old.device != new.device:
+            return False
+        old.copy_(new)
+        return True
+    if isinstance(old, dict) and isinstance(new, dict):
+        return old.keys() == new.keys() and all(refill(old[k], new[k]) for k in old)
+    if isinstance(old, list | tuple) and isinstance(new, list | tuple):
+        return len(old) == len(new) and all(refill(a, b) for a, b in zip(old, new, strict=True))
+    return type(old) is type(new) and bool(old == new)

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiledcore import ops
-from tiledcore.denoiser import Prediction, TileDenoiser, TilingConfig
+from tiledcore.config import TilingConfig
+from tiledcore.denoiser import Prediction, TileDenoiser
 from tiledcore.families import network_of
 from tiledcore.geometry import Pair
 from tiledcore.wrapping import decoder_reach
@@ -187,8 +188,8 @@ def connected(
         ValueError: names the argument, its value and what is valid.
         TypeError: the pipeline cannot be tiled.
     """
-    from tiledcore.pipeline import tiled
     from tiledcore.regional import as_latents, draw_noise
+    from tiledcore.tiling import tiled
 
     tiling = tiling or getattr(pipe, "tiling", None) or TilingConfig()
     pipe = getattr(pipe, "pipe", pipe)
@@ -223,7 +224,7 @@ def connected(
 
 def _hook(network: Any) -> Any:
     from tiledcore.families import registry
-    from tiledcore.pipeline import HOOK
+    from tiledcore.tiling import HOOK
 
     return registry(network).get_hook(HOOK)
 

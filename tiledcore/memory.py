@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tiledcore import attention, ops, vae_plan
 from tiledcore.architectures import Architecture, Part
 from tiledcore.bands import Extent
-from tiledcore.denoiser import TileDenoiser, TilingConfig
+from tiledcore.config import TilingConfig
+from tiledcore.denoiser import TileDenoiser
 from tiledcore.families import FAMILIES, Family
 from tiledcore.geometry import Pair, Partition, Tiling
 from tiledcore.simulation import Simulated, build, simulated

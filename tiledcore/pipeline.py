@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial, update_wrapper
 from inspect import signature
 from os import PathLike
 from pathlib import Path
@@ -14,16 +13,13 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
-from diffusers.hooks import ModelHook
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL import Image
 
-from tiledcore import attention
 from tiledcore.budget import Budget, within
 from tiledcore.checkpoint import Checkpoint
-from tiledcore.denoiser import TileDenoiser, TilingConfig
+from tiledcore.config import TilingConfig
 from tiledcore.engine import Engine, Report
-from tiledcore.families import Family, network_of, registry
+from tiledcore.families import network_of, registry
 from tiledcore.geometry import TileGrid
 from tiledcore.graph import CudaBackend, Mode, StepGraphs
 from tiledcore.labels import labelled
@@ -31,190 +27,20 @@ from tiledcore.models import EARTH, EARTH_FLUX, EMBEDDED
 from tiledcore.models.architecture import NATIVE
 from tiledcore.planner import Plan
 from tiledcore.pull import Pull, Pulling
-from tiledcore.regional import Regional, seeded_latents
+from tiledcore.regional import seeded_latents
 from tiledcore.regions import Region
-from tiledcore.stages import Stages, from_pictures, staging
+from tiledcore.stage_plan import Stages, staging
+from tiledcore.stages import from_pictures
 from tiledcore.stream import Rows, streamed
+from tiledcore.tiling import HOOK, regional, tiled
 from tiledcore.vae import exact_bands, unsupported
 from tiledcore.wrapping import continuation, wrapped
 
 logger = logging.getLogger(__name__)
 
-HOOK = "tiledcore"
 # Larger images are decoded and encoded in row bands, exactly to rounding; up to here the autoencoder runs as it
 # is, bit for bit. An untiled SDXL decoder needs 24 GiB of activations at 4096x4096.
 EXACT_DECODE_PIXELS = 2048 * 2048
-
-
-class TilingHook(ModelHook):
-    """Replaces a network's forward by a :class:`~tiledcore.denoiser.TileDenoiser` around it.
-
-    Args:
-        denoiser: the tiling.
-        family: how the forward maps to a canvas.
-        scheduler: its shift is kept to that of a tile for as long as the hook is there.
-        tokens: of a tile.
-    """
-
-    engine: Engine | None = None
-    """What moves the canvas during a call of a :class:`TiledPipeline`."""
-    regions: Regional | None = None
-    """Prompts of parts of the canvas."""
-
-    def __init__(self, denoiser: TileDenoiser, family: Family, scheduler: Any, tokens: int) -> None:
-        super().__init__()
-        self.denoiser, self.family, self.scheduler, self.tokens = denoiser, family, scheduler, tokens
-        self._limited: Any = None
-
-    def initialize_hook(self, module: torch.nn.Module) -> torch.nn.Module:
-        inner = getattr(module, "_orig_mod", module)
-        self._parameters = signature(type(inner).forward)
-        if self.family.dynamic_shift is not None:
-            self._before = vars(self.scheduler).get("set_timesteps")
-            self._limited = _limit_shift(self.scheduler, self.tokens, self.family.dynamic_shift)
-        return module
-
-    def deinitalize_hook(self, module: torch.nn.Module) -> torch.nn.Module:
-        # Somebody else may have replaced the method since: then it is theirs.
-        if self._limited is not None and vars(self.scheduler).get("set_timesteps") is self._limited:
-            del self.scheduler.set_timesteps
-            if self._before is not None:
-                self.scheduler.set_timesteps = self._before
-        return module
-
-    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        family = self.family
-        arguments = dict(self._parameters.bind(module, *args, **kwargs).arguments)
-        arguments.pop("self")
-        return_dict = arguments.pop("return_dict", True)
-        engine = self.engine
-        if engine is not None and not engine.runs(arguments[family.timestep]):
-            engine = None
-        canvas = None if engine else family.canvas(arguments)
-
-        def forward(tiles: torch.Tensor, timestep: Any, **conditions: Any) -> tuple[torch.Tensor]:
-            if tiles is canvas:  # one tile: the call as it came, so that no bit changes
-                inputs = arguments | conditions
-            else:
-                if getattr(module, "is_cache_enabled", False):
-                    raise ValueError("enable_cache: its state would be shared by different tiles; call disable_cache()")
-                inputs = {**conditions, family.timestep: timestep}
-                inputs |= family.tiles(tiles, inputs, self.denoiser.pixels)
-            output = self.fn_ref.original_forward(return_dict=False, **inputs)[0]
-            return (family.prediction(output, (tiles.shape[2], tiles.shape[3])),)
-
-        conditions = {name: v for name, v in arguments.items() if name not in (family.sample, family.timestep)}
-        conditions["regions"] = self.regions
-        if engine is not None:
-            engine.look(arguments, family)
-            prediction = engine.run_step(self.denoiser, forward, arguments[family.timestep], conditions)
-        else:
-            assert canvas is not None
-            if self.engine is not None:
-                self.engine.denoiser = self.denoiser
-            prediction = family.result(self.denoiser(forward, canvas, arguments[family.timestep], **conditions))
-        return family.output(sample=prediction) if return_dict else (prediction,)
-
-
-def _limit_shift(scheduler: Any, tokens: int, max_shift: float) -> Any:
-    """Keep a flow-matching scheduler's shift ``mu`` to what it is for one tile.
-
-    Pipelines compute ``mu`` from the tokens of the whole canvas, by a line through the shortest and the
-    longest sequence of the training (Esser et al. 2024, 5.3.2): the more pixels, the more noise hides
-    the same content. A network that sees tiles sees a tile's pixels. And the line does not go on: FLUX
-    at 4096x4096 would get ``mu`` 11.6, which puts all of 28 steps at noise levels above 0.999.
-
-    A ``mu`` that the line does not have at any whole number of tokens is the caller's own
-    (``StableDiffusion3Pipeline`` takes one), and stays.
-
-    Returns:
-        What now stands for ``scheduler.set_timesteps``.
-    """
-    original = scheduler.set_timesteps
-    line = {
-        "base_seq_len": scheduler.config.get("base_image_seq_len", 256),
-        "max_seq_len": scheduler.config.get("max_image_seq_len", 4096),
-        "base_shift": scheduler.config.get("base_shift", 0.5),
-        "max_shift": scheduler.config.get("max_shift", max_shift),
-    }
-    # A partial, and not a closure: a deep copy of the scheduler then has a method of its own.
-    limited = update_wrapper(partial(_set_timesteps, original, tokens, line), original)
-    scheduler.set_timesteps = limited
-    return limited
-
-
-def _set_timesteps(
-    original: Callable[..., Any], tokens: int, line: dict[str, Any], *args: Any, mu: float | None = None, **kwargs: Any
-) -> Any:
-    if mu is not None:
-        slope = (line["max_shift"] - line["base_shift"]) / (line["max_seq_len"] - line["base_seq_len"])
-        canvas = round(line["base_seq_len"] + (mu - line["base_shift"]) / slope) if slope else 0
-        if canvas > tokens and calculate_shift(canvas, **line) == mu:
-            mu = calculate_shift(tokens, **line)
-        kwargs["mu"] = mu
-    return original(*args, **kwargs)
-
-
-def apply_tiling(pipe: Any, config: TilingConfig | None = None) -> Any:
-    """Make a diffusers pipeline denoise in tiles; everything else of it stays as it is.
-
-    Afterwards ``pipe(prompt, height=..., width=...)`` works at any size that its VAE factor allows. The
-    scheduler still steps once for the whole canvas, so multistep schedulers, callbacks, generators, LoRA
-    and guidance work unchanged. Overlapping predictions are averaged as in MultiDiffusion (Bar-Tal et
-    al. 2023), by default with a ramp instead of equal weights.
-
-    Two things of a pipeline depend on the image's size, and are the caller's here
-    (:class:`TiledPipeline` does both):
-
-    - PixArt and Sana make an image of a trained size and resize it, unless they are called with
-      ``use_resolution_binning=False``.
-    - A scheduler's dynamic shift (FLUX, SD3, Z-Image, Qwen-Image) is kept to that of one tile. This holds
-      for the scheduler that the pipeline has now: set another one first, or call this again after.
-
-    Args:
-        pipe: any pipeline whose ``unet`` or ``transformer`` is of a class in :mod:`tiledcore.families`.
-        config: the tiling; a second call replaces the first one's.
-
-    Returns:
-        ``pipe`` itself.
-
-    Raises:
-        TypeError: the pipeline has no such network.
-        ValueError: the configuration's tile or overlap are not whole tokens of that network.
-    """
-    network, family = network_of(pipe)
-    config = config or TilingConfig()
-    native, patch = family.native(pipe, network), family.patch(network)
-    # A canvas of two by two tiles: what is wrong with their size comes out here and not in the first step.
-    tile = config.tile or native
-    height, width = (tile, tile) if isinstance(tile, int) else tile
-    denoiser = TileDenoiser(config, native, pipe.vae_scale_factor, patch, family.packed)
-    denoiser.tiling(2 * height // denoiser.unit, 2 * width // denoiser.unit, 0)
-    remove_tiling(pipe)
-    if config.mode == "canvas" or config.exchanges:
-        denoiser.attention = attention.install(
-            network,
-            tiles=config.exchanges,
-            tile=(height, width),
-            halo=config.halo,
-            wrap=config.wrap,
-            global_tokens=config.global_tokens,
-            native=native,
-            guidance_batch=config.guidance_batch,
-            impl=config.impl,
-        )
-    denoiser.timesteps = lambda: family.clock(torch.as_tensor(pipe.scheduler.timesteps).float()).tolist()
-    hook = TilingHook(denoiser, family, pipe.scheduler, (height // patch) * (width // patch))
-    registry(network).register_hook(hook, HOOK)
-    return pipe
-
-
-def remove_tiling(pipe: Any) -> Any:
-    """Undo :func:`apply_tiling`: results are bit-identical to before. Without tiling, does nothing."""
-    network, _ = network_of(pipe)
-    registry(network).remove_hook(HOOK, recurse=False)
-    attention.remove(network)
-    return pipe
 
 
 class TiledPipeline:
@@ -439,48 +265,6 @@ class TiledPipeline:
         side = tile if isinstance(tile, int) else min(tile)
         wrap = (config.wrap, config.wrap) if isinstance(config.wrap, bool) else config.wrap
         return Pulling(pull, pipe.scheduler, denoiser.unit, wrap, side / 16)
-
-
-@contextmanager
-def tiled(pipe: Any, config: TilingConfig | None = None) -> Iterator[Any]:
-    """``apply_tiling`` for the length of a ``with`` block; a tiling that was there before comes back."""
-    before = registry(network_of(pipe)[0]).get_hook(HOOK)
-    try:
-        yield apply_tiling(pipe, config)
-    finally:
-        remove_tiling(pipe)
-        if before is not None:
-            apply_tiling(pipe, before.denoiser.config)
-
-
-@contextmanager
-def regional(pipe: Any, regions: Sequence[Region] | None) -> Iterator[Any]:
-    """Give parts of the canvas prompts of their own, for the length of a ``with`` block.
-
-    Args:
-        pipe: a pipeline that :func:`apply_tiling` has tiled.
-        regions: None or nothing in it: no change.
-
-    Raises:
-        ValueError: the pipeline is not tiled; at the first step also for regions that do not fit the canvas.
-        TypeError: its prompts cannot be replaced.
-    """
-    if not regions:
-        yield pipe
-        return
-    network, _ = network_of(pipe)
-    hook = registry(network).get_hook(HOOK)
-    if hook is None:
-        raise ValueError("regions: the pipeline is not tiled; call apply_tiling first")
-    if hook.denoiser.config.exchanges:
-        halo = hook.denoiser.config.halo
-        raise ValueError(f"regions: their tiles do not exchange halos; leave out halo={halo}, or use canvas mode")
-    with Regional(pipe, network, regions, canvas=hook.denoiser.config.mode == "canvas") as prompts:
-        hook.regions = prompts
-        try:
-            yield pipe
-        finally:
-            hook.regions = None
 
 
 @contextmanager

@@ -7,7 +7,8 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from tiledcore.generate import DTYPES, CommandError, quiet
+from tiledcore.generate import DTYPES, quiet
+from tiledcore.request import CommandError
 
 if TYPE_CHECKING:
     from tiledcore.planner import Plan
@@ -34,7 +35,7 @@ def plan_command(args: argparse.Namespace) -> None:
     import torch
 
     with quiet():
-        from tiledcore.denoiser import TilingConfig
+        from tiledcore.config import TilingConfig
         from tiledcore.planner import DoesNotFit, plan
 
         dtype = getattr(torch, DTYPES[args.dtype or ("fp16" if args.device == "cuda" else "fp32")])

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from tiledcore.architectures import architecture
-from tiledcore.denoiser import TilingConfig
+from tiledcore.config import TilingConfig
 from tiledcore.geometry import Pair
 from tiledcore.memory import SLOTS, Evaluation, Phase, Predictor, parse_bytes, show_bytes
 

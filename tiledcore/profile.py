@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from tiledcore.generate import CommandError, call_arguments, check, open_pipeline, quiet, say
+from tiledcore.generate import call_arguments, open_pipeline, quiet, say
+from tiledcore.request import CommandError, check
 
 # Nested in the network, so that they do not add to the total.
 INSIDE = ("attention",)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,119 +23,13 @@ from torch import Tensor
 
 from tiledcore import vae_plan
 from tiledcore.autoencoders import UnsupportedError, convolution, layers_of, unsupported
-from tiledcore.bands import Band, Conv, Extent, Layer, Reduction, Stream, split
+from tiledcore.bands import Conv, Extent, Layer, Reduction, Stream, split
 from tiledcore.vae_plan import Kind, Plan
+from tiledcore.vae_stores import Given, OnDevice, OnHost
 
 __all__ = ["Plan", "decode", "decode_rows", "encode", "exact_bands", "peak_bytes", "plan", "unsupported"]
 
 logger = logging.getLogger(__name__)
-
-
-class _Given:
-    """The tensor that a program starts from; its bands go to the device one at a time."""
-
-    def __init__(self, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> None:
-        self.tensor, self.device, self.dtype = tensor, device, dtype
-
-    def read(self, rows: int, consume: bool) -> Stream:
-        height = self.tensor.shape[2]
-        for start in range(0, height, rows):
-            piece = self.tensor[:, :, start : start + rows].to(self.device, self.dtype)
-            yield Band([piece.contiguous()], start + rows >= height)
-            del piece
-
-
-class _Device:
-    """Bands that stay where they were computed."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.bands: deque[Band] = deque()
-
-    def append(self, band: Band) -> None:
-        self.bands.append(Band(list(band.tensors), band.last))
-
-    def read(self, rows: int, consume: bool) -> Stream:
-        """Bands of at most so many rows, top to bottom; with ``consume`` each is dropped once it was read."""
-        if consume:
-            while self.bands:
-                yield from split(iter([self.bands.popleft()]), rows)
-        else:
-            for band in self.bands:
-                yield from split(iter([Band(list(band.tensors), band.last)]), rows)
-
-
-class _Host:
-    """Bands in pinned host memory. On CUDA the copies run on a stream of their own: a band is written while
-    the next is computed, and read while the one before it is used."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
-        self.cuda = device.type == "cuda"
-        self.stream = torch.cuda.Stream(device) if self.cuda else None
-        self.bands: deque[tuple[list[Any], bool]] = deque()
-        self.writes: deque[tuple[list[Tensor], Any]] = deque()
-
-    @contextmanager
-    def _beside(self) -> Iterator[None]:
-        """On the copying stream, after what the current one has been given so far."""
-        if self.stream is None:
-            yield
-            return
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            yield
-
-    def append(self, band: Band) -> None:
-        host: list[Any] = []
-        with self._beside():
-            for tensor in band.tensors:
-                if tensor.device.type == "meta":  # a count of device memory: the host's is not in it
-                    host.append(tensor.shape)
-                    continue
-                target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.cuda)
-                host.append(target.copy_(tensor, non_blocking=True))
-        self.bands.append((host, band.last))
-        # Device memory of a band is free only after its copy: no more than two may wait.
-        self.writes.append((list(band.tensors), None if self.stream is None else self.stream.record_event()))
-        if len(self.writes) > 2:
-            self._wait()
-
-    def _wait(self) -> None:
-        _, event = self.writes.popleft()
-        if event is not None:
-            event.synchronize()
-
-    def _load(self, host: Sequence[Any]) -> tuple[list[Tensor], Any]:
-        with self._beside():
-            if self.device.type == "meta":
-                tensors = [torch.empty(shape, dtype=self.dtype, device="meta") for shape in host]
-            else:
-                tensors = [t.to(self.device, non_blocking=True, copy=True) for t in host]
-        return tensors, self.stream.record_event() if self.stream is not None else None
-
-    def read(self, rows: int, consume: bool) -> Stream:
-        while self.writes:
-            self._wait()
-        source = (self.bands.popleft() for _ in range(len(self.bands))) if consume else iter(self.bands)
-        ready: tuple[list[Tensor], Any, bool] | None = None
-        for host, last in source:
-            coming = (*self._load(host), last)
-            if ready is not None:
-                yield from self._use(*ready, rows)
-            ready = coming
-            del host, coming
-        if ready is not None:
-            yield from self._use(*ready, rows)
-
-    def _use(self, tensors: list[Tensor], event: Any, last: bool, rows: int) -> Stream:
-        if event is not None:
-            current = torch.cuda.current_stream(self.device)
-            current.wait_event(event)
-            for tensor in tensors:
-                tensor.record_stream(current)
-        band = Band(list(tensors), last)
-        tensors.clear()
-        yield from split(iter([band]), rows)
 
 
 def _stream(layers: Sequence[Layer], limits: Sequence[int], source: Stream) -> Stream:
@@ -147,21 +40,21 @@ def _stream(layers: Sequence[Layer], limits: Sequence[int], source: Stream) -> S
 
 
 @torch.no_grad()
-def _run(layers: Sequence[Layer], given: _Given, stores: Sequence[Kind | None], band_px: int) -> Iterator[Tensor]:
+def _run(layers: Sequence[Layer], given: Given, stores: Sequence[Kind | None], band_px: int) -> Iterator[Tensor]:
     """All rows of a program's output, top to bottom."""
     B, C, H, W = given.tensor.shape
     places = vae_plan.extents(layers, Extent(B, (C,), H, W))
     limits = vae_plan.limits(places, band_px)
-    store: _Given | _Device | _Host = given
+    store: Given | OnDevice | OnHost = given
     start = 0
 
     def stream(end: int, consume: bool) -> Stream:
         return _stream(layers[start:end], limits[start:end], store.read(limits[start], consume))
 
     for i, layer in enumerate(layers):
-        kept: _Device | _Host | None = None
+        kept: OnDevice | OnHost | None = None
         if stores[i] is not None:
-            kept = (_Device if stores[i] == "device" else _Host)(given.device, given.dtype)
+            kept = (OnDevice if stores[i] == "device" else OnHost)(given.device, given.dtype)
         passes: Sequence[Reduction | None] = layer.reductions or [None] * (kept is not None)
         for reduction in passes:
             # The first pass to get here leaves behind what the next ones start from.
@@ -294,7 +187,7 @@ def _count(
     layers: Sequence[Layer], shape: Sequence[int], dtype: torch.dtype, stores: Sequence[Kind | None], band_px: int
 ) -> int:
     """The peak of a plan, by running it on meta tensors."""
-    given = _Given(torch.empty(tuple(shape), dtype=dtype, device="meta"), torch.device("meta"), dtype)
+    given = Given(torch.empty(tuple(shape), dtype=dtype, device="meta"), torch.device("meta"), dtype)
     with vae_plan.LiveBytes() as live:
         for rows in _run(layers, given, stores, band_px):
             del rows
@@ -347,7 +240,7 @@ def _start(
     limit = _free_bytes(weight.device) if budget is None else budget
     chosen = plan(vae, given.shape, direction=direction, band_px=band_px, budget=limit, whole=whole)
     logger.debug("%s of %s: %s", direction, tuple(given.shape), chosen)
-    rows = _run(layers, _Given(given, weight.device, weight.dtype), chosen.stores, chosen.band_px)
+    rows = _run(layers, Given(given, weight.device, weight.dtype), chosen.stores, chosen.band_px)
     return rows, layers
 
 
