@@ -30,7 +30,7 @@ from PIL import Image
 
 from bench import timing
 from bench.modes import PX, kept, run
-from bench.quality import low_frequency_power, seam_check
+from bench.quality import low_frequency_power, repetition, seam_check
 from tiledcore import TiledPipeline, TileGrid, TilingConfig
 from tiledcore.models import call_defaults
 from tiledcore.models.architecture import NATIVE
@@ -57,20 +57,6 @@ def ways() -> dict[str, Staging | None]:
         "stages of up to 4x": Staging(factor=4),
         "stages, sharper pull": Staging(pull=Pull(sigma=NATIVE / 32)),
     }
-
-
-def repetition(image: Images, tile: int, size: int = 16) -> float:
-    """Largest normalised cross-correlation of two tiles that do not touch, each shrunk to ``size`` px, -1 to 1."""
-    grey = image.mean(-1, dtype=np.float64)
-    n = len(grey) // tile
-    block = tile // size
-    small = grey[: n * tile, : n * tile].reshape(n * size, block, n * size, block).mean((1, 3))
-    tiles = small.reshape(n, size, n, size).swapaxes(1, 2).reshape(n * n, -1)
-    tiles = tiles - tiles.mean(1, keepdims=True)
-    tiles /= np.maximum(np.linalg.norm(tiles, axis=1, keepdims=True), 1e-9)
-    y, x = np.divmod(np.arange(n * n), n)
-    distant = np.maximum(abs(y[:, None] - y), abs(x[:, None] - x)) > 1
-    return float((tiles @ tiles.T)[distant].max())
 
 
 def of_floor(pipe: Any, staging: Staging | None, size: int, steps: int) -> float:

@@ -33,7 +33,7 @@ from tiledcore.stage_plan import Stages, staging
 from tiledcore.stages import from_pictures
 from tiledcore.stream import Rows, streamed
 from tiledcore.tiling import HOOK, regional, tiled
-from tiledcore.vae import exact_bands, unsupported
+from tiledcore.vae import exact_bands, why_not_exact
 from tiledcore.wrapping import continuation, wrapped
 
 logger = logging.getLogger(__name__)
@@ -274,13 +274,6 @@ def _bounded_vae(pipe: Any, kwargs: dict[str, Any], plan: Plan | None = None) ->
     if getattr(vae, "use_tiling", True):  # the caller's own choice, or not an autoencoder of this kind
         yield
         return
-    if (reason := unsupported(vae)) is None:
-        larger_than, band, room = EXACT_DECODE_PIXELS, None, None
-        if plan is not None:  # which knows whether the whole image fits
-            larger_than, band, room = sys.maxsize if plan.vae_band is None else 0, plan.vae_band, plan.vae_room
-        with exact_bands(vae, larger_than, band, room):
-            yield
-        return
     image = kwargs.get("image")
     if isinstance(image, Image.Image):
         pixels = image.width * image.height
@@ -288,6 +281,13 @@ def _bounded_vae(pipe: Any, kwargs: dict[str, Any], plan: Plan | None = None) ->
         pixels = image.shape[-1] * image.shape[-2]
     else:
         pixels = (kwargs.get("height") or 0) * (kwargs.get("width") or 0)
+    if (reason := why_not_exact(vae, pixels)) is None:
+        larger_than, band, room = EXACT_DECODE_PIXELS, None, None
+        if plan is not None:  # which knows whether the whole image fits
+            larger_than, band, room = sys.maxsize if plan.vae_band is None else 0, plan.vae_band, plan.vae_room
+        with exact_bands(vae, larger_than, band, room):
+            yield
+        return
     if pixels <= EXACT_DECODE_PIXELS:
         yield
         return

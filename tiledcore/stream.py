@@ -17,7 +17,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tiledcore.vae import decode_rows, unsupported
+from tiledcore.vae import decode_rows, why_not_exact
 from tiledcore.wrapping import Continuation
 
 logger = logging.getLogger(__name__)
@@ -29,9 +29,6 @@ Rows = Callable[[Iterator[Band]], None]
 BAND_PX = 256
 CPU_BUDGET = 3 << 29
 """Bytes of activations that the decoder may keep on a CPU, 1.5 GiB: rows are asked for to save memory."""
-CPU_EXACT_PIXELS = 4096 * 4096
-"""The middle block's attention grows with the square of the pixels: 3.5e13 FLOP for the embedded model at 4096x4096,
-and 64 times that at 16384x8192."""
 # What looks at, or changes, the decoded image as a whole. The pipeline's own names.
 WHOLE = ("safety_checker", "watermark")
 
@@ -110,15 +107,12 @@ def _decoded(pipe: Any, decode: Callable[..., Any], latents: Tensor, whole_pixel
 
 def _exact(vae: Any, latents: Tensor, pixels: int) -> tuple[str | None, Iterator[Tensor] | None]:
     """The exact rows, or why there are none."""
-    on_cpu = vae.device.type == "cpu"
     if getattr(vae, "use_tiling", False):
         return "the autoencoder's own tiling is switched on", None
-    if (reason := unsupported(vae)) is not None:
+    if (reason := why_not_exact(vae, pixels)) is not None:
         return reason, None
-    if on_cpu and pixels > CPU_EXACT_PIXELS:
-        return "its attention between all pixels would take a CPU hours", None
     try:
-        return None, decode_rows(vae, latents, budget=CPU_BUDGET if on_cpu else None)
+        return None, decode_rows(vae, latents, budget=CPU_BUDGET if vae.device.type == "cpu" else None)
     except ValueError as error:  # no plan fits
         return str(error), None
 

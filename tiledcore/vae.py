@@ -27,9 +27,33 @@ from tiledcore.bands import Conv, Extent, Layer, Reduction, Stream, split
 from tiledcore.vae_plan import Kind, Plan
 from tiledcore.vae_stores import Given, OnDevice, OnHost
 
-__all__ = ["Plan", "decode", "decode_rows", "encode", "exact_bands", "peak_bytes", "plan", "unsupported"]
+__all__ = [
+    "Plan",
+    "decode",
+    "decode_rows",
+    "encode",
+    "exact_bands",
+    "peak_bytes",
+    "plan",
+    "unsupported",
+    "why_not_exact",
+]
 
 logger = logging.getLogger(__name__)
+
+CPU_EXACT_PIXELS = 4096 * 4096
+"""The middle block's attention grows with the square of the pixels: 3.5e13 FLOP for the embedded model at 4096x4096,
+and 64 times that at 16384x8192."""
+
+
+def why_not_exact(vae: Any, pixels: int) -> str | None:
+    """Why an image of so many pixels does not go through an autoencoder in exact bands, or None where it does."""
+    if (reason := unsupported(vae)) is not None:
+        return reason
+    attends = getattr(vae.config, "mid_block_add_attention", False)
+    if attends and vae.device.type == "cpu" and pixels > CPU_EXACT_PIXELS:
+        return "its attention between all pixels would take a CPU hours"
+    return None
 
 
 def _stream(layers: Sequence[Layer], limits: Sequence[int], source: Stream) -> Stream:
