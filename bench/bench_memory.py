@@ -9,6 +9,7 @@ kernel, not a tensor.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,7 @@ def allocated(pipe: Callable[..., Any], call: Call) -> int:
         if isinstance(module, torch.nn.Module)
         for tensor in (*module.parameters(), *module.buffers())
     )
+    gc.collect()  # or what others left would be released meanwhile, and count as negative
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         pipe("a coast", **call)
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
