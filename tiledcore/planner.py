@@ -69,10 +69,12 @@ class DoesNotFit(ValueError):  # noqa: N818 - it is an answer as much as an erro
         self.leanest, self.size = leanest, size
         worst = max(leanest.phases, key=lambda phase: phase.peak)
         smaller = f", or size {size[0]}x{size[1]}" if size else "; no smaller size fits, because the weights do not"
+        needs = leanest.needs
+        enough = f"{math.ceil(needs / 2**28) / 4:g}GiB" if needs > 2**30 else f"{math.ceil(needs / 2**20)}MiB"
         super().__init__(
             f"{leanest.model} at {leanest.size[0]}x{leanest.size[1]} does not fit {show_bytes(leanest.budget)}: "
             f"{worst.name} needs {show_bytes(worst.peak)} x {leanest.safety} at the least. What would fit: "
-            f"budget {math.ceil(leanest.needs / 2**28) / 4:g}GiB{smaller}"
+            f"budget {enough}{smaller}"
         )
 
 
