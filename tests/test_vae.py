@@ -125,9 +125,11 @@ def test_less_memory_means_more_work_and_the_same_image(direction: str) -> None:
     exact = whole(vae, given, direction)
     most = bands.peak_bytes(vae, given.shape, 64, direction=direction)
     work = []
-    for share in (1.1, 0.8, 0.65, 0.55):
+    for share in (1.5, 0.95, 0.8, 0.7):
         chosen = bands.plan(vae, given.shape, direction=direction, band_px=64, budget=share * most)
         assert chosen.peak_bytes <= share * most
+        counted = bands.peak_bytes(vae, given.shape, 64, direction=direction, budget=share * most)
+        assert counted <= chosen.peak_bytes
         work.append(chosen.recomputed)
         assert relative(banded(vae, given, direction, 64, share * most), exact) <= 1e-5
     assert work == sorted(work) and work[-1] > work[0]
@@ -138,12 +140,12 @@ def test_activations_on_the_host(direction: str, monkeypatch: pytest.MonkeyPatch
     """A link to the host makes the search use it; the memory of the device is not spent on what lies there."""
     vae = build("short")
     given = latents_for(vae, 32, 16) if direction == "decode" else image_for(vae, 256, 128)
-    budget = 0.7 * bands.peak_bytes(vae, given.shape, 64, direction=direction)
+    budget = (0.75 if direction == "decode" else 0.6) * bands.peak_bytes(vae, given.shape, 64, direction=direction)
     slow = bands.plan(vae, given.shape, direction=direction, band_px=64, budget=budget)
     monkeypatch.setattr(vae_plan, "machine", lambda *_: vae_plan.Machine(5e10, 1e11, 0.0))
     fast = bands.plan(vae, given.shape, direction=direction, band_px=64, budget=budget)
     assert "host" not in slow.stores and "host" in fast.stores
-    assert fast.recomputed < slow.recomputed and fast.peak_bytes <= budget
+    assert fast.recomputed <= slow.recomputed and fast.peak_bytes < slow.peak_bytes <= budget
     assert relative(banded(vae, given, direction, 64, budget), whole(vae, given, direction)) <= 1e-5
     monkeypatch.setattr(vae_plan, "machine", lambda *_: vae_plan.Machine(5e10, 1.0, 0.0))
     assert "host" not in bands.plan(vae, given.shape, direction=direction, band_px=64, budget=budget).stores

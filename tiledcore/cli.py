@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(making)
     timing = commands.add_parser("profile", help="where the time of generate goes")
     timing.add_argument("--trace", type=Path, metavar="FILE", help="also write a Chrome trace there (.json)")
-    timing.set_defaults(command=profile, out=None)
+    timing.set_defaults(command=profile, out=None, checkpoint=None, checkpoint_every=None)
     _add_generate(timing)
     add_plan(commands.add_parser("plan", help="how an image would fit a memory budget"), _size, _integer)
     about = commands.add_parser("info", help="print the settings that a PNG or TIFF was made with")

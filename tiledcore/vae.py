@@ -9,6 +9,7 @@ passes that this takes, so that the peak stays within a budget.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -157,8 +158,8 @@ def plan(
         whole: with the 1x1 convolution between latents and decoder, or encoder and latents.
 
     Returns:
-        The plan predicted to be the fastest. Its peak is counted by running it without data, unless it is
-        far from the budget.
+        The plan predicted to be the fastest. Its peak is estimated; :func:`peak_bytes` counts, which takes
+        minutes for a large image in low bands.
 
     Raises:
         TypeError: (an UnsupportedError) ``vae`` has parts that cannot be computed in bands.
@@ -172,28 +173,15 @@ def plan(
     machine = vae_plan.machine(where, kind)
     limit = float("inf") if budget is None else float(budget)
     found: list[Plan] = []
-    shadow: Any = None
     for rows in vae_plan.BANDS if band_px is None else (band_px,):
-        target = limit
-        for _ in range(4):
-            chosen = vae_plan.choose(layers, given, kind.itemsize, rows, target, machine)
-            if chosen is None:
-                break
-            stores, seconds, bound = chosen
-            peak = bound
-            if bound > limit / 2:  # the search's bound is rough: what decides is the count
-                shadow = shadow or _program(_shadow(vae, kind), direction, whole)
-                peak = _count(shadow, shape, kind, stores, rows)
-            if peak <= limit:
-                found.append(Plan(rows, stores, peak, seconds, vae_plan.recomputed(layers, given, stores)))
-                break
-            target = 0.99 * bound * min(1.0, limit / peak)
+        chosen = vae_plan.choose(layers, given, kind.itemsize, rows, limit / vae_plan.SLACK, machine)
+        if chosen is not None:
+            stores, seconds, estimate = chosen
+            peak = math.floor(vae_plan.SLACK * estimate)
+            found.append(Plan(rows, stores, peak, seconds, vae_plan.recomputed(layers, given, stores)))
     if not found:
         rows = band_px or vae_plan.BANDS[-1]
-        need = vae_plan.least(layers, given, kind.itemsize, rows, machine)
-        if (smallest := vae_plan.choose(layers, given, kind.itemsize, rows, need, machine)) is not None:
-            shadow = shadow or _program(_shadow(vae, kind), direction, whole)
-            need = max(need, int(1.1 * _count(shadow, shape, kind, smallest[0], rows)))
+        need = math.ceil(vae_plan.SLACK * vae_plan.least(layers, given, kind.itemsize, rows, machine))
         raise ValueError(
             f"budget={budget:,} bytes do not hold an input of {tuple(shape)} in bands of {rows} px; {need:,} would"
         )
