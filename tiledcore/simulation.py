@@ -43,7 +43,7 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         modules: whose parameters and buffers are alive from the beginning.
-        scratch: bytes that each ``neighbor_attention`` takes while it runs.
+        scratch: most bytes that a ``neighbor_attention`` takes while it runs.
     """
 
     def __init__(self, modules: Sequence[torch.nn.Module] = (), scratch: int = 0) -> None:
@@ -84,8 +84,21 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self.add(leaf)
         if self.scratch and func.namespace == "tiledcore" and func._opname.startswith("neighbor_attention"):
-            self.peak = max(self.peak, self.now + self.scratch)
+            self.peak = max(self.peak, self.now + min(self.scratch, _gathered(*args)))
         return out
+
+
+def _gathered(q: Tensor, *arguments: Any) -> int:
+    """Bytes of all queries, windows and results of ``neighbor_attention`` as ``"sdpa"`` gathers them, in one chunk."""
+    canvas, tile, halo, wrap = arguments[5:9]
+    seen = 1
+    for size, t, h, wraps in zip(canvas, tile, halo, wrap, strict=True):
+        starts = range(0, size, t)
+        seen *= sum(
+            min(size, min(t, size - start) + 2 * h) if wraps else min(start + t + h, size) - max(start - h, 0)
+            for start in starts
+        )
+    return int(q[:, :1].nbytes * 2 * (canvas[0] * canvas[1] + seen))
 
 
 @dataclass
