@@ -30,7 +30,7 @@ from tiledcore import ops
 from tiledcore.arguments import one_image
 from tiledcore.canvas import Canvas, Positions, Rotary, Windows
 from tiledcore.families import FAMILIES, registry
-from tiledcore.geometry import Pair, neighbour_list
+from tiledcore.geometry import Pair, both, neighbour_list
 from tiledcore.processors import FluxProcessor, QwenProcessor, SD3Processor, SelfProcessor, ZImageProcessor
 
 HOOK = "tiledcore_canvas"
@@ -244,24 +244,24 @@ def install(
         raise TypeError(f"network={type(inner).__name__}: canvas mode knows {names}")
     if tiles and isinstance(inner, SanaTransformer2DModel):
         raise TypeError(f"halo={halo!r}: Sana's self-attention is linear, without a window that a halo could widen")
-    sizes = _both(tile)
+    sizes = both(tile)
     halo = (sizes[0] // 2, sizes[1] // 2) if halo is None else halo
     neighbour_list(1, 1, tile, halo, wrap)  # its checks name the argument and what is valid
     if isinstance(global_tokens, bool) or not isinstance(global_tokens, int) or global_tokens < 0:
         raise ValueError(f"global_tokens={global_tokens!r} must be an int of at least 0")
     if positions not in ("window", "canvas"):
         raise ValueError(f"positions={positions!r} is not one of window, canvas")
-    natives = sizes if native is None else _both(native)
+    natives = sizes if native is None else both(native)
     if min(natives) < 1:
         raise ValueError(f"native={native!r} must be an int of at least 1, or a (y, x) pair of them")
-    wraps = (wrap, wrap) if isinstance(wrap, bool) else (wrap[0], wrap[1])
+    wraps = both(wrap)
 
     embed = _patch_embed(inner) if positions == "window" and not tiles else None
     if embed is not None:
         _check_native(embed, natives)
     remove(network)
     canvas = Canvas(global_tokens, impl)
-    hook = CanvasAttention(network, sizes, _both(halo), wraps, natives, positions, guidance_batch, canvas, tiles)
+    hook = CanvasAttention(network, sizes, both(halo), wraps, natives, positions, guidance_batch, canvas, tiles)
     registry(network).register_hook(hook, HOOK)
     if embed is not None:
         registry(embed).register_hook(WindowPositions(natives), HOOK)
@@ -278,10 +278,6 @@ def remove(network: Any) -> None:
     embed = _patch_embed(getattr(network, "_orig_mod", network))
     if embed is not None:
         registry(embed).remove_hook(HOOK, recurse=False)
-
-
-def _both(value: int | Pair) -> Pair:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
 def _patch_embed(network: Any) -> Any:

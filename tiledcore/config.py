@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tiledcore import ops
-from tiledcore.geometry import TileGrid
+from tiledcore.geometry import TileGrid, both
 
 
 @dataclass(frozen=True)
@@ -112,11 +112,11 @@ class TilingConfig:
         Raises:
             ValueError: a size is no multiple of the unit, or :class:`~tiledcore.geometry.TileGrid` refuses it.
         """
-        tile = pair(native if self.tile is None else self.tile)
+        tile = both(native if self.tile is None else self.tile)
         h, w = tile
         blends = self.blend_steps or not (self.shift or self.exchanges or self.mode == "canvas")
         default = (h // 8 // unit * unit, w // 8 // unit * unit) if blends else (0, 0)
-        overlap = default if self.overlap is None else pair(self.overlap)
+        overlap = default if self.overlap is None else both(self.overlap)
         grid = TileGrid(height, width, tile=tile, overlap=overlap, wrap=self.wrap)
         if unit == 1:
             return grid
@@ -130,7 +130,3 @@ class TilingConfig:
             overlap=(overlap[0] // unit, overlap[1] // unit),
             wrap=self.wrap,
         )
-
-
-def pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else value

@@ -11,9 +11,9 @@ import torch
 
 from tiledcore import ops
 from tiledcore.arguments import PER_IMAGE, REFUSED, RESIDUALS, one_image
-from tiledcore.config import TilingConfig, pair
+from tiledcore.config import TilingConfig
 from tiledcore.exchange import Exchange
-from tiledcore.geometry import Pair, Partition, TileGrid, Tiling
+from tiledcore.geometry import Pair, Partition, TileGrid, Tiling, both
 from tiledcore.labels import label
 from tiledcore.residuals import check_residuals, crop_residuals
 
@@ -93,7 +93,7 @@ class TileDenoiser:
             size = (height * self.unit, width * self.unit)
             # Lines that move do so by eighths of a tile, and what is left at the canvas' end is a tile too.
             moves = (self.config.shift or self.config.exchanges) and self.unit == 1
-            asked = pair(self.native if self.config.tile is None else self.config.tile)
+            asked = both(self.native if self.config.tile is None else self.config.tile)
             whole = tile != asked  # the canvas is smaller than a tile: nothing moves
             least = 8 * self.patch if moves and self.patch > 1 and not whole else self.patch
             if any(n % least for n in tile) or (moves and any(n % self.patch for n in size)):
@@ -208,9 +208,12 @@ class TileDenoiser:
             out = body() if exchange is None else exchange.run([body])[0]
             buffer = self._buffer((len(tiling) * batch, *out.shape[1:]), out)
             buffer[start * batch : start * batch + len(out)] = out
+        return Prediction(buffer, offsets, size, self.ramp(tiling))
+
+    def ramp(self, tiling: Tiling | Partition) -> int:
+        """Width of the transition between two tiles, in canvas pixels; a partition has none."""
         overlap = (0, 0) if isinstance(tiling, Partition) else tiling.overlap
-        ramp = max(1, min(overlap)) if self.config.ramp is None else -(-self.config.ramp // self.unit)
-        return Prediction(buffer, offsets, size, ramp)
+        return max(1, min(overlap)) if self.config.ramp is None else -(-self.config.ramp // self.unit)
 
     def _one_by_one(
         self,

@@ -15,8 +15,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from random import Random
+from typing import TypeVar
 
 Pair = tuple[int, int]
+T = TypeVar("T", int, bool)
+
+
+def both(value: T | tuple[T, T]) -> tuple[T, T]:
+    """One value for both axes, or one for each: (y, x)."""
+    return (value[0], value[1]) if isinstance(value, tuple | list) else (value, value)
 
 
 @dataclass(frozen=True)

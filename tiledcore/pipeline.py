@@ -20,7 +20,7 @@ from tiledcore.checkpoint import Checkpoint
 from tiledcore.config import TilingConfig
 from tiledcore.engine import Engine, Report
 from tiledcore.families import network_of, registry
-from tiledcore.geometry import TileGrid
+from tiledcore.geometry import TileGrid, both
 from tiledcore.graph import CudaBackend, Mode, StepGraphs
 from tiledcore.labels import labelled
 from tiledcore.models import EARTH, EARTH_FLUX, EMBEDDED
@@ -263,7 +263,7 @@ class TiledPipeline:
         denoiser = registry(network_of(pipe)[0]).get_hook(HOOK).denoiser
         tile = denoiser.native if config.tile is None else config.tile
         side = tile if isinstance(tile, int) else min(tile)
-        wrap = (config.wrap, config.wrap) if isinstance(config.wrap, bool) else config.wrap
+        wrap = both(config.wrap)
         return Pulling(pull, pipe.scheduler, denoiser.unit, wrap, side / 16)
 
 

@@ -21,7 +21,7 @@ from diffusers import (
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from tiledcore.geometry import Pair
+from tiledcore.geometry import Pair, both
 from tiledcore.regional_canvas import CanvasRegions
 from tiledcore.regional_tiles import Shares, evaluate, grid_of, split
 from tiledcore.regions import Region, check_regions, region_weights, seed_noise
@@ -136,7 +136,7 @@ class Regional:
 
     def weights(self, size: Pair, pixels: int, wrap: Wrap) -> Tensor:
         """:func:`~tiledcore.regions.region_weights` of a canvas, on the CPU; checked, and kept from step to step."""
-        wraps = (wrap, wrap) if isinstance(wrap, bool) else wrap
+        wraps = both(wrap)
         key = (size, pixels, wraps)
         if self._weights is None or self._weights[0] != key:
             check_regions(self.regions, size[1] * pixels, size[0] * pixels, wraps)
@@ -162,7 +162,7 @@ class Regional:
         size, wrap = (sample.shape[2], sample.shape[3]), denoiser.config.wrap
         weights = self.weights(size, denoiser.pixels, wrap)
         if self._shares is None or self._shares[0] is not weights:
-            wraps = (wrap, wrap) if isinstance(wrap, bool) else wrap
+            wraps = both(wrap)
             tile = grid_of(denoiser, size, wraps).tile_size
             self._shares = (weights, split(self.regions, weights, denoiser.pixels, tile, wraps))
         prediction, self.tiles = evaluate(denoiser, self._shares[1], prompts, forward, sample, kwargs)
@@ -212,7 +212,7 @@ def seeded_latents(
     """
     noise, factor = draw_noise(pipe, family, network, call), pipe.vae_scale_factor
     height, width = (factor * n for n in noise.shape[2:])
-    check_regions(regions, width, height, (wrap, wrap) if isinstance(wrap, bool) else wrap)
+    check_regions(regions, width, height, both(wrap))
     return as_latents(pipe, family, seed_noise(noise, regions, factor))
 
 

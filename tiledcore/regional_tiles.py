@@ -101,7 +101,7 @@ def evaluate(
         like = tiles
         if isinstance(tiling, Tiling):
             if not own:
-                return Prediction(tiles, offsets.to(sample.device), size, _ramp(denoiser, tiling)), count
+                return Prediction(tiles, offsets.to(sample.device), size, denoiser.ramp(tiling)), count
             canvas = _blend(denoiser, tiling, tiles, offsets)
             break
         canvas = tiles.new_empty(batch, tiles.shape[1], *size) if canvas is None else canvas
@@ -173,15 +173,10 @@ def grid_of(denoiser: TileDenoiser, size: Pair, wrap: tuple[bool, bool]) -> Tile
     return config.grid(size[0] * unit, size[1] * unit, denoiser.native, unit)
 
 
-def _ramp(denoiser: TileDenoiser, tiling: Tiling) -> int:
-    ramp = denoiser.config.ramp
-    return max(1, min(tiling.overlap)) if ramp is None else -(-ramp // denoiser.unit)
-
-
 def _blend(denoiser: TileDenoiser, tiling: Tiling, tiles: Tensor, offsets: Tensor) -> Tensor:
     if len(offsets) == 1:
         return tiles
-    size, ramp, config = (tiling.height, tiling.width), _ramp(denoiser, tiling), denoiser.config
+    size, ramp, config = (tiling.height, tiling.width), denoiser.ramp(tiling), denoiser.config
     return ops.blend_tiles(tiles, offsets.to(tiles.device), size, window=config.window, ramp=ramp, impl=config.impl)
 
 

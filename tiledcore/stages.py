@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tiledcore.config import TilingConfig
 from tiledcore.families import network_of
-from tiledcore.geometry import Pair
+from tiledcore.geometry import Pair, both
 from tiledcore.pictures import match_colour, to_tensor
 from tiledcore.pull import Pull
 from tiledcore.stage_plan import Stage, Staging, Upscaler, plan_stages, stage_steps, staging
@@ -62,7 +62,7 @@ def stage_tiling(stage: Stage, config: TilingConfig, native: Pair, factor: int, 
     if stage.strength is None and open_tiles and height * width <= 1.05 * native[0] * native[1]:
         return replace(config, tile=(height, width), overlap=None, shift=False)
     tile = native if config.tile is None else (config.tile if isinstance(config.tile, tuple) else (config.tile,) * 2)
-    wrap = (config.wrap, config.wrap) if isinstance(config.wrap, bool) else config.wrap
+    wrap = both(config.wrap)
     # One tile as large as an axis that wraps would see a border there: it gets less, so that several meet.
     least = 8 * patch
     cut = tuple(
@@ -249,7 +249,7 @@ def run(pipe: Any, plan: StagePlan, args: tuple[Any, ...], call: dict[str, Any],
         result = pipe(*args, output_type=output_type if last else "pt", **kwargs)
         if stage.strength is not None and plan.config.match and not (last and output_type == "latent"):
             assert first is not None
-            result.images = match_colour(result.images, first, wrap=(wrap, wrap) if isinstance(wrap, bool) else wrap)
+            result.images = match_colour(result.images, first, wrap=both(wrap))
         if last:
             return result if return_dict else result.to_tuple()
         image = result.images.float().clamp(0, 1)

@@ -20,6 +20,8 @@ from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
+from tiledcore.geometry import both
+
 # Latent pixels, for autoencoders whose layers are not counted: more than any of Stable Diffusion's and FLUX' sees.
 REACH = 24
 
@@ -64,9 +66,9 @@ class Continuation:
 
 def continuation(vae: Any, wrap: bool | tuple[bool, bool], factor: int) -> Continuation:
     """What a torus needs to be decoded by this autoencoder; ``wrap`` is one bool or (along y, along x)."""
-    both = (wrap, wrap) if isinstance(wrap, bool) else wrap
+    y, x = both(wrap)
     reach = decoder_reach(vae)
-    return Continuation((reach * both[0], reach * both[1]), factor)
+    return Continuation((reach * y, reach * x), factor)
 
 
 def decoder_reach(vae: Any) -> int:
