@@ -17,7 +17,7 @@ from tiledcore.denoiser import TileDenoiser
 from tiledcore.pictures import match_colour
 from tiledcore.pull import Pull
 from tiledcore.stage_plan import Stage, Staging, plan_stages, staging
-from tiledcore.stages import StagePlan, enlarge, plan_call
+from tiledcore.stages import StagePlan, enlarge, plan_call, stage_tiling
 
 SHIFT = TilingConfig(tile=16, shift=True)
 SIDES = st.integers(1, 64).map(lambda n: 64 * n)
@@ -219,3 +219,11 @@ def test_what_does_not_go_with_stages() -> None:
     pixart = TiledPipeline.from_pipe(build(tiny_pixart_sigma), stages="auto")
     with pytest.raises(ValueError, match="PixArtSigmaPipeline has no image-to-image pipeline"):
         call(pixart, tiny_pixart_sigma, (32, 32))
+
+
+@pytest.mark.parametrize("more", [{"shift": True, "blend_steps": 1}, {"halo": 4}])
+def test_the_first_stage_is_whole_whatever_the_tiling_of_the_others(more: dict[str, Any]) -> None:
+    config = TilingConfig(tile=16, **more)
+    first = stage_tiling(Stage(128, 128, None), config, (16, 16), 8, 1)
+    assert first == TilingConfig(tile=(16, 16))
+    assert stage_tiling(Stage(256, 256, 0.5), config, (16, 16), 8, 1) == config

@@ -60,7 +60,7 @@ def stage_tiling(stage: Stage, config: TilingConfig, native: Pair, factor: int, 
     height, width = stage.height // factor, stage.width // factor
     open_tiles = config.mode == "tiles" and config.wrap in (False, (False, False))
     if stage.strength is None and open_tiles and height * width <= 1.05 * native[0] * native[1]:
-        return replace(config, tile=(height, width), overlap=None, shift=False)
+        return replace(config, tile=(height, width), overlap=None, shift=False, blend_steps=0, halo=None)
     tile = native if config.tile is None else (config.tile if isinstance(config.tile, tuple) else (config.tile,) * 2)
     wrap = both(config.wrap)
     # One tile as large as an axis that wraps would see a border there: it gets less, so that several meet.
@@ -107,10 +107,10 @@ class StagePlan:
         costs = []
         for stage, tiling in zip(self.stages, self.tilings(), strict=True):
             grid = tiling.grid(stage.height // self.factor, stage.width // self.factor, self.native)
-            area = 1.0 if tiling.shift or tiling.mode == "canvas" else grid.area_factor
             count = stage_steps(stage, steps, self._rounds_down)
             if count < 1:
                 raise ValueError(f"stages: strength={stage.strength} leaves none of {steps} steps")
+            area = tiling.area_factor(grid, count)
             share = stage.height * stage.width / final
             costs.append(Cost(stage, count, len(grid), area, count * area * share))
         return costs
