@@ -12,9 +12,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Examples are slow and uneven here (2 cores, interpreted kernels): a deadline would only be noise.
-hypothesis.settings.register_profile("tiledcore", deadline=None)
-hypothesis.settings.load_profile("tiledcore")
+# Examples are slow and uneven here (2 cores, interpreted kernels): a deadline would only be noise. A gate runs the
+# same examples every time; HYPOTHESIS_PROFILE=search looks for new ones.
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("search", deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 # The root must not be on sys.path: its `kernels/` would pass for Hugging Face's package. `pytest`
 # leaves it off, `python -m pytest` does not. So `bench` is registered by hand.

@@ -128,6 +128,8 @@ def plan_stages(size: Pair, native: Pair, multiple: int, config: Staging, start:
     count = max(0, math.ceil(math.log(total) / math.log(config.factor) - 0.02)) if total > 1 else 0
     if start is not None:
         count = max(1, count)
+    elif count == 0:
+        begin = size  # it is the native size but for that rounding
     stages = [] if start is not None else [Stage(begin[1], begin[0], None)]
     for index in range(1, count + 1):
         # Each axis by its own ratio: a picture may have other proportions than the result.
