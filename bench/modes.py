@@ -5,8 +5,9 @@
 Images are kept in ``--work`` and not made again, so a run that was stopped goes on where it was. Each
 row is a mean over prompts and seeds, except for the seam check, of which the worst case is given:
 
-- seam: mean ratio of the tile lines of the plain grid (1 is an ordinary line), and how far the worst
-  one is above the limit, the 99.9th percentile of ordinary lines (bench/quality.py).
+- seam: mean ratio of the lines on which tiles of that way meet, relative to other lines of the same place in a latent
+  pixel or patch (1 is an ordinary line), and the worst one over the limit, the 99.9th percentile of all other lines
+  (bench/quality.py). Shifted tiles meet elsewhere in each step: the lines are those of the last one.
 - low: power at one to two cycles per native side, in windows of native size, over that of native samples.
 - patches: sliced Wasserstein distance to the model's own native samples of the same prompt; the floor is
   the distance between two sets of native samples.
@@ -18,6 +19,7 @@ turns, and the median counts.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -27,12 +29,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from numpy.typing import NDArray
 from PIL import Image
 
 from bench import timing
 from bench.quality import cut_windows, low_frequency_power, seam_check
-from tiledcore import TiledPipeline, TileGrid, TilingConfig
+from tiledcore import TiledPipeline, TilingConfig
+from tiledcore.families import network_of
 from tiledcore.models import call_defaults
 from tiledcore.models.architecture import NATIVE
 from tiledcore.models.evaluate import patch_distance
@@ -64,6 +68,12 @@ def ways(tile: int) -> dict[str, dict[str, Any]]:
     }
 
 
+def period(pipe: Any) -> int:
+    """Image pixels of what the network takes for one pixel: see bench/quality.py."""
+    network, family = network_of(pipe.pipe)
+    return PX * family.patch(network)
+
+
 def run(pipe: Any, prompt: str, size: int, seed: int, tiling: TilingConfig, **call: Any) -> Any:
     generator = torch.Generator().manual_seed(seed)
     return pipe(prompt, height=size, width=size, generator=generator, tiling=tiling, **call).images
@@ -90,9 +100,24 @@ def native_samples(pipe: Any, work: Path, prompt: str, first: int, call: dict[st
     return kept(work / f"native {prompt} {first}.png", make).reshape(WINDOWS, side, side, 3)
 
 
-def judge(image: Images, native: Images, tile: int) -> dict[str, float]:
-    lines = TileGrid(image.shape[0] // PX, image.shape[1] // PX, tile).lines
-    seams = seam_check(image, [PX * y for y in lines[0]], [PX * x for x in lines[1]])
+def meeting_lines(pipe: Any, config: TilingConfig, size: int, steps: int) -> list[list[int]]:
+    """The y and the x lines on which tiles meet, in image pixels; of the last step, where they move."""
+    grid = config.grid(size // PX, size // PX, NATIVE)
+    if config.mode == "tiles" and (config.overlap or config.blend_steps):
+        return [[PX * line for line in axis] for axis in grid.lines]
+    parts = grid.partition()
+    if config.shift:
+        scheduler = copy.deepcopy(pipe.scheduler)
+        flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+        # The sigmas that FLUX's pipeline gives it.
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps)) if flow else scheduler.set_timesteps(steps)
+        time = network_of(pipe.pipe)[1].clock(scheduler.timesteps[-1].float())
+        parts = grid.shifted(round(1000 * float(time)), config.seed)
+    return [[PX * start for start, _ in axis if start] for axis in (parts.rows, parts.cols)]
+
+
+def judge(image: Images, native: Images, lines: list[list[int]], grid: int) -> dict[str, float]:
+    seams = seam_check(image, lines[0], lines[1], period=grid)
     windows = cut_windows(image, native.shape[1], WINDOWS)
     return {
         "seam_mean": seams.mean,
@@ -163,7 +188,8 @@ def main() -> None:
                 image = kept(
                     path, lambda c=config, p=prompt, s=seed: run(pipe, p, args.size, s, c, output_type="np", **call)
                 )
-                found[name].append(judge(image, native, args.tile))
+                lines = meeting_lines(pipe, config, args.size, args.steps)
+                found[name].append(judge(image, native, lines, period(pipe)))
                 print(name, prompt, seed, {k: round(v, 3) for k, v in found[name][-1].items()}, flush=True)
     rows = []
     for name, config in chosen.items():

@@ -40,7 +40,7 @@ from bench import timing
 from bench.modes import PX, WINDOWS, Images, kept, native_samples
 from bench.peers import methods
 from bench.peers.model import Model, counted, starts
-from bench.quality import PERCENTILE, cut_windows, low_frequency_power, psnr, repetition, seam_profile, tone_step
+from bench.quality import cut_windows, low_frequency_power, psnr, repetition, seam_check, tone_step
 from tiledcore import TiledPipeline, TilingConfig
 from tiledcore.models import call_defaults
 from tiledcore.models.evaluate import patch_distance
@@ -163,13 +163,11 @@ def made(path: Path, run: Callable[[], tuple[Images, dict[str, float]]]) -> tupl
 def judge(image: Images, whole: Images, native: Images, at: list[int], tile: int) -> dict[str, float]:
     """All columns that are about the image."""
     plain = list(range(PX * tile, image.shape[0], PX * tile))
-    profiles, windows = seam_profile(image), cut_windows(image, native.shape[1], WINDOWS)
-    on, latent = [PX * line for line in at], range(PX, image.shape[0], PX)
-    seams = np.concatenate([profile[on] for profile in profiles])
-    ordinary = np.concatenate([profile[sorted(set(latent) - set(on))] for profile in profiles])
+    windows, on = cut_windows(image, native.shape[1], WINDOWS), [PX * line for line in at]
+    seams = seam_check(image, on, on, period=PX)
     return {
-        "seam_mean": float(seams.mean() / ordinary.mean()),
-        "seam_worst_over_limit": float(seams.max() / np.percentile(ordinary, PERCENTILE)),
+        "seam_mean": seams.mean,
+        "seam_worst_over_limit": seams.worst / seams.limit,
         "tone": tone_step(image, plain, plain).ratio,
         "low_frequency_kept": low_frequency_power(windows) / low_frequency_power(native),
         "patches": patch_distance(windows, native),

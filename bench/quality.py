@@ -3,6 +3,11 @@
 The seam ratio compares a line with its own surroundings, so texture and brightness, which raise the
 differences on all lines of a region alike, cancel out. A *line* y lies between pixels y - 1 and y;
 line 0 joins the last row to the first one and only exists on a wrapped axis.
+
+Networks draw a grid of their own: lines between latent pixels, or between the patches of a transformer,
+differ more than lines within one, tiles or no tiles. Tile lines lie on that grid, so they are compared with
+lines on it: ``period`` is its spacing in image pixels, and a ratio is divided by what is usual for its line's
+place in the period.
 """
 
 import math
@@ -71,7 +76,9 @@ class ToneStep:
     ratio: float
 
 
-def seam_profile(image: NDArray[np.floating], wrap: tuple[bool, bool] = (False, False)) -> tuple[Floats, Floats]:
+def seam_profile(
+    image: NDArray[np.floating], wrap: tuple[bool, bool] = (False, False), period: int = 1
+) -> tuple[Floats, Floats]:
     """The seam ratio of every line of both axes.
 
     The ratio is the mean absolute difference across a line, over the mean of the same across the
@@ -82,16 +89,27 @@ def seam_profile(image: NDArray[np.floating], wrap: tuple[bool, bool] = (False, 
     Args:
         image: ``[H, W]`` or ``[H, W, channels]``, any scale.
         wrap: whether the last pixel row (column) is adjacent to the first.
+        period: image pixels of a latent pixel, or of a token of a patched transformer. Each ratio is divided by the
+            median of its axis's lines at the same place in the period, which tile lines must not be half of.
 
     Returns:
         Ratios of lengths H and W, indexed by line; NaN at line 0 of an axis that does not wrap.
     """
+    if period < 1:
+        raise ValueError(f"period={period} must be at least 1")
     if image.ndim not in (2, 3) or min(image.shape[:2]) < 3:
         raise ValueError(f"image of shape {image.shape} must be [H, W] or [H, W, C] with H, W of at least 3")
     if not np.issubdtype(image.dtype, np.floating):
         image = image.astype(np.float32)  # unsigned differences would wrap round
     turned = np.swapaxes(image, 0, 1)
-    return _ratios(_differences(image), wrap[0]), _ratios(_differences(turned), wrap[1])
+    y, x = _ratios(_differences(image), wrap[0]), _ratios(_differences(turned), wrap[1])
+    return _by_phase(y, period), _by_phase(x, period)
+
+
+def outermost(size: int, wrap: bool) -> list[int]:
+    """Lines that have not half of their neighbours on each side; line 0 of an open axis is none at all."""
+    each_side = NEIGHBOURS // 2
+    return [] if wrap else [line for line in range(size) if line <= each_side or line > size - each_side - 1]
 
 
 def seam_check(
@@ -99,10 +117,12 @@ def seam_check(
     lines_y: Iterable[int],
     lines_x: Iterable[int],
     wrap: tuple[bool, bool] = (False, False),
+    period: int = 1,
 ) -> SeamCheck:
     """Whether the lines on which tiles meet stand out from all the others.
 
-    Every line that is no tile line is an ordinary one. The two axes' ordinary lines are pooled: a
+    Every line that is no tile line is an ordinary one, but for the outermost 8 at an open border: decoders draw the
+    border itself more strongly than any seam, and it would set the limit. The two axes' ordinary lines are pooled: a
     99.9th percentile needs thousands of lines, and the ratio is already relative to its
     surroundings. By definition one ordinary line in a thousand would fail, too.
 
@@ -111,14 +131,18 @@ def seam_check(
         lines_y: y in pixels of every line where a tile starts or ends or two cores meet.
         lines_x: the same along x.
         wrap: as for :func:`seam_profile`; line 0 only counts on an axis that wraps.
+        period: as for :func:`seam_profile`.
     """
-    profile = seam_profile(image, wrap)
+    profile = seam_profile(image, wrap, period)
     tile_lines = [
         sorted(_valid(lines, len(ratios), axis, wraps))
         for lines, ratios, axis, wraps in zip((lines_y, lines_x), profile, "yx", wrap, strict=True)
     ]
     ordinary = np.concatenate(
-        [np.delete(ratios, [0, *lines]) for ratios, lines in zip(profile, tile_lines, strict=True)]
+        [
+            np.delete(ratios, sorted({*outermost(len(ratios), wraps), *lines}))
+            for ratios, lines, wraps in zip(profile, tile_lines, wrap, strict=True)
+        ]
     )
     if not ordinary.size:
         raise ValueError("every line is a tile line: there is nothing to compare them with")
@@ -324,6 +348,17 @@ def _ratios(differences: Floats, wrap: bool) -> Floats:
     if not wrap:
         ratios[0] = np.nan
     return ratios
+
+
+def _by_phase(ratios: Floats, period: int) -> Floats:
+    if period == 1:
+        return ratios
+    result = ratios.copy()
+    for phase in range(min(period, len(ratios))):
+        usual = np.nanmedian(ratios[phase::period])
+        if 0 < usual < math.inf:  # of a picture of flat blocks it may be neither
+            result[phase::period] /= usual
+    return result
 
 
 def _valid(lines: Iterable[int], size: int, axis: str, wrap: bool) -> set[int]:

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bench.modes import kept
-from bench.quality import PERCENTILE, cut_windows, seam_profile
+from bench.modes import kept, period
+from bench.quality import PERCENTILE, cut_windows, outermost, seam_profile
 from tiledcore import Region, TiledPipeline, TilingConfig
 from tiledcore.models import call_defaults
 from tiledcore.models.architecture import NATIVE
@@ -68,15 +68,16 @@ def obedience(scene: Images, alone: dict[str, Images], margin: int) -> list[dict
     return rows
 
 
-def borders(scene: Images, feather: int) -> dict[str, float]:
+def borders(scene: Images, feather: int, grid: int) -> dict[str, float]:
     """Worst seam ratio of the lines within the feather of the borders, and the limit of all the others."""
     half, reach = scene.shape[0] // 2, max(feather // 2, 1)
     worst, ordinary = 0.0, []
-    for ratios in seam_profile(scene):
+    for ratios in seam_profile(scene, period=grid):
         near = np.zeros(len(ratios), dtype=bool)
         near[half - reach : half + reach + 1] = True
         worst = max(worst, float(ratios[near].max()))
-        ordinary.append(ratios[~near][1:])
+        near[outermost(len(ratios), False)] = True
+        ordinary.append(ratios[~near])
     return {"worst": worst, "limit": float(np.percentile(np.concatenate(ordinary), PERCENTILE))}
 
 
@@ -118,7 +119,10 @@ def main() -> None:
     }
     regions = [Region(p, box=b, feather=args.feather) for p, b in zip(PROMPTS[1:], boxes(size), strict=True)]
     scene = kept(work / f"{size} scene {args.feather}.png", lambda: render(pipe, PROMPTS[0], size, 2, call, regions))
-    rows, line = obedience(scene, alone, args.feather // 2 + 8 * NATIVE // 4), borders(scene, args.feather)
+    rows, line = (
+        obedience(scene, alone, args.feather // 2 + 8 * NATIVE // 4),
+        borders(scene, args.feather, period(pipe)),
+    )
     for row in rows:
         print(f"{row['prompt']}: {'obeys' if row['obeys'] else 'DOES NOT OBEY'}")
         for measure in ("spectrum", "colour"):

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bench import timing
-from bench.modes import PX, kept
+from bench.modes import PX, kept, period
 from bench.quality import seam_check
 from tiledcore import TiledPipeline, TileGrid, TilingConfig, images
 from tiledcore.models import call_defaults, data
@@ -119,7 +119,7 @@ def main() -> None:
         }
         for way, image in results.items():
             kept_db, flat_db = structure(image, pixels, way == "restyle")
-            seams = seam_check(image, [PX * y for y in lines[0]], [PX * x for x in lines[1]])
+            seams = seam_check(image, [PX * y for y in lines[0]], [PX * x for x in lines[1]], period=period(pipe))
             seam = seams.worst / seams.limit
             rows.append({"place": place, "way": way, "structure": kept_db, "without": flat_db, "seam": seam})
     print("| place | way | structure, dB | without structure | worst seam / limit |\n|---|---|---|---|---|")

@@ -22,7 +22,10 @@ HEADER = f"{'tiling':<28}{'axis':<6}{'lines':>5}{'mean':>8}{'worst':>8}{'at px':
 
 def table(rows: dict[str, SeamCheck]) -> str:
     """One row for each check and axis."""
-    text = [f"seam ratio: 1 is an ordinary line; limit: their {PERCENTILE}th percentile", HEADER]
+    text = [
+        f"seam ratio: 1 is an ordinary line on the same grid; limit: their {PERCENTILE}th percentile",
+        HEADER,
+    ]
     for name, check in rows.items():
         for label, axis in (("y", check.y), ("x", check.x)):
             if not axis.lines:
@@ -51,7 +54,7 @@ def read(path: Path) -> tuple[NDArray[np.float32], dict[str, Any]]:
 def check_file(path: Path) -> SeamCheck:
     pixels, tiling = read(path)
     wrap_y, wrap_x = tiling.get("wrap", (False, False))
-    return seam_check(pixels, tiling["lines_y"], tiling["lines_x"], (wrap_y, wrap_x))
+    return seam_check(pixels, tiling["lines_y"], tiling["lines_x"], (wrap_y, wrap_x), tiling["period"])
 
 
 def generate(args: argparse.Namespace) -> dict[str, SeamCheck]:

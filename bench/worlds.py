@@ -28,8 +28,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bench.modes import kept
-from bench.quality import seam_profile
+from bench.modes import kept, period
+from bench.quality import outermost, seam_profile
 from tiledcore import TiledPipeline, TilingConfig
 from tiledcore.joints import Joint, connected
 from tiledcore.models import call_defaults
@@ -57,12 +57,12 @@ def tiling_score(before: Image, behind: Image, offset: int = OFFSET) -> float:
     return max(float(np.abs(both[:, x] - both[:, x - 1]).mean()) for x in (middle, middle - offset, middle + offset))
 
 
-def across(before: Image, behind: Image) -> dict[str, float]:
+def across(before: Image, behind: Image, grid: int) -> dict[str, float]:
     """Seam and Tiling Score of the joint of two images side by side, and what ordinary lines have."""
     both = np.concatenate([before, behind], 1)
     middle = before.shape[1]
-    y, x = seam_profile(both)
-    ordinary = np.concatenate([y[1:], np.delete(x, [0, middle])])
+    y, x = seam_profile(both, period=grid)
+    ordinary = np.concatenate([np.delete(r, [*outermost(len(r), False), *at]) for r, at in ((y, ()), (x, (middle,)))])
     half = before.shape[1] // 2
     return {
         "seam": float(x[middle]),
@@ -72,8 +72,8 @@ def across(before: Image, behind: Image) -> dict[str, float]:
     }
 
 
-def row(pairs: list[tuple[Image, Image]]) -> dict[str, float]:
-    found = [across(before, behind) for before, behind in pairs]
+def row(pairs: list[tuple[Image, Image]], grid: int) -> dict[str, float]:
+    found = [across(before, behind, grid) for before, behind in pairs]
     mean = {key: float(np.mean([f[key] for f in found])) for key in found[0]}
     return mean | {"worst": max(f["seam"] for f in found), "pairs": len(found)}
 
@@ -133,13 +133,13 @@ def main() -> None:
     for name in args.only or ("map, wrap x", "map, no wrap", "texture, wrap xy", "set of 2", "set of 4"):
         if name.startswith("map"):
             picture = world(name, MAP, width, (False, name.endswith("wrap x")))
-            rows[name] = row([(picture, picture)])
+            rows[name] = row([(picture, picture)], period(pipe))
         elif name.startswith("texture"):
             picture = world(name, TEXTURE, height, (True, True))
-            rows[name] = row([(picture, picture), (turned(picture), turned(picture))])
+            rows[name] = row([(picture, picture), (turned(picture), turned(picture))], period(pipe))
         else:
             found = images(int(name[-1]))
-            rows[name] = row(list(product(found, found)))
+            rows[name] = row(list(product(found, found)), period(pipe))
         print(f"{name:<18}" + "  ".join(f"{k} {v:.3f}" for k, v in rows[name].items()), flush=True)
     latents = torch.randn(
         1, pipe.vae.config.latent_channels, NATIVE, NATIVE, generator=torch.Generator().manual_seed(0)

@@ -137,6 +137,7 @@ def test_an_image_with_its_settings(model: str, capsys: pytest.CaptureFixture[st
             "area_factor": round(4 * 16 * 16 / (24 * 20), 4),
             "lines_y": [8 * y for y in (4, 10, 16)],
             "lines_x": [8 * x for x in (8, 12, 16)],
+            "period": 8,
         },
     }
     assert os.listdir() == ["a.png"]

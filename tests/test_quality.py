@@ -103,6 +103,22 @@ def test_tiles_of_independent_noise_levels_are_found() -> None:
     assert not check.passes and check.mean > 3
 
 
+def test_the_networks_own_grid_is_neither_a_seam_nor_hides_one() -> None:
+    """Every eighth line is drawn more strongly, as by a decoder; a seam is found on top of that and only there."""
+    image = field(1)
+    typical = np.abs(np.diff(image, axis=0)).mean()
+    image += 0.5 * typical * (np.arange(SIZE) // 8 % 2)[:, None, None]
+    image += 0.5 * typical * (np.arange(SIZE) // 8 % 2)[None, :, None]
+    raw, check = seam_check(image, LINES, LINES), seam_check(image, LINES, LINES, period=8)
+    assert raw.mean > 1.05 and check.mean == pytest.approx(1, abs=0.03) and check.passes
+    image[256:] += 3 * typical
+    assert not seam_check(image, LINES, LINES, period=8).passes
+    found = seam_check(image, LINES, LINES, period=8)
+    assert found.y.worst_line == 256 and found.x.worst < found.limit
+    with pytest.raises(ValueError, match="period=0 must be at least 1"):
+        seam_profile(image, period=0)
+
+
 def test_ratio_ignores_brightness_and_contrast() -> None:
     image = field(1)
     for scaled in (255 * image, image + 1000.0):
@@ -235,7 +251,7 @@ def test_tiling_score_grades_what_does_not_join() -> None:
 def save(path: Path, image: NDArray[np.float64], lines: tuple[int, ...]) -> Path:
     """As `tiledcore generate` does."""
     noted = PngInfo()
-    tiling = {"wrap": [False, False], "lines_y": lines, "lines_x": lines}
+    tiling = {"wrap": [False, False], "lines_y": lines, "lines_x": lines, "period": 8}
     noted.add_text("tiledcore", json.dumps({"seed": 0, "tiling": tiling}))
     pixels = np.clip(128 + 30 * image, 0, 255).astype(np.uint8)
     Image.fromarray(pixels).save(path, pnginfo=noted)

@@ -292,11 +292,15 @@ def _describe(
         "device": args.device,
         "dtype": args.dtype,
         "version": __version__,
-        "tiling": _describe_tiling(pipe.tiling, grid, pipe.vae_scale_factor, call),
+        "tiling": _describe_tiling(pipe, grid, call),
     }
 
 
-def _describe_tiling(config: TilingConfig, grid: TileGrid, factor: int, call: dict[str, Any]) -> dict[str, Any]:
+def _describe_tiling(pipe: TiledPipeline, grid: TileGrid, call: dict[str, Any]) -> dict[str, Any]:
+    from tiledcore.families import network_of
+
+    network, family = network_of(pipe.pipe)
+    config, factor = pipe.tiling, pipe.vae_scale_factor
     # Of a shifted grid the lines are those of the unshifted one: each step has its own.
     lines_y, lines_x = grid.lines
     if config.mode == "canvas":  # its windows are a regular partition, cut off at the border
@@ -322,6 +326,7 @@ def _describe_tiling(config: TilingConfig, grid: TileGrid, factor: int, call: di
         "area_factor": round(config.area_factor(grid, steps), 4),
         "lines_y": [factor * y for y in lines_y],
         "lines_x": [factor * x for x in lines_x],
+        "period": factor * family.patch(network),  # of the grid that the network draws by itself
     }
 
 
