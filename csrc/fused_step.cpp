@@ -37,6 +37,27 @@ inline __attribute__((always_inline)) void accumulate_guided_row(
   }
 }
 
+// Of one tile as large as the canvas: it weighs 1 everywhere, and nothing is summed.
+template <typename F>
+inline __attribute__((always_inline)) void guide_row(
+    typename F::Acc* __restrict out, const typename F::Store* __restrict uncond,
+    const typename F::Store* __restrict cond, typename F::Acc guidance, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const typename F::Acc u = F::widen(uncond[i]);
+    out[i] = u + guidance * (F::widen(cond[i]) - u);
+  }
+}
+
+template <typename F>
+inline __attribute__((always_inline)) void widen_row(
+    typename F::Acc* __restrict out, const typename F::Store* __restrict row, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = F::widen(row[i]);
+  }
+}
+
 template <typename F>
 inline __attribute__((always_inline)) void scale_row(
     typename F::Store* __restrict out, const typename F::Acc* __restrict in,
@@ -47,9 +68,11 @@ inline __attribute__((always_inline)) void scale_row(
   }
 }
 
+constexpr int64_t FUSED_TERMS = 4;  // summed in one pass, so that `out` may be one of the inputs
+
 template <int TERMS, typename Acc>
 inline __attribute__((always_inline)) void combine_row(
-    Acc* __restrict out, const Acc* const* in, const Acc* c, int64_t n) {
+    Acc* out, const Acc* const* in, const Acc* c, int64_t n) {
   std::array<const Acc*, TERMS> from;
   std::array<Acc, TERMS> by;
   for (int k = 0; k < TERMS; ++k) {
@@ -68,7 +91,7 @@ inline __attribute__((always_inline)) void combine_row(
 
 template <typename Acc>
 inline __attribute__((always_inline)) void combine_rows(
-    Acc* __restrict out, const Acc* const* in, const Acc* c, int64_t terms, int64_t n) {
+    Acc* out, const Acc* const* in, const Acc* c, int64_t terms, int64_t n) {
   switch (terms) {
     case 0:
       std::fill(out, out + n, Acc(0));
@@ -80,9 +103,9 @@ inline __attribute__((always_inline)) void combine_rows(
     case 3:
       return combine_row<3>(out, in, c, n);
     default:
-      combine_row<4>(out, in, c, n);
+      combine_row<FUSED_TERMS>(out, in, c, n);
   }
-  for (int64_t k = 4; k < terms; ++k) {
+  for (int64_t k = FUSED_TERMS; k < terms; ++k) {
     const Acc* from = in[k];
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
@@ -101,6 +124,13 @@ inline __attribute__((always_inline)) void combine_rows(
       F, F::Acc* acc, const F::Acc* weights, F::Acc scale, const F::Store* uncond,              \
       const F::Store* cond, F::Acc guidance, int64_t n) {                                       \
     accumulate_guided_row<F>(acc, weights, scale, uncond, cond, guidance, n);                   \
+  }                                                                                             \
+  TILEDCORE_CLONES void guide(                                                                  \
+      F, F::Acc* out, const F::Store* uncond, const F::Store* cond, F::Acc guidance, int64_t n) { \
+    guide_row<F>(out, uncond, cond, guidance, n);                                               \
+  }                                                                                             \
+  TILEDCORE_CLONES void widen(F, F::Acc* out, const F::Store* row, int64_t n) {                 \
+    widen_row<F>(out, row, n);                                                                  \
   }                                                                                             \
   TILEDCORE_CLONES void store_scaled(                                                           \
       F, F::Store* out, const F::Acc* in, F::Acc scale, int64_t n) {                            \
@@ -196,16 +226,26 @@ void run(const Arguments& a) {
   const int64_t guidance_stride = guidance && a.guidance_scale->size(0) > 1 ? 1 : 0;
 
   // A tile as large as the canvas streams anyhow, so its band need not be wide: it stays in L1.
-  const int64_t band = std::clamp<int64_t>((T == 1 ? CHUNK : BAND_ELEMENTS) / W, 1, H);
+  const bool whole = T == 1 && h == H && w == W && plan.down.starts[0] == 0 && plan.across.starts[0] == 0;
+  const int64_t band = std::clamp<int64_t>((whole ? CHUNK : BAND_ELEMENTS) / W, 1, H);
   const int64_t bands = (H + band - 1) / band;
   torch::stable::parallel_for(0, planes * bands, 1, [&](int64_t begin, int64_t end) {
     std::vector<Acc> sums(band * W), fresh(rows.size() * CHUNK);
     std::array<const Acc*, MAX_SLOTS + 2> in;
     std::array<Acc, MAX_SLOTS + 2> by;
+    std::array<Acc*, MAX_SLOTS> out;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t plane = task / bands, y0 = task % bands * band, y1 = std::min(H, y0 + band);
       const int64_t image = plane / C, size = (y1 - y0) * W;
-      if (uses_prediction) {
+      if (uses_prediction && whole) {
+        const Store* row = tiles + (plane * H + y0) * W;
+        if (guidance) {
+          const Acc scale = guidance[image * guidance_stride];
+          guide(F{}, sums.data(), row, row + planes * H * W, scale, size);
+        } else {
+          widen(F{}, sums.data(), row, size);
+        }
+      } else if (uses_prediction) {
         std::fill(sums.begin(), sums.begin() + size, Acc(0));
         const Acc scale = guidance ? guidance[image * guidance_stride] : Acc(0);
         sum_band(
@@ -227,19 +267,26 @@ void run(const Arguments& a) {
                  : input == S + 1 ? noise + pixel
                                   : state + input * planes * H * W + pixel;
         };
+        const Acc* newest = source(0);
         for (size_t r = 0; r < rows.size(); ++r) {
-          for (int64_t k = 0; k < rows[r].terms; ++k) {
-            const bool rescaled = rescale && rows[r].input[k] == S;
-            in[k] = source(rows[r].input[k]);
-            by[k] = rows[r].coefficient[k] * (rescaled ? rescale[image] : Acc(1));
+          const Row<Acc>& row = rows[r];
+          for (int64_t k = 0; k < row.terms; ++k) {
+            const bool rescaled = rescale && row.input[k] == S;
+            in[k] = source(row.input[k]);
+            by[k] = row.coefficient[k] * (rescaled ? rescale[image] : Acc(1));
           }
-          combine(&fresh[r * CHUNK], in.data(), by.data(), rows[r].terms, n);
+          // The last row's slot is read by none after it.
+          const bool direct = r + 1 == rows.size() && row.terms <= FUSED_TERMS;
+          out[r] = direct ? state + row.slot * planes * H * W + pixel : &fresh[r * CHUNK];
+          combine(out[r], in.data(), by.data(), row.terms, n);
+          newest = row.slot == 0 ? out[r] : newest;
         }
-        const bool moved = !rows.empty() && rows[0].slot == 0;
-        store_scaled(F{}, model_input + pixel, moved ? &fresh[0] : source(0), input_scale, n);
+        store_scaled(F{}, model_input + pixel, newest, input_scale, n);
         for (size_t r = 0; r < rows.size(); ++r) {
           Acc* slot = state + rows[r].slot * planes * H * W + pixel;
-          std::copy_n(&fresh[r * CHUNK], n, slot);
+          if (out[r] != slot) {
+            std::copy_n(out[r], n, slot);
+          }
         }
       }
     }
