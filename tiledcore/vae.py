@@ -16,15 +16,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderDC, AutoencoderTiny
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution, EncoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor
 
 from tiledcore import vae_plan
-from tiledcore.autoencoders import UnsupportedError, convolution, layers_of, unsupported
-from tiledcore.bands import Conv, Extent, Layer, Reduction, Stream, split
+from tiledcore.autoencoders import layers_of, unsupported
+from tiledcore.bands import Conv, Extent, Layer, Reduction, Stream, UnsupportedError, convolution, split
 from tiledcore.vae_plan import Kind, Plan
 from tiledcore.vae_stores import Given, OnDevice, OnHost
 
@@ -86,11 +86,14 @@ def _run(layers: Sequence[Layer], given: Given, stores: Sequence[Kind | None], b
             writes = kept if kept is not None and store is not kept else None
             if reduction is not None:
                 reduction.start(places[i])
-            for band in stream(i, consume=writes is not None):
+            source = stream(i, consume=writes is not None)
+            if writes is not None:
+                source = _kept(source, writes)
+            for step in reduction.through if reduction is not None else ():
+                source = step.run(source)
+            for band in source:
                 if reduction is not None:
                     reduction.update(band.tensors[0])
-                if writes is not None:
-                    writes.append(band)
                 band.tensors.clear()
             if reduction is not None:
                 reduction.finish()
@@ -100,6 +103,12 @@ def _run(layers: Sequence[Layer], given: Given, stores: Sequence[Kind | None], b
     for band in stream(len(layers), consume=True):
         yield band.tensors.pop()
     _free(layers)
+
+
+def _kept(source: Stream, writes: OnDevice | OnHost) -> Stream:
+    for band in source:
+        writes.append(band)
+        yield band
 
 
 def _free(layers: Sequence[Layer]) -> None:
@@ -131,6 +140,13 @@ def _check(shape: Sequence[int], layers: Sequence[Layer], band_px: int | None, b
     channels = next(layer.conv.in_channels for layer in layers if isinstance(layer, Conv))
     if shape[1] != channels:
         raise ValueError(f"the input has {shape[1]} channels, but vae takes {channels}")
+    extent = Extent(shape[0], (shape[1],), shape[2], shape[3])
+    for layer, place in zip(layers, vae_plan.extents(layers, extent), strict=False):
+        if place.height % layer.divides or place.width % layer.divides:
+            least = math.prod(layer.divides for layer in layers)
+            raise ValueError(
+                f"the input's height and width, {shape[2]} and {shape[3]}, must be multiples of {least} for this vae"
+            )
 
 
 def plan(
@@ -298,8 +314,8 @@ def encode(vae: Any, images: Tensor, band_px: int | None = None, budget: float |
         budget: as for :func:`decode_rows`.
 
     Returns:
-        What ``vae.encode`` returns: ``AutoencoderKLOutput`` with its ``latent_dist``, or
-        ``AutoencoderTinyOutput`` with its ``latents``.
+        What ``vae.encode`` returns: ``AutoencoderKLOutput`` with its ``latent_dist``, ``AutoencoderTinyOutput`` with
+        its ``latents``, or ``EncoderOutput`` with its ``latent``.
 
     Raises:
         TypeError: ``images`` is no tensor of floats, or ``vae`` is not supported.
@@ -308,6 +324,8 @@ def encode(vae: Any, images: Tensor, band_px: int | None = None, budget: float |
     moments = _whole(*_start(vae, images, "encode", band_px, budget), images)
     if type(vae) is AutoencoderTiny:
         return AutoencoderTinyOutput(latents=moments)
+    if type(vae) is AutoencoderDC:
+        return EncoderOutput(latent=moments)
     return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(moments))
 
 
