@@ -25,6 +25,7 @@ from torch import Tensor
 from tiledcore import vae_plan
 from tiledcore.autoencoders import layers_of, unsupported
 from tiledcore.bands import Conv, Extent, Layer, Reduction, Stream, UnsupportedError, convolution, split
+from tiledcore.replaced import replaced
 from tiledcore.vae_plan import Kind, Plan
 from tiledcore.vae_stores import Given, OnDevice, OnHost
 
@@ -362,10 +363,8 @@ def exact_bands(
     Raises:
         TypeError: ``vae`` is not supported.
     """
-    networks = {"decode": vae.decoder, "encode": vae.encoder}
-    for direction in networks:
+    for direction in ("decode", "encode"):
         _program(vae, direction)
-    before = {direction: vars(network).get("forward") for direction, network in networks.items()}
 
     def replacement(direction: str, original: Any) -> Any:
         def forward(sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -380,12 +379,6 @@ def exact_bands(
 
         return forward
 
-    for direction, network in networks.items():
-        vars(network)["forward"] = replacement(direction, network.forward)
-    try:
+    decode, encode = replacement("decode", vae.decoder.forward), replacement("encode", vae.encoder.forward)
+    with replaced(vae.decoder, forward=decode), replaced(vae.encoder, forward=encode):
         yield
-    finally:
-        for direction, network in networks.items():
-            del vars(network)["forward"]
-            if before[direction] is not None:
-                vars(network)["forward"] = before[direction]
