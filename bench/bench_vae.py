@@ -5,8 +5,8 @@ that. diffusers' tiles are half the image, so that there are tiles at every size
 scales and shifts of the norms that are not 1 and 0, so that an error of their statistics shows. The peak is
 of tensors made during the call, the finished image included.
 
-    python -m bench.bench_vae                      # a small SDXL-like autoencoder and AutoencoderTiny
-    python -m bench.bench_vae --full --sizes 512   # SDXL's own architecture; minutes on a CPU
+    python -m bench.bench_vae                      # small ones like SDXL's and Sana's, and AutoencoderTiny
+    python -m bench.bench_vae --full --sizes 512   # SDXL's and Sana's own architectures; minutes on a CPU
 """
 
 import argparse
@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+from diffusers.models.normalization import RMSNorm
 from torch import Tensor
 
 from bench import timing
@@ -34,6 +35,13 @@ SDXL = {
     "sample_size": 1024,
 }
 SMALL = SDXL | {"block_out_channels": (8, 16, 32, 32), "norm_num_groups": 4, "sample_size": 128}
+BLOCKS = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+SANA = {"encoder_block_types": BLOCKS, "decoder_block_types": BLOCKS}
+SMALL_SANA = SANA | {
+    "encoder_block_out_channels": (8, 8, 16, 16, 32, 32),
+    "decoder_block_out_channels": (8, 8, 16, 16, 32, 32),
+    "attention_head_dim": 8,
+}
 TINY = {"encoder_block_out_channels": (16,) * 4, "decoder_block_out_channels": (16,) * 4}
 
 
@@ -43,7 +51,7 @@ def build(kind: Any, config: dict[str, Any], device: torch.device, dtype: torch.
         torch.manual_seed(0)
         vae = kind(**config).eval()
         for module in vae.modules():
-            if isinstance(module, torch.nn.GroupNorm):
+            if isinstance(module, torch.nn.GroupNorm | RMSNorm):
                 torch.nn.init.normal_(module.weight, 1.0, 0.3)
                 torch.nn.init.normal_(module.bias, 0.0, 0.3)
     return torch.nn.Module.to(vae, device=device, dtype=dtype)
@@ -68,11 +76,14 @@ def case(name: str, vae: Any, size: int, heights: list[int], dtype: torch.dtype)
     generator = torch.Generator().manual_seed(1)
     weight = next(vae.parameters())
     image = torch.rand(1, 3, size, size, generator=generator).mul(2).sub(1).to(weight.device, dtype)
-    latents = torch.randn(1, vae.config.latent_channels, size // 8, size // 8, generator=generator)
+    factor = getattr(vae, "spatial_compression_ratio", 8)
+    latents = torch.randn(1, vae.config.latent_channels, size // factor, size // factor, generator=generator)
     latents = latents.to(weight.device, dtype)
 
     def encoded(output: Any) -> Tensor:
-        return output.latents if hasattr(output, "latents") else output.latent_dist.parameters
+        if isinstance(vae, AutoencoderKL):
+            return output.latent_dist.parameters
+        return output[0]
 
     rows: list[dict[str, Any]] = []
     for direction in ("decode", "encode"):
@@ -96,8 +107,11 @@ def case(name: str, vae: Any, size: int, heights: list[int], dtype: torch.dtype)
         exact = record("untiled", plain, None)
         for height in heights:
             record(f"bands of {height} px", partial(banded, height), exact)
-        vae.enable_tiling()
-        vae.tile_sample_min_size, vae.tile_latent_min_size = size // 2, size // 16
+        if isinstance(vae, AutoencoderDC):
+            vae.enable_tiling(size // 2, size // 2, size * 3 // 8, size * 3 // 8)
+        else:
+            vae.enable_tiling()
+            vae.tile_sample_min_size, vae.tile_latent_min_size = size // 2, size // 16
         record("enable_tiling", plain, exact)
         vae.disable_tiling()
     return rows
@@ -107,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", help="float16, bfloat16 or float32")
-    parser.add_argument("--full", action="store_true", help="SDXL's architecture instead of small ones")
+    parser.add_argument("--full", action="store_true", help="SDXL's and Sana's architectures, not small ones")
     parser.add_argument("--sizes", type=int, nargs="+", default=[512])
     parser.add_argument("--heights", type=int, nargs="+", default=[256, 128, 64], help="of the bands, in px")
     parser.add_argument("--json", type=Path, help="also write the results there")
@@ -115,9 +129,9 @@ def main() -> None:
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     print(timing.machine(device), args.dtype)
     print(f"{'autoencoder, size, direction, way':45}{'error':>8}{'peak MiB':>12}{'seconds':>10}")
-    kinds: list[tuple[str, Any, dict[str, Any]]] = [("SDXL", AutoencoderKL, SDXL)]
+    kinds: list[tuple[str, Any, dict[str, Any]]] = [("SDXL", AutoencoderKL, SDXL), ("Sana", AutoencoderDC, SANA)]
     if not args.full:
-        kinds = [("small", AutoencoderKL, SMALL), ("tiny", AutoencoderTiny, TINY)]
+        kinds = [("small", AutoencoderKL, SMALL), ("tiny", AutoencoderTiny, TINY), ("dc", AutoencoderDC, SMALL_SANA)]
     rows = []
     for name, kind, config in kinds:
         vae = build(kind, config, device, dtype)

@@ -168,6 +168,38 @@ def test_a_full_disk_under_a_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert os.listdir(tmp_path) == [] and len(closed) == 1
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+from tiledcore.writers import write_rows
+
+def bands():
+    yield np.zeros((300, 400, 3), np.uint8)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+write_rows(Path(sys.argv[1]), (400, 600), bands(), {"prompt": ""})
+"""
+
+
+@pytest.mark.parametrize("extension", ["png", "tif"])
+def test_what_a_killed_process_left_goes_with_the_next_file(tmp_path: Path, extension: str) -> None:
+    """Only of the same target, and only of processes that are gone."""
+    path, other = tmp_path / f"a.{extension}", tmp_path / f"b.{extension}"
+    left: list[str] = []
+    for target in (path, other):
+        killed = subprocess.run([sys.executable, "-c", KILLED, str(target)], capture_output=True, text=True)
+        assert killed.returncode == -9, killed.stderr
+        left += set(os.listdir(tmp_path)) - set(left)
+    mine, _ = left
+    start, dead = mine.removesuffix(".tmp").rsplit("-", 1)
+    theirs = {f"{start}-{os.getppid()}.tmp", f"{start}-{dead}.txt", f"{start}-{dead}.tmp~", f".tiledcore-{dead}.tmp"}
+    for name in theirs:
+        (tmp_path / name).touch()
+    write_rows(path, (400, 300), iter([picture(300, 400)]), METADATA)
+    assert set(os.listdir(tmp_path)) == {path.name, *theirs, *left} - {mine}
+
+
 MEASURE = """
 import resource, sys
 from pathlib import Path

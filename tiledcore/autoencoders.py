@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from diffusers.models.attention_processor import Attention as DiffusersAttention
+from diffusers.models.autoencoders import autoencoder_dc as dc
 from diffusers.models.autoencoders.vae import Decoder, DecoderTiny, Encoder, EncoderTiny
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
@@ -19,17 +20,25 @@ from diffusers.models.unets.unet_2d_blocks import (
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from tiledcore.bands import Add, Attention, Conv, Layer, Pointwise, Save, Statistics
-
-
-class UnsupportedError(TypeError):
-    """The autoencoder has a part whose rows cannot be computed in bands here."""
+from tiledcore import autoencoder_dc
+from tiledcore.bands import (
+    Add,
+    Conv,
+    Layer,
+    Pointwise,
+    Save,
+    Statistics,
+    UnsupportedError,
+    convolution,
+    unknown,
+)
+from tiledcore.bands_attention import Attention
 
 
 def unsupported(vae: Any) -> str | None:
     """Why an autoencoder cannot run in exact bands, or None where it can."""
-    if type(vae) not in (AutoencoderKL, AutoencoderTiny):
-        return f"{type(vae).__name__} is neither AutoencoderKL nor AutoencoderTiny"
+    if type(vae) not in (AutoencoderKL, AutoencoderTiny, AutoencoderDC):
+        return f"{type(vae).__name__} is none of AutoencoderKL, AutoencoderTiny and AutoencoderDC"
     try:
         layers_of(vae.decoder)
         layers_of(vae.encoder)
@@ -58,26 +67,16 @@ def layers_of(network: Any) -> list[Layer]:
         return _encoder(network)
     if kind in (DecoderTiny, EncoderTiny):
         return _tiny(network)
-    raise _unknown(network)
-
-
-def _unknown(module: Any) -> UnsupportedError:
-    return UnsupportedError(f"{type(module).__name__} is not known to be computable in bands")
-
-
-def convolution(conv: Any) -> nn.Conv2d:
-    """The module itself, if it is a convolution that :class:`~tiledcore.bands.Conv` computes."""
-    if type(conv) is not nn.Conv2d:
-        raise _unknown(conv)
-    plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str) and set(conv.dilation) == {1}
-    if not plain or conv.kernel_size[0] < conv.stride[0]:
-        raise UnsupportedError(f"{conv} is dilated, not padded with zeros, or skips rows")
-    return conv
+    if kind is dc.Decoder:
+        return autoencoder_dc.decoder(network)
+    if kind is dc.Encoder:
+        return autoencoder_dc.encoder(network)
+    raise unknown(network)
 
 
 def _statistics(norm: Any) -> Statistics:
     if type(norm) is not nn.GroupNorm or not norm.affine:
-        raise _unknown(norm)
+        raise unknown(norm)
     return Statistics(norm)
 
 
@@ -85,14 +84,14 @@ def _decoder(decoder: Any) -> list[Layer]:
     layers: list[Layer] = [Conv(convolution(decoder.conv_in)), *_middle(decoder.mid_block)]
     for block in decoder.up_blocks:
         if type(block) is not UpDecoderBlock2D:
-            raise _unknown(block)
+            raise unknown(block)
         for resnet in block.resnets:
             layers += _resnet(resnet)
         for upsampler in block.upsamplers or ():
             if type(upsampler) is not Upsample2D or upsampler.norm is not None or not upsampler.interpolate:
-                raise _unknown(upsampler)
+                raise unknown(upsampler)
             if upsampler.use_conv_transpose or not upsampler.use_conv or upsampler.name != "conv":
-                raise _unknown(upsampler)
+                raise unknown(upsampler)
             layers.append(Conv(convolution(upsampler.conv), upsample=2))
     return [*layers, *_output(decoder)]
 
@@ -101,12 +100,12 @@ def _encoder(encoder: Any) -> list[Layer]:
     layers: list[Layer] = [Conv(convolution(encoder.conv_in))]
     for block in encoder.down_blocks:
         if type(block) is not DownEncoderBlock2D:
-            raise _unknown(block)
+            raise unknown(block)
         for resnet in block.resnets:
             layers += _resnet(resnet)
         for downsampler in block.downsamplers or ():
             if type(downsampler) is not Downsample2D or downsampler.norm is not None or not downsampler.use_conv:
-                raise _unknown(downsampler)
+                raise unknown(downsampler)
             pad = (0, 1, 0, 1) if downsampler.padding == 0 else None
             layers.append(Conv(convolution(downsampler.conv), pad=pad))
     return [*layers, *_middle(encoder.mid_block), *_output(encoder)]
@@ -114,13 +113,13 @@ def _encoder(encoder: Any) -> list[Layer]:
 
 def _output(network: Any) -> list[Layer]:
     if type(network.conv_act) is not nn.SiLU:
-        raise _unknown(network.conv_act)
+        raise unknown(network.conv_act)
     return [Conv(convolution(network.conv_out), statistics=_statistics(network.conv_norm_out))]
 
 
 def _middle(block: Any) -> list[Layer]:
     if type(block) is not UNetMidBlock2D:
-        raise _unknown(block)
+        raise unknown(block)
     layers = _resnet(block.resnets[0])
     for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
         if attention is not None:
@@ -132,7 +131,7 @@ def _middle(block: Any) -> list[Layer]:
 def _attention(attention: Any) -> list[Layer]:
     linear = (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0])
     if type(attention) is not DiffusersAttention or any(type(layer) is not nn.Linear for layer in linear):
-        raise _unknown(attention)
+        raise unknown(attention)
     if any(getattr(attention, name) is not None for name in ("spatial_norm", "norm_q", "norm_k")):
         raise UnsupportedError("the middle block's attention has a norm of queries, of keys, or in space")
     _statistics(attention.group_norm)
@@ -141,7 +140,7 @@ def _attention(attention: Any) -> list[Layer]:
 
 def _resnet(block: Any) -> list[Layer]:
     if type(block) is not ResnetBlock2D or type(block.nonlinearity) is not nn.SiLU:
-        raise _unknown(block)
+        raise unknown(block)
     if block.time_emb_proj is not None or block.upsample is not None or block.downsample is not None:
         raise UnsupportedError("a residual block has a time embedding or changes the size")
     if block.training and block.dropout.p > 0:
@@ -182,9 +181,7 @@ def _tiny(network: Any) -> list[Layer]:
 def _step(module: Any) -> Layer:
     if type(module) is nn.Conv2d:
         return Conv(convolution(module))
-    if type(module) in (nn.ReLU, nn.SiLU, nn.GELU, nn.Mish):
-        return Pointwise(module)
-    raise _unknown(module)
+    return autoencoder_dc.activation(module)
 
 
 # What DecoderTiny and EncoderTiny do around their layers.

@@ -11,13 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiledcore import ops
+
+
+class UnsupportedError(TypeError):
+    """A part of a network whose rows cannot be computed in bands here."""
+
+
+def unknown(module: Any) -> UnsupportedError:
+    return UnsupportedError(f"{type(module).__name__} is not known to be computable in bands")
 
 
 @dataclass
@@ -49,7 +57,14 @@ class Extent:
 
 
 class Reduction:
-    """A pass over the rows of a layer's input that must be complete before the layer's first output."""
+    """A pass over the rows of a layer's input that must be complete before the layer's first output.
+
+    Attributes:
+        through: layers that the rows pass on their way here, of this pass alone: what is reduced may be wider than
+            what the next pass starts from.
+    """
+
+    through: Sequence[Layer] = ()
 
     def start(self, extent: Extent) -> None: ...
 
@@ -114,10 +129,14 @@ class Layer:
     Attributes:
         reductions: passes over this layer's input, each after the one before.
         upsample: output rows per input row, where there are more.
+        divides: the input's height and width must be multiples of it.
+        delay: rows of the input that wait for those below them, so that the last band has as many more.
     """
 
     reductions: Sequence[Reduction] = ()
     upsample: int = 1
+    divides: int = 1
+    delay: int = 0
 
     def run(self, source: Stream) -> Stream:
         return source
@@ -140,8 +159,21 @@ class Layer:
         return rows * extent.row() + rows * self.upsample * after.row()
 
 
+def convolution(conv: Any) -> nn.Conv2d:
+    """The module itself, if it is a convolution that :class:`Conv` computes."""
+    if type(conv) is not nn.Conv2d:
+        raise unknown(conv)
+    plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str) and set(conv.dilation) == {1}
+    if not plain or conv.kernel_size[0] < conv.stride[0]:
+        raise UnsupportedError(f"{conv} is dilated, not padded with zeros, or skips rows")
+    return conv
+
+
 class Conv(Layer):
     """A convolution, with what comes before it written straight into its window of rows.
+
+    Where it changes the size, by ``upsample`` or its stride, the paths that wait come along by pixel shuffle or
+    unshuffle, which loses nothing: their channels change with the size.
 
     Args:
         conv: zero-padded, without dilation.
@@ -165,16 +197,20 @@ class Conv(Layer):
         y, x = int(conv.padding[0]), int(conv.padding[1])
         self.pad = (y, y, x, x) if pad is None else pad
         self.kernel, self.stride = conv.kernel_size[0], conv.stride[0]
+        self.delay = self.kernel // 2
         self.reductions = [statistics] if statistics is not None and reduce else []
 
     def run(self, source: Stream) -> Stream:
         held: Tensor | None = None
         waiting: list[Tensor | None] = []
         first = True
+        stride = self.stride
         for band in source:
             window = self._window(band.tensors, held, first, band.last)
             first, held = False, None
-            rows = (window.shape[2] - self.kernel) // self.stride + 1
+            if self.upsample > 1:
+                band.tensors[:] = [F.pixel_shuffle(t, self.upsample) for t in band.tensors]
+            rows = (window.shape[2] - self.kernel) // stride + 1
             if rows < 1:
                 held = window
                 waiting = [_join(old, new) for old, new in _pairs(waiting, band.tensors)]
@@ -182,7 +218,7 @@ class Conv(Layer):
                 del window
                 continue
             out = self._convolve(window)
-            rest = window[:, :, rows * self.stride :]
+            rest = window[:, :, rows * stride :]
             held = None if band.last or rest.shape[2] == 0 else rest.clone()
             del window, rest
             result = Band([out], band.last)
@@ -192,9 +228,10 @@ class Conv(Layer):
             waiting = []
             while skips:
                 both = _join(*skips.pop(0))
-                result.tensors.append(both[:, :, :rows])
-                waiting.append(both[:, :, rows:].clone() if both.shape[2] > rows else None)
-                del both
+                done = both[:, :, : rows * stride]
+                result.tensors.append(F.pixel_unshuffle(done, stride) if stride > 1 else done)
+                waiting.append(both[:, :, rows * stride :].clone() if both.shape[2] > rows * stride else None)
+                del both, done
             yield result
 
     def _window(self, tensors: list[Tensor], held: Tensor | None, first: bool, last: bool) -> Tensor:
@@ -238,7 +275,8 @@ class Conv(Layer):
         top, bottom, left, right = self.pad
         height = (extent.height * self.upsample + top + bottom - self.kernel) // self.stride + 1
         width = (extent.width * self.upsample + left + right - self.conv.kernel_size[1]) // self.conv.stride[1] + 1
-        return replace(extent, channels=(self.conv.out_channels, *extent.channels[1:]), height=height, width=width)
+        carried = (c * self.stride**2 // self.upsample**2 for c in extent.channels[1:])
+        return replace(extent, channels=(self.conv.out_channels, *carried), height=height, width=width)
 
     def flops(self, extent: Extent) -> float:
         after = self.after(extent)
@@ -246,13 +284,13 @@ class Conv(Layer):
 
     def held(self, extent: Extent) -> int:
         wide = replace(extent, width=extent.width * self.upsample)
-        return (self.kernel - 1) * wide.row(0) + sum(extent.row(i) for i in range(1, len(extent.channels)))
+        return (self.kernel - 1) * wide.row(0) + self.delay * (extent.row() - extent.row(0))
 
     def work(self, extent: Extent, rows: int) -> int:
         after = self.after(extent)
         window = (rows * self.upsample + self.kernel - 1) * self.upsample * extent.row(0)
         out = (rows * self.upsample // self.stride + 1) * after.row(0)
-        skips = (rows + 1) * (extent.row() - extent.row(0))
+        skips = (rows + self.delay) * (extent.row() - extent.row(0))
         return max(rows * extent.row(0) + window, window + out) + skips
 
 
@@ -264,15 +302,35 @@ def _join(old: Tensor | None, new: Tensor) -> Tensor:
     return new if old is None else torch.cat([old, new], 2)
 
 
+def joined(waiting: Sequence[Tensor], new: Sequence[Tensor]) -> list[Tensor]:
+    """Each path's rows behind those that wait, if there are any."""
+    return [_join(old, rows) for old, rows in _pairs(list(waiting), new)]
+
+
+class Shortcut(Protocol):
+    """What a residual's waiting path goes through, pixel by pixel: a 1x1 convolution, or less than that."""
+
+    @property
+    def out_channels(self) -> int: ...
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+
+
+def _shortcut_flops(shortcut: Shortcut | None, extent: Extent, path: int) -> float:
+    if not isinstance(shortcut, nn.Conv2d):
+        return 0.0
+    return 2.0 * extent.height * extent.row(path) * shortcut.out_channels
+
+
 class Save(Layer):
     """Start a residual: the main path goes on, and a copy of it waits for :class:`Add`.
 
     Args:
-        shortcut: a 1x1 convolution on the path that waits; here where that makes it smaller.
+        shortcut: on the path that waits; here where that makes it smaller.
         reductions: of the layer that comes next, here because its input is one path yet, and not two.
     """
 
-    def __init__(self, shortcut: nn.Conv2d | None = None, reductions: Sequence[Reduction] = ()) -> None:
+    def __init__(self, shortcut: Shortcut | None = None, reductions: Sequence[Reduction] = ()) -> None:
         self.shortcut, self.reductions = shortcut, reductions
 
     def run(self, source: Stream) -> Stream:
@@ -285,13 +343,13 @@ class Save(Layer):
         return replace(extent, channels=(*extent.channels, channels))
 
     def flops(self, extent: Extent) -> float:
-        return 0.0 if self.shortcut is None else 2.0 * extent.height * extent.row(0) * self.shortcut.out_channels
+        return _shortcut_flops(self.shortcut, extent, 0)
 
 
 class Add(Layer):
     """End a residual: ``(main + shortcut(saved)) / scale``, written over the main path."""
 
-    def __init__(self, shortcut: nn.Conv2d | None = None, scale: float = 1.0) -> None:
+    def __init__(self, shortcut: Shortcut | None = None, scale: float = 1.0) -> None:
         self.shortcut, self.scale = shortcut, scale
 
     def run(self, source: Stream) -> Stream:
@@ -310,7 +368,7 @@ class Add(Layer):
         return replace(extent, channels=extent.channels[:-1])
 
     def flops(self, extent: Extent) -> float:
-        return 0.0 if self.shortcut is None else 2.0 * extent.height * extent.row(1) * self.shortcut.out_channels
+        return _shortcut_flops(self.shortcut, extent, len(extent.channels) - 1)
 
 
 class Pointwise(Layer):
@@ -323,74 +381,6 @@ class Pointwise(Layer):
         for band in source:
             band.tensors[0] = self.function(band.tensors[0])
             yield band
-
-
-class KeysAndValues(Reduction):
-    """The keys and values of all pixels, ``[B, N, inner]`` each."""
-
-    def __init__(self, attention: Any, statistics: Statistics) -> None:
-        self.attention, self.statistics = attention, statistics
-
-    def start(self, extent: Extent) -> None:
-        self.pixels, self.filled = extent.height * extent.width, 0
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-
-    def update(self, rows: Tensor) -> None:
-        tokens = self.statistics.apply(rows, silu=False).flatten(2).transpose(1, 2)
-        for name, projection in (("keys", self.attention.to_k), ("values", self.attention.to_v)):
-            projected = projection(tokens)
-            if getattr(self, name) is None:
-                setattr(self, name, projected.new_empty(rows.shape[0], self.pixels, projected.shape[2]))
-            getattr(self, name)[:, self.filled : self.filled + tokens.shape[1]] = projected
-        self.filled += tokens.shape[1]
-
-    def free(self) -> None:
-        self.keys = self.values = None
-
-    def elements(self, extent: Extent) -> int:
-        return 2 * extent.batch * extent.height * extent.width * self.attention.to_k.out_features
-
-
-class Attention(Layer):
-    """Global self-attention of a VAE's middle block: the queries of a band against the keys of all rows.
-
-    torch's attention keeps no scores (Rabe and Staats 2021, Dao et al. 2022), so a band of queries costs
-    memory for itself alone.
-    """
-
-    def __init__(self, attention: Any) -> None:
-        self.attention, self.statistics = attention, Statistics(attention.group_norm)
-        self.memory = KeysAndValues(attention, self.statistics)
-        self.reductions = [self.statistics, self.memory]
-
-    def run(self, source: Stream) -> Stream:
-        for band in source:
-            band.tensors.append(self._attend(band.tensors.pop()))
-            yield band
-
-    def _attend(self, rows: Tensor) -> Tensor:
-        attention, heads = self.attention, self.attention.heads
-        assert self.memory.keys is not None and self.memory.values is not None
-        tokens = self.statistics.apply(rows, silu=False).flatten(2).transpose(1, 2)
-        q, k, v = (
-            t.unflatten(2, (heads, -1)).transpose(1, 2)
-            for t in (attention.to_q(tokens), self.memory.keys, self.memory.values)
-        )
-        # Where there is no data, torch would take its fallback that keeps the scores.
-        attended = torch.empty_like(q) if q.is_meta else F.scaled_dot_product_attention(q, k, v)
-        attended = attended.transpose(1, 2).flatten(2)
-        out = attention.to_out[0](attended).transpose(1, 2).unflatten(2, rows.shape[2:])
-        if attention.residual_connection:
-            out = out + rows
-        return out if attention.rescale_output_factor == 1 else out / attention.rescale_output_factor
-
-    def flops(self, extent: Extent) -> float:
-        pixels, inner = extent.height * extent.width, self.attention.to_q.out_features
-        return extent.batch * pixels * (8.0 * inner * extent.channels[0] + 4.0 * inner * pixels)
-
-    def work(self, extent: Extent, rows: int) -> int:
-        return 5 * rows * extent.row()
 
 
 def split(source: Stream, rows: int) -> Stream:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -83,11 +86,13 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
     Raises:
         OSError: as writing raises it; then, or on any other error inside, ``path`` is as it was and
-            nothing else is left behind.
+            nothing else is left behind. What a killed process of this machine left of the same target is removed.
     """
     # In the same folder, for only within one file system a rename replaces a file in one go. Opened
     # here rather than by tempfile, whose files only their owner may read.
-    temporary = path.with_name(f".tiledcore-{os.getpid()}.tmp")
+    target = zlib.crc32(f"{platform.node()}/{path.name}".encode(errors="surrogateescape"))
+    _remove_stale(path.parent, f".tiledcore-{target:08x}-")
+    temporary = path.with_name(f".tiledcore-{target:08x}-{os.getpid()}.tmp")
     try:
         with temporary.open("w+b") as file:
             yield file
@@ -96,6 +101,22 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _remove_stale(folder: Path, start: str) -> None:
+    """Remove the temporary files of one target whose process is gone."""
+    if os.name != "posix":  # elsewhere the question whether a process lives may end it
+        return
+    name = re.compile(re.escape(start) + r"([1-9][0-9]{0,8})\.tmp")
+    with suppress(OSError):  # not ours, or a folder that cannot be listed: as good as without
+        for path in folder.iterdir():
+            if (found := name.fullmatch(path.name)) is not None:
+                try:
+                    os.kill(int(found[1]), 0)
+                except ProcessLookupError:
+                    path.unlink(missing_ok=True)
+                except PermissionError:  # it lives, and is another user's
+                    continue
 
 
 def load_image(path: Path) -> Image.Image:

@@ -11,7 +11,7 @@ group share one strip of latents: same noise at the start, same prediction in ev
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from random import Random
@@ -26,6 +26,7 @@ from tiledcore.config import TilingConfig
 from tiledcore.denoiser import Prediction, TileDenoiser
 from tiledcore.families import network_of
 from tiledcore.geometry import Pair
+from tiledcore.replaced import replaced
 from tiledcore.wrapping import decoder_reach
 
 SHARED = 5
@@ -236,7 +237,7 @@ def _connected_decoder(vae: Any, graph: CanvasGraph, factor: int) -> Iterator[No
     The images of a set are normalised by the statistics of all of them: by its own, each would have another tone, and
     that would step at the joints.
     """
-    own, decode, partners = vars(vae).get("decode"), vae.decode, graph.partners(None)
+    decode, partners = vae.decode, graph.partners(None)
 
     def decode_connected(z: Tensor, *args: Any, **kwargs: Any) -> Any:
         y, x = (min(decoder_reach(vae), n) for n in z.shape[-2:])
@@ -246,13 +247,8 @@ def _connected_decoder(vae: Any, graph: CanvasGraph, factor: int) -> Iterator[No
             return (graph.crop(output[0], (y * factor, x * factor)), *output[1:])
         return type(output)(sample=graph.crop(output.sample, (y * factor, x * factor)))
 
-    vars(vae)["decode"] = decode_connected
-    try:
+    with replaced(vae, decode=decode_connected):
         yield
-    finally:
-        del vars(vae)["decode"]
-        if own is not None:
-            vars(vae)["decode"] = own
 
 
 @contextmanager
@@ -264,11 +260,8 @@ def _shared_statistics(network: torch.nn.Module) -> Iterator[None]:
         out = F.group_norm(one, norm.num_groups, norm.weight, norm.bias, norm.eps)
         return out[0].unflatten(1, (len(x), *x.shape[2:])).transpose(0, 1)
 
-    norms = [module for module in network.modules() if type(module) is torch.nn.GroupNorm]
-    for norm in norms:
-        vars(norm)["forward"] = partial(shared, norm)
-    try:
+    with ExitStack() as norms:
+        for module in network.modules():
+            if type(module) is torch.nn.GroupNorm:
+                norms.enter_context(replaced(module, forward=partial(shared, module)))
         yield
-    finally:
-        for norm in norms:
-            del vars(norm)["forward"]

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from tiledcore.replaced import replaced
+
 PREFIX = "tiledcore::"
 LABELS = ("gather", "network", "attention", "blend", "pull", "step", "decode")
 
@@ -29,17 +31,11 @@ def label(name: str) -> Iterator[None]:
 @contextmanager
 def labelled(owner: Any, method: str, name: str) -> Iterator[None]:
     """Mark all calls of a method of one object; afterwards the object is as it was."""
-    own = vars(owner).get(method)
     original = getattr(owner, method)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with label(name):
             return original(*args, **kwargs)
 
-    vars(owner)[method] = call
-    try:
+    with replaced(owner, **{method: call}):
         yield
-    finally:
-        del vars(owner)[method]
-        if own is not None:
-            vars(owner)[method] = own

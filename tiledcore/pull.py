@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiledcore.geometry import Pair
+from tiledcore.replaced import replaced
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Pulling:
     def watching(self) -> Iterator[None]:
         """Where the pipeline adds noise to its latents, keep them: they are what the canvas is pulled to."""
         name = "scale_noise" if hasattr(self.scheduler, "scale_noise") else "add_noise"
-        own, before = getattr(self.scheduler, name), vars(self.scheduler).get(name)
+        own = getattr(self.scheduler, name)
 
         @wraps(own)
         def noised(sample: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -118,13 +119,8 @@ class Pulling:
                 self._clean = sample.detach()
             return own(sample, *args, **kwargs)
 
-        setattr(self.scheduler, name, noised)
-        try:
+        with replaced(self.scheduler, **{name: noised}):
             yield
-        finally:
-            vars(self.scheduler).pop(name, None)
-            if before is not None:
-                setattr(self.scheduler, name, before)
 
     def start(self, timesteps: Tensor) -> None:
         """Read the noise levels of the timesteps that are left, and low-pass the clean latents, once."""

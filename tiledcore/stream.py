@@ -17,6 +17,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tiledcore.replaced import replaced
 from tiledcore.vae import decode_rows, why_not_exact
 from tiledcore.wrapping import Continuation
 
@@ -61,9 +62,7 @@ def streamed(pipe: Any, rows: Rows | None, around: Continuation, whole_pixels: i
     reason = why_not_streamed(pipe)
     if reason is not None:
         raise ValueError(f"rows: {reason}; leave out one of them")
-    vae, original = pipe.vae, pipe.vae.decode
-    own = vars(vae).get("decode")
-    decoded = False
+    original, decoded = pipe.vae.decode, False
 
     def decode(latents: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         nonlocal decoded
@@ -76,13 +75,8 @@ def streamed(pipe: Any, rows: Rows | None, around: Continuation, whole_pixels: i
         image = latents.new_zeros(1, 3, *[1] * (latents.ndim - 4), 1 + 2 * y, 1 + 2 * x)
         return DecoderOutput(sample=image) if return_dict else (image,)
 
-    vars(vae)["decode"] = decode
-    try:
+    with replaced(pipe.vae, decode=decode):
         yield
-    finally:
-        del vars(vae)["decode"]
-        if own is not None:
-            vars(vae)["decode"] = own
     if not decoded:
         raise ValueError("rows: the pipeline decoded nothing; leave out output_type='latent'")
 

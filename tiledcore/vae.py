@@ -16,15 +16,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderDC, AutoencoderTiny
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution, EncoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor
 
 from tiledcore import vae_plan
-from tiledcore.autoencoders import UnsupportedError, convolution, layers_of, unsupported
-from tiledcore.bands import Conv, Extent, Layer, Reduction, Stream, split
+from tiledcore.autoencoders import layers_of, unsupported
+from tiledcore.bands import Conv, Extent, Layer, Reduction, Stream, UnsupportedError, convolution, split
+from tiledcore.replaced import replaced
 from tiledcore.vae_plan import Kind, Plan
 from tiledcore.vae_stores import Given, OnDevice, OnHost
 
@@ -86,11 +87,14 @@ def _run(layers: Sequence[Layer], given: Given, stores: Sequence[Kind | None], b
             writes = kept if kept is not None and store is not kept else None
             if reduction is not None:
                 reduction.start(places[i])
-            for band in stream(i, consume=writes is not None):
+            source = stream(i, consume=writes is not None)
+            if writes is not None:
+                source = _kept(source, writes)
+            for step in reduction.through if reduction is not None else ():
+                source = step.run(source)
+            for band in source:
                 if reduction is not None:
                     reduction.update(band.tensors[0])
-                if writes is not None:
-                    writes.append(band)
                 band.tensors.clear()
             if reduction is not None:
                 reduction.finish()
@@ -100,6 +104,12 @@ def _run(layers: Sequence[Layer], given: Given, stores: Sequence[Kind | None], b
     for band in stream(len(layers), consume=True):
         yield band.tensors.pop()
     _free(layers)
+
+
+def _kept(source: Stream, writes: OnDevice | OnHost) -> Stream:
+    for band in source:
+        writes.append(band)
+        yield band
 
 
 def _free(layers: Sequence[Layer]) -> None:
@@ -131,6 +141,13 @@ def _check(shape: Sequence[int], layers: Sequence[Layer], band_px: int | None, b
     channels = next(layer.conv.in_channels for layer in layers if isinstance(layer, Conv))
     if shape[1] != channels:
         raise ValueError(f"the input has {shape[1]} channels, but vae takes {channels}")
+    extent = Extent(shape[0], (shape[1],), shape[2], shape[3])
+    for layer, place in zip(layers, vae_plan.extents(layers, extent), strict=False):
+        if place.height % layer.divides or place.width % layer.divides:
+            least = math.prod(layer.divides for layer in layers)
+            raise ValueError(
+                f"the input's height and width, {shape[2]} and {shape[3]}, must be multiples of {least} for this vae"
+            )
 
 
 def plan(
@@ -298,8 +315,8 @@ def encode(vae: Any, images: Tensor, band_px: int | None = None, budget: float |
         budget: as for :func:`decode_rows`.
 
     Returns:
-        What ``vae.encode`` returns: ``AutoencoderKLOutput`` with its ``latent_dist``, or
-        ``AutoencoderTinyOutput`` with its ``latents``.
+        What ``vae.encode`` returns: ``AutoencoderKLOutput`` with its ``latent_dist``, ``AutoencoderTinyOutput`` with
+        its ``latents``, or ``EncoderOutput`` with its ``latent``.
 
     Raises:
         TypeError: ``images`` is no tensor of floats, or ``vae`` is not supported.
@@ -308,6 +325,8 @@ def encode(vae: Any, images: Tensor, band_px: int | None = None, budget: float |
     moments = _whole(*_start(vae, images, "encode", band_px, budget), images)
     if type(vae) is AutoencoderTiny:
         return AutoencoderTinyOutput(latents=moments)
+    if type(vae) is AutoencoderDC:
+        return EncoderOutput(latent=moments)
     return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(moments))
 
 
@@ -344,10 +363,8 @@ def exact_bands(
     Raises:
         TypeError: ``vae`` is not supported.
     """
-    networks = {"decode": vae.decoder, "encode": vae.encoder}
-    for direction in networks:
+    for direction in ("decode", "encode"):
         _program(vae, direction)
-    before = {direction: vars(network).get("forward") for direction, network in networks.items()}
 
     def replacement(direction: str, original: Any) -> Any:
         def forward(sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -362,12 +379,6 @@ def exact_bands(
 
         return forward
 
-    for direction, network in networks.items():
-        vars(network)["forward"] = replacement(direction, network.forward)
-    try:
+    decode, encode = replacement("decode", vae.decoder.forward), replacement("encode", vae.encoder.forward)
+    with replaced(vae.decoder, forward=decode), replaced(vae.encoder, forward=encode):
         yield
-    finally:
-        for direction, network in networks.items():
-            del vars(network)["forward"]
-            if before[direction] is not None:
-                vars(network)["forward"] = before[direction]

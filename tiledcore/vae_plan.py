@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 import time
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Literal
@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tiledcore.bands import Extent, KeysAndValues, Layer
+from tiledcore.bands import Extent, Layer
+from tiledcore.bands_attention import KeysAndValues
 
 Kind = Literal["device", "host"]
 BANDS = (512, 256, 128, 64)  # heights in px that are tried, where none is given
@@ -104,6 +105,8 @@ class _Costs:
         self.places = extents(layers, given)
         self.limits = limits(self.places, band_px)
         self.flops = [layer.flops(place) for layer, place in zip(layers, self.places, strict=False)]
+        # What a reduction's own layers do, once for each reduction whatever is kept.
+        self.reduced = [sum(step.flops(at) for step, at in self._through(i)) for i in range(len(layers))]
         self.ends = len(layers)
         self.bands = math.ceil(max(place.height for place in self.places) / band_px)
         # A layer that widens its input is one whose input is the smaller thing to keep.
@@ -114,6 +117,14 @@ class _Costs:
             for r in layer.reductions
             if isinstance(r, KeysAndValues)
         ]
+
+    def _through(self, i: int) -> Iterator[tuple[Layer, Extent]]:
+        """The layers of the reductions of layer i, and what comes to each."""
+        for reduction in self.layers[i].reductions:
+            place = replace(self.places[i], channels=self.places[i].channels[:1])
+            for step in reduction.through:
+                yield step, place
+                place = step.after(place)
 
     def stored(self, i: int) -> int:
         place = self.places[i]
@@ -127,7 +138,7 @@ class _Costs:
         return [*found, j]
 
     def seconds(self, i: int, j: int, kinds: tuple[Kind | None, Kind | None]) -> float:
-        total = 0.0
+        total = sum(self.reduced[i + 1 : j + 1]) / self.machine.flops
         for end in self.passes(i, j):
             moved = (self.stored(i) if kinds[0] == "host" else 0) + (
                 self.stored(j) if end == j != i and kinds[1] == "host" else 0
@@ -157,12 +168,16 @@ class _Costs:
                 grown = 0  # cut to the limit again
             most = max(most, layer.work(place, min(self.limits[k] + grown, place.height)))
             held += layer.held(place)
-            grown += layer.held(place) > 0
+            grown += layer.delay
         if j < self.ends and self.layers[j].reductions:
             # Statistics of half precision are taken of a copy in float32.
             place = self.places[j]
             wide = 3 if self.item == 2 else 1
             most = max(most, (self.limits[j] + grown) * (place.row() + (wide - 1) * place.row(0)))
+            for step, at in self._through(j):
+                most = max(most, step.work(at, min(self.limits[j] + grown, at.height)))
+                held += step.held(at)
+                grown += step.delay
         return (held + most) * self.item
 
 
@@ -215,7 +230,7 @@ def recomputed(layers: Sequence[Layer], given: Extent, stores: Sequence[Kind | N
     costs = _Costs(layers, given, 1, 64, Machine(1.0, 0.0))
     kept = [0, *(i for i, kind in enumerate(stores) if kind), costs.ends]
     done = sum(sum(costs.flops[i:end]) for i, j in pairwise(kept) for end in costs.passes(i, j))
-    return done / sum(costs.flops)
+    return (done + sum(costs.reduced)) / sum(costs.flops)
 
 
 class LiveBytes(TorchDispatchMode):

@@ -21,6 +21,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from tiledcore.geometry import both
+from tiledcore.replaced import replaced
 
 # Latent pixels, for autoencoders whose layers are not counted: more than any of Stable Diffusion's and FLUX' sees.
 REACH = 24
@@ -96,7 +97,6 @@ def wrapped(vae: Any, wrap: bool | tuple[bool, bool], factor: int) -> Iterator[N
     if around.reach == (0, 0):
         yield
         return
-    own = {name: vars(vae).get(name) for name in ("decode", "encode")}
     decode, encode = vae.decode, vae.encode
 
     def decode_torus(z: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -114,11 +114,5 @@ def wrapped(vae: Any, wrap: bool | tuple[bool, bool], factor: int) -> Iterator[N
             cut = around.crop(found)
         return (cut,) if isinstance(output, tuple) else type(output)(cut)
 
-    vars(vae).update(decode=decode_torus, encode=encode_torus)
-    try:
+    with replaced(vae, decode=decode_torus, encode=encode_torus):
         yield
-    finally:
-        for name, value in own.items():
-            del vars(vae)[name]
-            if value is not None:
-                vars(vae)[name] = value
