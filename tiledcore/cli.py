@@ -18,6 +18,7 @@ from tiledcore import __version__
 from tiledcore.generate import DTYPES, SCHEDULERS, STRENGTH, generate, say
 from tiledcore.images import read_metadata
 from tiledcore.plan import add_arguments as add_plan
+from tiledcore.preview import EVERY
 from tiledcore.profile import profile
 from tiledcore.request import CommandError, read_image
 
@@ -91,6 +92,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     making.add_argument(
         "--checkpoint-every", type=_integer(1), metavar="N", help="evaluations between two saves; default 1"
+    )
+    making.add_argument(
+        "--preview", type=Path, metavar="FILE", help="show a small picture there meanwhile: .png or .jpg"
+    )
+    making.add_argument(
+        "--preview-every", type=_integer(1), metavar="N", help=f"evaluations between two previews; default {EVERY}"
     )
     making.set_defaults(command=generate)
     _add_generate(making)
