@@ -289,7 +289,11 @@ def _describe(
     if args.init_image is not None:
         metadata.update(init_image=str(args.init_image), strength=call["strength"])
     if args.regions is not None:
-        metadata["regions"] = [region.describe() for region in args.scene]
+        # A mask's pixels are not stored, but where they lie: a viewer can show that.
+        metadata["regions"] = [
+            region.describe() | ({} if region.mask is None else {"bounds": list(region.bounds())})
+            for region in args.scene
+        ]
     return metadata | {
         "device": args.device,
         "dtype": args.dtype,
