@@ -13,10 +13,19 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars --remote-debugging-pipe"
-).split()
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--hide-scrollbars",
+    "--remote-debugging-pipe",
+]
 PATIENCE = 60.0
 """Seconds for one answer; only a browser that hangs takes as long."""
 
@@ -31,11 +40,14 @@ class Page:
     def __init__(self, requests: int, answers: int) -> None:
         self._requests, self._answers, self._buffer, self._count = requests, answers, b"", 0
         self._session: str | None = None
+        self.requested: list[str] = []  # addresses, since the page was opened
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        self.requested: list[str] = []
         self.send("Network.enable")
         self.send("Page.enable")
+        # Nothing moves: what is on the screen is where it stays.
+        still = {"name": "prefers-reduced-motion", "value": "reduce"}
+        self.send("Emulation.setEmulatedMedia", features=[still])
 
     def send(self, method: str, **params: Any) -> dict[str, Any]:
         self._count += 1
@@ -80,6 +92,7 @@ class Page:
         return value
 
     def open(self, url: str) -> None:
+        self.requested.clear()
         self.send("Page.navigate", url=url)
         self.wait("document.readyState === 'complete'")
 
@@ -118,7 +131,9 @@ def browser(program: str, profile: Path, size: tuple[int, int] = (1280, 860)) ->
     os.close(from_browser[1])
     try:
         page = Page(to_browser[1], from_browser[0])
-        page.send("Emulation.setDeviceMetricsOverride", width=size[0], height=size[1], deviceScaleFactor=1, mobile=False)
+        page.send(
+            "Emulation.setDeviceMetricsOverride", width=size[0], height=size[1], deviceScaleFactor=1, mobile=False
+        )
         yield page
     finally:
         os.close(to_browser[1])  # the end of its pipe is its end
