@@ -416,6 +416,22 @@ def test_the_page_draws_the_picture(page: Page, tmp_path: Path, name: str) -> No
 
 
 @needs_browser
+def test_the_page_shows_no_seams_of_its_own(page: Page, tmp_path: Path) -> None:
+    flat = np.full((2000, 2000, 3), 200, np.uint8)
+    with serving(saved(tmp_path / "a.tif", None, flat)) as server:
+        page.open(server.url)
+        seen = []
+        for _ in range(4):
+            page.wait(LOADED)
+            page.screenshot(tmp_path / "shot.png")
+            stage = np.asarray(Image.open(tmp_path / "shot.png").convert("L"))[280:580, 260:660]
+            assert stage.min() == stage.max() == 200
+            seen.append(int(page.run("document.querySelector('#place').textContent").split(" ")[0]))
+            page.click_on(".leaflet-control-zoom-in")
+        assert seen == [25, 50, 100, 200]
+
+
+@needs_browser
 def test_regions_answer_with_their_prompts(page: Page, tmp_path: Path) -> None:
     with serving(saved(tmp_path / "a.tif")) as server:
         page.open(server.url)

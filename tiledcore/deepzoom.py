@@ -25,7 +25,7 @@ class Levels:
     """The tiles of a picture. A context, which closes the file; tiles may be taken from several threads.
 
     A TIFF whose pages are such levels already, as :func:`tiledcore.writers.write_rows` writes them, is never read
-    whole: a tile is one seek in the file. Any other picture is decoded once, and needs 4 bytes of memory per pixel.
+    whole: a tile is one seek in the file. Any other picture is decoded once, and needs 5.3 bytes of memory per pixel.
 
     Args:
         path: any image that Pillow knows.
