@@ -298,6 +298,9 @@ def test_one_line_before_the_model_is_opened(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"tiledcore: error: {message}")
     assert not list(tmp_path.iterdir())
+    Image.new("RGB", (64, 64)).save("i.png")
+    assert main(["generate", "ice", "--out", "a.png", "--init-image", "i.png", "--preview", "i.png"]) == 2
+    assert "--preview i.png: is --init-image" in capsys.readouterr().err
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -166,17 +166,14 @@ class Engine:
             def step(model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
                 if self.reason is None:
                     return (self._latents(sample),)
-                if self._own_timesteps is None:
+                if self._own_timesteps is None and (self.pulling is not None or self.preview is not None):
                     self._own_timesteps = self._left(timestep)
                 if self.pulling is not None:
                     model_output = self._pulled(self.pulling, model_output, sample)
                 result = own_step(model_output, timestep, sample, *args, **kwargs)
                 self._own_steps += 1
                 if self.preview is not None:
-                    canvas = result[0]
-                    if network_of(self.pipe)[1].packed:
-                        canvas = to_image(canvas, self.canvas_size)
-                    self.preview.after(self._own_steps, self._own_timesteps, self.scheduler, canvas)
+                    self._show(self.preview, result[0])
                 return result
 
             self.scheduler.step = step
@@ -196,6 +193,13 @@ class Engine:
             begin = int((self.scheduler.timesteps == timestep).nonzero()[0])
         timesteps: Tensor = self.scheduler.timesteps[begin:]
         return timesteps
+
+    def _show(self, preview: Previewing, latents: Tensor) -> None:
+        """The pipeline's own loop: the canvas after a step."""
+        assert self._own_timesteps is not None
+        packed = network_of(self.pipe)[1].packed
+        canvas = to_image(latents, self.canvas_size) if packed else latents
+        preview.after(self._own_steps, self._own_timesteps, self.scheduler, canvas)
 
     def _pulled(self, pulling: Pulling, prediction: Tensor, sample: Tensor) -> Tensor:
         """The pipeline's own loop: its guided prediction with the pull added."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,14 +65,14 @@ class Previewing:
     """The previews of one call. To be made before anything replaces the autoencoder's ``decode``.
 
     Args:
-        preview: where and how often, or only where.
+        preview: where and how often.
         pipe: the pipeline that is called.
         native: (height, width) of the images that the network was trained on, in latent pixels.
         unit: latent pixels per canvas pixel along each axis, where the pipeline packs them into tokens.
     """
 
-    def __init__(self, preview: Preview | str | PathLike[str], pipe: Any, native: Pair, unit: int) -> None:
-        self.preview = preview if isinstance(preview, Preview) else Preview(Path(preview))
+    def __init__(self, preview: Preview, pipe: Any, native: Pair, unit: int) -> None:
+        self.preview = preview
         self.pipe, self.native, self.unit = pipe, native, unit
         self._decode = pipe.vae.decode
         self._broken = False

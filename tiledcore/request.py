@@ -76,8 +76,9 @@ def _check_preview(args: argparse.Namespace) -> None:
         raise CommandError("--preview-every: only used with --preview")
     if args.preview is not None:
         args.preview = Preview(args.preview, args.preview_every or EVERY)
-        if args.preview.path.resolve() == args.out.resolve():
-            raise CommandError(f"--preview {args.preview.path}: is --out; give it another name")
+        for option, path in (("--out", args.out), ("--init-image", args.init_image)):
+            if path is not None and args.preview.path.resolve() == path.resolve():
+                raise CommandError(f"--preview {args.preview.path}: is {option}; give it another name")
 
 
 def _mask(path: Path, size: tuple[int, int]) -> Image.Image:
