@@ -230,6 +230,16 @@ def test_regions_of_a_scene_file(model: str, here: Path) -> None:
     assert stored()["regions"] == [region]
 
 
+def test_the_settings_say_where_a_mask_lies(model: str, here: Path) -> None:
+    mask = Image.new("L", (192, 160))
+    mask.paste(255, (30, 40, 90, 100))
+    mask.save("lake.png")
+    (here / "scene.toml").write_text('[[region]]\nprompt = "ice"\nmask = "lake.png"\nfeather = 16\n')
+    assert generate(model, "--regions", "scene.toml", "--tile", "16") == 0
+    (region,) = stored()["regions"]
+    assert (region["mask"], region["bounds"]) == ("lake.png", [30, 40, 90, 100])
+
+
 @pytest.mark.parametrize(
     ("scene", "message"),
     [

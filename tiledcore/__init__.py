@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "Joint": "tiledcore.joints",
+    "Preview": "tiledcore.preview",
     "Pull": "tiledcore.pull",
     "Region": "tiledcore.regions",
     "Stage": "tiledcore.stage_plan",
@@ -22,6 +23,7 @@ _EXPORTS = {
 }
 __all__ = [
     "Joint",
+    "Preview",
     "Pull",
     "Region",
     "Stage",
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from tiledcore.geometry import TileGrid
     from tiledcore.joints import Joint, connected
     from tiledcore.pipeline import TiledPipeline
+    from tiledcore.preview import Preview
     from tiledcore.pull import Pull
     from tiledcore.regions import Region
     from tiledcore.stage_plan import Stage, Staging

@@ -1,4 +1,4 @@
-"""The command line: ``tiledcore generate``, ``profile``, ``plan`` and ``info``."""
+"""The command line: ``tiledcore generate``, ``profile``, ``plan``, ``view`` and ``info``."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from tiledcore import __version__
 from tiledcore.generate import DTYPES, SCHEDULERS, STRENGTH, generate, say
-from tiledcore.images import read_metadata
+from tiledcore.images import read_metadata, readable
 from tiledcore.plan import add_arguments as add_plan
+from tiledcore.preview import EVERY
 from tiledcore.profile import profile
 from tiledcore.request import CommandError, read_image
+from tiledcore.view import add_arguments as add_view
 
 WINDOWS = ("ramp", "core", "mean", "gaussian")
 
@@ -53,21 +55,9 @@ def info(args: argparse.Namespace) -> None:
     tiling = metadata.pop("tiling", {})
     rows = {**metadata, **tiling}
     for key, value in rows.items():
-        line = f"{key.replace('_', ' '):<18}{_readable(key, value)}"
+        line = f"{key.replace('_', ' '):<18}{readable(key, value)}"
         # The file may be anyone's: no control characters for the terminal.
         print("".join(c if c.isprintable() else " " for c in line))
-
-
-def _readable(key: str, value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if key == "wrap" and isinstance(value, list):
-        return "".join(axis for axis, on in zip("xy", value[::-1], strict=False) if on) or "no"
-    if isinstance(value, list):
-        return ("x" if key in ("size", "tile", "overlap", "halo") else " ").join(map(str, value)) or "-"
-    return str(value)
 
 
 # ----------------------------------------------------------------------------- arguments
@@ -92,6 +82,12 @@ def _parser() -> argparse.ArgumentParser:
     making.add_argument(
         "--checkpoint-every", type=_integer(1), metavar="N", help="evaluations between two saves; default 1"
     )
+    making.add_argument(
+        "--preview", type=Path, metavar="FILE", help="show a small picture there meanwhile: .png or .jpg"
+    )
+    making.add_argument(
+        "--preview-every", type=_integer(1), metavar="N", help=f"evaluations between two previews; default {EVERY}"
+    )
     making.set_defaults(command=generate)
     _add_generate(making)
     timing = commands.add_parser("profile", help="where the time of generate goes")
@@ -99,6 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     timing.set_defaults(command=profile, out=None, checkpoint=None, checkpoint_every=None)
     _add_generate(timing)
     add_plan(commands.add_parser("plan", help="how an image would fit a memory budget"), _size, _integer)
+    add_view(
+        commands.add_parser("view", help="show a picture of any size, its tiles and regions in a browser"), _integer
+    )
     about = commands.add_parser("info", help="print the settings that a PNG or TIFF was made with")
     about.add_argument("file", type=Path)
     about.add_argument("--json", action="store_true", help="as JSON, as they are stored")

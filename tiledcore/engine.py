@@ -27,6 +27,7 @@ from tiledcore.families import Family, network_of, to_image, to_tokens
 from tiledcore.graph import Counters, Entry, StepGraphs, clone, identity, refill
 from tiledcore.labels import label
 from tiledcore.ops.step import MAX_SLOTS, guidance_rescale
+from tiledcore.preview import Previewing
 from tiledcore.pull import Pulling
 from tiledcore.solver import LinearSolver, NotLinear, linear_solver
 
@@ -112,6 +113,7 @@ class Engine:
         checkpoint: where the call is saved, and goes on from.
         pulling: a low-frequency pull, applied to every prediction whether the step is fused or the pipeline's own.
         fused: whether the step may be fused.
+        preview: shown after evaluations, whether the step is fused or the pipeline's own.
 
     Raises:
         ValueError: the call cannot be saved, or go on from what is there.
@@ -126,8 +128,11 @@ class Engine:
         checkpoint: Checkpoint | None = None,
         pulling: Pulling | None = None,
         fused: bool = True,
+        preview: Previewing | None = None,
     ) -> None:
-        self.pulling, self._own_steps = pulling, 0
+        self.pulling, self.preview, self._own_steps = pulling, preview, 0
+        self._own_timesteps: Tensor | None = None
+        self.canvas_size = (0, 0)  # in canvas pixels, where the loop is the pipeline's own
         self.pipe, self.config, self.graphs, self.scheduler = pipe, config, graphs, pipe.scheduler
         self.generator = call.get("generator")
         self.eta = call.get("eta", 0.0)
@@ -154,16 +159,22 @@ class Engine:
 
     def __enter__(self) -> Engine:
         self._before = {name: vars(self.scheduler).get(name) for name in ("step", "scale_model_input")}
-        if self.reason is None or self.pulling is not None:
+        if self.reason is None or self.pulling is not None or self.preview is not None:
             own_step, own_scale = self.scheduler.step, getattr(self.scheduler, "scale_model_input", None)
 
             @wraps(own_step)  # pipelines look at its signature
             def step(model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
-                if self.reason is not None:
-                    if self.pulling is not None:
-                        model_output = self._pulled(self.pulling, model_output, timestep, sample)
-                    return own_step(model_output, timestep, sample, *args, **kwargs)
-                return (self._latents(sample),)
+                if self.reason is None:
+                    return (self._latents(sample),)
+                if self._own_timesteps is None and (self.pulling is not None or self.preview is not None):
+                    self._own_timesteps = self._left(timestep)
+                if self.pulling is not None:
+                    model_output = self._pulled(self.pulling, model_output, sample)
+                result = own_step(model_output, timestep, sample, *args, **kwargs)
+                self._own_steps += 1
+                if self.preview is not None:
+                    self._show(self.preview, result[0])
+                return result
 
             self.scheduler.step = step
             if own_scale is not None:
@@ -175,14 +186,27 @@ class Engine:
                 self.scheduler.scale_model_input = scale
         return self
 
-    def _pulled(self, pulling: Pulling, prediction: Tensor, timestep: Any, sample: Tensor) -> Tensor:
+    def _left(self, timestep: Any) -> Tensor:
+        """The pipeline's own loop: the timesteps from its first one on."""
+        begin = getattr(self.scheduler, "begin_index", None)
+        if begin is None:  # not told; a timestep that is there twice has one noise level
+            begin = int((self.scheduler.timesteps == timestep).nonzero()[0])
+        timesteps: Tensor = self.scheduler.timesteps[begin:]
+        return timesteps
+
+    def _show(self, preview: Previewing, latents: Tensor) -> None:
+        """The pipeline's own loop: the canvas after a step."""
+        assert self._own_timesteps is not None
+        packed = network_of(self.pipe)[1].packed
+        canvas = to_image(latents, self.canvas_size) if packed else latents
+        preview.after(self._own_steps, self._own_timesteps, self.scheduler, canvas)
+
+    def _pulled(self, pulling: Pulling, prediction: Tensor, sample: Tensor) -> Tensor:
         """The pipeline's own loop: its guided prediction with the pull added."""
         if not pulling.started:
-            begin = getattr(self.scheduler, "begin_index", None)
-            if begin is None:  # not told; a timestep that is there twice has one noise level
-                begin = int((self.scheduler.timesteps == timestep).nonzero()[0])
-            pulling.start(self.scheduler.timesteps[begin:])
-        index, self._own_steps = self._own_steps, self._own_steps + 1
+            assert self._own_timesteps is not None
+            pulling.start(self._own_timesteps)
+        index = self._own_steps
         if not pulling.active(index):
             return prediction
         if network_of(self.pipe)[1].packed:
@@ -384,6 +408,8 @@ class Engine:
         self.index += 1
         if self._saves is not None:
             self._saves.after(self.index, len(self._solver), buffers)
+        if self.preview is not None:
+            self.preview.after(self.index, self._solver.timesteps, self.scheduler, buffers.state[0])
         return self._prediction()
 
     def _prediction(self) -> Tensor:

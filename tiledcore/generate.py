@@ -71,6 +71,8 @@ def generate(args: argparse.Namespace) -> None:
         metadata = _describe(args, pipe, call, grid, seed)
         if checkpoint is not None:
             call["checkpoint"] = checkpoint
+        if args.preview is not None:
+            call["preview"] = args.preview
         if args.stages is not None:
             metadata["stages"] = _stages(pipe, call)
         picture = _run(pipe, call, grid, seed, _rows_writer(args, pipe, metadata))
@@ -287,7 +289,11 @@ def _describe(
     if args.init_image is not None:
         metadata.update(init_image=str(args.init_image), strength=call["strength"])
     if args.regions is not None:
-        metadata["regions"] = [region.describe() for region in args.scene]
+        # A mask's pixels are not stored, but where they lie: a viewer can show that.
+        metadata["regions"] = [
+            region.describe() | ({} if region.mask is None else {"bounds": list(region.bounds())})
+            for region in args.scene
+        ]
     return metadata | {
         "device": args.device,
         "dtype": args.dtype,
@@ -346,7 +352,7 @@ def _run(pipe: TiledPipeline, call: dict[str, Any], grid: TileGrid, seed: int, r
         pipe(**call, generator=generator, rows=rows)
         return None
     hook = pipe.vae.decoder.register_forward_pre_hook(decoding)
-    if "stages" in call:
+    if "stages" in call or "preview" in call:
         hook.remove()  # each of them decodes
     output = pipe(**call, generator=generator)
     if any(getattr(output, "nsfw_content_detected", None) or []):

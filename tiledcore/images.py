@@ -150,6 +150,19 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
     return metadata if isinstance(metadata, dict) else None
 
 
+def readable(key: str, value: Any) -> str:
+    """A setting for people, on one line; ``key`` says what it is."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if key == "wrap" and isinstance(value, list):
+        return "".join(axis for axis, on in zip("xy", value[::-1], strict=False) if on) or "no"
+    if isinstance(value, list):
+        return ("x" if key in ("size", "tile", "overlap", "halo") else " ").join(map(str, value)) or "-"
+    return str(value)
+
+
 @contextmanager
 def _any_size() -> Iterator[None]:
     """Pillow refuses 16384x16384 as a decompression bomb; here that is an ordinary size."""

@@ -26,6 +26,7 @@ from tiledcore.labels import labelled
 from tiledcore.models import EARTH, EARTH_FLUX, EMBEDDED
 from tiledcore.models.architecture import NATIVE
 from tiledcore.planner import Plan
+from tiledcore.preview import Preview, Previewing
 from tiledcore.pull import Pull, Pulling
 from tiledcore.regional import seeded_latents
 from tiledcore.regions import Region
@@ -152,6 +153,7 @@ class TiledPipeline:
         pull: Pull | None = None,
         stages: Stages | Literal["default"] = "default",
         keep_colour: bool = False,
+        preview: Preview | str | PathLike[str] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the wrapped pipeline tiled.
@@ -170,6 +172,8 @@ class TiledPipeline:
             pull: with ``image``, hold the picture to the image's low frequencies.
             stages: for this call, instead of ``self.stages``. With ``image``, that picture takes the place of the
                 one of native size, and ``strength`` that of the stages.
+            preview: a picture file (.png, .jpg, .webp), or a :class:`~tiledcore.Preview`: every few evaluations a
+                small picture of the canvas is written there.
             keep_colour: with ``image``, give the result the low frequencies of that picture.
             mask_image: (one of ``kwargs``) with ``image``, change only where it is white, with the pipeline's
                 inpainting sibling.
@@ -181,14 +185,20 @@ class TiledPipeline:
 
         Raises:
             ValueError: ``rows``: the pipeline must see the whole image, or makes several. ``checkpoint``: it is
-                damaged, belongs to another run, or this run cannot be saved.
+                damaged, belongs to another run, or this run cannot be saved. ``preview``: its folder is not there
+                or its extension not known, or there is a ``memory_budget``, which does not count it.
         """
+        if isinstance(preview, str | PathLike):
+            preview = Preview(Path(preview))
+        if preview is not None and self._budget is not None:
+            raise ValueError("preview: its decode is not counted by the memory_budget; leave out one of them")
         staged = staging(self.stages if stages == "default" else stages)
         if staged is not None or keep_colour:
             for name, value in (("rows", rows), ("checkpoint", checkpoint), ("regions", regions or None)):
                 if value is not None:
                     raise ValueError(f"{name}: is of one stage only; leave it out, or give stages=None")
-            return from_pictures(self, args, image, tiling or self.tiling, staged, pull, keep_colour, kwargs)
+            call = kwargs if preview is None else kwargs | {"preview": preview}
+            return from_pictures(self, args, image, tiling or self.tiling, staged, pull, keep_colour, call)
         pipe = self.pipe
         masked = kwargs.get("mask_image") is not None
         if masked and image is None:
@@ -214,6 +224,7 @@ class TiledPipeline:
         config = tiling or self.tiling
         if isinstance(checkpoint, str | PathLike):
             checkpoint = Checkpoint(Path(checkpoint))
+        shown = None if preview is None else self._previewing(preview, pipe)
         plan = None
         if self._budget is not None:
             plan = self._budget.plan(pipe, args, kwargs, config if tiling or self._asked else None)
@@ -233,7 +244,7 @@ class TiledPipeline:
         ):
             if not self.fused and checkpoint is not None:
                 raise ValueError("checkpoint: only the fused step can be resumed; leave out fused=False")
-            if not self.fused and pull is None:
+            if not self.fused and pull is None and shown is None:
                 self.report = None
                 return pipe(*args, **kwargs)
             if self._graphs.backend is None and torch.device(pipe._execution_device).type == "cuda":
@@ -243,7 +254,7 @@ class TiledPipeline:
             pulling = self._pulling(pull, pipe, config, image)
             watching = pulling.watching() if pulling is not None else nullcontext()
             given = {**bound.arguments, "regions": [vars(region) for region in regions or ()]}
-            engine = Engine(pipe, given, config, self._graphs, checkpoint, pulling, self.fused)
+            engine = Engine(pipe, given, config, self._graphs, checkpoint, pulling, self.fused, shown)
             with watching, engine:
                 hook = registry(network_of(pipe)[0]).get_hook(HOOK)
                 hook.engine = engine
@@ -253,6 +264,12 @@ class TiledPipeline:
                     self.report = engine.report()
                     if hook.regions is not None:
                         self.report.region_tiles = hook.regions.tiles or None
+
+    @staticmethod
+    def _previewing(preview: Preview, pipe: Any) -> Previewing:
+        network, family = network_of(pipe)
+        unit = family.patch(network) if family.packed else 1
+        return Previewing(preview, pipe, both(family.native(pipe, network)), unit)
 
     @staticmethod
     def _pulling(pull: Pull | None, pipe: Any, config: TilingConfig, image: Any) -> Pulling | None:

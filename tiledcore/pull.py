@@ -172,10 +172,10 @@ class Pulling:
         return low_pass(wanted - prediction, *self._filters).mul_(self._weights[index])
 
 
-def _clean_and_noisy(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
-    """``(b, a)`` such that ``a z + b x0`` is the prediction for a canvas ``z`` with the clean image ``x0``.
+def noise_level(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
+    """``(α, σ)`` of a timestep: the canvas is ``α x0 + σ ε`` there, for a clean image ``x0`` and noise ``ε``.
 
-    The noise levels are read off the scheduler's own noising of a one and of a zero.
+    Read off the scheduler's own noising of a one and of a zero.
     """
     probe = copy.copy(scheduler)
     for name in ("add_noise", "scale_noise"):  # as the class has it, and not as somebody watches it
@@ -192,8 +192,15 @@ def _clean_and_noisy(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
     alpha, sigma = (
         float((noising(x, at, n) if flow else noising(x, n, at)).double()) for x, n in ((one, zero), (zero, one))
     )
+    return alpha, sigma
+
+
+def _clean_and_noisy(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
+    """``(b, a)`` such that ``a z + b x0`` is the prediction for a canvas ``z`` with the clean image ``x0``."""
+    alpha, sigma = noise_level(scheduler, timestep)
     if sigma <= 0:
-        raise ValueError(f"pull: timestep {float(at):g} of {type(scheduler).__name__} has no noise")
+        raise ValueError(f"pull: timestep {float(timestep):g} of {type(scheduler).__name__} has no noise")
+    flow = hasattr(type(scheduler), "scale_noise")
     kind = "flow_prediction" if flow else scheduler.config.get("prediction_type", "epsilon")
     if kind == "epsilon":
         return -alpha / sigma, 1 / sigma

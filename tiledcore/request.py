@@ -14,6 +14,7 @@ from PIL import Image
 from tiledcore.geometry import TileGrid
 from tiledcore.images import check_target, load_image
 from tiledcore.models import EARTH, EMBEDDED
+from tiledcore.preview import EVERY, Preview
 
 if TYPE_CHECKING:
     from tiledcore.regions import Region
@@ -64,9 +65,20 @@ def check(args: argparse.Namespace) -> Image.Image | None:
         check_target(args.out, args.size)
         if args.checkpoint_every is not None and args.checkpoint is None:
             raise CommandError("--checkpoint-every: only used with --checkpoint")
+        _check_preview(args)
     if args.regions is not None:
         args.scene = _scene(args)
     return image
+
+
+def _check_preview(args: argparse.Namespace) -> None:
+    if args.preview_every is not None and args.preview is None:
+        raise CommandError("--preview-every: only used with --preview")
+    if args.preview is not None:
+        args.preview = Preview(args.preview, args.preview_every or EVERY)
+        for option, path in (("--out", args.out), ("--init-image", args.init_image)):
+            if path is not None and args.preview.path.resolve() == path.resolve():
+                raise CommandError(f"--preview {args.preview.path}: is {option}; give it another name")
 
 
 def _mask(path: Path, size: tuple[int, int]) -> Image.Image:

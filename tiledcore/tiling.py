@@ -89,6 +89,7 @@ class TilingHook(ModelHook):
             assert canvas is not None
             if self.engine is not None:
                 self.engine.denoiser = self.denoiser
+                self.engine.canvas_size = (canvas.shape[2], canvas.shape[3])
             prediction = family.result(self.denoiser(forward, canvas, arguments[family.timestep], **conditions))
         return family.output(sample=prediction) if return_dict else (prediction,)
 
