@@ -2,8 +2,9 @@
 
     python -m bench.modes --model earth --size 2048 --seeds 2 --json bench/results/modes_earth.json
 
-Images are kept in ``--work`` and not made again, so a run that was stopped goes on where it was. Each
-row is a mean over prompts and seeds, except for the seam check, of which the worst case is given:
+Images are kept in ``--work`` and not made again, so a run that was stopped goes on where it was; ``--cached`` judges
+those that are there. Each row is a mean over its images, one for each prompt and seed, except for the seam check, of
+which the worst case is given:
 
 - seam: mean ratio of the lines on which tiles of that way meet, relative to other lines of the same place in a latent
   pixel or patch (1 is an ordinary line), and the worst one over the limit, the 99.9th percentile of all other lines
@@ -11,6 +12,9 @@ row is a mean over prompts and seeds, except for the seam check, of which the wo
 - low: power at one to two cycles per native side, in windows of native size, over that of native samples.
 - patches: sliced Wasserstein distance to the model's own native samples of the same prompt; the floor is
   the distance between two sets of native samples.
+
+Ways of an area factor of at most 1.1 are compared with the 25 % ramp on the images that both have: mean difference and
+its standard error (none of one image), where less is better for all (of low, the distance from 1).
 
 Times are of one denoising step of the whole canvas, guidance included, without decoding; the ways take
 turns, and the median counts.
@@ -43,6 +47,7 @@ from tiledcore.models.evaluate import patch_distance
 
 PROMPTS = ["topographic map of a rugged coast", "satellite view of desert", "relief map of mountains"]
 WINDOWS = 32  # native samples a set, and windows cut from each image
+RAMP = "25 % ramp"  # what the cheap ways are compared with
 PX = 8  # image pixels per latent pixel
 
 Images = NDArray[np.floating[Any]]
@@ -167,6 +172,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="names of ways")
     parser.add_argument("--rounds", type=int, default=3, help="of the timing; 0 leaves it out")
     parser.add_argument("--work", type=Path, default=Path("runs/modes"))
+    parser.add_argument("--cached", action="store_true", help="make no image; times of an earlier --json are kept")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     Image.MAX_IMAGE_PIXELS = None
@@ -175,8 +181,8 @@ def main() -> None:
     call = call_defaults(args.model) | {"num_inference_steps": args.steps}
     work = args.work / args.model
     chosen = {n: TilingConfig(tile=args.tile, **a) for n, a in ways(args.tile).items() if n in (args.only or [n])}
-    seconds = step_times(pipe, chosen, args.size, args.rounds, call) if args.rounds else {}
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
+    seconds = step_times(pipe, chosen, args.size, args.rounds, call) if args.rounds else earlier_times(args.json)
+    found: dict[str, dict[tuple[str, int], dict[str, float]]] = {name: {} for name in chosen}
     floor = []
     for prompt in args.prompts:
         native, other = (native_samples(pipe, work, prompt, first, call) for first in (1000, 2000))
@@ -185,28 +191,78 @@ def main() -> None:
         for seed in range(args.seeds):
             for name, config in chosen.items():
                 path = work / f"{args.size} {args.tile} {name} {prompt} {seed}.png"
+                if args.cached and not path.exists():
+                    continue
                 image = kept(
                     path, lambda c=config, p=prompt, s=seed: run(pipe, p, args.size, s, c, output_type="np", **call)
                 )
                 lines = meeting_lines(pipe, config, args.size, args.steps)
-                found[name].append(judge(image, native, lines, period(pipe)))
-                print(name, prompt, seed, {k: round(v, 3) for k, v in found[name][-1].items()}, flush=True)
+                found[name][prompt, seed] = judge(image, native, lines, period(pipe))
+                print(name, prompt, seed, {k: round(v, 3) for k, v in found[name][prompt, seed].items()}, flush=True)
     rows = []
     for name, config in chosen.items():
-        row = {k: float(np.mean([f[k] for f in found[name]])) for k in found[name][0]}
-        row["seam_worst_over_limit"] = max(f["seam_worst_over_limit"] for f in found[name])
+        if not (images := list(found[name].values())):
+            continue
+        row = {k: float(np.mean([f[k] for f in images])) for k in images[0]}
+        row["seam_worst_over_limit"] = max(f["seam_worst_over_limit"] for f in images)
         area = config.area_factor(config.grid(args.size // PX, args.size // PX, NATIVE), args.steps)
-        rows.append({"name": name, "area_factor": area, "seconds": seconds.get(name)} | row)
+        about = {"name": name, "area_factor": area, "seconds": seconds.get(name), "images": len(images)}
+        rows.append(
+            about | row | {"against_ramp": against_ramp(found[name], found.get(RAMP, {})) if area <= 1.1 else None}
+        )
     rows.append({"name": "native samples"} | {k: float(np.mean([f[k] for f in floor])) for k in floor[0]})
     print(table(rows))
+    print("\n".join(verdict(rows)))
     if args.json:
-        about = {"size": args.size, "tile": args.tile, "prompts": args.prompts, "seeds": args.seeds, "call": call}
+        about = {
+            "model": args.model,
+            "size": args.size,
+            "tile": args.tile,
+            "prompts": args.prompts,
+            "seeds": args.seeds,
+            "call": call,
+        }
         machine = timing.machine(torch.device("cpu"))
         args.json.write_text(json.dumps({"machine": machine, "about": about, "rows": rows}, indent=1) + "\n")
 
 
+def earlier_times(path: Path | None) -> dict[str, float]:
+    """Seconds of a step of each way in the results that are to be replaced."""
+    if path is None or not path.exists():
+        return {}
+    return {row["name"]: row["seconds"] for row in json.loads(path.read_text())["rows"] if row.get("seconds")}
+
+
+def against_ramp(
+    way: dict[tuple[str, int], dict[str, float]], ramp: dict[tuple[str, int], dict[str, float]]
+) -> dict[str, list[float | None]]:
+    """By how much a way is above the ramp on the images that both have, and the standard error of that."""
+    result: dict[str, list[float | None]] = {}
+    for key in ("seam_mean", "low_frequency_kept", "patches"):
+        cost = (lambda v: abs(v - 1)) if key == "low_frequency_kept" else float
+        apart = [cost(way[image][key]) - cost(ramp[image][key]) for image in way if image in ramp]
+        if apart:
+            error = statistics.stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else None
+            result[key] = [statistics.fmean(apart), error]
+    return result
+
+
+def verdict(rows: list[dict[str, Any]]) -> list[str]:
+    names = {"seam_mean": "seam", "low_frequency_kept": "low", "patches": "patches"}
+    lines = []
+    for row in rows:
+        if row.get("against_ramp"):
+            found = [
+                f"{names[k]} {mean:+.4f}" + (f" ± {error:.4f}" if error is not None else "")
+                for k, (mean, error) in row["against_ramp"].items()
+            ]
+            lines.append(f"- {row['name']}: {', '.join(found)}")
+    return lines
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     columns = {
+        "images": "images",
         "area_factor": "area factor",
         "seconds": "s a step",
         "seam_mean": "seam, mean",
@@ -214,12 +270,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         "low_frequency_kept": "low",
         "patches": "patches",
     }
+    digits = {"patches": 4, "images": 0}
     lines = ["| way | " + " | ".join(columns.values()) + " |", "|---" * (1 + len(columns)) + "|"]
     for row in rows:
-        cells = [
-            "–" if row.get(column) is None else f"{row[column]:.4f}" if column == "patches" else f"{row[column]:.2f}"
-            for column in columns
-        ]
+        cells = ["–" if row.get(column) is None else f"{row[column]:.{digits.get(column, 2)}f}" for column in columns]
         lines.append(" | ".join([f"| {row['name']}", *cells]) + " |")
     return "\n".join(lines)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import oracle, peers_table, scaling, suite
+from bench import modes, oracle, peers_table, scaling, suite
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "README.md")
@@ -57,6 +57,13 @@ def _step(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _modes(data: dict[str, Any]) -> str:
+    about = data["about"]
+    head = f"{_about(data)}; {about['model']}, {about['size']}², {about['call']['num_inference_steps']} steps"
+    against = [f"Against the {modes.RAMP}, on the same images:", "", *modes.verdict(data["rows"])]
+    return "\n".join([head, "", modes.table(data["rows"]), "", *against])
+
+
 def _peers(data: dict[str, Any]) -> str:
     about = data["about"]
     head = f"{_about(data)}; {about['size']}², {about['call']['num_inference_steps']} steps, {about['seeds']} seed(s)"
@@ -79,6 +86,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "ops": ("cpu_suite.json", _ops),
     "blend": ("cpu_suite.json", _blend),
     "step": ("cpu_suite.json", _step),
+    "modes-earth": ("modes_earth.json", _modes),
+    "modes-flux": ("modes_flux.json", _modes),
     "peers": ("peers_earth.json", _peers),
     "scaling": ("scaling_earth.json", _scaling),
 }
