@@ -70,7 +70,8 @@ def _scaling(data: dict[str, Any]) -> str:
 
 
 def _oracle(data: dict[str, Any]) -> str:
-    head = f"{data['about']['fields']} fields of {data['about']['side']}², {data['about']['steps']} steps"
+    about = data["about"]
+    head = f"{about['seeds']} times {about['fields']} fields of {about['side']}², {about['steps']} steps"
     return "\n".join([head, "", oracle.table(data["rows"])])
 
 
