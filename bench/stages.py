@@ -10,8 +10,8 @@ goes on, and more seeds cost only their own images. Columns, means over images, 
   evaluated twice (of a single stage: its own steps). Calculated from the plan; tests count them.
 - low: power at one to two cycles per image side, over that of the enlarged native image (of all images together, and
   the images furthest from 1).
-- repetition, and what it is by chance (bench/quality.py): a way repeats itself as far as the first is above the second.
-- more: the excess of the first over the second, and its standard error. Beyond two of these it is no chance.
+- repetition, and what it is by chance (bench/repetition.py).
+- more: by how much the first is above the second, ± its standard error; beyond two of these it is no chance.
 - layout: PSNR in dB to the native image, at its size.
 - seam: worst tile line of the plain grid over the limit, the 99.9th percentile of ordinary lines.
 
@@ -36,7 +36,8 @@ from PIL import Image
 
 from bench import timing
 from bench.modes import PX, kept, run
-from bench.quality import low_frequency_power, repetition, repetition_by_chance, seam_check
+from bench.quality import low_frequency_power, seam_check
+from bench.repetition import repetition, repetition_by_chance
 from tiledcore import TiledPipeline, TileGrid, TilingConfig
 from tiledcore.models import call_defaults
 from tiledcore.models.architecture import NATIVE
