@@ -62,6 +62,7 @@ def ways() -> dict[str, Staging | None]:
         "stages without a pull": Staging(pull=None),
         "stages": Staging(),
         "stages of up to 4x": Staging(factor=4),
+        "stages, latents enlarged": Staging(upscale="latent"),
         "stages, sharper pull": Staging(pull=Pull(sigma=NATIVE / 32)),
     }
 
