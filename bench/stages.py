@@ -9,7 +9,7 @@ goes on, and more seeds cost only their own images. Columns, means over images, 
 - of the floor: network evaluations of all stages in units of the floor, the last stage's steps with no pixel
   evaluated twice (of a single stage: its own steps). Calculated from the plan; tests count them.
 - low: power at one to two cycles per image side, over that of the enlarged native image (of all images together, and
-  the images furthest from 1).
+  the images furthest from 1). Pictures that are matched are given these back; the others show what refining kept.
 - repetition, and what it is by chance (bench/repetition.py).
 - more: by how much the first is above the second, ± its standard error; beyond two of these it is no chance.
 - layout: PSNR in dB to the native image, at its size.
@@ -61,6 +61,7 @@ def ways() -> dict[str, Staging | None]:
         "one stage": None,
         "stages without a pull": Staging(pull=None),
         "stages": Staging(),
+        "stages without a match": Staging(match=False),
         "stages of up to 4x": Staging(factor=4),
         "stages, latents enlarged": Staging(upscale="latent"),
         "stages, sharper pull": Staging(pull=Pull(sigma=NATIVE / 32)),
@@ -99,6 +100,7 @@ def judge(image: Images, native: Images) -> dict[str, float]:
 def row(name: str, found: list[dict[str, float]], floor: float | None) -> dict[str, Any]:
     ratios = [f["power"] / f["power_native"] for f in found]
     excess = [f["repetition"] - f["chance"] for f in found]
+    spread = _spread(excess)
     result: dict[str, Any] = {
         "name": name,
         "images": len(found),
@@ -107,7 +109,7 @@ def row(name: str, found: list[dict[str, float]], floor: float | None) -> dict[s
         "low_least": min(ratios),
         "low_most": max(ratios),
         "excess": fmean(excess),
-        "excess_error": _spread(excess) / len(found) ** 0.5,
+        "excess_error": None if spread is None else spread / len(found) ** 0.5,
         "layout": fmean(f["layout"] for f in found),
         "seam": max(f["seam"] for f in found),
     }
@@ -117,8 +119,12 @@ def row(name: str, found: list[dict[str, float]], floor: float | None) -> dict[s
     return result
 
 
-def _spread(values: list[float]) -> float:
-    return stdev(values) if len(values) > 1 else float("nan")
+def _spread(values: list[float]) -> float | None:
+    return stdev(values) if len(values) > 1 else None
+
+
+def _with_spread(value: str, spread: float | None, digits: int) -> str:
+    return value if spread is None else f"{value} ± {spread:.{digits}f}"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -139,8 +145,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = [
             *(r["name"], "–" if whole else f"{r['of_floor']:.2f}"),
             *(f"{r['low']:.2f}", f"{r['low_least']:.2f}, {r['low_most']:.2f}"),
-            *(f"{r[key]:.2f} ± {r[key + '_sd']:.2f}" for key in ("repetition", "chance")),
-            f"{r['excess']:+.3f} ± {r['excess_error']:.3f}",
+            *(_with_spread(f"{r[key]:.2f}", r[f"{key}_sd"], 2) for key in ("repetition", "chance")),
+            _with_spread(f"{r['excess']:+.3f}", r["excess_error"], 3),
             *(["–", "–"] if whole else [f"{r['layout']:.1f}", f"{r['seam']:.2f}"]),
         ]
         lines.append(f"| {' | '.join(cells)} |")

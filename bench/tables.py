@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import oracle, peers_table, scaling, suite
+from bench import oracle, peers_table, scaling, stages, suite
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "README.md")
@@ -75,6 +75,14 @@ def _oracle(data: dict[str, Any]) -> str:
     return "\n".join([head, "", oracle.table(data["rows"])])
 
 
+def _stages(data: dict[str, Any]) -> str:
+    about = data["about"]
+    images = len(about["prompts"]) * about["seeds"]
+    steps = about["call"]["num_inference_steps"]
+    head = f"{_about(data)}; earth-flux, {about['size']}², {steps} steps, {images} images a way"
+    return "\n".join([head, "", stages.table(data["rows"])])
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "oracle": ("oracle.json", _oracle),
     "ops": ("cpu_suite.json", _ops),
@@ -82,6 +90,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "step": ("cpu_suite.json", _step),
     "peers": ("peers_earth.json", _peers),
     "scaling": ("scaling_earth.json", _scaling),
+    "stages": ("stages_flux.json", _stages),
+    "stages-1024": ("stages_flux_1024.json", _stages),
 }
 """Marker -> its file in bench/results, and how that is written."""
 
