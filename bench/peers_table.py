@@ -14,7 +14,8 @@ all ways at 1024² costs as much as about 80 of the plain grid do; the stride of
   lines stand out in any image of this decoder, so they are compared with their like. Worst: the largest ratio of a
   line over the 99.9th percentile of the others. Tone: tone step on the plain grid's lines over that elsewhere.
 - low, patches: power at low frequencies over that of native samples, and sliced Wasserstein distance to them.
-- repeat: largest normalised cross-correlation between distant tiles. PSNR: against the dense whole canvas, in dB.
+- repeat: largest normalised cross-correlation between distant tiles (bench/repetition.py). PSNR: against the
+  dense whole canvas, in dB.
 
 A peer is beaten by a way that is faster and at least as good in seam and patches, where as good is within 5 %: one
 seed tells no more. Seam to repeat are means over prompts and seeds, but for the worst line. All images are decoded
@@ -40,7 +41,8 @@ from bench import timing
 from bench.modes import PX, WINDOWS, Images, kept, native_samples
 from bench.peers import methods
 from bench.peers.model import Model, counted, starts
-from bench.quality import cut_windows, low_frequency_power, psnr, repetition, seam_check, tone_step
+from bench.quality import cut_windows, low_frequency_power, psnr, seam_check, tone_step
+from bench.repetition import repetition
 from tiledcore import TiledPipeline, TilingConfig
 from tiledcore.models import call_defaults
 from tiledcore.models.evaluate import patch_distance

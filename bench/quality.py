@@ -246,49 +246,6 @@ def _steps(grey: Floats, axes: list[list[int]], band: int, offset: tuple[int, ..
     return np.array(found)
 
 
-def repetition(images: NDArray[np.floating], tile: int, size: int = 16) -> float:
-    """Largest normalised cross-correlation between distant tiles of an image: 1 where one repeats another.
-
-    Tiles that do not know of each other repeat the subject. Each tile is shrunk to ``size`` pixels a side, its mean is
-    taken off and it is scaled to unit length; tiles that touch, also across a corner, are not compared, because they
-    are meant to be alike. A pair is compared at all shifts of up to a quarter of a tile, each normalised anew.
-
-    Args:
-        images: ``[H, W]`` or ``[H, W, C]``.
-        tile: side of a tile in pixels.
-        size: pixels per tile that are compared.
-
-    Returns:
-        -1 to 1. NaN where no two tiles are distant, that is, below three tiles along both axes.
-    """
-    grey = images.astype(np.float64) if images.ndim == 2 else images.mean(-1, dtype=np.float64)
-    if tile < size or tile % size:
-        raise ValueError(f"tile={tile} must be a multiple of size={size}")
-    rows, cols = (n // tile for n in grey.shape)
-    block = tile // size
-    small = grey[: rows * tile, : cols * tile].reshape(rows * size, block, cols * size, block).mean((1, 3))
-    tiles = small.reshape(rows, size, cols, size).swapaxes(1, 2).reshape(rows * cols, size, size)
-    y, x = np.divmod(np.arange(rows * cols), max(cols, 1))
-    distant = np.maximum(np.abs(y[:, None] - y), np.abs(x[:, None] - x)) > 1
-    if not distant.any():
-        return float("nan")
-    best, reach = -1.0, size // 4
-    for dy in range(-reach, reach + 1):
-        for dx in range(-reach, reach + 1):
-            here = tiles[:, max(dy, 0) : size + min(dy, 0), max(dx, 0) : size + min(dx, 0)]
-            there = tiles[:, max(-dy, 0) : size + min(-dy, 0), max(-dx, 0) : size + min(-dx, 0)]
-            best = max(best, float((_unit(here) @ _unit(there).T)[distant].max()))
-    return best
-
-
-def _unit(tiles: Floats) -> Floats:
-    """``[N, pixels]`` without mean and of length 1; 0 where nothing changes."""
-    flat = tiles.reshape(len(tiles), -1)
-    flat = flat - flat.mean(1, keepdims=True)
-    length = np.linalg.norm(flat, axis=1, keepdims=True)
-    return np.divide(flat, length, out=np.zeros_like(flat), where=length > 1e-9)
-
-
 def psnr(image: NDArray[np.floating], whole: NDArray[np.floating], peak: float = 1.0) -> float:
     """Peak signal-to-noise ratio in dB of a tiled image against the same one made whole; infinite where they agree."""
     if image.shape != whole.shape:

@@ -3,15 +3,20 @@
     python -m bench.stages --model earth-flux --size 2048 --json bench/results/stages_flux.json
 
 Each prompt and seed has a native image, which the staged ways start from; enlarged to the final size it is what the
-composition should be. Images are kept in ``--work`` and not made again, so a run that was stopped goes on. Columns:
+composition should be, and the first row. Images are kept in ``--work`` and not made again, so a run that was stopped
+goes on, and more seeds cost only their own images. Columns, means over images, ± their standard deviation:
 
 - of the floor: network evaluations of all stages in units of the floor, the last stage's steps with no pixel
   evaluated twice (of a single stage: its own steps). Calculated from the plan; tests count them.
 - low: power at one to two cycles per image side, over that of the enlarged native image (of all images together, and
-  the images furthest from 1).
-- repetition: of the image, and of the enlarged native image (bench/quality.py), mean over images.
+  the images furthest from 1). Pictures that are matched are given these back; the others show what refining kept.
+- repetition, and what it is by chance (bench/repetition.py).
+- more: by how much the first is above the second, ± its standard error; beyond two of these it is no chance.
 - layout: PSNR in dB to the native image, at its size.
-- seam: worst tile line of the plain grid over the limit, the 99.9th percentile of ordinary lines.
+- seam: worst tile line of the plain grid over the limit, the 99.9th percentile of ordinary lines (bench/quality.py).
+
+Where the subject of a picture is a texture, as with these models, tiles that do not know of each other do not copy
+each other: they draw a patchwork of small pictures. That is seen in low, and in layout, not in repetition.
 
 The tiles are shifted partitions, so that every area factor is 1.
 """
@@ -21,6 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -29,8 +35,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bench import timing
-from bench.modes import PX, kept, run
-from bench.quality import low_frequency_power, repetition, seam_check
+from bench.modes import PX, kept, period, run
+from bench.quality import low_frequency_power, seam_check
+from bench.repetition import repetition, repetition_by_chance
 from tiledcore import TiledPipeline, TileGrid, TilingConfig
 from tiledcore.models import call_defaults
 from tiledcore.models.architecture import NATIVE
@@ -54,7 +61,9 @@ def ways() -> dict[str, Staging | None]:
         "one stage": None,
         "stages without a pull": Staging(pull=None),
         "stages": Staging(),
+        "stages without a match": Staging(match=False),
         "stages of up to 4x": Staging(factor=4),
+        "stages, latents enlarged": Staging(upscale="latent"),
         "stages, sharper pull": Staging(pull=Pull(sigma=NATIVE / 32)),
     }
 
@@ -71,47 +80,76 @@ def enlarged(native: Images, size: int) -> Images:
     return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32) / 255
 
 
-def judge(image: Images, native: Images) -> dict[str, float]:
+def judge(image: Images, native: Images, grid: int) -> dict[str, float]:
     """Figures of one image; the powers are pooled over images later."""
     size, side = len(image), len(native)
-    whole = enlarged(native, size)
     lines = TileGrid(size // PX, size // PX, NATIVE).lines
-    seams = seam_check(image, [PX * y for y in lines[0]], [PX * x for x in lines[1]])
+    seams = seam_check(image, [PX * y for y in lines[0]], [PX * x for x in lines[1]], period=grid)
     block = size // side
     small = image.reshape(side, block, side, block, 3).mean((1, 3))
     return {
         "power": low_frequency_power(image[None]),
-        "power_native": low_frequency_power(whole[None]),
+        "power_native": low_frequency_power(enlarged(native, size)[None]),
         "repetition": repetition(image, side),
-        "repetition_native": repetition(whole, side),
+        "chance": repetition_by_chance(image, side),
         "layout": float(-10 * np.log10(((small - native) ** 2).mean())),
         "seam": seams.worst / seams.limit,
     }
 
 
-def row(name: str, found: list[dict[str, float]], floor: float) -> dict[str, Any]:
+def row(name: str, found: list[dict[str, float]], floor: float | None) -> dict[str, Any]:
     ratios = [f["power"] / f["power_native"] for f in found]
-    return {
+    excess = [f["repetition"] - f["chance"] for f in found]
+    spread = _spread(excess)
+    result: dict[str, Any] = {
         "name": name,
+        "images": len(found),
         "of_floor": floor,
         "low": sum(f["power"] for f in found) / sum(f["power_native"] for f in found),
         "low_least": min(ratios),
         "low_most": max(ratios),
-        "repetition": float(np.mean([f["repetition"] for f in found])),
-        "repetition_native": float(np.mean([f["repetition_native"] for f in found])),
-        "layout": float(np.mean([f["layout"] for f in found])),
+        "excess": fmean(excess),
+        "excess_error": None if spread is None else spread / len(found) ** 0.5,
+        "layout": fmean(f["layout"] for f in found),
         "seam": max(f["seam"] for f in found),
     }
+    for key in ("repetition", "chance"):
+        values = [f[key] for f in found]
+        result |= {key: fmean(values), f"{key}_sd": _spread(values)}
+    return result
+
+
+def _spread(values: list[float]) -> float | None:
+    return stdev(values) if len(values) > 1 else None
+
+
+def _with_spread(value: str, spread: float | None, digits: int) -> str:
+    return value if spread is None else f"{value} ± {spread:.{digits}f}"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| way | of the floor | low | least, most | repetition / native | layout, dB | worst seam / limit |"]
-    lines.append("|---" * 7 + "|")
+    head = [
+        "way",
+        "of the floor",
+        "low",
+        "least, most",
+        "repetition",
+        "by chance",
+        "more",
+        "layout, dB",
+        "seam / limit",
+    ]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for r in rows:
-        lines.append(
-            f"| {r['name']} | {r['of_floor']:.2f} | {r['low']:.2f} | {r['low_least']:.2f}, {r['low_most']:.2f} | "
-            f"{r['repetition']:.2f} / {r['repetition_native']:.2f} | {r['layout']:.1f} | {r['seam']:.2f} |"
-        )
+        whole = r["of_floor"] is None  # the native image itself, which is smooth, and its own layout
+        cells = [
+            *(r["name"], "–" if whole else f"{r['of_floor']:.2f}"),
+            *(f"{r['low']:.2f}", f"{r['low_least']:.2f}, {r['low_most']:.2f}"),
+            *(_with_spread(f"{r[key]:.2f}", r[f"{key}_sd"], 2) for key in ("repetition", "chance")),
+            _with_spread(f"{r['excess']:+.3f}", r["excess_error"], 3),
+            *(["–", "–"] if whole else [f"{r['layout']:.1f}", f"{r['seam']:.2f}"]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -134,23 +172,28 @@ def main() -> None:
     call = call_defaults(args.model) | {"num_inference_steps": args.steps, "output_type": "np"}
     work = args.work / args.model
     chosen = {name: way for name, way in ways().items() if name in (args.only or [name])}
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
-    for prompt in args.prompts:
-        for seed in range(args.seeds):
-            whole = TilingConfig(tile=NATIVE)
-            side = NATIVE * PX
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in ("native, enlarged", *chosen)}
+    side = NATIVE * PX
+
+    def judged(name: str, image: Images, native: Images, prompt: str, seed: int) -> None:
+        found[name].append(judge(image, native, period(pipe)))
+        print(name, prompt, seed, {k: round(v, 3) for k, v in found[name][-1].items()}, flush=True)
+
+    for seed in range(args.seeds):
+        for prompt in args.prompts:
             native = kept(
                 work / f"native {args.steps} {prompt} {seed}.png",
-                lambda p=prompt, s=seed, w=whole: run(pipe, p, side, s, w, **call),  # noqa: B023
+                lambda p=prompt, s=seed: run(pipe, p, side, s, TilingConfig(tile=NATIVE), **call),
             )
+            judged("native, enlarged", enlarged(native, args.size), native, prompt, seed)
             for name, way in chosen.items():
                 image = kept(
                     work / f"{args.size} {args.steps} {name} {prompt} {seed}.png",
                     lambda w=way, p=prompt, s=seed: run(pipe, p, args.size, s, SHIFT, stages=w, **call),
                 )
-                found[name].append(judge(image, native))
-                print(name, prompt, seed, {k: round(v, 3) for k, v in found[name][-1].items()}, flush=True)
-    rows = [row(name, found[name], of_floor(pipe, way, args.size, args.steps)) for name, way in chosen.items()]
+                judged(name, image, native, prompt, seed)
+    rows = [row("native, enlarged", found["native, enlarged"], None)]
+    rows += [row(name, found[name], of_floor(pipe, way, args.size, args.steps)) for name, way in chosen.items()]
     print(table(rows))
     if args.json:
         about = {"size": args.size, "tile": NATIVE, "prompts": args.prompts, "seeds": args.seeds, "call": call}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import modes, oracle, peers_table, scaling, suite
+from bench import modes, oracle, peers_table, scaling, stages, suite
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "README.md")
@@ -77,8 +77,17 @@ def _scaling(data: dict[str, Any]) -> str:
 
 
 def _oracle(data: dict[str, Any]) -> str:
-    head = f"{data['about']['fields']} fields of {data['about']['side']}², {data['about']['steps']} steps"
+    about = data["about"]
+    head = f"{about['seeds']} times {about['fields']} fields of {about['side']}², {about['steps']} steps"
     return "\n".join([head, "", oracle.table(data["rows"])])
+
+
+def _stages(data: dict[str, Any]) -> str:
+    about = data["about"]
+    images = len(about["prompts"]) * about["seeds"]
+    steps = about["call"]["num_inference_steps"]
+    head = f"{_about(data)}; earth-flux, {about['size']}², {steps} steps, {images} images a way"
+    return "\n".join([head, "", stages.table(data["rows"])])
 
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
@@ -90,6 +99,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "modes-flux": ("modes_flux.json", _modes),
     "peers": ("peers_earth.json", _peers),
     "scaling": ("scaling_earth.json", _scaling),
+    "stages": ("stages_flux.json", _stages),
+    "stages-1024": ("stages_flux_1024.json", _stages),
 }
 """Marker -> its file in bench/results, and how that is written."""
 

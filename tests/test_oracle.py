@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from scipy import signal
 
-from bench import oracle
+from bench import gaussian, oracle
+from tiledcore.pull import Pull, low_pass_matrix
+from tiledcore.stage_plan import Staging
 
 
-def dense_covariance(power: oracle.Floats, tile: int) -> oracle.Floats:
+def dense_covariance(power: gaussian.Floats, tile: int) -> gaussian.Floats:
     """``[tile², tile²]``, entry by entry."""
     by_distance = np.fft.ifft2(power).real
     at = [(y, x) for y in range(tile) for x in range(tile)]
@@ -16,42 +19,42 @@ def dense_covariance(power: oracle.Floats, tile: int) -> oracle.Floats:
 
 @pytest.mark.parametrize(("tile", "sigma"), [(2, 0.9), (8, 0.3), (8, 1.0), (12, 0.02)])
 def test_tile_denoiser_is_the_conditional_mean(tile: int, sigma: float) -> None:
-    power = oracle.spectrum(20)
+    power = gaussian.spectrum(20)
     covariance = dense_covariance(power, tile)
     x = np.random.default_rng(0).standard_normal((3, 1, tile, tile))
     a = 1 - sigma
     inner = a * a * covariance + sigma**2 * np.eye(tile * tile)
     mean = a * covariance @ np.linalg.solve(inner, x.reshape(3, -1).T)
     expected = (x - mean.T.reshape(x.shape)) / sigma
-    (found,) = oracle.IdealDenoiser(power)(torch.from_numpy(x), torch.tensor(1000 * sigma, dtype=torch.float64))
+    (found,) = gaussian.IdealDenoiser(power)(torch.from_numpy(x), torch.tensor(1000 * sigma, dtype=torch.float64))
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-7, atol=1e-7)
 
 
 def test_whole_canvas_is_the_conditional_mean_too() -> None:
-    power, sigma = oracle.spectrum(10), 0.4
+    power, sigma = gaussian.spectrum(10), 0.4
     covariance = dense_covariance(power, 10)
     x = np.random.default_rng(1).standard_normal((1, 1, 10, 10))
     inner = 0.6**2 * covariance + sigma**2 * np.eye(100)
     mean = 0.6 * covariance @ np.linalg.solve(inner, x.ravel())
-    (found,) = oracle.IdealDenoiser(power)(torch.from_numpy(x), 1000 * sigma)
+    (found,) = gaussian.IdealDenoiser(power)(torch.from_numpy(x), 1000 * sigma)
     np.testing.assert_allclose(found.numpy().ravel(), (x.ravel() - mean) / sigma, rtol=1e-7, atol=1e-7)
 
 
 def test_many_steps_over_the_whole_canvas_are_the_exact_flow() -> None:
-    power = oracle.spectrum(16)
+    power = gaussian.spectrum(16)
     noise = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     exact = np.fft.ifft2(np.sqrt(power) * np.fft.fft2(noise[:, 0].numpy())).real
     errors = []
     for steps in (25, 100, 400):
-        found = oracle.sample(oracle.IdealDenoiser(power), noise, None, 8, steps)[:, 0].numpy()
+        found = oracle.sample(gaussian.IdealDenoiser(power), noise, None, 8, steps)[:, 0].numpy()
         errors.append(np.abs(found - exact).max() / np.abs(exact).max())
     assert errors[0] > 3 * errors[1] > 9 * errors[2]
     assert errors[2] < 0.02
 
 
 def test_exact_samples_have_the_spectrum_and_no_seams() -> None:
-    power = oracle.spectrum(64)
-    images = oracle.fields(power, 64, seed=0)
+    power = gaussian.spectrum(64)
+    images = gaussian.fields(power, 64, seed=0)
     assert images.var() == pytest.approx(1, rel=0.25)
     measured = (np.abs(np.fft.fft2(images)) ** 2).mean(0) / 64**2
     assert np.median(measured / power) == pytest.approx(1, abs=0.05)
@@ -59,7 +62,7 @@ def test_exact_samples_have_the_spectrum_and_no_seams() -> None:
 
 
 def test_columns_find_what_is_planted() -> None:
-    power = oracle.spectrum(64)
+    power = gaussian.spectrum(64)
     noise = np.random.default_rng(0).standard_normal((4, 64, 64))
     exact = np.fft.ifft2(np.fft.fft2(noise) * np.sqrt(power)).real
     assert oracle.low_power(exact, noise, power) == pytest.approx(1)
@@ -95,6 +98,75 @@ def test_area_factors_of_the_table() -> None:
     assert factors == pytest.approx([1, 1, 4, 16, 1.96], abs=0.01)
 
 
+COARSE = {row.name: row for row in oracle.rows() if row.stages is not None}
+
+
+def test_the_field_of_a_smaller_picture_is_the_large_one_without_its_high_modes() -> None:
+    """Of the same noise the exact flow of the small canvas is the large one's, resampled: scipy does it."""
+    noise = torch.randn(3, 1, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    small = gaussian.coarser_noise(noise, 12, torch.Generator().manual_seed(1))
+    assert float(small.var()) == pytest.approx(1, abs=0.15)
+    power = gaussian.spectrum(32)
+    exact, coarse = (
+        np.fft.ifft2(np.fft.fft2(n[:, 0].numpy()) * np.sqrt(p)).real
+        for n, p in ((noise, power), (small, gaussian.coarser(power, 12)))
+    )
+    expected = signal.resample(signal.resample(exact, 12, axis=1), 12, axis=2)
+    within = np.abs(np.fft.fftfreq(12) * 12) < 6  # the highest modes fold, and are new
+    found, wanted = (np.fft.fft2(x)[:, within][:, :, within] for x in (coarse, expected))
+    np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_refining_is_the_librarys_own_image_to_image_loop() -> None:
+    """Noise and steps by diffusers' scheduler, the pull at full weight by its definition: x0 with another low-pass."""
+    power, steps, sigma = gaussian.spectrum(32), 10, 2.0
+    forward = gaussian.IdealDenoiser(power)
+    picture = torch.from_numpy(gaussian.fields(power, 2, seed=3))[:, None]
+    noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    plain = oracle.scheduler(steps)
+    begin = 4
+    x = plain.scale_noise(picture, plain.timesteps[begin : begin + 1], noise)
+    plain.set_begin_index(begin)
+    low = low_pass_matrix(32, sigma, wrap=True)
+    for index, t in enumerate(plain.timesteps[begin:]):
+        (velocity,) = forward(x, t)
+        clean = x - t.double() / 1000 * velocity
+        weight = 0.5 * (1 - (index / 6) ** 4)
+        clean = clean + weight * low @ (picture - clean) @ low.mT
+        x = plain.step((x - clean) / (t.double() / 1000), t, x).prev_sample
+    found = oracle.sample(forward, noise, None, 16, steps, picture, 0.6, Pull(weight=0.5, sigma=sigma))
+    torch.testing.assert_close(found, x.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_coarse_pass_keeps_what_tiles_lose() -> None:
+    alone = next(row for row in oracle.rows() if row.tiling == {"shift": True} and row.stages is None)
+    # Without a pull most of it is drawn anew: right only on average, which one field does not show.
+    pulled = COARSE["coarse pass, then shifted tiles, pull"]
+    whole, lost, kept = (
+        oracle.measure(row, oracle.SIDE, oracle.TILE, count=1, steps=oracle.STEPS)["low"]
+        for row in (oracle.rows()[0], alone, pulled)
+    )
+    assert lost < whole - 0.2
+    assert kept == pytest.approx(whole, abs=0.08)
+
+
+def test_the_area_factor_of_stages_is_that_of_all_of_them() -> None:
+    shifted = COARSE["coarse pass, then shifted tiles, pull"]
+    sides = {stage.width: stage.strength for stage in oracle.plan(160, 32, Staging())}
+    assert sides == {32: None, 56: 0.6, 96: 0.6, 160: 0.6}
+    canvases = (40 * 32**2 + 24 * (56**2 + 96**2 + 160**2)) / 160**2
+    assert oracle.area_factor(shifted, 160, 32, 40) == pytest.approx(canvases / 40)
+
+
+def test_a_row_of_several_seeds_has_their_mean_and_spread() -> None:
+    found = [{"name": "a", "area_factor": 1.0, "design_seam": None, "design_low": 0.5, "seam": 1.0, "low": low}
+             for low in (0.4, 0.6)]  # fmt: skip
+    row = oracle.summary(found)
+    assert row["low"] == pytest.approx(0.5) and row["low_sd"] == pytest.approx(0.02**0.5) and row["seam_sd"] == 0
+    assert "| a | 1.0 | 1.00 ± 0.00 | – | 0.50 ± 0.14 | 0.50 |" in oracle.table([row])
+    assert "| a | 1.0 | 1.00 | – | 0.40 | 0.50 |" in oracle.table([oracle.summary(found[:1])])
+
+
 def test_odd_tiles_are_refused() -> None:
     with pytest.raises(ValueError, match=r"tiles of \(3, 3\)"):
-        oracle.IdealDenoiser(oracle.spectrum(8))(torch.zeros(1, 1, 3, 3, dtype=torch.float64), 500)
+        gaussian.IdealDenoiser(gaussian.spectrum(8))(torch.zeros(1, 1, 3, 3, dtype=torch.float64), 500)

@@ -10,7 +10,7 @@ from scipy.ndimage import gaussian_filter
 from tiny import tiny_sd
 
 from tiledcore import TiledPipeline, TilingConfig
-from tiledcore.pictures import match_colour, to_tensor
+from tiledcore.pictures import match_colour, size_px, to_tensor
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -94,3 +94,10 @@ def test_inpainting_changes_only_the_mask(form: str) -> None:
     assert not torch.allclose(painted[..., 16:], other[..., 16:])
     with pytest.raises(ValueError, match="mask_image: needs an image"):
         tiny()("a", mask_image=mask)
+
+
+def test_the_size_of_what_a_pipeline_starts_from() -> None:
+    assert size_px(Image.new("RGB", (40, 24)), 8) == (24, 40)
+    assert size_px(torch.zeros(2, 3, 24, 40), 8) == size_px(torch.zeros(3, 24, 40), 8) == (24, 40)
+    assert size_px(torch.zeros(1, 4, 3, 5), 8) == size_px(torch.zeros(1, 16, 3, 5), 8) == (24, 40)
+    assert size_px(None, 8) is None

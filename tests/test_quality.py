@@ -10,7 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from bench import seams
-from bench.quality import psnr, repetition, seam_check, seam_profile, tiling_score, tone_step
+from bench.quality import psnr, seam_check, seam_profile, tiling_score, tone_step
 from tiledcore import cli
 
 SIZE = 512
@@ -194,33 +194,6 @@ def test_tone_step_of_a_checkerboard_is_its_contrast() -> None:
     assert tone_step(np.zeros((256, 256)), (128,), (), band=8).ratio == 1
     with pytest.raises(ValueError, match="band=200: no tile line"):
         tone_step(board, (128,), (), band=200)
-
-
-def test_planted_repeats_are_graded_in_order_and_found_moved() -> None:
-    image, found = field(0)[..., 0], []
-    subject = field(9)[:128, :128, 0]
-    for strength in (0.0, 0.5, 1.0, 2.0, 4.0):
-        planted = image.copy()
-        planted[:128, :128] += strength * subject
-        planted[384:, 256:384] += strength * subject
-        found.append(repetition(planted, 128))
-    assert found == sorted(found) and found[0] < 0.6 < 0.9 < found[-1]
-    copied = image.copy()
-    copied[384:, 256:384] = image[8:136, 16:144]  # one and two of sixteen pixels off
-    assert repetition(copied, 128) > 0.98
-    touching = image.copy()
-    touching[:128, 128:256] = touching[:128, :128]
-    assert repetition(touching, 128) < 0.98
-
-
-def test_repetition_limits() -> None:
-    noise = np.random.default_rng(0).standard_normal((96, 96))
-    assert np.isnan(repetition(noise[:64, :64], 32))
-    tiled = np.tile(noise[:32, :32], (3, 3))
-    assert repetition(tiled, 32) == pytest.approx(1)
-    assert repetition(np.zeros((96, 96)), 32) == 0
-    with pytest.raises(ValueError, match="tile=24 must be a multiple of size=16"):
-        repetition(noise, 24)
 
 
 def test_psnr_is_the_textbook_one() -> None:

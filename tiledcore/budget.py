@@ -9,7 +9,6 @@ from inspect import signature
 from typing import Any
 
 import torch
-from PIL import Image
 
 from tiledcore.architectures import architecture
 from tiledcore.config import TilingConfig
@@ -17,6 +16,7 @@ from tiledcore.engine import Report
 from tiledcore.geometry import Pair
 from tiledcore.graph import Counters
 from tiledcore.memory import Predictor, parse_bytes, show_bytes
+from tiledcore.pictures import size_px
 from tiledcore.planner import SAFETY, Plan, Planner
 from tiledcore.simulation import LiveBytes
 
@@ -91,11 +91,7 @@ def _images(call: dict[str, Any]) -> int:
 
 def _size(pipe: Any, call: dict[str, Any]) -> Pair:
     """(width, height) of the image, px."""
-    image, width, height = call.get("image"), call.get("width"), call.get("height")
-    if isinstance(image, Image.Image):
-        width, height = image.size
-    elif isinstance(image, torch.Tensor):
-        height, width = image.shape[-2:]
+    height, width = size_px(call.get("image"), pipe.vae_scale_factor) or (call.get("height"), call.get("width"))
     default = architecture(pipe).native
     tall, wide = (default, default) if isinstance(default, int) else default
     return width or wide * pipe.vae_scale_factor, height or tall * pipe.vae_scale_factor

@@ -42,6 +42,21 @@ def to_tensor(image: Any) -> Tensor:
     raise ValueError(f"image={type(image).__name__}{shape}: must be RGB: PIL, or a tensor [B, 3, H, W] in 0..1")
 
 
+def size_px(image: Any, factor: int) -> tuple[int, int] | None:
+    """(height, width) in pixels of what a pipeline starts from; None where it tells none.
+
+    Args:
+        image: PIL, a tensor ``[B, 3, H, W]`` or ``[3, H, W]`` of pixels, or one of latents, with other channels.
+        factor: image pixels per latent pixel.
+    """
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    if isinstance(image, Tensor):
+        unit = 1 if image.shape[-3] == 3 else factor
+        return unit * image.shape[-2], unit * image.shape[-1]
+    return None
+
+
 def match_colour(images: Any, source: Tensor, cycles: float = 4.0, wrap: tuple[bool, bool] = (False, False)) -> Any:
     """Pictures with the low frequencies of another one: ``image + LowPass(source - image)``, clipped to 0..1.
 

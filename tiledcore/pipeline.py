@@ -25,6 +25,7 @@ from tiledcore.graph import CudaBackend, Mode, StepGraphs
 from tiledcore.labels import labelled
 from tiledcore.models import EARTH, EARTH_FLUX, EMBEDDED
 from tiledcore.models.architecture import NATIVE
+from tiledcore.pictures import size_px
 from tiledcore.planner import Plan
 from tiledcore.preview import Preview, Previewing
 from tiledcore.pull import Pull, Pulling
@@ -291,13 +292,8 @@ def _bounded_vae(pipe: Any, kwargs: dict[str, Any], plan: Plan | None = None) ->
     if getattr(vae, "use_tiling", True):  # the caller's own choice, or not an autoencoder of this kind
         yield
         return
-    image = kwargs.get("image")
-    if isinstance(image, Image.Image):
-        pixels = image.width * image.height
-    elif isinstance(image, torch.Tensor):
-        pixels = image.shape[-1] * image.shape[-2]
-    else:
-        pixels = (kwargs.get("height") or 0) * (kwargs.get("width") or 0)
+    height, width = size_px(kwargs.get("image"), pipe.vae_scale_factor) or (kwargs.get("height"), kwargs.get("width"))
+    pixels = (height or 0) * (width or 0)
     if (reason := why_not_exact(vae, pixels)) is None:
         larger_than, band, room = EXACT_DECODE_PIXELS, None, None
         if plan is not None:  # which knows whether the whole image fits

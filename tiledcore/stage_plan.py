@@ -49,9 +49,11 @@ class Staging:
         strength: of every stage but the first, above 0 up to 1.
         pull: toward the coarse picture's low frequencies; None leaves it out.
         upscale: of the picture between two stages: ``"bicubic"``, or a function of the picture ``[B, 3, h, w]`` in
-            0..1 and the new (height, width).
+            0..1 and the new (height, width); or ``"latent"``, bicubic too, but of the latents, which are not decoded
+            and encoded between stages (Stable Diffusion, SDXL, SD3, FLUX). A picture that the caller brings is
+            enlarged as pixels.
         match: give each refined picture the lowest frequencies of the first one, so that what the pull lets go does
-            not add up (:func:`tiledcore.pictures.match_colour`); not where the result is latents.
+            not add up (:func:`tiledcore.pictures.match_colour`); not where there are latents in place of pictures.
         sizes: the stages themselves, instead of planned ones; the last one's size is that of the call.
 
     Raises:
@@ -61,7 +63,7 @@ class Staging:
     factor: float = 2.0
     strength: float = 0.6
     pull: Pull | None = field(default_factory=Pull)
-    upscale: Literal["bicubic"] | Upscaler = "bicubic"
+    upscale: Literal["bicubic", "latent"] | Upscaler = "bicubic"
     match: bool = True
     sizes: tuple[Stage, ...] | None = None
 
@@ -70,8 +72,8 @@ class Staging:
             raise ValueError(f"stages: factor={self.factor!r} must be above 1 and at most 4")
         if not 0 < self.strength <= 1:
             raise ValueError(f"stages: strength={self.strength!r} must be above 0 up to 1")
-        if self.upscale != "bicubic" and not callable(self.upscale):
-            raise ValueError(f"stages: upscale={self.upscale!r} must be 'bicubic' or a function")
+        if self.upscale not in ("bicubic", "latent") and not callable(self.upscale):
+            raise ValueError(f"stages: upscale={self.upscale!r} must be 'bicubic', 'latent' or a function")
 
 
 Stages = Literal["auto"] | Staging | Sequence[Stage] | None

@@ -15,17 +15,27 @@ from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any, Literal, cast
 
+import torch
 import torch.nn.functional as F
-from diffusers import AutoPipelineForImage2Image, UNet2DConditionModel
+from diffusers import (
+    AutoPipelineForImage2Image,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from PIL import Image
 from torch import Tensor
 
 from tiledcore.config import TilingConfig
-from tiledcore.families import network_of
+from tiledcore.families import network_of, to_image
 from tiledcore.geometry import Pair, both
 from tiledcore.pictures import match_colour, to_tensor
 from tiledcore.pull import Pull
 from tiledcore.stage_plan import Stage, Staging, Upscaler, plan_stages, stage_steps, staging
+
+STARTS_FROM_LATENTS = (UNet2DConditionModel, SD3Transformer2DModel, FluxTransformer2DModel)
+"""Networks whose image-to-image pipelines in diffusers take latents for the image, as their text-to-image ones
+return them; those of Z-Image and Qwen-Image prepare every image as pixels, or return it with a frame's axis."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +201,11 @@ def from_pictures(
             if call.get(name) is not None:
                 raise ValueError(f"{name}: is of one stage only; leave it out, or give stages=None")
         _check_sibling(pipe.pipe, call | {"image": image})
+        if config.upscale == "latent" and network_of(pipe.pipe)[1].model not in STARTS_FROM_LATENTS:
+            raise ValueError(
+                f"stages: upscale='latent' needs a pipeline that starts from latents (Stable Diffusion, SDXL, SD3, "
+                f"FLUX), and {type(pipe.pipe).__name__} does not; give upscale='bicubic'"
+            )
         plan = plan_call(pipe, call | {"image": source, "tiling": tiling, "stages": config, "pull": pull})
         rest = {name: value for name, value in call.items() if name not in ("height", "width", "strength")}
         result = run(pipe, plan, args, rest, source)
@@ -238,27 +253,37 @@ def run(pipe: Any, plan: StagePlan, args: tuple[Any, ...], call: dict[str, Any],
     call = dict(call)
     return_dict = call.pop("return_dict", True)
     output_type = call.pop("output_type", "pil")
+    latent, held = plan.config.upscale == "latent", False
     first, wrap = image, plan.tiling.wrap
     for stage, tiling in zip(plan.stages, plan.tilings(), strict=True):
         kwargs = {**call, "tiling": tiling, "height": stage.height, "width": stage.width, "stages": None}
         if stage.strength is not None:
             assert image is not None, "a stage with a strength comes after a picture"
-            kwargs["image"] = enlarge(image, (stage.height, stage.width), plan.config.upscale)
+            if held:
+                size = (stage.height // plan.factor, stage.width // plan.factor)
+                kwargs["image"] = enlarge_latents(image, size)
+            else:
+                kwargs["image"] = enlarge(image, (stage.height, stage.width), plan.config.upscale)
             kwargs |= {"strength": stage.strength, "pull": plan.config.pull}
         last = stage is plan.stages[-1]
-        result = pipe(*args, output_type=output_type if last else "pt", **kwargs)
-        if stage.strength is not None and plan.config.match and not (last and output_type == "latent"):
+        between = "latent" if latent else "pt"
+        result = pipe(*args, output_type=output_type if last else between, **kwargs)
+        if stage.strength is not None and plan.config.match and not latent and not (last and output_type == "latent"):
             assert first is not None
             result.images = match_colour(result.images, first, wrap=both(wrap))
         if last:
             return result if return_dict else result.to_tuple()
-        image = result.images.float().clamp(0, 1)
-        first = image if first is None else first
+        held = latent
+        if held:
+            image = _unpacked(pipe.pipe, result.images, stage.height // plan.factor, stage.width // plan.factor)
+        else:
+            image = result.images.float().clamp(0, 1)
+            first = image if first is None else first
     raise AssertionError("a plan has at least one stage")
 
 
-def enlarge(image: Tensor, size: Pair, upscale: Literal["bicubic"] | Upscaler) -> Tensor:
-    """A picture ``[B, 3, h, w]`` in 0..1 at another size (height, width), in 0..1.
+def enlarge(image: Tensor, size: Pair, upscale: Literal["bicubic", "latent"] | Upscaler) -> Tensor:
+    """A picture ``[B, 3, h, w]`` in 0..1 at another size (height, width), in 0..1; bicubic unless by a function.
 
     Raises:
         ValueError: the caller's function gave another shape.
@@ -272,3 +297,25 @@ def enlarge(image: Tensor, size: Pair, upscale: Literal["bicubic"] | Upscaler) -
     else:
         enlarged = F.interpolate(image, size, mode="bicubic", antialias=True)
     return enlarged.clamp(0, 1)
+
+
+def enlarge_latents(latents: Tensor, size: Pair) -> Tensor:
+    """Latents ``[B, C, h, w]`` at another size (height, width): bicubic, with the mean and variance of each channel.
+
+    Interpolation takes variance, which in latents is contrast and detail that the next stage would build on.
+    """
+    source = latents.float()
+    enlarged = F.interpolate(source, size, mode="bicubic", antialias=True)
+    mean, spread = (function(source, dim=(2, 3), keepdim=True) for function in (torch.mean, torch.std))
+    found = enlarged - enlarged.mean((2, 3), keepdim=True)
+    scale = spread / found.std((2, 3), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return (found * scale + mean).to(latents.dtype)
+
+
+def _unpacked(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
+    """Latents ``[B, C, height, width]`` of what a pipeline returns for them, which may be tokens."""
+    network, family = network_of(pipe)
+    if not family.packed:
+        return latents
+    patch = family.patch(network)
+    return F.pixel_shuffle(to_image(latents, (height // patch, width // patch)), patch)

@@ -1,0 +1,61 @@
+"""The table of staged generation, on pictures whose composition is known."""
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from bench import stages, tables
+
+NATIVE, SIZE = 256, 1024
+
+
+def picture(seed: int, side: int) -> NDArray[np.float64]:
+    """``[side, side, 3]`` in 0..1: a smooth Gaussian field, all channels alike."""
+    noise = np.fft.rfft2(np.random.default_rng(seed).standard_normal((side, side)))
+    k = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
+    k[0, 0] = np.inf
+    field = np.fft.irfft2(noise * k**-1.5, (side, side))
+    return np.repeat((0.5 + 0.1 * field / field.std()).clip(0, 1)[..., None], 3, axis=2)
+
+
+def test_the_native_composition_a_patchwork_and_copies_are_told_apart() -> None:
+    native = picture(0, NATIVE)
+    whole = stages.enlarged(native, SIZE)
+    detailed = (whole + 0.02 * np.random.default_rng(1).standard_normal(whole.shape)).clip(0, 1)
+    places = [[picture(10 + 4 * i + j, NATIVE) for j in range(4)] for i in range(4)]
+    patchwork = np.concatenate([np.concatenate(row, 1) for row in places])
+    copies = np.tile(native, (4, 4, 1))
+    kept, patches, copied = (stages.judge(image, native) for image in (detailed, patchwork, copies))
+    low = [found["power"] / found["power_native"] for found in (kept, patches, copied)]
+    assert low[0] == pytest.approx(1, abs=0.02) and max(low[1:]) < 0.5
+    assert kept["layout"] > 30 > 20 > patches["layout"]
+    excess = [found["repetition"] - found["chance"] for found in (kept, patches, copied)]
+    assert max(excess[:2]) < 0.2 and copied["repetition"] == pytest.approx(1) and excess[2] > 0.4
+
+
+def test_a_row_is_the_mean_over_images_and_its_spread() -> None:
+    common = {"power_native": 2.0, "layout": 20.0, "seam": 0.9}
+    found = [
+        common | {"power": 1.0, "repetition": 0.5, "chance": 0.2},
+        common | {"power": 3.0, "repetition": 0.3, "chance": 0.2, "seam": 1.1},
+    ]
+    row = stages.row("stages", found, 1.35)
+    assert (row["low"], row["low_least"], row["low_most"]) == (1.0, 0.5, 1.5)
+    assert row["repetition"] == pytest.approx(0.4) and row["repetition_sd"] == pytest.approx(0.02**0.5)
+    assert row["excess"] == pytest.approx(0.2) and row["excess_error"] == pytest.approx(0.1)
+    text = "| stages | 1.35 | 1.00 | 0.50, 1.50 | 0.40 ± 0.14 | 0.20 ± 0.00 | +0.200 ± 0.100 | 20.0 | 1.10 |"
+    assert stages.table([row]).splitlines()[-1] == text
+    assert (
+        stages.table([stages.row("native, enlarged", found, None)])
+        .splitlines()[-1]
+        .startswith("| native, enlarged | – |")
+    )
+    about = {"size": 1024, "prompts": ["a", "b"], "seeds": 1, "call": {"num_inference_steps": 10}}
+    data = {"machine": {"device": "a CPU", "torch": "2.13"}, "about": about, "rows": [row]}
+    written = tables.TABLES["stages"][1](data)
+    assert written.startswith("a CPU, torch 2.13; earth-flux, 1024², 10 steps, 2 images a way\n") and text in written
+
+
+def test_one_image_has_no_spread() -> None:
+    found = {"power": 1.0, "power_native": 1.0, "repetition": 0.5, "chance": 0.2, "layout": 20.0, "seam": 1.0}
+    assert "| 0.50 | 0.20 | +0.300 | 20.0 |" in stages.table([stages.row("stages", [found], 1.0)])
