@@ -25,7 +25,7 @@ def test_the_native_composition_a_patchwork_and_copies_are_told_apart() -> None:
     places = [[picture(10 + 4 * i + j, NATIVE) for j in range(4)] for i in range(4)]
     patchwork = np.concatenate([np.concatenate(row, 1) for row in places])
     copies = np.tile(native, (4, 4, 1))
-    kept, patches, copied = (stages.judge(image, native) for image in (detailed, patchwork, copies))
+    kept, patches, copied = (stages.judge(image, native, 8) for image in (detailed, patchwork, copies))
     low = [found["power"] / found["power_native"] for found in (kept, patches, copied)]
     assert low[0] == pytest.approx(1, abs=0.02) and max(low[1:]) < 0.5
     assert kept["layout"] > 30 > 20 > patches["layout"]
