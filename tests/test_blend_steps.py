@@ -6,12 +6,13 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, HeunDiscreteScheduler
 from test_engine import generate, quiet
-from tiny import tiny_sd
+from tiny import tiny_sd, tiny_sdxl
 from tiny_transformers import build, call, tiny_flux, tiny_pixart_sigma, tiny_qwen, tiny_sd3, tiny_z_image
 
 from tiledcore import TiledPipeline, TilingConfig, apply_tiling
 from tiledcore.denoiser import TileDenoiser
 from tiledcore.geometry import Partition, Tiling
+from tiledcore.tiling import default_tiling
 
 SHIFT = TilingConfig(tile=16, shift=True)
 BLENDED = TilingConfig(tile=16, shift=True, blend_steps=2, overlap=4)
@@ -116,3 +117,26 @@ def test_the_area_factor_is_the_mean_over_the_steps() -> None:
 def test_bad_settings_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TilingConfig(**arguments)
+
+
+HEALED = TilingConfig(shift=True, blend_steps=2)
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
+def test_the_default_of_unets_is_the_whole_last_two_steps(
+    make: Any, ways: list[tuple[float, Tiling | Partition]]
+) -> None:
+    pipe = quiet(make())
+    assert default_tiling(pipe) == HEALED == TiledPipeline.from_pipe(pipe).tiling
+    TiledPipeline.from_pipe(pipe)("a coast", height=256, width=256, num_inference_steps=4, output_type="latent")
+    assert [isinstance(tiles, Tiling) for _, tiles in ways] == [False, False, True, True]
+
+
+def test_the_default_of_transformers() -> None:
+    flux = build(tiny_flux)
+    flux.transformer.native_size = 32  # eighths of 4 latent pixels: two tokens
+    assert default_tiling(flux) == HEALED
+    flux.transformer.native_size = 24  # eighths of 3
+    assert default_tiling(flux) == TilingConfig()
+    for make in (tiny_sd3, tiny_pixart_sigma, tiny_qwen, tiny_z_image):
+        assert default_tiling(build(make)) == TilingConfig()

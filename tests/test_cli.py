@@ -396,6 +396,20 @@ def test_a_prompt_that_is_cut_off_is_reported(model: str, capsys: pytest.Capture
     assert "of which the model reads the first 40" in capsys.readouterr().err
 
 
+def test_how_tiles_meet_is_the_models_own_unless_said(model: str) -> None:
+    def meet() -> tuple[Any, ...]:
+        return tuple(stored()["tiling"][name] for name in ("tile", "overlap", "shift", "blend_steps", "mode"))
+
+    assert generate(model, "--tile", "16") == 0
+    assert meet() == ([16, 16], [2, 2], True, 2, "tiles")
+    assert generate(model, "--tile", "16", "--overlap", "4") == 0
+    assert meet() == ([16, 16], [4, 4], False, 0, "tiles")
+    assert generate(model, "--tile", "16", "--window", "mean") == 0
+    assert meet() == ([16, 16], [2, 2], False, 0, "tiles")
+    assert generate(model, "--tile", "16", "--mode", "canvas") == 0
+    assert meet() == ([16, 16], [0, 0], False, 0, "canvas")
+
+
 # ----------------------------------------------------------------------------- info
 
 
@@ -411,7 +425,7 @@ def test_info(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["prompt"] == "a coast"
     assert rows["negative prompt"] == "-"
     assert rows["size"] == "192x160"
-    assert (rows["tile"], rows["wrap"], rows["shift"]) == ("16x8", "xy", "no")
+    assert (rows["tile"], rows["wrap"], rows["shift"]) == ("16x8", "xy", "yes")
     assert rows["lines x"] == " ".join(map(str, stored()["tiling"]["lines_x"]))
 
 

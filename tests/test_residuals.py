@@ -10,6 +10,7 @@ from tiny import tiny_sd
 
 from tiledcore import TiledPipeline, TilingConfig
 from tiledcore.denoiser import TileDenoiser
+from tiledcore.tiling import default_tiling
 
 
 @pytest.fixture
@@ -34,6 +35,10 @@ def run(pipe: Any, tiling: TilingConfig, hint: Image.Image, **kwargs: Any) -> to
 
 def hint(width: int, height: int) -> Image.Image:
     return Image.effect_noise((width, height), 80).convert("RGB")
+
+
+def test_tiles_that_move_are_not_the_default_here(pipe: Any) -> None:
+    assert default_tiling(pipe) == TilingConfig() == TiledPipeline.from_pipe(pipe).tiling
 
 
 def test_each_tile_gets_its_own_part(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:

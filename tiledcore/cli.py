@@ -148,16 +148,15 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 def _add_tiling(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--mode", choices=("tiles", "canvas"), default="tiles", help="windows through the model, or one whole canvas")
+    add("--mode", choices=("tiles", "canvas"), help="windows through the model, or one whole canvas")
     add("--tile", type=_pair(1), metavar="N|HxW", help="default: the model's own size")
     add("--overlap", type=_pair(0), metavar="N|HxW", help="of adjacent tiles; default: tile / 8")
-    add("--window", choices=WINDOWS, default="ramp", help="how tiles are blended; default ramp")
+    add("--window", choices=WINDOWS, help="how tiles are blended; default ramp")
     add("--ramp", type=_integer(1), metavar="N", help="width of the ramp; default: the overlap")
-    add("--shift", action="store_true", help="move the tiles at random in each step, no overlap")
+    add("--shift", action="store_true", default=None, help="move the tiles at random in each step, no overlap")
     add(
         "--blend-steps",
         type=_integer(0),
-        default=0,
         metavar="N",
         help="with --shift: the last N steps blend overlapping tiles; default 0",
     )

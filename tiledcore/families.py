@@ -66,6 +66,8 @@ class Family:
     result: Callable[[Tensor], Any] = lambda prediction: prediction
     """``[B, C', H, W]`` -> the form in which forward gives it."""
     output: type = Transformer2DModelOutput
+    shifts: bool = False
+    """Whether tiles that move are the default: where ``bench/modes.py`` finds them as good as overlapping ones."""
 
 
 def network_of(pipe: Any) -> tuple[Any, Family]:
@@ -188,6 +190,7 @@ FAMILIES: tuple[Family, ...] = (
         canvas=lambda arguments: arguments["sample"],
         tiles=lambda tiles, arguments, pixels: {"sample": tiles},
         output=UNet2DConditionOutput,
+        shifts=True,
     ),
     Family(SD3Transformer2DModel, native=_sample_size, patch=_patch_size, dynamic_shift=1.16),
     Family(
@@ -196,6 +199,7 @@ FAMILIES: tuple[Family, ...] = (
         native=lambda pipe, network: getattr(network, "native_size", pipe.default_sample_size),
         patch=lambda network: 2,  # packed by the pipeline: the network's own patch_size is 1
         packed=True,
+        shifts=True,
         dynamic_shift=1.15,
         clock=lambda timesteps: timesteps / 1000,
         canvas=_flux_canvas,

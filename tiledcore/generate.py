@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,40 +136,34 @@ def writing(path: Path) -> Iterator[None]:
 def open_pipeline(args: argparse.Namespace, seed: int) -> TiledPipeline:
     import torch
 
+    from tiledcore.config import TilingConfig
     from tiledcore.pipeline import TiledPipeline
 
-    tiling = _config(args, seed)
+    _config(args, seed, TilingConfig())  # what is wrong with it comes out before the model is opened
     _settle_device(args)
     dtype = getattr(torch, DTYPES[args.dtype])
     say(f"loading {args.model}")
     try:
-        pipe = TiledPipeline.from_pretrained(args.model, tiling=tiling, torch_dtype=dtype)
+        pipe = TiledPipeline.from_pretrained(args.model, torch_dtype=dtype)
     except (OSError, ValueError) as error:
         if args.model in EMBEDDED or Path(args.model).is_dir():
             raise
         raise CommandError(f"--model {args.model}: {_why_not_from_hub(error)}") from error
+    pipe.tiling = _config(args, seed, pipe.tiling)
     if args.scheduler is not None:
         _set_scheduler(pipe, args.scheduler)
     return pipe.to(args.device)
 
 
-def _config(args: argparse.Namespace, seed: int) -> TilingConfig:
-    from tiledcore.config import TilingConfig
-
-    return TilingConfig(
-        tile=args.tile,
-        overlap=args.overlap,
-        window=args.window,
-        ramp=args.ramp,
-        shift=args.shift,
-        blend_steps=args.blend_steps,
-        wrap=("y" in args.wrap, "x" in args.wrap),
-        tile_batch=args.tile_batch,
-        seed=seed,
-        mode=args.mode,
-        halo=args.halo,
-        global_tokens=args.global_tokens,
-    )
+def _config(args: argparse.Namespace, seed: int, default: TilingConfig) -> TilingConfig:
+    """The tiling that was asked for; where it was not said how tiles meet, they do so as in ``default``."""
+    meet = ("mode", "overlap", "window", "ramp", "shift", "blend_steps", "halo")
+    given = {name: value for name in meet if (value := getattr(args, name)) is not None}
+    if args.global_tokens:
+        given["global_tokens"] = args.global_tokens
+    wrap = ("y" in args.wrap, "x" in args.wrap)
+    base = type(default)() if given else default
+    return replace(base, tile=args.tile, wrap=wrap, tile_batch=args.tile_batch, seed=seed, **given)
 
 
 def _settle_device(args: argparse.Namespace) -> None:

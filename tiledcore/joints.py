@@ -190,10 +190,11 @@ def connected(
         TypeError: the pipeline cannot be tiled.
     """
     from tiledcore.regional import as_latents, draw_noise
-    from tiledcore.tiling import tiled
+    from tiledcore.tiling import default_tiling, tiled
 
-    tiling = tiling or getattr(pipe, "tiling", None) or TilingConfig()
+    tiling = tiling or getattr(pipe, "tiling", None)
     pipe = getattr(pipe, "pipe", pipe)
+    tiling = tiling or default_tiling(pipe)
     graph = CanvasGraph(len(prompts), joints)
     if tiling.mode != "tiles" or tiling.wrap not in (False, (False, False)):
         raise ValueError(

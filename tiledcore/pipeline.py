@@ -34,7 +34,7 @@ from tiledcore.regions import Region
 from tiledcore.stage_plan import Stages, staging
 from tiledcore.stages import from_pictures
 from tiledcore.stream import Rows, streamed
-from tiledcore.tiling import HOOK, regional, tiled
+from tiledcore.tiling import HOOK, default_tiling, regional, tiled
 from tiledcore.vae import exact_bands, why_not_exact
 from tiledcore.wrapping import continuation, wrapped
 
@@ -75,7 +75,7 @@ class TiledPipeline:
         network_of(pipe)
         staging(stages)
         graphs = StepGraphs(cuda_graph)
-        self.__dict__.update(pipe=pipe, tiling=tiling or TilingConfig(), fused=fused, report=None, _graphs=graphs)
+        self.__dict__.update(pipe=pipe, tiling=tiling or default_tiling(pipe), fused=fused, report=None, _graphs=graphs)
         # Of a tiling that was asked for the plan keeps the geometry; otherwise it chooses that, too.
         self.__dict__.update(_asked=tiling is not None, stages=stages)
         self.__dict__["_budget"] = None if memory_budget is None else Budget(memory_budget)

@@ -42,7 +42,7 @@ def check(args: argparse.Namespace) -> Image.Image | None:
     overlaps = args.overlap not in (None, (0, 0))
     if args.shift and overlaps and not args.blend_steps:
         raise CommandError("--overlap: --shift replaces the overlap; give only one of them, or --blend-steps")
-    if args.mode == "tiles" and args.halo is not None and overlaps and not args.blend_steps:
+    if args.mode != "canvas" and args.halo is not None and overlaps and not args.blend_steps:
         raise CommandError("--overlap: tiles that exchange a --halo do not overlap; give only one of them")
     if args.blend_steps and not args.shift:
         raise CommandError("--blend-steps: only used with --shift; without it every step is blended")
