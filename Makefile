@@ -32,8 +32,9 @@ lint: install
 	$(BIN)/mypy
 
 # `pytest`, not `python -m pytest`: the latter puts the root, and so `kernels`, on sys.path.
+# Two processes: a test keeps one core busy, and more would need more memory than small machines have.
 test: lint
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 format: install
 	$(BIN)/ruff format
