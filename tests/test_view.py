@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -351,18 +352,24 @@ def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 def test_it_serves_until_it_is_interrupted(tmp_path: Path, metadata: dict[str, Any] | None) -> None:
     path = saved(tmp_path / "a.png", metadata)
     command = [sys.executable, "-m", "tiledcore.cli", "view", str(path), "--no-browser"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stderr is not None
-        first, second = process.stdout.readline(), process.stdout.readline()
-        found = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/ \(Ctrl-C ends it\)\n", second)
-        assert found is not None
-        connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=20)
-        connection.request("GET", "/picture.json")
-        assert ("note" in json.loads(connection.getresponse().read())) and "700x520" in first
-        assert ("without tiledcore settings" in first) == (metadata is None)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
-        assert process.stderr.read() == ""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # A shell's background jobs ignore SIGINT, and what they start inherits that.
+    default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, preexec_fn=default, **pipes) as process:
+        try:
+            assert process.stdout is not None and process.stderr is not None
+            first, second = process.stdout.readline(), process.stdout.readline()
+            found = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/ \(Ctrl-C ends it\)\n", second)
+            assert found is not None
+            connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=20)
+            connection.request("GET", "/picture.json")
+            assert ("note" in json.loads(connection.getresponse().read())) and "700x520" in first
+            assert ("without tiledcore settings" in first) == (metadata is None)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 0
+            assert process.stderr.read() == ""
+        finally:
+            process.kill()
 
 
 def test_it_opens_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
