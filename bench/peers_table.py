@@ -68,9 +68,9 @@ COLUMNS = {
 def tiledcore_ways(tile: int) -> dict[str, TilingConfig]:
     return {
         "tiledcore, 25 % ramp": TilingConfig(tile=tile, overlap=tile // 4),
-        "tiledcore, default (12 % ramp)": TilingConfig(tile=tile),
+        "tiledcore, 12 % ramp": TilingConfig(tile=tile),
         "tiledcore, shift": TilingConfig(tile=tile, shift=True),
-        "tiledcore, shift, last 2 blended": TilingConfig(tile=tile, shift=True, blend_steps=2),
+        "tiledcore, default (shift, last 2 blended)": TilingConfig(tile=tile, shift=True, blend_steps=2),
         "tiledcore, canvas, halo half": TilingConfig(tile=tile, mode="canvas"),
     }
 
