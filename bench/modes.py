@@ -65,6 +65,7 @@ def ways(tile: int) -> dict[str, dict[str, Any]]:
         "shift": {"shift": True},
         "shift + halo half": {"shift": True, "halo": tile // 2},
         "shift, last step blended": {"shift": True, "blend_steps": 1},
+        "shift, last step blended, wider": {"shift": True, "blend_steps": 1, "overlap": tile * 7 // 32},
         "shift, last 2 blended": {"shift": True, "blend_steps": 2},
         "shift + halo half, last 2 blended": {"shift": True, "halo": tile // 2, "blend_steps": 2},
         "canvas, halo 0": {"mode": "canvas", "halo": 0},
