@@ -224,5 +224,27 @@ struct F16 {
   }
 };
 
+template <typename F>
+inline __attribute__((always_inline)) void accumulate_row(
+    typename F::Acc* __restrict acc, const typename F::Acc* __restrict weights,
+    typename F::Acc scale, const typename F::Store* __restrict row, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    acc[i] += (scale * weights[i]) * F::widen(row[i]);
+  }
+}
+
+// target_clones does not apply to templates, hence an overload a dtype.
+#define TILEDCORE_ACCUMULATE(F)                                                                 \
+  [[maybe_unused]] TILEDCORE_CLONES void accumulate(                                            \
+      F, F::Acc* acc, const F::Acc* weights, F::Acc scale, const F::Store* row, int64_t n) {    \
+    accumulate_row<F>(acc, weights, scale, row, n);                                             \
+  }
+TILEDCORE_ACCUMULATE(F32)
+TILEDCORE_ACCUMULATE(F64)
+TILEDCORE_ACCUMULATE(F16)
+TILEDCORE_ACCUMULATE(BF16)
+#undef TILEDCORE_ACCUMULATE
+
 }  // namespace
 }  // namespace tiledcore

@@ -8,16 +8,6 @@ namespace tiledcore {
 namespace {
 
 template <typename F>
-inline __attribute__((always_inline)) void accumulate_row(
-    typename F::Acc* __restrict acc, const typename F::Acc* __restrict weights,
-    typename F::Acc scale, const typename F::Store* __restrict row, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    acc[i] += (scale * weights[i]) * F::widen(row[i]);
-  }
-}
-
-template <typename F>
 inline __attribute__((always_inline)) void store_row(
     typename F::Store* __restrict out, const typename F::Acc* __restrict acc, int64_t n) {
 #pragma omp simd
@@ -26,12 +16,8 @@ inline __attribute__((always_inline)) void store_row(
   }
 }
 
-// target_clones does not apply to templates, hence one pair of overloads a dtype.
+// target_clones does not apply to templates, hence an overload a dtype.
 #define TILEDCORE_ROW_LOOPS(F)                                                                  \
-  TILEDCORE_CLONES void accumulate(                                                             \
-      F, F::Acc* acc, const F::Acc* weights, F::Acc scale, const F::Store* row, int64_t n) {    \
-    accumulate_row<F>(acc, weights, scale, row, n);                                             \
-  }                                                                                             \
   [[maybe_unused]] TILEDCORE_CLONES void store(                                                 \
       F, F::Store* out, const F::Acc* acc, int64_t n) {                                         \
     store_row<F>(out, acc, n);                                                                  \

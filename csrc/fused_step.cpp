@@ -1,8 +1,8 @@
 // CPU implementation of tiledcore::fused_step.
 //
 // A band of canvas rows at a time: the tiles' guided predictions are summed in the cache as in
-// blend_tiles, then the band of every state slot is read once, combined and written once. All new
-// values of a pixel are computed from the old ones before any is stored, so the update is in place.
+// blend_tiles, then the band of every state slot is read once, combined and written once. No value is
+// stored before all that is computed from the one it replaces, so the update is in place.
 #include "blend_axis.h"
 
 #include <array>
@@ -12,17 +12,7 @@ namespace tiledcore {
 namespace {
 
 constexpr int64_t MAX_SLOTS = 8;
-constexpr int64_t CHUNK = 1024;  // new values of a chunk wait in L1 until all are computed
-
-template <typename F>
-inline __attribute__((always_inline)) void accumulate_row(
-    typename F::Acc* __restrict acc, const typename F::Acc* __restrict weights,
-    typename F::Acc scale, const typename F::Store* __restrict row, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    acc[i] += (scale * weights[i]) * F::widen(row[i]);
-  }
-}
+constexpr int64_t CHUNK = 1024;  // new values of a chunk wait in L1 until the last is computed
 
 // Blending is linear: guidance before it is guidance after it, with one sum in place of two.
 template <typename F>
@@ -116,10 +106,6 @@ inline __attribute__((always_inline)) void combine_rows(
 
 // target_clones does not apply to templates, hence overloads.
 #define TILEDCORE_DTYPE_LOOPS(F)                                                                \
-  TILEDCORE_CLONES void accumulate(                                                             \
-      F, F::Acc* acc, const F::Acc* weights, F::Acc scale, const F::Store* row, int64_t n) {    \
-    accumulate_row<F>(acc, weights, scale, row, n);                                             \
-  }                                                                                             \
   TILEDCORE_CLONES void accumulate_guided(                                                      \
       F, F::Acc* acc, const F::Acc* weights, F::Acc scale, const F::Store* uncond,              \
       const F::Store* cond, F::Acc guidance, int64_t n) {                                       \
@@ -226,7 +212,8 @@ void run(const Arguments& a) {
   const int64_t guidance_stride = guidance && a.guidance_scale->size(0) > 1 ? 1 : 0;
 
   // A tile as large as the canvas streams anyhow, so its band need not be wide: it stays in L1.
-  const bool whole = T == 1 && h == H && w == W && plan.down.starts[0] == 0 && plan.across.starts[0] == 0;
+  const bool unmoved = plan.down.starts[0] == 0 && plan.across.starts[0] == 0;
+  const bool whole = T == 1 && h == H && w == W && unmoved;
   const int64_t band = std::clamp<int64_t>((whole ? CHUNK : BAND_ELEMENTS) / W, 1, H);
   const int64_t bands = (H + band - 1) / band;
   torch::stable::parallel_for(0, planes * bands, 1, [&](int64_t begin, int64_t end) {

@@ -67,7 +67,7 @@ class Family:
     """``[B, C', H, W]`` -> the form in which forward gives it."""
     output: type = Transformer2DModelOutput
     shifts: bool = False
-    """Whether tiles that move are the default: where ``bench/modes.py`` finds them as good as overlapping ones."""
+    """Whether tiles that move are the default: where ``bench/modes.py`` finds them nearly as good as overlap."""
 
 
 def network_of(pipe: Any) -> tuple[Any, Family]:

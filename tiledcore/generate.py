@@ -157,12 +157,14 @@ def open_pipeline(args: argparse.Namespace, seed: int) -> TiledPipeline:
 
 def _config(args: argparse.Namespace, seed: int, default: TilingConfig) -> TilingConfig:
     """The tiling that was asked for; where it was not said how tiles meet, they do so as in ``default``."""
+    from tiledcore.config import TilingConfig
+
     meet = ("mode", "overlap", "window", "ramp", "shift", "blend_steps", "halo")
     given = {name: value for name in meet if (value := getattr(args, name)) is not None}
     if args.global_tokens:
         given["global_tokens"] = args.global_tokens
     wrap = ("y" in args.wrap, "x" in args.wrap)
-    base = type(default)() if given else default
+    base = TilingConfig() if given else default
     return replace(base, tile=args.tile, wrap=wrap, tile_batch=args.tile_batch, seed=seed, **given)
 
 
