@@ -264,8 +264,9 @@ def test_command_generates_both_tilings(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr(cli, "main", generate)
     assert seams.main(["--generate"]) == 0
     rows = capsys.readouterr().out.splitlines()[2:]
-    assert [row.endswith("VISIBLE") for row in rows] == [False, False, True, False]
-    assert rows[2].startswith("overlap 0, no shift") and "256" in rows[2]
+    # Two tilings, each with all lines alike and on the network's grid, each along y and x.
+    assert [row.endswith("VISIBLE") for row in rows] == [False] * 4 + [True, False] * 2
+    assert rows[6].startswith("overlap 0, no shift  ") and "256" in rows[6]
     monkeypatch.setattr(cli, "main", lambda argv: 2)
     with pytest.raises(SystemExit):
         seams.main(["--generate"])
