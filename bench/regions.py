@@ -1,13 +1,18 @@
-"""Do regions obey their own prompts? One scene, measured against images of each prompt alone.
+"""Do regions obey their own prompts? Scenes, measured against images of each prompt alone.
 
-    python -m bench.regions --model earth --size 1024 --json bench/results/regions_earth.json
+    python -m bench.regions --model earth --size 1024 --seeds 3 --json bench/results/regions_earth.json
 
-The scene has a global prompt and a box for each other prompt. Windows are cut from inside each region (a quarter of the
-native size away from its border, feather apart) and compared with windows of an image that has that prompt everywhere:
-spectrum and colour distance of `tiledcore.models.evaluate`. A region obeys where its own prompt is the
-nearest of all. Beside it the seam ratio of the lines of region borders (bench/quality.py): the worst line within the
-feather, and the limit, the 99.9th percentile of all other lines. Last, the moved region: correlation of its pixels
-with themselves after its box was moved, with the region's own seed and without.
+A scene has a global prompt and a box for each other prompt. Windows are cut from inside each region (a quarter of the
+native size away from its border, feather apart) and compared with windows of images that have that prompt everywhere:
+spectrum and colour distance of `tiledcore.models.evaluate`. A region obeys where its own prompt is the nearest of all.
+
+Beside it the seam ratio of the lines near region borders (bench/quality.py) over the limit, the 99.9th percentile of
+all other lines, the worst of all scenes: *within* the feather, where one prompt turns into the other, and *beyond*
+it, as far again on both sides, where nothing should be seen. *Cross-fade* is the first for the prompts' own images
+mixed pixel by pixel over the same feather: what the softest transition has.
+
+Last, the moved region: correlation of its pixels with themselves after its box was moved, with the region's own seed
+and without.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bench import timing
 from bench.modes import kept, period
 from bench.quality import PERCENTILE, cut_windows, outermost, seam_profile
 from tiledcore import Region, TiledPipeline, TilingConfig
@@ -47,38 +53,51 @@ def render(pipe: Any, prompt: str, size: int, seed: int, call: dict[str, Any], r
     return [output.images[0]]
 
 
-def obedience(scene: Images, alone: dict[str, Images], margin: int) -> list[dict[str, Any]]:
-    """Distances of each part of the scene from every prompt's own image."""
-    size = scene.shape[0]
+def obedience(scenes: list[Images], alone: dict[str, list[Images]], margin: int) -> list[dict[str, Any]]:
+    """Distances of each part of the scenes from every prompt's own images."""
+    size = len(scenes[0])
     half = size // 2
     parts = [(0, 0, half, half), *boxes(size)]
-    windows = {prompt: cut_windows(image, WINDOW, COUNT) for prompt, image in alone.items()}
+    windows = {prompt: _windows(images) for prompt, images in alone.items()}
     rows = []
     for (left, top, right, bottom), prompt in zip(parts, PROMPTS, strict=True):
         # Away from the other parts, but not from the canvas' border.
-        inner = scene[
-            top + margin * (top > 0) : bottom - margin * (bottom < size),
-            left + margin * (left > 0) : right - margin * (right < size),
-        ]
-        found = cut_windows(inner, WINDOW, COUNT)
+        y = slice(top + margin * (top > 0), bottom - margin * (bottom < size))
+        x = slice(left + margin * (left > 0), right - margin * (right < size))
+        found = _windows([scene[y, x] for scene in scenes])
         spectrum = {other: spectrum_distance(found, w) for other, w in windows.items()}
-        colour = {other: colour_distance(found.astype(np.float32), w) for other, w in windows.items()}
+        colour = {other: colour_distance(found, w) for other, w in windows.items()}
         obeys = all(min(d, key=lambda k: d[k]) == prompt for d in (spectrum, colour))
         rows.append({"prompt": prompt, "spectrum": spectrum, "colour": colour, "obeys": obeys})
     return rows
 
 
+def _windows(images: list[Images]) -> Images:
+    return np.concatenate([cut_windows(image, WINDOW, COUNT) for image in images])
+
+
 def borders(scene: Images, feather: int, grid: int) -> dict[str, float]:
-    """Worst seam ratio of the lines within the feather of the borders, and the limit of all the others."""
-    half, reach = scene.shape[0] // 2, max(feather // 2, 1)
-    worst, ordinary = 0.0, []
+    """Worst seam ratio of the lines within the feather of the borders and beyond it, over the limit of the others."""
+    half, reach = len(scene) // 2, max(feather // 2, 1)
+    within, beyond, ordinary = [], [], []
     for ratios in seam_profile(scene, period=grid):
-        near = np.zeros(len(ratios), dtype=bool)
-        near[half - reach : half + reach + 1] = True
-        worst = max(worst, float(ratios[near].max()))
-        near[outermost(len(ratios), False)] = True
-        ordinary.append(ratios[~near])
-    return {"worst": worst, "limit": float(np.percentile(np.concatenate(ordinary), PERCENTILE))}
+        away = np.abs(np.arange(len(ratios)) - half)
+        inner = np.ones(len(ratios), dtype=bool)
+        inner[outermost(len(ratios), False)] = False
+        within.append(ratios[inner & (away <= reach)])
+        beyond.append(ratios[inner & (away > reach) & (away <= 2 * reach)])
+        ordinary.append(ratios[inner & (away > 2 * reach)])
+    limit = float(np.percentile(np.concatenate(ordinary), PERCENTILE))
+    return {name: float(np.concatenate(r).max()) / limit for name, r in (("within", within), ("beyond", beyond))}
+
+
+def cross_fade(alone: dict[str, Images], feather: int) -> Images:
+    """The images of each prompt in their parts of the scene, mixed linearly over the feather."""
+    size = len(next(iter(alone.values())))
+    high = np.clip((np.arange(size) + 0.5 - size / 2) / feather + 0.5, 0, 1)
+    low = 1 - high
+    parts = ((low, low), (low, high), (high, low), (high, high))  # (y, x), as boxes()
+    return np.sum([y[:, None, None] * x[:, None] * alone[p] for (y, x), p in zip(parts, PROMPTS, strict=True)], axis=0)
 
 
 def moved(pipe: Any, size: int, call: dict[str, Any], work: Path, step: int) -> dict[str, float]:
@@ -102,6 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="earth", help="earth or earth-flux")
     parser.add_argument("--size", type=int, default=1024, help="px, a multiple of 16")
+    parser.add_argument("--seeds", type=int, default=1, help="scenes, and images of each prompt")
     parser.add_argument("--feather", type=int, default=64, help="px")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--mode", choices=("tiles", "canvas"), default="tiles")
@@ -113,28 +133,50 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     call = call_defaults(args.model) | {"num_inference_steps": args.steps}
     work, size = args.work / f"{args.model} {args.mode}", args.size
-    alone = {
-        prompt: kept(work / f"{size} {prompt}.png", lambda p=prompt: render(pipe, p, size, 1, call, []))
-        for prompt in PROMPTS
-    }
     regions = [Region(p, box=b, feather=args.feather) for p, b in zip(PROMPTS[1:], boxes(size), strict=True)]
-    scene = kept(work / f"{size} scene {args.feather}.png", lambda: render(pipe, PROMPTS[0], size, 2, call, regions))
-    rows, line = (
-        obedience(scene, alone, args.feather // 2 + 8 * NATIVE // 4),
-        borders(scene, args.feather, period(pipe)),
-    )
-    for row in rows:
-        print(f"{row['prompt']}: {'obeys' if row['obeys'] else 'DOES NOT OBEY'}")
-        for measure in ("spectrum", "colour"):
-            print(f"  {measure:<9}" + "  ".join(f"{k}: {v:.3f}" for k, v in row[measure].items()))
-    print(f"borders: worst line within the feather {line['worst']:.2f}, limit {line['limit']:.2f}")
+    alone: dict[str, list[Images]] = {prompt: [] for prompt in PROMPTS}
+    scenes = []
+    for seed in range(1, 2 * args.seeds, 2):  # a scene and the images that it is compared with share no noise
+        for prompt, images in alone.items():
+            path = work / f"{size} {prompt} {seed}.png"
+            images.append(kept(path, lambda p=prompt, s=seed: render(pipe, p, size, s, call, [])))
+        path = work / f"{size} scene {args.feather} {seed + 1}.png"
+        scenes.append(kept(path, lambda s=seed + 1: render(pipe, PROMPTS[0], size, s, call, regions)))
+    rows = obedience(scenes, alone, args.feather // 2 + 8 * NATIVE // 4)
+    fades = [cross_fade({p: images[i] for p, images in alone.items()}, args.feather) for i in range(args.seeds)]
+    found = [borders(scene, args.feather, period(pipe)) for scene in scenes]
+    lines = {name: max(f[name] for f in found) for name in found[0]}
+    lines["cross_fade"] = max(borders(fade, args.feather, period(pipe))["within"] for fade in fades)
     shift = moved(pipe, size, call, work, 8 * NATIVE)
-    print("moved by 256 px: " + ", ".join(f"correlation {v:.2f} with {k}" for k, v in shift.items()))
+    data = {"parts": rows, "borders": lines, "moved": shift}
+    print(table(data))
     if args.json:
-        about = {"model": args.model, "size": size, "feather": args.feather, "mode": args.mode, "call": call}
-        args.json.write_text(
-            json.dumps({"about": about, "parts": rows, "borders": line, "moved": shift}, indent=1) + "\n"
-        )
+        about = {"model": args.model, "size": size, "seeds": args.seeds, "feather": args.feather, "mode": args.mode}
+        machine = timing.machine(torch.device("cpu"))
+        whole = {"machine": machine, "about": about | {"call": call}} | data
+        args.json.write_text(json.dumps(whole, indent=1) + "\n")
+
+
+def table(data: dict[str, Any]) -> str:
+    lines = ["| region | spectrum: own | nearest other | colour: own | nearest other | |", "|---" * 6 + "|"]
+    for row in data["parts"]:
+        cells = [row["prompt"]]
+        for measure in ("spectrum", "colour"):
+            others = {k: v for k, v in row[measure].items() if k != row["prompt"]}
+            nearest = min(others, key=lambda k: others[k])
+            cells += [f"{row[measure][row['prompt']]:.3f}", f"{others[nearest]:.3f} ({nearest})"]
+        lines.append(f"| {' | '.join(cells)} | {'obeys' if row['obeys'] else 'DOES NOT OBEY'} |")
+    border, shift = data["borders"], data["moved"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Borders, worst line / limit: {border['beyond']:.2f} beyond the feather, {border['within']:.2f} within it "
+            f"(cross-fade {border['cross_fade']:.2f}). Moved by a tile, a region correlates with itself by "
+            + ", ".join(f"{v:.2f} with {k}" for k, v in shift.items())
+            + ".",
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Whether an image repeats itself from tile to tile, and what chance alone gives. Needs no model."""
+"""Whether an image repeats itself from tile to tile: its content, or whole tiles of it. Needs no model."""
 
 from functools import cache
 
@@ -6,6 +6,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+
+
+def likeness(images: NDArray[np.floating], tile: int, bins: int = 16) -> float:
+    """How far distant tiles show the same things: mean intersection of their colour histograms, 0 to 1.
+
+    A tile of one large picture shows a part of it, another tile another part: sea here, land there. Tiles that do not
+    know of each other draw a whole picture each, with some of everything, and share their colours however differently
+    these are arranged. So this finds a subject that is drawn over and over, where :func:`repetition` finds a copy.
+    Histogram intersection after Swain and Ballard (1991), over ``bins`` by ``bins`` by ``bins`` colours, smoothed
+    by 1 2 1 along each channel so that no colour's share hangs on which side of a bin's edge it falls.
+
+    Args:
+        images: ``[H, W, 3]``, 0 to 1.
+        tile: side of a tile in pixels.
+        bins: of a channel.
+
+    Returns:
+        Mean over the pairs of tiles that do not touch; NaN where there are none.
+    """
+    rows, cols = (n // tile for n in images.shape[:2])
+    tiles = images[: rows * tile, : cols * tile].reshape(rows, tile, cols, tile, 3).swapaxes(1, 2)
+    level = np.clip(tiles.reshape(rows * cols, tile * tile, 3) * bins, 0, bins - 1).astype(np.int64)
+    colour = (level[..., 0] * bins + level[..., 1]) * bins + level[..., 2]
+    count = np.stack([np.bincount(c, minlength=bins**3) for c in colour]).reshape(-1, bins, bins, bins)
+    for axis in (1, 2, 3):
+        padded = np.moveaxis(np.pad(count, [(0, 0)] + [(1, 1) if a == axis else (0, 0) for a in (1, 2, 3)]), axis, 0)
+        count = np.moveaxis(padded[:-2] + 2 * padded[1:-1] + padded[2:], 0, axis)
+    share = count.reshape(rows * cols, -1) / count.sum((1, 2, 3))[:, None]
+    found = [np.minimum(share[i], share[j]).sum() for i, j in zip(*np.nonzero(_distant(rows, cols)), strict=True)]
+    return float(np.mean(found)) if found else float("nan")
 
 
 def repetition(images: NDArray[np.floating], tile: int, size: int = 16) -> float:
@@ -59,8 +89,13 @@ def _shrunk(images: NDArray[np.floating], tile: int, size: int) -> tuple[Floats,
     block = tile // size
     small = grey[: rows * tile, : cols * tile].reshape(rows * size, block, cols * size, block).mean((1, 3))
     tiles = small.reshape(rows, size, cols, size).swapaxes(1, 2).reshape(rows * cols, size, size)
+    return tiles, _distant(rows, cols)
+
+
+def _distant(rows: int, cols: int) -> NDArray[np.bool_]:
+    """``[N, N]``: pairs of tiles of a grid that do not touch, not across a corner either."""
     y, x = np.divmod(np.arange(rows * cols), max(cols, 1))
-    return tiles, np.maximum(np.abs(y[:, None] - y), np.abs(x[:, None] - x)) > 1
+    return np.maximum(np.abs(y[:, None] - y), np.abs(x[:, None] - x)) > 1
 
 
 def _closest(tiles: Floats, others: Floats, pairs: NDArray[np.bool_]) -> float:

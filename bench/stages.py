@@ -10,13 +10,15 @@ goes on, and more seeds cost only their own images. Columns, means over images, 
   evaluated twice (of a single stage: its own steps). Calculated from the plan; tests count them.
 - low: power at one to two cycles per image side, over that of the enlarged native image (of all images together, and
   the images furthest from 1). Pictures that are matched are given these back; the others show what refining kept.
-- repetition, and what it is by chance (bench/repetition.py).
+- alike: how far distant tiles show the same things (bench/repetition.py, `likeness`), and the same as a ratio to that
+  of the enlarged native image, mean over the pairs. 1 is what the composition has; a picture in every tile has more.
+- copies: whether tiles are copies of each other, and what that is by chance (`repetition`).
 - more: by how much the first is above the second, ± its standard error; beyond two of these it is no chance.
 - layout: PSNR in dB to the native image, at its size.
 - seam: worst tile line of the plain grid over the limit, the 99.9th percentile of ordinary lines (bench/quality.py).
 
 Where the subject of a picture is a texture, as with these models, tiles that do not know of each other do not copy
-each other: they draw a patchwork of small pictures. That is seen in low, and in layout, not in repetition.
+each other pixel by pixel: each draws a small picture of the whole prompt. That is seen in low, alike and layout.
 
 The tiles are shifted partitions, so that every area factor is 1.
 """
@@ -37,7 +39,7 @@ from PIL import Image
 from bench import timing
 from bench.modes import PX, kept, period, run
 from bench.quality import low_frequency_power, seam_check
-from bench.repetition import repetition, repetition_by_chance
+from bench.repetition import likeness, repetition, repetition_by_chance
 from tiledcore import TiledPipeline, TileGrid, TilingConfig
 from tiledcore.models import call_defaults
 from tiledcore.models.architecture import NATIVE
@@ -87,9 +89,12 @@ def judge(image: Images, native: Images, grid: int) -> dict[str, float]:
     seams = seam_check(image, [PX * y for y in lines[0]], [PX * x for x in lines[1]], period=grid)
     block = size // side
     small = image.reshape(side, block, side, block, 3).mean((1, 3))
+    wanted = enlarged(native, size)
     return {
         "power": low_frequency_power(image[None]),
-        "power_native": low_frequency_power(enlarged(native, size)[None]),
+        "power_native": low_frequency_power(wanted[None]),
+        "alike": likeness(image, side),
+        "alike_native": likeness(wanted, side),
         "repetition": repetition(image, side),
         "chance": repetition_by_chance(image, side),
         "layout": float(-10 * np.log10(((small - native) ** 2).mean())),
@@ -113,7 +118,8 @@ def row(name: str, found: list[dict[str, float]], floor: float | None) -> dict[s
         "layout": fmean(f["layout"] for f in found),
         "seam": max(f["seam"] for f in found),
     }
-    for key in ("repetition", "chance"):
+    result["alike_ratio"] = fmean(f["alike"] / f["alike_native"] for f in found)
+    for key in ("alike", "repetition", "chance"):
         values = [f[key] for f in found]
         result |= {key: fmean(values), f"{key}_sd": _spread(values)}
     return result
@@ -133,7 +139,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         "of the floor",
         "low",
         "least, most",
-        "repetition",
+        "alike",
+        "of native",
+        "copies",
         "by chance",
         "more",
         "layout, dB",
@@ -145,6 +153,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = [
             *(r["name"], "–" if whole else f"{r['of_floor']:.2f}"),
             *(f"{r['low']:.2f}", f"{r['low_least']:.2f}, {r['low_most']:.2f}"),
+            _with_spread(f"{r['alike']:.2f}", r["alike_sd"], 2),
+            f"{r['alike_ratio']:.2f}",
             *(_with_spread(f"{r[key]:.2f}", r[f"{key}_sd"], 2) for key in ("repetition", "chance")),
             _with_spread(f"{r['excess']:+.3f}", r["excess_error"], 3),
             *(["–", "–"] if whole else [f"{r['layout']:.1f}", f"{r['seam']:.2f}"]),

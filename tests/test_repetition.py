@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.fft import dctn
 
-from bench.repetition import repetition, repetition_by_chance
+from bench.repetition import likeness, repetition, repetition_by_chance
 
 
 def power_law(seed: int, slope: float, size: int = 512) -> NDArray[np.float64]:
@@ -110,3 +110,33 @@ def test_repetition_limits() -> None:
     assert repetition(np.zeros((96, 96)), 32) == 0
     with pytest.raises(ValueError, match="tile=24 must be a multiple of size=16"):
         repetition(noise, 24)
+
+
+def coloured(tiles: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``[H, W, 3]`` from grey tiles ``[rows, cols, side, side]``."""
+    rows, cols, side, _ = tiles.shape
+    return np.repeat(tiles.swapaxes(1, 2).reshape(rows * side, cols * side, 1), 3, axis=2)
+
+
+def test_likeness_is_of_content_and_not_of_its_place() -> None:
+    rng = np.random.default_rng(0)
+    bins = 16
+    levels = (np.arange(16) + 0.5) / bins
+    half = np.array([rng.permutation(64) % 2 for _ in range(12)]).reshape(3, 4, 8, 8)  # each tile has as much of both
+    assert likeness(coloured(levels[2] + half * (levels[9] - levels[2])), 8) == pytest.approx(1)
+    land = np.zeros((3, 4, 8, 8))
+    land[:, 2:] = 1  # sea on the left, land on the right: pairs of columns 0 and 1, 2 and 3 share all, others nothing
+    pairs = [(a, b) for a, b in product(np.ndindex(3, 4), repeat=2) if max(abs(a[0] - b[0]), abs(a[1] - b[1])) > 1]
+    same = np.mean([(a[1] < 2) == (b[1] < 2) for a, b in pairs])
+    assert likeness(coloured(levels[2] + land * (levels[9] - levels[2])), 8) == pytest.approx(same)
+    # A neighbouring bin is half alike along one channel: 1 2 1 and its neighbour share 1 + 1 of 4.
+    red = coloured(levels[2] + 0 * land)
+    red[:, 16:, 0] = levels[3]
+    assert likeness(red, 8) == pytest.approx(same + 0.5 * (1 - same))
+    assert np.isnan(likeness(red[:16, :16], 8))
+
+
+def test_likeness_counts_every_level_from_0_to_1() -> None:
+    image = np.zeros((3, 24, 3))
+    image[:, 12:] = 1
+    assert 0 < likeness(np.repeat(image, 8, axis=0), 8) < 1 == likeness(np.zeros((24, 24, 3)), 8)
