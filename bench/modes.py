@@ -8,7 +8,8 @@ which the worst case is given:
 
 - seam: mean ratio of the lines on which tiles of that way meet, relative to other lines of the same place in a latent
   pixel or patch (1 is an ordinary line), and the worst one over the limit, the 99.9th percentile of all other lines
-  (bench/quality.py). Shifted tiles meet elsewhere in each step: the lines are those of the last one.
+  (bench/quality.py). Shifted tiles meet elsewhere in each step: the lines are those of the last one, and, where
+  steps that are blended come after it, those of both.
 - low: power at one to two cycles per native side, in windows of native size, over that of native samples.
 - patches: sliced Wasserstein distance to the model's own native samples of the same prompt; the floor is
   the distance between two sets of native samples.
@@ -39,7 +40,7 @@ from PIL import Image
 
 from bench import timing
 from bench.quality import cut_windows, low_frequency_power, seam_check
-from tiledcore import TiledPipeline, TilingConfig
+from tiledcore import TiledPipeline, TileGrid, TilingConfig
 from tiledcore.families import network_of
 from tiledcore.models import call_defaults
 from tiledcore.models.architecture import NATIVE
@@ -65,8 +66,8 @@ def ways(tile: int) -> dict[str, dict[str, Any]]:
         "shift": {"shift": True},
         "shift + halo half": {"shift": True, "halo": tile // 2},
         "shift, last step blended": {"shift": True, "blend_steps": 1},
-        "shift, last step blended, wider": {"shift": True, "blend_steps": 1, "overlap": tile * 7 // 32},
         "shift, last 2 blended": {"shift": True, "blend_steps": 2},
+        "shift, last 3 blended": {"shift": True, "blend_steps": 3},
         "shift + halo half, last 2 blended": {"shift": True, "halo": tile // 2, "blend_steps": 2},
         "canvas, halo 0": {"mode": "canvas", "halo": 0},
         "canvas, halo half": {"mode": "canvas", "halo": tile // 2},
@@ -107,19 +108,24 @@ def native_samples(pipe: Any, work: Path, prompt: str, first: int, call: dict[st
 
 
 def meeting_lines(pipe: Any, config: TilingConfig, size: int, steps: int) -> list[list[int]]:
-    """The y and the x lines on which tiles meet, in image pixels; of the last step, where they move."""
+    """The y and the x lines on which tiles meet, in image pixels; where they move, in the last step in which they do,
+    and in those that are blended after it."""
     grid = config.grid(size // PX, size // PX, NATIVE)
-    if config.mode == "tiles" and (config.overlap or config.blend_steps):
+    if config.mode == "tiles" and grid.overlap != (0, 0) and not config.shift:
         return [[PX * line for line in axis] for axis in grid.lines]
-    parts = grid.partition()
+    parts = TileGrid(grid.height, grid.width, grid.tile_size, wrap=grid.wrap)
+    moved = parts.partition()
     if config.shift:
         scheduler = copy.deepcopy(pipe.scheduler)
         flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
         # The sigmas that FLUX's pipeline gives it.
         scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps)) if flow else scheduler.set_timesteps(steps)
-        time = network_of(pipe.pipe)[1].clock(scheduler.timesteps[-1].float())
-        parts = grid.shifted(round(1000 * float(time)), config.seed)
-    return [[PX * start for start, _ in axis if start] for axis in (parts.rows, parts.cols)]
+        time = network_of(pipe.pipe)[1].clock(scheduler.timesteps[-1 - config.blend_steps].float())
+        moved = parts.shifted(round(1000 * float(time)), config.seed)
+    found = [{start for start, _ in axis if start} for axis in (moved.rows, moved.cols)]
+    if config.blend_steps:
+        found = [starts | set(lines) for starts, lines in zip(found, grid.lines, strict=True)]
+    return [[PX * line for line in sorted(axis)] for axis in found]
 
 
 def judge(image: Images, native: Images, lines: list[list[int]], grid: int) -> dict[str, float]:

@@ -9,13 +9,15 @@ Images are kept in ``--work``. Columns:
 - structure: PSNR in dB of the low-pass (Gaussian of 4 px, at the crop's size) to that of the crop. For ``restyle``
   the crop's colours are first mapped to the result's by the best affine map, and the PSNR of the crop's mean colour
   mapped likewise is given after it: what a picture without structure would have.
-- seam: worst tile line of the plain grid over the limit, the 99.9th percentile of ordinary lines.
+- seam: worst line on which tiles met (in the last step in which they moved, and where steps are blended after it) over
+  the limit, the 99.9th percentile of ordinary lines (bench/quality.py). The tiling is what both models have by default.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +27,20 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bench import timing
-from bench.modes import PX, kept, period
+from bench.modes import kept, meeting_lines, period
 from bench.quality import seam_check
-from tiledcore import TiledPipeline, TileGrid, TilingConfig, images
+from tiledcore import TiledPipeline, TilingConfig, images
 from tiledcore.models import call_defaults, data
 from tiledcore.models.architecture import NATIVE
 from tiledcore.pictures import to_tensor
 from tiledcore.pull import low_pass, low_pass_matrix
+from tiledcore.tiling import default_tiling
 
-CROP = NATIVE * PX
+CROP = NATIVE * 8  # px
 # Longitude and latitude of the middle; at 15 px per degree all of it lies within 10 to 40 degrees east.
 PLACES = {"Greece": (23.0, 38.0), "Southern Africa": (25.0, -30.0), "Baltic": (25.0, 55.0)}
 SOURCE, PROMPT = "shadedrelief", "shaded relief map of a rugged coast"
 RESTYLED = "topographic map of a rugged coast"
-SHIFT = TilingConfig(tile=NATIVE, shift=True)
 
 Images = NDArray[np.floating[Any]]
 
@@ -78,6 +80,14 @@ def structure(result: Images, source: Images, recoloured: bool) -> tuple[float, 
     return psnr(mapped, found.reshape(-1, 3)), psnr(found.mean((0, 1)), found)
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| place | way | structure, dB | without structure | worst seam / limit |", "|---" * 5 + "|"]
+    for r in rows:
+        without = "–" if r["without"] is None else f"{r['without']:.1f}"
+        lines.append(f"| {r['place']} | {r['way']} | {r['structure']:.1f} | {without} | {r['seam']:.2f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="earth-flux", help="earth or earth-flux")
@@ -92,10 +102,11 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     call = call_defaults(args.model) | {"num_inference_steps": args.steps, "output_type": "np"}
     size, work = 4 * CROP, args.work / args.model
-    lines = TileGrid(size // PX, size // PX, NATIVE).lines
+    tiling = replace(default_tiling(pipe.pipe), tile=NATIVE)
+    lines = meeting_lines(pipe, tiling, size, args.steps)
 
     def enlarge(prompt: str, picture: Image.Image) -> Any:
-        options = call | {"stages": "auto", "strength": args.strength, "height": size, "width": size, "tiling": SHIFT}
+        options = call | {"stages": "auto", "strength": args.strength, "height": size, "width": size, "tiling": tiling}
         return pipe(prompt, image=picture, generator=torch.Generator().manual_seed(0), **options).images
 
     def draw(prompt: str, picture: Image.Image) -> Any:
@@ -119,13 +130,10 @@ def main() -> None:
         }
         for way, image in results.items():
             kept_db, flat_db = structure(image, pixels, way == "restyle")
-            seams = seam_check(image, [PX * y for y in lines[0]], [PX * x for x in lines[1]], period=period(pipe))
+            seams = seam_check(image, lines[0], lines[1], period=period(pipe))
             seam = seams.worst / seams.limit
             rows.append({"place": place, "way": way, "structure": kept_db, "without": flat_db, "seam": seam})
-    print("| place | way | structure, dB | without structure | worst seam / limit |\n|---|---|---|---|---|")
-    for r in rows:
-        without = "–" if r["without"] is None else f"{r['without']:.1f}"
-        print(f"| {r['place']} | {r['way']} | {r['structure']:.1f} | {without} | {r['seam']:.2f} |")
+    print(table(rows))
     if args.json:
         about = {
             "size": size,

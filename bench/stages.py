@@ -15,12 +15,13 @@ goes on, and more seeds cost only their own images. Columns, means over images, 
 - copies: whether tiles are copies of each other, and what that is by chance (`repetition`).
 - more: by how much the first is above the second, ± its standard error; beyond two of these it is no chance.
 - layout: PSNR in dB to the native image, at its size.
-- seam: worst tile line of the plain grid over the limit, the 99.9th percentile of ordinary lines (bench/quality.py).
+- seam: worst line on which tiles met (of the last stage: in its last partition, and where steps are blended after it)
+  over the limit, the 99.9th percentile of ordinary lines (bench/quality.py).
 
 Where the subject of a picture is a texture, as with these models, tiles that do not know of each other do not copy
 each other pixel by pixel: each draws a small picture of the whole prompt. That is seen in low, alike and layout.
 
-The tiles are shifted partitions, so that every area factor is 1.
+Tiles move; the last ``--blend-steps`` of the last stage overlap.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bench import timing
-from bench.modes import PX, kept, period, run
+from bench.modes import PX, kept, meeting_lines, period, run
 from bench.quality import low_frequency_power, seam_check
 from bench.repetition import likeness, repetition, repetition_by_chance
-from tiledcore import TiledPipeline, TileGrid, TilingConfig
+from tiledcore import TiledPipeline, TilingConfig
 from tiledcore.models import call_defaults
 from tiledcore.models.architecture import NATIVE
 from tiledcore.pull import Pull
@@ -52,8 +53,6 @@ PROMPTS = [
     "topographic map of islands in the ocean",
     "satellite view of continents and oceans",
 ]
-SHIFT = TilingConfig(tile=NATIVE, shift=True)
-
 Images = NDArray[np.floating[Any]]
 
 
@@ -70,10 +69,10 @@ def ways() -> dict[str, Staging | None]:
     }
 
 
-def of_floor(pipe: Any, staging: Staging | None, size: int, steps: int) -> float:
+def of_floor(pipe: Any, staging: Staging | None, tiling: TilingConfig, size: int, steps: int) -> float:
     if staging is None:
-        return 1.0
-    call = {"stages": staging, "tiling": SHIFT, "height": size, "width": size, "num_inference_steps": steps}
+        return tiling.area_factor(tiling.grid(size // PX, size // PX, NATIVE), steps)
+    call = {"stages": staging, "tiling": tiling, "height": size, "width": size, "num_inference_steps": steps}
     return float(plan_call(pipe, call).rows(steps)[-1]["of_floor"])
 
 
@@ -82,11 +81,10 @@ def enlarged(native: Images, size: int) -> Images:
     return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32) / 255
 
 
-def judge(image: Images, native: Images, grid: int) -> dict[str, float]:
+def judge(image: Images, native: Images, lines: list[list[int]], grid: int) -> dict[str, float]:
     """Figures of one image; the powers are pooled over images later."""
     size, side = len(image), len(native)
-    lines = TileGrid(size // PX, size // PX, NATIVE).lines
-    seams = seam_check(image, [PX * y for y in lines[0]], [PX * x for x in lines[1]], period=grid)
+    seams = seam_check(image, lines[0], lines[1], period=grid)
     block = size // side
     small = image.reshape(side, block, side, block, 3).mean((1, 3))
     wanted = enlarged(native, size)
@@ -170,6 +168,7 @@ def main() -> None:
     parser.add_argument("--prompts", nargs="+", default=PROMPTS)
     parser.add_argument("--seeds", type=int, default=1, help="images of each prompt")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--blend-steps", type=int, default=3)
     parser.add_argument("--only", nargs="+", help="names of ways")
     parser.add_argument("--work", type=Path, default=Path("runs/stages"))
     parser.add_argument("--json", type=Path)
@@ -184,9 +183,11 @@ def main() -> None:
     chosen = {name: way for name, way in ways().items() if name in (args.only or [name])}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ("native, enlarged", *chosen)}
     side = NATIVE * PX
+    tiling = TilingConfig(tile=NATIVE, shift=True, blend_steps=args.blend_steps)
+    lines = meeting_lines(pipe, tiling, args.size, args.steps)
 
     def judged(name: str, image: Images, native: Images, prompt: str, seed: int) -> None:
-        found[name].append(judge(image, native, period(pipe)))
+        found[name].append(judge(image, native, lines, period(pipe)))
         print(name, prompt, seed, {k: round(v, 3) for k, v in found[name][-1].items()}, flush=True)
 
     for seed in range(args.seeds):
@@ -198,15 +199,16 @@ def main() -> None:
             judged("native, enlarged", enlarged(native, args.size), native, prompt, seed)
             for name, way in chosen.items():
                 image = kept(
-                    work / f"{args.size} {args.steps} {name} {prompt} {seed}.png",
-                    lambda w=way, p=prompt, s=seed: run(pipe, p, args.size, s, SHIFT, stages=w, **call),
+                    work / f"{args.size} {args.steps} {args.blend_steps} {name} {prompt} {seed}.png",
+                    lambda w=way, p=prompt, s=seed: run(pipe, p, args.size, s, tiling, stages=w, **call),
                 )
                 judged(name, image, native, prompt, seed)
     rows = [row("native, enlarged", found["native, enlarged"], None)]
-    rows += [row(name, found[name], of_floor(pipe, way, args.size, args.steps)) for name, way in chosen.items()]
+    rows += [row(name, found[name], of_floor(pipe, way, tiling, args.size, args.steps)) for name, way in chosen.items()]
     print(table(rows))
     if args.json:
-        about = {"size": args.size, "tile": NATIVE, "prompts": args.prompts, "seeds": args.seeds, "call": call}
+        about = {"size": args.size, "tile": NATIVE, "blend_steps": args.blend_steps, "call": call}
+        about |= {"prompts": args.prompts, "seeds": args.seeds}
         machine = timing.machine(torch.device("cpu"))
         args.json.write_text(json.dumps({"machine": machine, "about": about, "rows": rows}, indent=1) + "\n")
 

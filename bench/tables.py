@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import modes, oracle, peers_table, scaling, stages, suite
+from bench import modes, oracle, peers_table, regions, restyle, scaling, stages, suite, worlds
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "README.md")
@@ -91,8 +91,27 @@ def _stages(data: dict[str, Any]) -> str:
     about = data["about"]
     images = len(about["prompts"]) * about["seeds"]
     steps = about["call"]["num_inference_steps"]
-    head = f"{_about(data)}; earth-flux, {about['size']}², {steps} steps, {images} images a way"
+    blended = f"the last {about['blend_steps']} blended" if about["blend_steps"] else "none blended"
+    head = f"{_about(data)}; earth-flux, {about['size']}², {steps} steps, {blended}, {images} images a way"
     return "\n".join([head, "", stages.table(data["rows"])])
+
+
+def _regions(data: dict[str, Any]) -> str:
+    about = data["about"]
+    head = f"{_about(data)}; {about['model']}, {about['size']}², feather {about['feather']} px, {about['seeds']} scenes"
+    return "\n".join([head, "", regions.table(data)])
+
+
+def _worlds(data: dict[str, Any]) -> str:
+    about = data["about"]
+    head = f"{about['model']}, {about['size']}, {about['call']['num_inference_steps']} steps"
+    return "\n".join([head, "", worlds.table(data["rows"])])
+
+
+def _restyle(data: dict[str, Any]) -> str:
+    about = data["about"]
+    head = f"{_about(data)}; earth-flux, {about['size']}², {about['call']['num_inference_steps']} steps"
+    return "\n".join([head, "", restyle.table(data["rows"])])
 
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
@@ -110,6 +129,10 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "scaling": ("scaling_earth.json", _scaling),
     "stages": ("stages_flux.json", _stages),
     "stages-1024": ("stages_flux_1024.json", _stages),
+    "regions": ("regions_earth.json", _regions),
+    "worlds": ("worlds_earth.json", _worlds),
+    "worlds-map": ("worlds_map_4096.json", _worlds),
+    "restyle": ("restyle_flux.json", _restyle),
 }
 """Marker -> its file in bench/results, and how that is written."""
 

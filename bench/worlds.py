@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bench import timing
 from bench.modes import kept, period
 from bench.quality import outermost, seam_profile
 from tiledcore import TiledPipeline, TilingConfig
@@ -92,6 +93,14 @@ def decoder_error(pipe: Any, latents: torch.Tensor, wrap: bool) -> dict[str, flo
     return {"max": float(difference.max()), "mean": float(difference.mean())}
 
 
+def table(rows: dict[str, dict[str, float]]) -> str:
+    lines = ["| world | joints | seam | worst | 99th percentile of ordinary lines | TS | TS inside |", "|---" * 7 + "|"]
+    for name, r in rows.items():
+        cells = [name, f"{r['pairs']:.0f}", *(f"{r[key]:.3f}" for key in ("seam", "worst", "p99"))]
+        lines.append(f"| {' | '.join([*cells, *(f'{r[key]:.4f}' for key in ('ts', 'ts_inside'))])} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="earth", help="earth or earth-flux")
@@ -140,7 +149,8 @@ def main() -> None:
         else:
             found = images(int(name[-1]))
             rows[name] = row(list(product(found, found)), period(pipe))
-        print(f"{name:<18}" + "  ".join(f"{k} {v:.3f}" for k, v in rows[name].items()), flush=True)
+        print(f"{name} done", flush=True)
+    print(table(rows))
     latents = torch.randn(
         1, pipe.vae.config.latent_channels, NATIVE, NATIVE, generator=torch.Generator().manual_seed(0)
     )
@@ -151,7 +161,8 @@ def main() -> None:
         )
     if args.json:
         about = {"model": args.model, "size": args.size, "seed": args.seed, "call": call}
-        args.json.write_text(json.dumps({"about": about, "rows": rows, "decoder": decoder}, indent=1) + "\n")
+        data = {"machine": timing.machine(torch.device("cpu")), "about": about, "rows": rows, "decoder": decoder}
+        args.json.write_text(json.dumps(data, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -119,17 +119,15 @@ def test_bad_settings_are_named(arguments: dict[str, Any], message: str) -> None
         TilingConfig(**arguments)
 
 
-HEALED = TilingConfig(shift=True, blend_steps=2)
+HEALED = TilingConfig(shift=True, blend_steps=3)
 
 
 @pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
-def test_the_default_of_unets_is_the_whole_last_two_steps(
-    make: Any, ways: list[tuple[float, Tiling | Partition]]
-) -> None:
+def test_unets_blend_their_last_three_steps_by_default(make: Any, ways: list[tuple[float, Tiling | Partition]]) -> None:
     pipe = quiet(make())
     assert default_tiling(pipe) == HEALED == TiledPipeline.from_pipe(pipe).tiling
     TiledPipeline.from_pipe(pipe)("a coast", height=256, width=256, num_inference_steps=4, output_type="latent")
-    assert [isinstance(tiles, Tiling) for _, tiles in ways] == [False, False, True, True]
+    assert [isinstance(tiles, Tiling) for _, tiles in ways] == [False, True, True, True]
 
 
 def test_the_default_of_transformers() -> None:

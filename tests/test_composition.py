@@ -25,7 +25,9 @@ def test_the_native_composition_a_patchwork_and_copies_are_told_apart() -> None:
     places = [[picture(10 + 4 * i + j, NATIVE) for j in range(4)] for i in range(4)]
     patchwork = np.concatenate([np.concatenate(row, 1) for row in places])
     copies = np.tile(native, (4, 4, 1))
-    kept, patches, copied = (stages.judge(image, native, 8) for image in (detailed, patchwork, copies))
+    kept, patches, copied = (
+        stages.judge(image, native, [[256, 512, 768]] * 2, 8) for image in (detailed, patchwork, copies)
+    )
     low = [found["power"] / found["power_native"] for found in (kept, patches, copied)]
     assert low[0] == pytest.approx(1, abs=0.02) and max(low[1:]) < 0.5
     assert kept["layout"] > 30 > 20 > patches["layout"]
@@ -56,10 +58,13 @@ def test_a_row_is_the_mean_over_images_and_its_spread() -> None:
         .splitlines()[-1]
         .startswith("| native, enlarged | – |")
     )
-    about = {"size": 1024, "prompts": ["a", "b"], "seeds": 1, "call": {"num_inference_steps": 10}}
+    about = {"size": 1024, "blend_steps": 0, "prompts": ["a", "b"], "seeds": 1, "call": {"num_inference_steps": 10}}
     data = {"machine": {"device": "a CPU", "torch": "2.13"}, "about": about, "rows": [row]}
     written = tables.TABLES["stages"][1](data)
-    assert written.startswith("a CPU, torch 2.13; earth-flux, 1024², 10 steps, 2 images a way\n") and text in written
+    assert (
+        written.startswith("a CPU, torch 2.13; earth-flux, 1024², 10 steps, none blended, 2 images a way\n")
+        and text in written
+    )
 
 
 def test_one_image_has_no_spread() -> None:

@@ -104,8 +104,13 @@ class StagePlan:
         self.stages = plan_stages(size, native_px, self.factor * self.patch, config, start)
 
     def tilings(self) -> list[TilingConfig]:
-        """Of each stage."""
-        return [stage_tiling(s, self.tiling, self.native, self.factor, self.patch) for s in self.stages]
+        """Of each stage. Only the last one blends: what is left of an earlier one's partitions is drawn over."""
+        config = self.tiling
+        moving = replace(config, blend_steps=0, overlap=None) if config.blend_steps else config
+        return [
+            stage_tiling(s, config if s is self.stages[-1] else moving, self.native, self.factor, self.patch)
+            for s in self.stages
+        ]
 
     def costs(self, steps: int) -> list[Cost]:
         """Of each stage, for a call of ``steps`` steps.

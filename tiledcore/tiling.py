@@ -27,7 +27,7 @@ HOOK = "tiledcore"
 def default_tiling(pipe: Any) -> TilingConfig:
     """How a diffusers pipeline is tiled where nothing is asked for.
 
-    Tiles that move in every step and overlap in the last two, an area factor near 1, for the families on which their
+    Tiles that move in every step and overlap in the last three, an area factor near 1, for the families on which their
     seams are measured to be within 2 % of those of a ramp over a quarter of a tile. A ramp over an eighth for the
     others, and where tiles of several sizes do not do: with a ControlNet or an adapter, whose residuals have the
     resolution of the network's deepest blocks, and where an eighth of a tile is not made of whole tokens.
@@ -39,7 +39,7 @@ def default_tiling(pipe: Any) -> TilingConfig:
     hinted = any(getattr(pipe, name, None) is not None for name in ("controlnet", "adapter"))
     patch = family.patch(network)
     whole = patch == 1 or all(side % (8 * patch) == 0 for side in both(family.native(pipe, network)))
-    return TilingConfig(shift=True, blend_steps=2) if family.shifts and whole and not hinted else TilingConfig()
+    return TilingConfig(shift=True, blend_steps=3) if family.shifts and whole and not hinted else TilingConfig()
 
 
 class TilingHook(ModelHook):
