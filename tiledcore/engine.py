@@ -9,7 +9,6 @@ itself stays in the engine's buffers, moved on by :func:`tiledcore.ops.fused_ste
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,32 +22,19 @@ from tiledcore import ops
 from tiledcore.checkpoint import Checkpoint, Run
 from tiledcore.config import TilingConfig
 from tiledcore.denoiser import TileDenoiser
+from tiledcore.eligible import fusable, why_not
 from tiledcore.families import Family, network_of, to_image, to_tokens
 from tiledcore.graph import Counters, Entry, StepGraphs, clone, identity, refill
 from tiledcore.labels import label
-from tiledcore.ops.step import MAX_SLOTS, guidance_rescale
+from tiledcore.ops.step import guidance_rescale
 from tiledcore.preview import Previewing
 from tiledcore.pull import Pulling
-from tiledcore.solver import LinearSolver, NotLinear, linear_solver
+from tiledcore.solver import LinearSolver, NotLinear
 
 if TYPE_CHECKING:
     from tiledcore.planner import Plan
 
 logger = logging.getLogger(__name__)
-
-# Pipelines whose loop is: [repeat, scale], predict, [guide], step. Others do more to the canvas in between.
-PIPELINES = (
-    "StableDiffusionPipeline",
-    "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionXLPipeline",
-    "StableDiffusionXLImg2ImgPipeline",
-    "StableDiffusion3Pipeline",
-    "StableDiffusion3Img2ImgPipeline",
-    "FluxPipeline",
-    "FluxImg2ImgPipeline",
-)
-# Arguments of their calls that change the loop.
-REFUSED = ("denoising_start", "denoising_end", "skip_guidance_layers", "ip_adapter_image", "ip_adapter_image_embeds")
 
 
 @dataclass
@@ -87,19 +73,6 @@ class Buffers:
     noise: Tensor | None  # [B, C, H, W]
     arguments: dict[str, Any]
     denoiser: TileDenoiser | None = None  # its offsets and its tiles' predictions
-
-
-def why_not(pipe: Any, call: dict[str, Any]) -> str | None:
-    """Why the engine cannot run this call, or None where it can."""
-    name = type(pipe).__name__
-    if name not in PIPELINES:
-        return f"{name} keeps its own loop"
-    for argument in REFUSED:
-        if call.get(argument) is not None:
-            return f"{argument} changes the pipeline's loop"
-    if name.startswith("Flux") and (call.get("true_cfg_scale") or 1.0) > 1 and call.get("negative_prompt") is not None:
-        return "true_cfg_scale: FLUX evaluates the two branches in two calls"
-    return None
 
 
 class Engine:
@@ -142,6 +115,7 @@ class Engine:
         self.denoiser: TileDenoiser | None = None  # what evaluates, once it is known
         self.reason = why_not(pipe, call) if fused else "fused=False"
         self._decided = False
+        self._solver: LinearSolver | None = None  # once decided, where the engine runs
         self._shown: Tensor | None = None
         self._saves = None if checkpoint is None else Run(checkpoint, pipe, call, config)
         self._resumed = 0 if self._saves is None else self._saves.done
@@ -217,54 +191,30 @@ class Engine:
         return (prediction + correction).to(prediction.dtype)
 
     def __exit__(self, *_: object) -> None:
+        self._put_back(self.scheduler)
+
+    def _put_back(self, scheduler: Any) -> None:
+        """Give it, or a copy of it, the methods that it had before the engine's."""
         for name, value in self._before.items():
-            vars(self.scheduler).pop(name, None)
+            vars(scheduler).pop(name, None)
             if value is not None:
-                setattr(self.scheduler, name, value)
+                setattr(scheduler, name, value)
 
     def runs(self, timestep: Any) -> bool:
         """Whether the engine moves the canvas. Decided at the first evaluation, when the timesteps are known."""
         if not self._decided and self.reason is None:
             self._decided = True
-            self._solver = self._linear(float(torch.as_tensor(timestep).flatten()[0]))
-            if self._solver is None:
+            plain = copy.copy(self.scheduler)
+            self._put_back(plain)
+            first = float(torch.as_tensor(timestep).flatten()[0])
+            solver = fusable(self.pipe, plain, first, self.eta, pulled=self.pulling is not None)
+            if isinstance(solver, NotLinear):
+                self.reason = solver.reason
                 self._check_saves()
                 logger.warning("the scheduler's own step is used: %s", self.reason)
+            else:
+                self._solver = solver
         return self.reason is None
-
-    def _begin_index(self, timestep: float) -> int | None:
-        """Where in the scheduler's timesteps the pipeline starts. Not every scheduler is told."""
-        told: int | None = getattr(self.scheduler, "begin_index", None)
-        if told is not None:
-            return told
-        places = (self.scheduler.timesteps == timestep).nonzero().flatten().tolist()
-        return places[0] if len(places) == 1 else None
-
-    def _linear(self, timestep: float) -> LinearSolver | None:
-        plain = copy.copy(self.scheduler)
-        for name, value in self._before.items():
-            vars(plain).pop(name, None)
-            if value is not None:
-                setattr(plain, name, value)
-        takes_eta = "eta" in inspect.signature(plain.step).parameters and hasattr(
-            self.pipe, "prepare_extra_step_kwargs"
-        )
-        begin = self._begin_index(timestep)
-        if begin is None:
-            self.reason = f"{type(plain).__name__}: timestep {timestep:g} is none, or several, of its timesteps"
-            return None
-        solver = linear_solver(plain, begin=begin, **({"eta": self.eta} if takes_eta else {}))
-        if isinstance(solver, NotLinear):
-            self.reason = f"{type(plain).__name__}: {solver.reason}"
-        elif solver.slots > MAX_SLOTS:
-            self.reason = f"{type(plain).__name__}: needs {solver.slots} canvases of history, more than {MAX_SLOTS}"
-        elif any(solver.uses_noise) and self.pulling is not None:
-            self.reason = f"{type(plain).__name__}: draws noise, in whose place the fused step takes the pull"
-        elif any(solver.uses_noise) and type(self.pipe).__name__.startswith("Flux"):
-            self.reason = f"{type(plain).__name__}: draws noise in the shape of packed latents"
-        else:
-            return solver
-        return None
 
     def look(self, arguments: dict[str, Any], family: Family) -> None:
         """Take from the arguments of the network's forward what the pipeline has changed."""
