@@ -1,10 +1,12 @@
 """Do regions obey their own prompts? Scenes, measured against images of each prompt alone.
 
-    python -m bench.regions --model earth --size 1024 --seeds 3 --json bench/results/regions_earth.json
+    python -m bench.regions --size 1024 --seeds 3 --json bench/results/regions_earth.json
 
 A scene has a global prompt and a box for each other prompt. Windows are cut from inside each region (a quarter of the
 native size away from its border, feather apart) and compared with windows of images that have that prompt everywhere:
 spectrum and colour distance of `tiledcore.models.evaluate`. A region obeys where its own prompt is the nearest of all.
+The latents of those images are put together as the scene is and decoded in one piece, for the decoder's norms are those
+of the whole picture: a map's latents, decoded beside black sea, have half their power at the highest frequencies.
 
 Beside it the seam ratio of the lines near region borders (bench/quality.py) over the limit, the 99.9th percentile of
 all other lines, the worst of all scenes: *within* the feather, where one prompt turns into the other, and *beyond*
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ from tiledcore.models.architecture import NATIVE
 from tiledcore.models.evaluate import colour_distance, spectrum_distance
 
 PROMPTS = ("satellite view of ocean", "satellite view of desert", "relief map of mountains", "topographic map of ocean")
+MODEL = "earth"
 WINDOW = 128  # px
 COUNT = 24
 
@@ -53,18 +57,47 @@ def render(pipe: Any, prompt: str, size: int, seed: int, call: dict[str, Any], r
     return [output.images[0]]
 
 
-def obedience(scenes: list[Images], alone: dict[str, list[Images]], margin: int) -> list[dict[str, Any]]:
-    """Distances of each part of the scenes from every prompt's own images."""
+def kept_latents(path: Path, pipe: Any, prompt: str, size: int, seed: int, call: dict[str, Any]) -> Images:
+    """Latents ``[H, W, C]`` of an image with one prompt, stored at ``path``; made first if they are not there."""
+    if not path.exists():
+        generator = torch.Generator().manual_seed(seed)
+        latents = pipe(prompt, height=size, width=size, generator=generator, output_type="latent", **call).images
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path.with_suffix(".tmp.npy"), latents[0].movedim(0, -1).numpy())
+        path.with_suffix(".tmp.npy").rename(path)
+    return np.load(path)
+
+
+def decoded(pipe: Any, latents: Images) -> Images:
+    """``[H, W, 3]`` in 0..1, decoded in one piece."""
+    with torch.no_grad():
+        z = torch.from_numpy(latents).movedim(-1, 0)[None] / pipe.vae.config.scaling_factor
+        image = pipe.vae.decode(z, return_dict=False)[0][0]
+    return (image / 2 + 0.5).clamp(0, 1).movedim(0, -1).numpy()
+
+
+def mosaic(images: Sequence[Images]) -> Images:
+    """The quarter of each prompt's own image or latents ``[H, W, C]`` that it has in the scene."""
+    size = len(images[0])
+    result = images[0].copy()
+    for image, (left, top, right, bottom) in zip(images[1:], boxes(size), strict=True):
+        result[top:bottom, left:right] = image[top:bottom, left:right]
+    return result
+
+
+def obedience(scenes: list[Images], references: list[Images], margin: int) -> list[dict[str, Any]]:
+    """Distances of each part of the scenes from the parts of images in which each prompt was alone."""
     size = len(scenes[0])
     half = size // 2
-    parts = [(0, 0, half, half), *boxes(size)]
-    windows = {prompt: _windows(images) for prompt, images in alone.items()}
-    rows = []
-    for (left, top, right, bottom), prompt in zip(parts, PROMPTS, strict=True):
+    windows, inside = {}, {}
+    for (left, top, right, bottom), prompt in zip([(0, 0, half, half), *boxes(size)], PROMPTS, strict=True):
         # Away from the other parts, but not from the canvas' border.
         y = slice(top + margin * (top > 0), bottom - margin * (bottom < size))
         x = slice(left + margin * (left > 0), right - margin * (right < size))
-        found = _windows([scene[y, x] for scene in scenes])
+        windows[prompt] = _windows([image[y, x] for image in references])
+        inside[prompt] = _windows([scene[y, x] for scene in scenes])
+    rows = []
+    for prompt, found in inside.items():
         spectrum = {other: spectrum_distance(found, w) for other, w in windows.items()}
         colour = {other: colour_distance(found, w) for other, w in windows.items()}
         obeys = all(min(d, key=lambda k: d[k]) == prompt for d in (spectrum, colour))
@@ -91,13 +124,13 @@ def borders(scene: Images, feather: int, grid: int) -> dict[str, float]:
     return {name: float(np.concatenate(r).max()) / limit for name, r in (("within", within), ("beyond", beyond))}
 
 
-def cross_fade(alone: dict[str, Images], feather: int) -> Images:
+def cross_fade(alone: Sequence[Images], feather: int) -> Images:
     """The images of each prompt in their parts of the scene, mixed linearly over the feather."""
-    size = len(next(iter(alone.values())))
+    size = len(alone[0])
     high = np.clip((np.arange(size) + 0.5 - size / 2) / feather + 0.5, 0, 1)
     low = 1 - high
     parts = ((low, low), (low, high), (high, low), (high, high))  # (y, x), as boxes()
-    return np.sum([y[:, None, None] * x[:, None] * alone[p] for (y, x), p in zip(parts, PROMPTS, strict=True)], axis=0)
+    return np.sum([y[:, None, None] * x[:, None] * image for (y, x), image in zip(parts, alone, strict=True)], axis=0)
 
 
 def moved(pipe: Any, size: int, call: dict[str, Any], work: Path, step: int) -> dict[str, float]:
@@ -119,7 +152,6 @@ def moved(pipe: Any, size: int, call: dict[str, Any], work: Path, step: int) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="earth", help="earth or earth-flux")
     parser.add_argument("--size", type=int, default=1024, help="px, a multiple of 16")
     parser.add_argument("--seeds", type=int, default=1, help="scenes, and images of each prompt")
     parser.add_argument("--feather", type=int, default=64, help="px")
@@ -129,21 +161,20 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     tiling = TilingConfig(tile=NATIVE, **({"overlap": NATIVE // 4} if args.mode == "tiles" else {"mode": "canvas"}))
-    pipe = TiledPipeline.from_pretrained(args.model, tiling=tiling)
+    pipe = TiledPipeline.from_pretrained(MODEL, tiling=tiling)
     pipe.set_progress_bar_config(disable=True)
-    call = call_defaults(args.model) | {"num_inference_steps": args.steps}
-    work, size = args.work / f"{args.model} {args.mode}", args.size
+    call = call_defaults(MODEL) | {"num_inference_steps": args.steps}
+    work, size = args.work / f"{MODEL} {args.mode}", args.size
     regions = [Region(p, box=b, feather=args.feather) for p, b in zip(PROMPTS[1:], boxes(size), strict=True)]
-    alone: dict[str, list[Images]] = {prompt: [] for prompt in PROMPTS}
-    scenes = []
+    scenes, references, fades = [], [], []
     for seed in range(1, 2 * args.seeds, 2):  # a scene and the images that it is compared with share no noise
-        for prompt, images in alone.items():
-            path = work / f"{size} {prompt} {seed}.png"
-            images.append(kept(path, lambda p=prompt, s=seed: render(pipe, p, size, s, call, [])))
+        paths = [work / f"{size} {prompt} {seed}.npy" for prompt in PROMPTS]
+        alone = [kept_latents(path, pipe, p, size, seed, call) for path, p in zip(paths, PROMPTS, strict=True)]
+        references.append(decoded(pipe, mosaic(alone)))
+        fades.append(cross_fade([decoded(pipe, latents) for latents in alone], args.feather))
         path = work / f"{size} scene {args.feather} {seed + 1}.png"
         scenes.append(kept(path, lambda s=seed + 1: render(pipe, PROMPTS[0], size, s, call, regions)))
-    rows = obedience(scenes, alone, args.feather // 2 + 8 * NATIVE // 4)
-    fades = [cross_fade({p: images[i] for p, images in alone.items()}, args.feather) for i in range(args.seeds)]
+    rows = obedience(scenes, references, args.feather // 2 + 8 * NATIVE // 4)
     found = [borders(scene, args.feather, period(pipe)) for scene in scenes]
     lines = {name: max(f[name] for f in found) for name in found[0]}
     lines["cross_fade"] = max(borders(fade, args.feather, period(pipe))["within"] for fade in fades)
@@ -151,7 +182,7 @@ def main() -> None:
     data = {"parts": rows, "borders": lines, "moved": shift}
     print(table(data))
     if args.json:
-        about = {"model": args.model, "size": size, "seeds": args.seeds, "feather": args.feather, "mode": args.mode}
+        about = {"model": MODEL, "size": size, "seeds": args.seeds, "feather": args.feather, "mode": args.mode}
         machine = timing.machine(torch.device("cpu"))
         whole = {"machine": machine, "about": about | {"call": call}} | data
         args.json.write_text(json.dumps(whole, indent=1) + "\n")

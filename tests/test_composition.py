@@ -73,27 +73,31 @@ def test_one_image_has_no_spread() -> None:
     assert "| 0.30 | 1.00 | 0.50 | 0.20 | +0.300 | 20.0 |" in stages.table([stages.row("stages", [found], 1.0)])
 
 
-def styles(size: int, seed: int) -> dict[str, NDArray[np.float64]]:
+def styles(size: int, seed: int) -> list[NDArray[np.float64]]:
     """An image for each prompt of bench/regions.py, each of its own tone and roughness."""
-    found = {}
-    for i, prompt in enumerate(regions.PROMPTS):
+    found = []
+    for i in range(len(regions.PROMPTS)):
         field = picture(seed + i, size)[..., :1] - 0.5
         noise = np.random.default_rng(seed + 10 + i).standard_normal((size, size, 1))
-        found[prompt] = np.repeat(0.2 + 0.15 * i + 0.3 * field + 0.003 * 3**i * noise, 3, axis=2)
+        found.append(np.repeat(0.2 + 0.15 * i + 0.3 * field + 0.003 * 3**i * noise, 3, axis=2))
     return found
 
 
 def test_regions_obey_where_they_look_like_their_own_prompt() -> None:
     alone, scene = styles(512, 0), regions.cross_fade(styles(512, 50), 32)
-    rows = regions.obedience([scene], {prompt: [image] for prompt, image in alone.items()}, 32)
+    rows = regions.obedience([scene], [regions.mosaic(alone)], 32)
     assert [row["prompt"] for row in rows] == list(regions.PROMPTS) and all(row["obeys"] for row in rows)
-    swapped = dict(
-        zip(regions.PROMPTS, [alone[p] for p in (*regions.PROMPTS[:2], *regions.PROMPTS[:1:-1])], strict=True)
-    )
-    rows = regions.obedience([scene], {prompt: [image] for prompt, image in swapped.items()}, 32)
+    rows = regions.obedience([scene], [regions.mosaic([*alone[:2], *alone[:1:-1]])], 32)
     assert [row["obeys"] for row in rows] == [True, True, False, False]
     data = {"parts": rows, "borders": {"within": 1.1, "beyond": 0.9, "cross_fade": 1.2}, "moved": {"own seed": 0.9}}
     assert regions.table(data).count("DOES NOT OBEY") == 2
+
+
+def test_a_mosaic_has_each_image_where_the_scene_has_its_prompt() -> None:
+    images = [np.full((4, 4, 1), float(i)) for i in range(4)]
+    assert regions.mosaic(images)[..., 0].tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
+    assert images[0].max() == 0
+    assert np.array_equal(regions.cross_fade(images, 1), regions.mosaic(images))
 
 
 def test_a_hard_border_is_within_the_feather_and_a_line_beside_it_beyond() -> None:

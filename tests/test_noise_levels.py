@@ -10,7 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteSche
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from tiny_transformers import NATIVE, SHIFT, SHIFTED, build, call, canvas, tiles, tiny_flux, tiny_sd3
 
-from tiledcore import apply_tiling, remove_tiling
+from tiledcore import TilingConfig, apply_tiling, remove_tiling
 
 
 def line(tokens: int) -> float:
@@ -45,6 +45,15 @@ def test_the_shift_is_that_of_a_tile(make: Any, monkeypatch: pytest.MonkeyPatch)
     whole = line(canvas(make)[0] * canvas(make)[1] // 4)
     assert whole > line(64)
     assert seen == [whole, line(64), line(64), line(32), whole]
+
+
+def test_in_canvas_mode_the_shift_is_that_of_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = build(tiny_flux)
+    seen = mus(pipe, monkeypatch)
+    for tile, halo in ((NATIVE // 2, NATIVE // 4), (NATIVE, None), (NATIVE // 2, 0)):
+        apply_tiling(pipe, TilingConfig(mode="canvas", tile=tile, halo=halo))
+        call(pipe, tiny_flux, (2 * NATIVE, 2 * NATIVE), num_inference_steps=1)
+    assert seen == [line(64), line(64), line(16)]
 
 
 def test_a_shift_of_the_callers_own_stays(monkeypatch: pytest.MonkeyPatch) -> None:

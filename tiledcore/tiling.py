@@ -17,7 +17,7 @@ from tiledcore.config import TilingConfig
 from tiledcore.denoiser import TileDenoiser
 from tiledcore.engine import Engine
 from tiledcore.families import Family, network_of, registry
-from tiledcore.geometry import both
+from tiledcore.geometry import Pair, both
 from tiledcore.regional import Regional
 from tiledcore.regions import Region
 
@@ -49,7 +49,7 @@ class TilingHook(ModelHook):
         denoiser: the tiling.
         family: how the forward maps to a canvas.
         scheduler: its shift is kept to that of a tile for as long as the hook is there.
-        tokens: of a tile.
+        tokens: that a tile sees.
     """
 
     engine: Engine | None = None
@@ -201,9 +201,19 @@ def apply_tiling(pipe: Any, config: TilingConfig | None = None) -> Any:
             impl=config.impl,
         )
     denoiser.timesteps = lambda: family.clock(torch.as_tensor(pipe.scheduler.timesteps).float()).tolist()
-    hook = TilingHook(denoiser, family, pipe.scheduler, (height // patch) * (width // patch))
+    hook = TilingHook(denoiser, family, pipe.scheduler, _tokens_seen(config, (height, width), both(native), patch))
     registry(network).register_hook(hook, HOOK)
     return pipe
+
+
+def _tokens_seen(config: TilingConfig, tile: Pair, native: Pair, patch: int) -> int:
+    """How many tokens a token attends to, which is what the noise has to hide: those of its tile, in canvas mode of its
+    window, but no more than of a native picture where the tile itself is no larger."""
+    halo = both(config.halo if config.halo is not None else (tile[0] // 2, tile[1] // 2))
+    if config.mode == "tiles":
+        halo = (0, 0)
+    height, width = (max(t, min(t + 2 * h, n)) for t, h, n in zip(tile, halo, native, strict=True))
+    return (height // patch) * (width // patch)
 
 
 def remove_tiling(pipe: Any) -> Any:
