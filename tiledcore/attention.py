@@ -207,7 +207,9 @@ def install(
     - ``FluxTransformer2DModel``, ``QwenImageTransformer2DModel``, ``ZImageTransformer2DModel``: rotary positions, by
       distance inside a window and by a picture of the native size against the text (see
       :mod:`tiledcore.canvas`). A window's largest distance is ``tile + halo - 1``: at most the trained one if
-      ``tile + halo <= native``. On an axis that wraps, the halo is at most half of what the canvas is longer
+      ``tile + halo <= native``. Windows of the native size, ``tile + 2 * halo == native``, also have as many keys
+      as in training: on the embedded FLUX the default's twice as wide windows drift from native samples, these hardly
+      do (``bench/modes.py``). On an axis that wraps, the halo is at most half of what the canvas is longer
       than a tile, and tokens that windows reach across the border are computed again.
     - ``SanaTransformer2DModel``: its self-attention is linear, so that the whole canvas costs no more per pixel than
       a tile does: it stays global. Only absolute positions, where it has any, are treated as above.
