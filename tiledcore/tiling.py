@@ -28,7 +28,7 @@ def default_tiling(pipe: Any) -> TilingConfig:
     """How a diffusers pipeline is tiled where nothing is asked for.
 
     Tiles that move in every step and overlap in the last three, an area factor near 1, for the families on which their
-    seams are measured to be within 2 % of those of a ramp over a quarter of a tile. A ramp over an eighth for the
+    seams are measured to be within 2 to 4 % of those of a ramp over a quarter of a tile. A ramp over an eighth for the
     others, and where tiles of several sizes do not do: with a ControlNet or an adapter, whose residuals have the
     resolution of the network's deepest blocks, and where an eighth of a tile is not made of whole tokens.
 
