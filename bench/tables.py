@@ -104,7 +104,7 @@ def _regions(data: dict[str, Any]) -> str:
 
 def _worlds(data: dict[str, Any]) -> str:
     about = data["about"]
-    head = f"{about['model']}, {about['size']}, {about['call']['num_inference_steps']} steps"
+    head = f"{_about(data)}; {about['model']}, {about['size']}, {about['call']['num_inference_steps']} steps"
     return "\n".join([head, "", worlds.table(data["rows"])])
 
 

@@ -143,7 +143,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--regions", type=Path, metavar="FILE", help="parts of the image with prompts of their own: a TOML scene")
     add("--device", metavar="NAME", help="default cuda where there is one, else cpu")
     add("--dtype", choices=DTYPES, help="default fp16 on cuda, else fp32")
-    title = "tiling (sizes in latent pixels, usually of 8 px; by default --shift --blend-steps 2 on UNets and FLUX)"
+    title = "tiling (sizes in latent pixels, usually of 8 px; by default --shift --blend-steps 3 on UNets and FLUX)"
     _add_tiling(parser.add_argument_group(title))
 
 

@@ -209,10 +209,10 @@ def apply_tiling(pipe: Any, config: TilingConfig | None = None) -> Any:
 def _tokens_seen(config: TilingConfig, tile: Pair, native: Pair, patch: int) -> int:
     """How many tokens a token attends to, which is what the noise has to hide: those of its tile, in canvas mode of its
     window, but no more than of a native picture where the tile itself is no larger."""
-    halo = both(config.halo if config.halo is not None else (tile[0] // 2, tile[1] // 2))
-    if config.mode == "tiles":
-        halo = (0, 0)
-    height, width = (max(t, min(t + 2 * h, n)) for t, h, n in zip(tile, halo, native, strict=True))
+    height, width = tile
+    if config.mode == "canvas":
+        halo = both(config.halo if config.halo is not None else (height // 2, width // 2))
+        height, width = (max(t, min(t + 2 * h, n)) for t, h, n in zip(tile, halo, native, strict=True))
     return (height // patch) * (width // patch)
 
 
