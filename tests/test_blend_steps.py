@@ -1,5 +1,6 @@
 """Shifted grids whose last steps are blended: which steps these are, in every loop, family and schedule."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,8 +27,8 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, Tiling | Partitio
 
     def spy(self: TileDenoiser, size: Any, timestep: Any, device: Any) -> bool:
         result = place(self, size, timestep, device)
-        assert self._tiling is not None
-        found.append((float(torch.as_tensor(timestep).flatten()[0]), self._tiling))
+        assert self.placed is not None
+        found.append((float(torch.as_tensor(timestep).flatten()[0]), self.placed))
         return result
 
     monkeypatch.setattr(TileDenoiser, "place", spy)
@@ -96,6 +97,20 @@ def test_one_step_moves_the_result_between_shift_and_ramp() -> None:
     assert not torch.allclose(generate(pipe, True, with_halo)[0], last)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_first_steps_are_blended(fused: bool, ways: Any) -> None:
+    generate(quiet(tiny_sd()), fused, replace(SHIFT, blend_first=2, overlap=4))
+    assert blended(ways) == [True, True, False, False]
+
+
+def test_an_image_is_there_after_the_first_steps(ways: Any) -> None:
+    """Image to image starts in the middle of the schedule."""
+    image = torch.rand(1, 3, 160, 256, generator=torch.Generator().manual_seed(1))
+    arguments = {"image": image, "strength": 0.6, "height": None, "width": None, "num_inference_steps": 5}
+    generate(quiet(tiny_sd()), True, replace(BLENDED, blend_first=2, blend_steps=1), **arguments)
+    assert blended(ways) == [False, False, True]
+
+
 def test_the_area_factor_is_the_mean_over_the_steps() -> None:
     grid = BLENDED.grid(32, 40, 16)
     assert BLENDED.area_factor(grid, 8) == pytest.approx((6 + 2 * grid.area_factor) / 8)
@@ -111,6 +126,8 @@ def test_the_area_factor_is_the_mean_over_the_steps() -> None:
         ({"blend_steps": 1}, "blend_steps=1: only with shift=True"),
         ({"blend_steps": -1, "shift": True}, "blend_steps=-1"),
         ({"blend_steps": True, "shift": True}, "blend_steps=True"),
+        ({"blend_first": 1}, "blend_first=1: only with shift=True"),
+        ({"blend_first": 0.5, "shift": True}, "blend_first=0.5"),
         ({"blend_steps": 1, "shift": True, "overlap": 16, "tile": 16}, "overlap="),
     ],
 )
@@ -120,21 +137,23 @@ def test_bad_settings_are_named(arguments: dict[str, Any], message: str) -> None
 
 
 HEALED = TilingConfig(shift=True, blend_steps=3)
+FADED = TilingConfig(shift=True, blend_first=2, blend_steps=1, fade=3)
 
 
 @pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
-def test_unets_blend_their_last_three_steps_by_default(make: Any, ways: list[tuple[float, Tiling | Partition]]) -> None:
+def test_unets_fade_and_blend_their_last_step_by_default(make: Any, ways: Any) -> None:
     pipe = quiet(make())
-    assert default_tiling(pipe) == HEALED == TiledPipeline.from_pipe(pipe).tiling
+    assert default_tiling(pipe) == HEALED
+    assert default_tiling(pipe, fades=True) == FADED == TiledPipeline.from_pipe(pipe).tiling
     TiledPipeline.from_pipe(pipe)("a coast", height=256, width=256, num_inference_steps=4, output_type="latent")
-    assert [isinstance(tiles, Tiling) for _, tiles in ways] == [False, True, True, True]
+    assert [isinstance(tiles, Tiling) for _, tiles in ways] == [True, True, False, True]
 
 
 def test_the_default_of_transformers() -> None:
     flux = build(tiny_flux)
     flux.transformer.native_size = 32  # eighths of 4 latent pixels: two tokens
-    assert default_tiling(flux) == HEALED
+    assert default_tiling(flux) == HEALED and default_tiling(flux, fades=True) == replace(FADED, fade=6)
     flux.transformer.native_size = 24  # eighths of 3
     assert default_tiling(flux) == TilingConfig()
     for make in (tiny_sd3, tiny_pixart_sigma, tiny_qwen, tiny_z_image):
-        assert default_tiling(build(make)) == TilingConfig()
+        assert default_tiling(build(make), fades=True) == TilingConfig()

@@ -65,6 +65,8 @@ def test_an_image_with_its_settings(model: str, capsys: pytest.CaptureFixture[st
             "ramp": 4,
             "shift": False,
             "blend_steps": 0,
+            "blend_first": 0,
+            "fade": 0,
             "wrap": [False, False],
             "tiles": 4,
             "area_factor": round(4 * 16 * 16 / (24 * 20), 4),
@@ -305,16 +307,16 @@ def test_a_prompt_that_is_cut_off_is_reported(model: str, capsys: pytest.Capture
 
 def test_how_tiles_meet_is_the_models_own_unless_said(model: str) -> None:
     def meet() -> tuple[Any, ...]:
-        return tuple(stored()["tiling"][name] for name in ("tile", "overlap", "shift", "blend_steps", "mode"))
+        return tuple(stored()["tiling"][name] for name in ("tile", "overlap", "shift", "blend_steps", "fade", "mode"))
 
     assert generate(model, "--tile", "16") == 0
-    assert meet() == ([16, 16], [2, 2], True, 3, "tiles")
+    assert meet() == ([16, 16], [2, 2], True, 1, 3, "tiles")
     assert generate(model, "--tile", "16", "--overlap", "4") == 0
-    assert meet() == ([16, 16], [4, 4], False, 0, "tiles")
+    assert meet() == ([16, 16], [4, 4], False, 0, 0, "tiles")
     assert generate(model, "--tile", "16", "--window", "mean") == 0
-    assert meet() == ([16, 16], [2, 2], False, 0, "tiles")
+    assert meet() == ([16, 16], [2, 2], False, 0, 0, "tiles")
     assert generate(model, "--tile", "16", "--mode", "canvas") == 0
-    assert meet() == ([16, 16], [0, 0], False, 0, "canvas")
+    assert meet() == ([16, 16], [0, 0], False, 0, 0, "canvas")
 
 
 # ----------------------------------------------------------------------------- info

@@ -165,8 +165,18 @@ def test_no_line_is_a_border_in_more_than_its_share_of_steps() -> None:
 
 def test_known_shift_does_not_change_between_versions() -> None:
     shifted = TileGrid(96, 96, 32).shifted(step=3, seed=7)
-    assert shifted.rows == ((0, 32), (32, 32), (64, 32))
-    assert shifted.cols == ((0, 44), (44, 32), (76, 20))
+    assert shifted.rows == ((0, 24), (24, 32), (56, 40))
+    assert shifted.cols == ((0, 32), (32, 32), (64, 32))
+
+
+@given(st.integers(0, 2**40), st.booleans(), st.integers(0, 1000))
+def test_lines_are_in_every_place_before_they_are_in_one_again(seed: int, wrap: bool, first: int) -> None:
+    """Three eighths of a tile from those of the step before, and never nearer than an eighth within eight."""
+    grid = TileGrid(256, 256, 32, wrap=wrap)
+    for axis in ("rows", "cols"):
+        places = [getattr(grid.shifted(first + k, seed), axis)[1][0] % 32 for k in range(9)]
+        assert {(b - a) % 32 for a, b in pairwise(places)} == {12}
+        assert len(set(places)) == 8 and places[8] == places[0]
 
 
 @given(

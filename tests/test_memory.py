@@ -17,6 +17,7 @@ from tiledcore.simulation import LiveBytes, attention_pairs
 
 GIB = 2**30
 WAYS = {"tiles": TilingConfig(tile=16, overlap=4, tile_batch=2), "canvas": TilingConfig(tile=16, mode="canvas")}
+WAYS["fading"] = TilingConfig(tile=16, tile_batch=2, shift=True, fade=3)
 
 
 def embedded() -> Any:
@@ -28,6 +29,7 @@ def embedded() -> Any:
     [
         (tiny_sdxl, "tiles", "latent"),
         (tiny_sdxl, "canvas", "latent"),
+        (tiny_sdxl, "fading", "latent"),
         (tiny_sdxl, "tiles", "pt"),
         (embedded, "tiles", "latent"),
         (embedded, "canvas", "pt"),

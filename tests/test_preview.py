@@ -29,8 +29,8 @@ from tiny_transformers import (
 
 from tiledcore import Preview, TiledPipeline, TilingConfig, preview
 from tiledcore.cli import main
+from tiledcore.noise import noise_level
 from tiledcore.preview import Previewing
-from tiledcore.pull import noise_level
 
 TRANSFORMERS = [tiny_sd3, tiny_flux, tiny_pixart_sigma, tiny_sana, tiny_z_image, tiny_qwen]
 TILES = TilingConfig(tile=16, overlap=4)

@@ -22,7 +22,8 @@ from tiny_transformers import build, call, tiny_flux, tiny_qwen, tiny_sd3, tiny_
 from torch import Tensor
 
 from tiledcore import TiledPipeline, TilingConfig
-from tiledcore.pull import Pull, _clean_and_noisy, low_pass, low_pass_matrix
+from tiledcore.noise import clean_and_noisy
+from tiledcore.pull import Pull, low_pass, low_pass_matrix
 
 TILES = TilingConfig(tile=16)
 TINY = Pull(sigma=1e-3)  # a low-pass that lets everything through
@@ -71,7 +72,7 @@ def test_the_wanted_prediction_is_of_the_wanted_clean_image(name: str) -> None:
     scheduler.set_timesteps(5)
     z, clean = torch.randn(2, 1, 2, 3, 4, generator=torch.Generator().manual_seed(0))
     for index, timestep in enumerate(scheduler.timesteps):
-        b, a = _clean_and_noisy(scheduler, timestep)
+        b, a = clean_and_noisy(scheduler, timestep)
         prediction = a * z + b * clean
         scheduler._step_index = index
         if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):

@@ -91,10 +91,11 @@ def test_all_stages_cost_at_most_one_and_a_half_times_the_floor_of_the_last(nati
     pipe.unet.register_to_config(sample_size=native)
     plan = StagePlan(pipe, (8 * native * scale,) * 2, Staging(), TilingConfig(tile=native, shift=True))
     assert plan.rows(10)[-1]["of_floor"] <= 1.5
-    default = TilingConfig(tile=native, shift=True, blend_steps=3)
+    default = TilingConfig(tile=native, shift=True, blend_first=2, blend_steps=1, fade=4)
     plan = StagePlan(pipe, (8 * native * scale,) * 2, Staging(), default)
-    assert [tiling.blend_steps for tiling in plan.tilings()] == [0] * (len(plan.stages) - 1) + [3]
-    assert plan.rows(10 if scale == 8 else 20)[-1]["of_floor"] <= 1.5
+    assert [tiling.blend_steps for tiling in plan.tilings()] == [0] * (len(plan.stages) - 1) + [1]
+    assert {tiling.blend_first for tiling in plan.tilings()} == {0} and plan.tilings()[-1].fade == 4
+    assert plan.rows(10)[-1]["of_floor"] <= 1.5
 
 
 def test_stages_one_by_one_are_the_librarys_own_calls() -> None:
@@ -294,7 +295,7 @@ def test_what_does_not_go_with_stages() -> None:
         call(pixart, tiny_pixart_sigma, (32, 32))
 
 
-@pytest.mark.parametrize("more", [{"shift": True, "blend_steps": 1}, {"halo": 4}])
+@pytest.mark.parametrize("more", [{"shift": True, "blend_steps": 1, "fade": 2}, {"halo": 4}])
 def test_the_first_stage_is_whole_whatever_the_tiling_of_the_others(more: dict[str, Any]) -> None:
     config = TilingConfig(tile=16, **more)
     first = stage_tiling(Stage(128, 128, None), config, (16, 16), 8, 1)

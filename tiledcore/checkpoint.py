@@ -197,7 +197,8 @@ class Run:
 
 def _tensors(buffers: Buffers) -> dict[str, Tensor]:
     # The input could be had from the state, but only up to the rounding of whichever kernel made it.
-    return {"state": buffers.state, "model_input": buffers.model_input}
+    tensors = {"state": buffers.state, "model_input": buffers.model_input}
+    return tensors if buffers.clean is None else tensors | {"clean": buffers.clean}
 
 
 def _generators(call: dict[str, Any]) -> list[torch.Generator]:

@@ -25,6 +25,11 @@ class TilingConfig:
             (SpotDiffusion, Frolov et al. 2024).
         blend_steps: with ``shift``: the last so many steps take the plain grid of overlapping tiles instead, since
             no step comes after them to heal the seams of a partition. ``overlap`` is that of these steps.
+        blend_first: with ``shift``: the first so many steps do, too. Tiles that keep their places while the composition
+            arises each compose a picture of their own, as the network was trained to.
+        fade: with ``shift``: on each side of a line so many pixels in which a prediction is faded into that of the step
+            before, whose lines lay elsewhere, see :mod:`tiledcore.fade`; at most a quarter of a tile, 0 is none. Only
+            :class:`~tiledcore.TiledPipeline` does it, which knows both steps.
         mode: ``"tiles"``: a batch of windows through the unmodified model. ``"canvas"``: the network runs once over
             the whole canvas, and its self-attention is that of tiles to their neighbours
             (:mod:`tiledcore.attention`); nothing is evaluated twice.
@@ -58,6 +63,8 @@ class TilingConfig:
     global_tokens: int = 0
     guidance_batch: bool = True
     blend_steps: int = 0
+    fade: int = 0
+    blend_first: int = 0
 
     def __post_init__(self) -> None:
         if self.mode not in ("tiles", "canvas"):
@@ -66,21 +73,27 @@ class TilingConfig:
             raise ValueError(f"mode='canvas' has neither overlap={self.overlap} nor shift={self.shift}: leave them out")
         if self.mode == "tiles" and self.global_tokens:
             raise ValueError(f"global_tokens={self.global_tokens}: only for mode='canvas'")
-        if isinstance(self.blend_steps, bool) or not isinstance(self.blend_steps, int) or self.blend_steps < 0:
-            raise ValueError(f"blend_steps={self.blend_steps!r}: must be an int of at least 0")
-        if self.blend_steps and not self.shift:
-            raise ValueError(f"blend_steps={self.blend_steps}: only with shift=True; without it every step is blended")
+        for name in ("blend_steps", "blend_first", "fade"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name}={value!r}: must be an int of at least 0")
+        for name in ("blend_steps", "blend_first"):
+            if getattr(self, name) and not self.shift:
+                value = getattr(self, name)
+                raise ValueError(f"{name}={value}: only with shift=True; without it every step is blended")
+        if self.fade and not self.shift:
+            raise ValueError(f"fade={self.fade}: only with shift=True; without it tiles do not move")
         if self.window not in ops.WINDOWS:
             raise ValueError(f"window={self.window!r}: must be one of {', '.join(ops.WINDOWS)}")
         if self.tile_batch < 1:
             raise ValueError(f"tile_batch={self.tile_batch}: must be at least 1")
         if self.ramp is not None and self.ramp < 1:
             raise ValueError(f"ramp={self.ramp}: must be at least 1 (1 is a hard crop to the core)")
-        if self.shift and not self.blend_steps and self.overlap not in (None, 0, (0, 0)):
+        if self.shift and not self.blended_steps and self.overlap not in (None, 0, (0, 0)):
             raise ValueError(
                 f"overlap={self.overlap}: shift=True replaces the overlap; give 0 or nothing, or blend_steps"
             )
-        if self.exchanges and not self.blend_steps and self.overlap not in (None, 0, (0, 0)):
+        if self.exchanges and not self.blended_steps and self.overlap not in (None, 0, (0, 0)):
             raise ValueError(f"overlap={self.overlap}: tiles with halo={self.halo} do not overlap; give 0 or nothing")
         if self.tile is not None:  # the geometry's own checks, at once rather than in the first step
             self.grid(1, 1, native=1)
@@ -90,11 +103,16 @@ class TilingConfig:
         """Whether tiles exchange halos."""
         return self.mode == "tiles" and self.halo is not None
 
+    @property
+    def blended_steps(self) -> int:
+        """How many of a call's steps have overlapping tiles among others that move."""
+        return self.blend_first + self.blend_steps
+
     def area_factor(self, grid: TileGrid, steps: int) -> float:
         """Tile area evaluated over canvas area, the mean of so many steps; ``grid`` is :meth:`grid`'s."""
         if self.mode == "canvas":
             return 1.0
-        share = min(1.0, self.blend_steps / steps) if self.shift or self.exchanges else 1.0
+        share = min(1.0, self.blended_steps / steps) if self.shift or self.exchanges else 1.0
         return 1.0 + share * (grid.area_factor - 1.0)
 
     def grid(self, height: int, width: int, native: int | tuple[int, int], unit: int = 1) -> TileGrid:
@@ -107,14 +125,14 @@ class TilingConfig:
             unit: latent pixels per pixel of the grid, along each axis: a token's side for packed latents.
 
         Returns:
-            The grid, in units; with ``blend_steps``, that of the last steps.
+            The grid, in units; with ``blend_steps`` or ``blend_first``, that of those steps.
 
         Raises:
             ValueError: a size is no multiple of the unit, or :class:`~tiledcore.geometry.TileGrid` refuses it.
         """
         tile = both(native if self.tile is None else self.tile)
         h, w = tile
-        blends = self.blend_steps or not (self.shift or self.exchanges or self.mode == "canvas")
+        blends = self.blended_steps or not (self.shift or self.exchanges or self.mode == "canvas")
         default = (h // 8 // unit * unit, w // 8 // unit * unit) if blends else (0, 0)
         overlap = default if self.overlap is None else both(self.overlap)
         grid = TileGrid(height, width, tile=tile, overlap=overlap, wrap=self.wrap)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
+from random import Random
 from typing import Any, NamedTuple
 
 import torch
@@ -77,16 +78,17 @@ class TileDenoiser:
         self.attention: Any = None  # of canvas mode or halos: its guidance_batch is what can be lowered
         self.reductions: list[str] = []
         self._grid: TileGrid | None = None
-        self._tiling: Tiling | Partition | None = None
+        self.placed: Tiling | Partition | None = None
+        """The tiles of the step that is running."""
         self._offsets: torch.Tensor | None = None
         self._tiles: torch.Tensor | None = None
         self._origin: torch.Tensor | None = None
         self._exchange: Exchange | None = None
         self.timesteps: Callable[[], Sequence[float]] | None = None
-        """Those of the running schedule, as the network gets them; what ``blend_steps`` counts."""
+        """Those of the running schedule, as the network gets them; what shifts and blended steps count."""
 
     def tiling(self, height: int, width: int, timestep: torch.Tensor | float) -> Tiling | Partition:
-        """The tiles of this step: always the same ones, or shifted at random by the timestep."""
+        """The tiles of this step: always the same ones, or shifted from step to step."""
         if self._grid is None or (self._grid.height, self._grid.width) != (height, width):
             grid = self.config.grid(height * self.unit, width * self.unit, self.native, self.unit)
             tile = (grid.tile_size[0] * self.unit, grid.tile_size[1] * self.unit)
@@ -105,24 +107,31 @@ class TileDenoiser:
         if self.config.shift and self._blends(timestep):
             return self._grid
         grid = self._grid
-        if self.config.blend_steps:
+        if self.config.blended_steps:
             grid = TileGrid(grid.height, grid.width, grid.tile_size, wrap=grid.wrap)
         if not self.config.shift:
             return grid.partition() if self.config.exchanges else grid
-        # Seeded by the timestep itself: both guidance branches of a step see the same grid, whether
-        # the pipeline evaluates them together or one after the other.
-        step = round(1000 * float(torch.as_tensor(timestep).flatten()[0]))
-        return grid.shifted(step, self.config.seed)
+        return grid.shifted(self.step(timestep)[0], self.config.seed)
+
+    def step(self, timestep: torch.Tensor | float) -> tuple[int, int]:
+        """Which step of the running schedule this is, and of how many; of an unknown one, some step of many.
+
+        Told by the timestep itself: both guidance branches of a step see the same tiles, whether the pipeline evaluates
+        them together or one after the other, and schedulers that evaluate one timestep twice do so in one step.
+        """
+        time = float(torch.as_tensor(timestep).flatten()[0])
+        if self.timesteps is None:
+            return Random(str(round(1000 * time))).getrandbits(16), 2**16
+        # By the nearest one: pipelines round timesteps to the network's precision.
+        steps = list(dict.fromkeys(self.timesteps()))
+        return min(range(len(steps)), key=lambda i: abs(steps[i] - time)), len(steps)
 
     def _blends(self, timestep: torch.Tensor | float) -> bool:
-        """Whether this is one of the last ``blend_steps`` steps. Some schedulers evaluate one timestep twice."""
-        if not self.config.blend_steps or self.timesteps is None:
+        """Whether this is one of the first ``blend_first`` or the last ``blend_steps`` steps."""
+        if not self.config.blended_steps or self.timesteps is None:
             return False
-        # By the nearest one: pipelines round timesteps to the network's precision.
-        time = float(torch.as_tensor(timestep).flatten()[0])
-        steps = list(dict.fromkeys(self.timesteps()))
-        nearest = min(range(len(steps)), key=lambda i: abs(steps[i] - time))
-        return nearest >= len(steps) - self.config.blend_steps
+        index, steps = self.step(timestep)
+        return index < self.config.blend_first or index >= steps - self.config.blend_steps
 
     def __call__(
         self, forward: Callable[..., Any], sample: torch.Tensor, timestep: torch.Tensor | float, **kwargs: Any
@@ -152,15 +161,15 @@ class TileDenoiser:
             self._offsets = None
         elif self._offsets is None or self._offsets.device != device or len(self._offsets) != len(places):
             self._offsets = torch.tensor(places, dtype=torch.int32).to(device)
-        elif tiling != self._tiling:
+        elif tiling != self.placed:
             self._offsets.copy_(torch.tensor(places, dtype=torch.int32))
-        self._tiling = tiling
+        self.placed = tiling
         if self.config.exchanges and isinstance(tiling, Partition):
             rows, columns = ([size for _, size in axis] for axis in (tiling.rows, tiling.cols))
             if self._exchange is None or (self._exchange.rows, self._exchange.columns) != (tuple(rows), tuple(columns)):
                 wrap = self.config.wrap if isinstance(self.config.wrap, tuple) else (self.config.wrap,) * 2
                 self._exchange = Exchange(rows, columns, wrap)
-        return uniform and not self.config.blend_steps
+        return uniform and not self.config.blended_steps
 
     def evaluate(
         self, forward: Callable[..., Any], sample: torch.Tensor, timestep: torch.Tensor | float, **kwargs: Any
@@ -184,14 +193,14 @@ class TileDenoiser:
         if self.config.mode == "canvas":
             if prompts is not None:
                 kwargs = regions.joined(self, prompts, size, kwargs)
-            return self._whole(self._network(forward, sample, timestep=timestep, **kwargs))
+            return self.whole(self._network(forward, sample, timestep=timestep, **kwargs))
         _refuse(kwargs)
-        tiling, offsets = self._tiling, self._offsets
+        tiling, offsets = self.placed, self._offsets
         assert tiling is not None, "place() comes first"
         if prompts is not None:
             return regions.evaluate(self, prompts, forward, sample, {**kwargs, "timestep": timestep})
         if len(tiling) == 1:
-            return self._whole(self._network(forward, sample, timestep=timestep, **kwargs))
+            return self.whole(self._network(forward, sample, timestep=timestep, **kwargs))
         exchange = self._exchange if isinstance(tiling, Partition) else None
         if exchange is not None and batch > 1 and not (self.attention or self.config).guidance_batch:
             return self._one_by_one(forward, sample, timestep, kwargs)
@@ -268,8 +277,8 @@ class TileDenoiser:
             self.attention.guidance_batch = False
             change = "guidance branches one after the other"
         else:
-            assert self._tiling is not None
-            now = min(self.tile_batch, len(self._tiling))
+            assert self.placed is not None
+            now = min(self.tile_batch, len(self.placed))
             if now == 1:
                 return False
             self.tile_batch = now // 2
@@ -305,9 +314,9 @@ class TileDenoiser:
                 for into_y, from_y in rows:
                     for into_x, from_x in columns:
                         canvas[:, :, into_y, into_x] = tile[:, :, from_y, from_x]
-        return self._whole(canvas)
+        return self.whole(canvas)
 
-    def _whole(self, prediction: torch.Tensor) -> Prediction:
+    def whole(self, prediction: torch.Tensor) -> Prediction:
         """A prediction of the canvas as one tile."""
         if self._origin is None or self._origin.device != prediction.device:
             self._origin = torch.zeros(1, 2, dtype=torch.int32, device=prediction.device)

@@ -23,10 +23,13 @@ from tiledcore.checkpoint import Checkpoint, Run
 from tiledcore.config import TilingConfig
 from tiledcore.denoiser import TileDenoiser
 from tiledcore.eligible import fusable, why_not
-from tiledcore.families import Family, network_of, to_image, to_tokens
+from tiledcore.fade import Fading, fade_coefficients
+from tiledcore.families import Family, network_of
+from tiledcore.geometry import both
 from tiledcore.graph import Counters, Entry, StepGraphs, clone, identity, refill
 from tiledcore.labels import label
 from tiledcore.ops.step import guidance_rescale
+from tiledcore.own_loop import OwnLoop
 from tiledcore.preview import Previewing
 from tiledcore.pull import Pulling
 from tiledcore.solver import LinearSolver, NotLinear
@@ -73,6 +76,7 @@ class Buffers:
     noise: Tensor | None  # [B, C, H, W]
     arguments: dict[str, Any]
     denoiser: TileDenoiser | None = None  # its offsets and its tiles' predictions
+    clean: Tensor | None = None  # [branches * B, C, H, W], of a fade
 
 
 class Engine:
@@ -103,9 +107,9 @@ class Engine:
         fused: bool = True,
         preview: Previewing | None = None,
     ) -> None:
-        self.pulling, self.preview, self._own_steps = pulling, preview, 0
-        self._own_timesteps: Tensor | None = None
-        self.canvas_size = (0, 0)  # in canvas pixels, where the loop is the pipeline's own
+        self.pulling, self.preview = pulling, preview
+        self.fading = _fading(pipe, config) if config.fade else None
+        self.own = OwnLoop(pipe, self.fading, pulling, preview)
         self.pipe, self.config, self.graphs, self.scheduler = pipe, config, graphs, pipe.scheduler
         self.generator = call.get("generator")
         self.eta = call.get("eta", 0.0)
@@ -133,21 +137,15 @@ class Engine:
 
     def __enter__(self) -> Engine:
         self._before = {name: vars(self.scheduler).get(name) for name in ("step", "scale_model_input")}
-        if self.reason is None or self.pulling is not None or self.preview is not None:
+        if self.reason is None or self.own.watches:
             own_step, own_scale = self.scheduler.step, getattr(self.scheduler, "scale_model_input", None)
 
             @wraps(own_step)  # pipelines look at its signature
             def step(model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
                 if self.reason is None:
                     return (self._latents(sample),)
-                if self._own_timesteps is None and (self.pulling is not None or self.preview is not None):
-                    self._own_timesteps = self._left(timestep)
-                if self.pulling is not None:
-                    model_output = self._pulled(self.pulling, model_output, sample)
-                result = own_step(model_output, timestep, sample, *args, **kwargs)
-                self._own_steps += 1
-                if self.preview is not None:
-                    self._show(self.preview, result[0])
+                result = own_step(self.own.before(model_output, timestep, sample), timestep, sample, *args, **kwargs)
+                self.own.after(result[0])
                 return result
 
             self.scheduler.step = step
@@ -159,36 +157,6 @@ class Engine:
 
                 self.scheduler.scale_model_input = scale
         return self
-
-    def _left(self, timestep: Any) -> Tensor:
-        """The pipeline's own loop: the timesteps from its first one on."""
-        begin = getattr(self.scheduler, "begin_index", None)
-        if begin is None:  # not told; a timestep that is there twice has one noise level
-            begin = int((self.scheduler.timesteps == timestep).nonzero()[0])
-        timesteps: Tensor = self.scheduler.timesteps[begin:]
-        return timesteps
-
-    def _show(self, preview: Previewing, latents: Tensor) -> None:
-        """The pipeline's own loop: the canvas after a step."""
-        assert self._own_timesteps is not None
-        packed = network_of(self.pipe)[1].packed
-        canvas = to_image(latents, self.canvas_size) if packed else latents
-        preview.after(self._own_steps, self._own_timesteps, self.scheduler, canvas)
-
-    def _pulled(self, pulling: Pulling, prediction: Tensor, sample: Tensor) -> Tensor:
-        """The pipeline's own loop: its guided prediction with the pull added."""
-        if not pulling.started:
-            assert self._own_timesteps is not None
-            pulling.start(self._own_timesteps)
-        index = self._own_steps
-        if not pulling.active(index):
-            return prediction
-        if network_of(self.pipe)[1].packed:
-            images = [to_image(tokens, pulling.size) for tokens in (prediction, sample)]
-            correction = to_tokens(pulling.correction(index, *images))
-        else:
-            correction = pulling.correction(index, prediction, sample)
-        return (prediction + correction).to(prediction.dtype)
 
     def __exit__(self, *_: object) -> None:
         self._put_back(self.scheduler)
@@ -242,6 +210,7 @@ class Engine:
                 guidance=torch.ones(1, dtype=dtype, device=latents.device),
                 noise=torch.empty_like(state[0]) if any(solver.uses_noise) else None,
                 arguments={},
+                clean=torch.cat([state[0]] * self.branches) if self.fading is not None else None,
             )
 
         shapes = (tuple(latents.shape), latents.dtype, latents.device, tuple(solver.table.shape), self.branches)
@@ -251,6 +220,9 @@ class Engine:
         self.buffers.table.copy_(solver.table)
         self.buffers.input_scale.copy_(solver.input_scale)
         self.buffers.step.zero_()
+        if self.fading is not None:
+            self.fading.start(fade_coefficients(self.scheduler, solver.timesteps))
+            self.fading.clean = self.buffers.clean
         if self.pulling is not None:
             self.pulling.start(solver.timesteps)
             # The pull is added to the prediction; so where the kernel adds noise, with the prediction's coefficients.
@@ -302,6 +274,8 @@ class Engine:
         )
         if conditions.get("regions") is not None:
             refusal = "regions: which prompts a tile has is decided on the host"
+        if self.fading is not None:
+            refusal = refusal or "fade: its weights differ from step to step"
         pulling = self.pulling if self.pulling is not None and self.pulling.active(index) else None
         if pulling is not None:
             refusal = refusal or "a pulled step has one input more than the others"
@@ -324,6 +298,11 @@ class Engine:
             canvas = torch.cat([buffers.model_input] * self.branches)
             tiles, offsets, size, ramp = denoiser.attempt(forward, canvas, timestep, **conditions)
             options: dict[str, Any] = {"window": self.config.window, "ramp": ramp, "impl": self.config.impl}
+            if self.fading is not None and denoiser.placed is not None:
+                canvas = tiles if len(offsets) == 1 else ops.blend_tiles(tiles, offsets, size, **options)
+                with label("fade"):
+                    canvas = self.fading(index, canvas, buffers.state[0], denoiser.placed)
+                tiles, offsets, size, ramp = denoiser.whole(canvas)
             guidance = buffers.guidance if self.branches == 2 else None
             rescale = None
             if guidance is not None and self._rescale() > 0:
@@ -379,6 +358,13 @@ class Engine:
             return self._stand_in.to(sample.dtype)
         self._shown = self.buffers.state[0].to(self.buffers.model_input.dtype, copy=True)
         return self.family.result(self._shown)
+
+
+def _fading(pipe: Any, config: TilingConfig) -> Fading:
+    network, family = network_of(pipe)
+    unit = family.patch(network) if family.packed else 1
+    tile = min(both(family.native(pipe, network) if config.tile is None else config.tile))
+    return Fading(min(config.fade, tile / 4) / unit, both(config.wrap))
 
 
 def _network(pipe: Any) -> Any:

@@ -159,7 +159,7 @@ def _config(args: argparse.Namespace, seed: int, default: TilingConfig) -> Tilin
     """The tiling that was asked for; where it was not said how tiles meet, they do so as in ``default``."""
     from tiledcore.config import TilingConfig
 
-    meet = ("mode", "overlap", "window", "ramp", "shift", "blend_steps", "halo")
+    meet = ("mode", "overlap", "window", "ramp", "shift", "blend_steps", "blend_first", "fade", "halo")
     given = {name: value for name in meet if (value := getattr(args, name)) is not None}
     if args.global_tokens:
         given["global_tokens"] = args.global_tokens
@@ -313,7 +313,7 @@ def _describe_tiling(pipe: TiledPipeline, grid: TileGrid, call: dict[str, Any]) 
     elif config.exchanges and not config.shift:
         whole = grid.partition()
         lines_y, lines_x = (tuple(start for start, _ in axis if start) for axis in (whole.rows, whole.cols))
-    blends = config.mode == "tiles" and (config.blend_steps > 0 or not (config.shift or config.exchanges))
+    blends = config.mode == "tiles" and (config.blended_steps > 0 or not (config.shift or config.exchanges))
     steps = max(1, int(call["num_inference_steps"] * call.get("strength", 1.0)))
     return {
         "mode": config.mode,
@@ -324,6 +324,8 @@ def _describe_tiling(pipe: TiledPipeline, grid: TileGrid, call: dict[str, Any]) 
         "ramp": (config.ramp or max(1, min(grid.overlap))) if blends and config.window == "ramp" else None,
         "shift": config.shift,
         "blend_steps": config.blend_steps,
+        "blend_first": config.blend_first,
+        "fade": config.fade,
         "wrap": list(grid.wrap),
         "tiles": len(grid),
         "area_factor": round(config.area_factor(grid, steps), 4),

@@ -186,13 +186,18 @@ class TileGrid(Tiling):
         Lines are moved by eighths of a tile where the tile has such, so that sizes stay multiples of
         what the network downsamples by. The result depends on (seed, step) only.
 
+        Where the lines start is random; from there each step moves them on by three eighths of a tile, so that they
+        are in all eight places before they are in one again. Random ones meet those of the step before in every
+        eighth step, and their seams add up.
+
         Raises:
             ValueError: if the grid has an overlap.
         """
-        # Seeding with a string hashes it by SHA-512, so neighbouring steps are unrelated; random()
+        # Seeding with a string hashes it by SHA-512, so neighbouring seeds are unrelated; random()
         # is the one method whose values Python promises to keep between versions.
-        random = Random(f"{seed}/{step}")
-        return self._partition(random.random(), random.random())
+        random = Random(str(seed))
+        y, x = ((random.random() + step * 3 / 8) % 1 for _ in range(2))
+        return self._partition(y, x)
 
     def _partition(self, *moved: float) -> Partition:
         if self.overlap != (0, 0):
@@ -251,7 +256,7 @@ def _moved(size: int, tile: int, wrap: bool, random: float) -> tuple[Pair, ...]:
     if wrap:
         n = _ceil_div(size, tile)
         lines = [i * (size // unit) // n * unit for i in range(n)]
-        shift = int(random * size)  # what is rotated as a whole keeps its sizes
+        shift = int(random * size / n)  # what is rotated as a whole keeps its sizes
         starts = sorted((line + shift) % size for line in lines)
         following = (*starts[1:], starts[0] + size)
     elif size <= tile:

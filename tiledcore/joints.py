@@ -153,7 +153,7 @@ class ConnectedDenoiser(TileDenoiser):
         tiles, offsets, size, ramp = super().evaluate(forward, padded, timestep, **kwargs)
         if len(offsets) > 1:
             tiles = ops.blend_tiles(tiles, offsets, size, window=self.config.window, ramp=ramp, impl=self.config.impl)
-        return self._whole(self.graph.share(self.graph.crop(tiles, self.reach), -(-SHARED // self.unit), random))
+        return self.whole(self.graph.share(self.graph.crop(tiles, self.reach), -(-SHARED // self.unit), random))
 
 
 def connected(

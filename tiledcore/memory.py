@@ -21,8 +21,9 @@ from tiledcore.architectures import Architecture, Part
 from tiledcore.bands import Extent
 from tiledcore.config import TilingConfig
 from tiledcore.denoiser import TileDenoiser
+from tiledcore.fade import Fading
 from tiledcore.families import FAMILIES, Family
-from tiledcore.geometry import Pair, Partition, Tiling
+from tiledcore.geometry import Pair, Partition, Tiling, both
 from tiledcore.simulation import Simulated, build, simulated
 from tiledcore.vae import _count, _program, _shadow
 from tiledcore.vae_plan import Plan as BandPlan
@@ -217,6 +218,11 @@ class Predictor:
         tiles, offsets, _, ramp = denoiser.evaluate(forward, torch.cat([model_input] * branches), times, **conditions)
         peak = run.live.reset()
         held.clear()
+        fading = Fading(1.0, both(denoiser.config.wrap))
+        if denoiser.config.fade and isinstance(denoiser.placed, Partition):
+            fading.start([(1.0, 0.0)] * 2)
+            whole = tiles if len(offsets) == 1 else ops.blend_tiles(tiles, offsets, size)
+            tiles, offsets, _, ramp = denoiser.whole(fading(1, whole, state[0], denoiser.placed))
         ops.fused_step(
             tiles.contiguous(),
             offsets,
@@ -230,7 +236,7 @@ class Predictor:
             ramp=ramp,
         )
         buffer = denoiser._tiles
-        kept = state.nbytes + model_input.nbytes + (0 if buffer is None else buffer.nbytes)
+        kept = state.nbytes + model_input.nbytes + sum(t.nbytes for t in (buffer, fading.clean) if t is not None)
         one = denoiser.config.mode == "canvas"
         return Evaluation(
             network=peak - weights,

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from inspect import signature
 from os import PathLike
 from pathlib import Path
@@ -75,7 +76,8 @@ class TiledPipeline:
         network_of(pipe)
         staging(stages)
         graphs = StepGraphs(cuda_graph)
-        self.__dict__.update(pipe=pipe, tiling=tiling or default_tiling(pipe), fused=fused, report=None, _graphs=graphs)
+        default = tiling or default_tiling(pipe, fades=True)
+        self.__dict__.update(pipe=pipe, tiling=default, fused=fused, report=None, _graphs=graphs)
         # Of a tiling that was asked for the plan keeps the geometry; otherwise it chooses that, too.
         self.__dict__.update(_asked=tiling is not None, stages=stages)
         self.__dict__["_budget"] = None if memory_budget is None else Budget(memory_budget)
@@ -236,7 +238,7 @@ class TiledPipeline:
             kwargs["latents"] = seeded_latents(pipe, family, network, arguments, regions or (), config.wrap)
         with (
             within(self, pipe, plan),
-            tiled(pipe, config),
+            tiled(pipe, replace(config, fade=0)),
             regional(pipe, regions),
             _bounded_vae(pipe, kwargs, plan),
             streamed(pipe, rows, continuation(pipe.vae, config.wrap, pipe.vae_scale_factor), EXACT_DECODE_PIXELS),
@@ -245,7 +247,7 @@ class TiledPipeline:
         ):
             if not self.fused and checkpoint is not None:
                 raise ValueError("checkpoint: only the fused step can be resumed; leave out fused=False")
-            if not self.fused and pull is None and shown is None:
+            if not self.fused and pull is None and shown is None and not config.fade:
                 self.report = None
                 return pipe(*args, **kwargs)
             if self._graphs.backend is None and torch.device(pipe._execution_device).type == "cuda":

@@ -153,7 +153,7 @@ class Previewing:
 
 def _level(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
     """α and σ at a timestep; those of a clean canvas where the scheduler has no noising to read them off."""
-    from tiledcore.pull import noise_level
+    from tiledcore.noise import noise_level
 
     known = hasattr(scheduler, "scale_noise") or hasattr(scheduler, "add_noise")
     return noise_level(scheduler, timestep) if known else (1.0, 0.0)

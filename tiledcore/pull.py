@@ -14,7 +14,6 @@ on the predicted clean image as in DiffuseHigh (Kim et al. 2025).
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiledcore.geometry import Pair
+from tiledcore.noise import clean_and_noisy
 from tiledcore.replaced import replaced
 
 
@@ -126,7 +126,10 @@ class Pulling:
         """Read the noise levels of the timesteps that are left, and low-pass the clean latents, once."""
         if self._clean is None:
             raise ValueError("pull: this pipeline did not start from an image's latents")
-        self._coefficients = [_clean_and_noisy(self.scheduler, t) for t in timesteps]
+        try:
+            self._coefficients = [clean_and_noisy(self.scheduler, t) for t in timesteps]
+        except ValueError as error:
+            raise ValueError(f"pull: {error}") from error
         self._weights = self.pull.weights(len(timesteps))
         clean = self._clean.to(torch.promote_types(self._clean.dtype, torch.float32))
         if clean.ndim == 5:  # video-like latents of one frame (Qwen-Image)
@@ -170,45 +173,3 @@ class Pulling:
         clean, noisy = self._coefficients[index]
         wanted = noisy * sample.to(self._clean.dtype) + clean * self._clean
         return low_pass(wanted - prediction, *self._filters).mul_(self._weights[index])
-
-
-def noise_level(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
-    """``(α, σ)`` of a timestep: the canvas is ``α x0 + σ ε`` there, for a clean image ``x0`` and noise ``ε``.
-
-    Read off the scheduler's own noising of a one and of a zero.
-    """
-    probe = copy.copy(scheduler)
-    for name in ("add_noise", "scale_noise"):  # as the class has it, and not as somebody watches it
-        vars(probe).pop(name, None)
-    # Without an index the schedulers look the timestep up, which is the same at any moment of the loop.
-    for name in ("_begin_index", "_step_index"):
-        if hasattr(probe, name):
-            setattr(probe, name, None)
-    one, zero = torch.ones(1, 1), torch.zeros(1, 1)
-    at = timestep.detach().reshape(1).cpu()
-    probe.timesteps = probe.timesteps.cpu()
-    flow = hasattr(type(probe), "scale_noise")
-    noising = probe.scale_noise if flow else probe.add_noise
-    alpha, sigma = (
-        float((noising(x, at, n) if flow else noising(x, n, at)).double()) for x, n in ((one, zero), (zero, one))
-    )
-    return alpha, sigma
-
-
-def _clean_and_noisy(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
-    """``(b, a)`` such that ``a z + b x0`` is the prediction for a canvas ``z`` with the clean image ``x0``."""
-    alpha, sigma = noise_level(scheduler, timestep)
-    if sigma <= 0:
-        raise ValueError(f"pull: timestep {float(timestep):g} of {type(scheduler).__name__} has no noise")
-    flow = hasattr(type(scheduler), "scale_noise")
-    kind = "flow_prediction" if flow else scheduler.config.get("prediction_type", "epsilon")
-    if kind == "epsilon":
-        return -alpha / sigma, 1 / sigma
-    if kind == "flow_prediction":
-        return -alpha / sigma - 1, 1 / sigma
-    if kind == "v_prediction":  # of the canvas brought to unit variance (Salimans and Ho 2022)
-        norm = math.hypot(alpha, sigma)
-        return -norm / sigma, alpha / (norm * sigma)
-    if kind == "sample":
-        return 1.0, 0.0
-    raise ValueError(f"pull: prediction_type={kind!r} of {type(scheduler).__name__} is not known")

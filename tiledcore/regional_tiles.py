@@ -83,7 +83,7 @@ def evaluate(
     Returns:
         The prediction, and how many tiles were evaluated.
     """
-    batch, size, tiling = len(sample), (sample.shape[2], sample.shape[3]), denoiser._tiling
+    batch, size, tiling = len(sample), (sample.shape[2], sample.shape[3]), denoiser.placed
     assert tiling is not None
     count = 0
 
@@ -110,7 +110,7 @@ def evaluate(
     assert canvas is not None
     for p, (rows, columns, share) in shares.own.items():
         canvas[:, :, rows[:, None].to(canvas.device), columns.to(canvas.device)] += own[p] * share.to(canvas)
-    return denoiser._whole(canvas), count
+    return denoiser.whole(canvas), count
 
 
 def _groups(tiling: Tiling | Partition) -> dict[Pair, tuple[Pair, ...]]:
@@ -148,8 +148,8 @@ def _own(denoiser: TileDenoiser, run: Run, rows: Tensor, columns: Tensor, timest
     """The prediction ``[B, C, h, w]`` of a part of the canvas, on tiles laid out from its corner."""
     config, grid = denoiser.config, grid_of(denoiser, (len(rows), len(columns)), (False, False))
     tiling: Tiling | Partition = grid
-    if isinstance(denoiser._tiling, Partition):  # as the canvas' own tiles in this step
-        step = round(1000 * float(torch.as_tensor(timestep).flatten()[0]))
+    if isinstance(denoiser.placed, Partition):  # as the canvas' own tiles in this step
+        step, _ = denoiser.step(timestep)
         tiling = TileGrid(grid.height, grid.width, grid.tile_size).shifted(step, config.seed)
     corner, canvas = torch.tensor([[int(rows[0]), int(columns[0])]]), None
     for tile, places in _groups(tiling).items():

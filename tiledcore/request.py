@@ -40,12 +40,16 @@ def check(args: argparse.Namespace) -> Image.Image | None:
     if args.checkpoint is not None and (args.stages is not None or args.keep_colour):
         raise CommandError("--checkpoint: saves one stage; not used with --stages or --keep-colour")
     overlaps = args.overlap not in (None, (0, 0))
-    if args.shift and overlaps and not args.blend_steps:
+    blends = args.blend_steps or args.blend_first
+    if args.shift and overlaps and not blends:
         raise CommandError("--overlap: --shift replaces the overlap; give only one of them, or --blend-steps")
-    if args.mode != "canvas" and args.halo is not None and overlaps and not args.blend_steps:
+    if args.mode != "canvas" and args.halo is not None and overlaps and not blends:
         raise CommandError("--overlap: tiles that exchange a --halo do not overlap; give only one of them")
-    if args.blend_steps and not args.shift:
-        raise CommandError("--blend-steps: only used with --shift; without it every step is blended")
+    for option, value in (("--blend-steps", args.blend_steps), ("--blend-first", args.blend_first)):
+        if value and not args.shift:
+            raise CommandError(f"{option}: only used with --shift; without it every step is blended")
+    if args.fade and not args.shift:
+        raise CommandError("--fade: only used with --shift; without it tiles do not move")
     if args.tile is not None:
         h, w = args.tile
         TileGrid(h, w, tile=(h, w), overlap=args.overlap or 0)

@@ -70,7 +70,8 @@ def stage_tiling(stage: Stage, config: TilingConfig, native: Pair, factor: int, 
     height, width = stage.height // factor, stage.width // factor
     open_tiles = config.mode == "tiles" and config.wrap in (False, (False, False))
     if stage.strength is None and open_tiles and height * width <= 1.05 * native[0] * native[1]:
-        return replace(config, tile=(height, width), overlap=None, shift=False, blend_steps=0, halo=None)
+        still = replace(config, overlap=None, shift=False, blend_first=0, blend_steps=0, fade=0)
+        return replace(still, tile=(height, width), halo=None)
     tile = native if config.tile is None else (config.tile if isinstance(config.tile, tuple) else (config.tile,) * 2)
     wrap = both(config.wrap)
     # One tile as large as an axis that wraps would see a border there: it gets less, so that several meet.
@@ -104,11 +105,13 @@ class StagePlan:
         self.stages = plan_stages(size, native_px, self.factor * self.patch, config, start)
 
     def tilings(self) -> list[TilingConfig]:
-        """Of each stage. Only the last one blends: what is left of an earlier one's partitions is drawn over."""
+        """Of each stage. Only the last one blends: what is left of an earlier one's partitions is drawn over. And no
+        stage that starts from a picture has the first steps of the schedule, in which a composition arises."""
         config = self.tiling
-        moving = replace(config, blend_steps=0, overlap=None) if config.blend_steps else config
+        moving = replace(config, blend_first=0, blend_steps=0, overlap=None) if config.blended_steps else config
+        last = replace(config, blend_first=0) if config.blend_steps else moving
         return [
-            stage_tiling(s, config if s is self.stages[-1] else moving, self.native, self.factor, self.patch)
+            stage_tiling(s, last if s is self.stages[-1] else moving, self.native, self.factor, self.patch)
             for s in self.stages
         ]
 

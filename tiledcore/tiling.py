@@ -24,13 +24,18 @@ from tiledcore.regions import Region
 HOOK = "tiledcore"
 
 
-def default_tiling(pipe: Any) -> TilingConfig:
+def default_tiling(pipe: Any, fades: bool = False) -> TilingConfig:
     """How a diffusers pipeline is tiled where nothing is asked for.
 
-    Tiles that move in every step and overlap in the last three, an area factor near 1, for the families on which their
-    seams are measured to be within 2 to 4 % of those of a ramp over a quarter of a tile. A ramp over an eighth for the
-    others, and where tiles of several sizes do not do: with a ControlNet or an adapter, whose residuals have the
-    resolution of the network's deepest blocks, and where an eighth of a tile is not made of whole tokens.
+    Tiles that move in every step, an area factor near 1, for the families on which they are measured to be as good as
+    a ramp over a quarter of a tile (``bench/modes.py``): fading near their lines, and overlapping in the last step;
+    where nothing fades, overlapping in the last three. A ramp over an eighth for the others, and where tiles of several
+    sizes do not do: with a ControlNet or an adapter, whose residuals have the resolution of the network's deepest
+    blocks, and where an eighth of a tile is not made of whole tokens.
+
+    Args:
+        pipe: the pipeline.
+        fades: whether its call can fade: that of a :class:`~tiledcore.TiledPipeline`.
 
     Raises:
         TypeError: the pipeline has no network that can be tiled.
@@ -38,8 +43,13 @@ def default_tiling(pipe: Any) -> TilingConfig:
     network, family = network_of(pipe)
     hinted = any(getattr(pipe, name, None) is not None for name in ("controlnet", "adapter"))
     patch = family.patch(network)
-    whole = patch == 1 or all(side % (8 * patch) == 0 for side in both(family.native(pipe, network)))
-    return TilingConfig(shift=True, blend_steps=3) if family.shifts and whole and not hinted else TilingConfig()
+    native = both(family.native(pipe, network))
+    whole = patch == 1 or all(side % (8 * patch) == 0 for side in native)
+    if not family.shifts or not whole or hinted:
+        return TilingConfig()
+    if not fades or hasattr(pipe.scheduler, "precondition_outputs"):  # see tiledcore/noise.py
+        return TilingConfig(shift=True, blend_steps=3)
+    return TilingConfig(shift=True, blend_first=2, blend_steps=1, fade=max(1, min(native) * 3 // 16))
 
 
 class TilingHook(ModelHook):
@@ -107,8 +117,8 @@ class TilingHook(ModelHook):
         else:
             assert canvas is not None
             if self.engine is not None:
-                self.engine.denoiser = self.denoiser
-                self.engine.canvas_size = (canvas.shape[2], canvas.shape[3])
+                self.engine.denoiser = self.engine.own.denoiser = self.denoiser
+                self.engine.own.canvas_size = (canvas.shape[2], canvas.shape[3])
             prediction = family.result(self.denoiser(forward, canvas, arguments[family.timestep], **conditions))
         return family.output(sample=prediction) if return_dict else (prediction,)
 
@@ -177,10 +187,12 @@ def apply_tiling(pipe: Any, config: TilingConfig | None = None) -> Any:
 
     Raises:
         TypeError: the pipeline has no such network.
-        ValueError: the configuration's tile or overlap are not whole tokens of that network.
+        ValueError: the configuration's tile or overlap are not whole tokens of that network, or it has a fade.
     """
     network, family = network_of(pipe)
     config = config or default_tiling(pipe)
+    if config.fade:
+        raise ValueError(f"fade={config.fade}: only in calls of a TiledPipeline; give fade=0, and blend_steps=3 for it")
     native, patch = family.native(pipe, network), family.patch(network)
     # A canvas of two by two tiles: what is wrong with their size comes out here and not in the first step.
     tile = config.tile or native

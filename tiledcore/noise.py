@@ -1,0 +1,58 @@
+"""What a scheduler's predictions stand for: noise levels, and clean images."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def noise_level(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
+    """``(α, σ)`` of a timestep: the canvas is ``α x0 + σ ε`` there, for a clean image ``x0`` and noise ``ε``.
+
+    Read off the scheduler's own noising of a one and of a zero.
+    """
+    probe = copy.copy(scheduler)
+    for name in ("add_noise", "scale_noise"):  # as the class has it, and not as somebody watches it
+        vars(probe).pop(name, None)
+    # Without an index the schedulers look the timestep up, which is the same at any moment of the loop.
+    for name in ("_begin_index", "_step_index"):
+        if hasattr(probe, name):
+            setattr(probe, name, None)
+    one, zero = torch.ones(1, 1), torch.zeros(1, 1)
+    at = timestep.detach().reshape(1).cpu()
+    probe.timesteps = probe.timesteps.cpu()
+    flow = hasattr(type(probe), "scale_noise")
+    noising = probe.scale_noise if flow else probe.add_noise
+    alpha, sigma = (
+        float((noising(x, at, n) if flow else noising(x, n, at)).double()) for x, n in ((one, zero), (zero, one))
+    )
+    return alpha, sigma
+
+
+def clean_and_noisy(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
+    """``(b, a)`` such that ``a z + b x0`` is the prediction for a canvas ``z`` with the clean image ``x0``.
+
+    Raises:
+        ValueError: the timestep has no noise, or the scheduler's kind of prediction is not known.
+    """
+    if hasattr(scheduler, "precondition_outputs"):
+        raise ValueError(f"{type(scheduler).__name__} scales its predictions in a way of its own")
+    alpha, sigma = noise_level(scheduler, timestep)
+    if sigma <= 0:
+        raise ValueError(f"timestep {float(timestep):g} of {type(scheduler).__name__} has no noise")
+    flow = hasattr(type(scheduler), "scale_noise")
+    kind = "flow_prediction" if flow else scheduler.config.get("prediction_type", "epsilon")
+    if kind == "epsilon":
+        return -alpha / sigma, 1 / sigma
+    if kind == "flow_prediction":
+        return -alpha / sigma - 1, 1 / sigma
+    if kind == "v_prediction":  # of the canvas brought to unit variance (Salimans and Ho 2022)
+        norm = math.hypot(alpha, sigma)
+        return -norm / sigma, alpha / (norm * sigma)
+    if kind == "sample":
+        return 1.0, 0.0
+    raise ValueError(f"prediction_type={kind!r} of {type(scheduler).__name__} is not known")
