@@ -38,7 +38,7 @@ from PIL import Image
 from torch import Tensor
 
 from bench import timing
-from bench.modes import PX, WINDOWS, Images, kept, native_samples
+from bench.modes import PX, SAMPLES, Images, kept, native_samples
 from bench.peers import methods
 from bench.peers.model import Model, counted, starts
 from bench.quality import cut_windows, low_frequency_power, psnr, seam_check, tone_step
@@ -165,7 +165,7 @@ def made(path: Path, run: Callable[[], tuple[Images, dict[str, float]]]) -> tupl
 def judge(image: Images, whole: Images, native: Images, at: list[int], tile: int) -> dict[str, float]:
     """All columns that are about the image."""
     plain = list(range(PX * tile, image.shape[0], PX * tile))
-    windows, on = cut_windows(image, native.shape[1], WINDOWS), [PX * line for line in at]
+    windows, on = cut_windows(image, native.shape[1], SAMPLES), [PX * line for line in at]
     seams = seam_check(image, on, on, period=PX)
     return {
         "seam_mean": seams.mean,

@@ -21,13 +21,14 @@ goes on, and more seeds cost only their own images. Columns, means over images, 
 Where the subject of a picture is a texture, as with these models, tiles that do not know of each other do not copy
 each other pixel by pixel: each draws a small picture of the whole prompt. That is seen in low, alike and layout.
 
-Tiles move; the last ``--blend-steps`` of the last stage overlap.
+Tiles meet as they do by default; or, with ``--blend-steps``, they move and those of the last steps overlap.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -47,6 +48,7 @@ from tiledcore.models.architecture import NATIVE
 from tiledcore.pull import Pull
 from tiledcore.stage_plan import Staging
 from tiledcore.stages import plan_call
+from tiledcore.tiling import default_tiling
 
 PROMPTS = [
     "relief map of a rugged coast",
@@ -168,7 +170,9 @@ def main() -> None:
     parser.add_argument("--prompts", nargs="+", default=PROMPTS)
     parser.add_argument("--seeds", type=int, default=1, help="images of each prompt")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--blend-steps", type=int, default=3)
+    parser.add_argument(
+        "--blend-steps", type=int, help="of moving tiles that do not fade; otherwise the default tiling"
+    )
     parser.add_argument("--only", nargs="+", help="names of ways")
     parser.add_argument("--work", type=Path, default=Path("runs/stages"))
     parser.add_argument("--json", type=Path)
@@ -183,7 +187,10 @@ def main() -> None:
     chosen = {name: way for name, way in ways().items() if name in (args.only or [name])}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ("native, enlarged", *chosen)}
     side = NATIVE * PX
-    tiling = TilingConfig(tile=NATIVE, shift=True, blend_steps=args.blend_steps)
+    tiling = replace(default_tiling(pipe.pipe, fades=True), tile=NATIVE)
+    if args.blend_steps is not None:
+        tiling = TilingConfig(tile=NATIVE, shift=True, blend_steps=args.blend_steps)
+    blends = "fading" if args.blend_steps is None else args.blend_steps
     lines = meeting_lines(pipe, tiling, args.size, args.steps)
 
     def judged(name: str, image: Images, native: Images, prompt: str, seed: int) -> None:
@@ -199,7 +206,7 @@ def main() -> None:
             judged("native, enlarged", enlarged(native, args.size), native, prompt, seed)
             for name, way in chosen.items():
                 image = kept(
-                    work / f"{args.size} {args.steps} {args.blend_steps} {name} {prompt} {seed}.png",
+                    work / f"{args.size} {args.steps} {blends} {name} {prompt} {seed}.png",
                     lambda w=way, p=prompt, s=seed: run(pipe, p, args.size, s, tiling, stages=w, **call),
                 )
                 judged(name, image, native, prompt, seed)

@@ -91,7 +91,8 @@ def _stages(data: dict[str, Any]) -> str:
     about = data["about"]
     images = len(about["prompts"]) * about["seeds"]
     steps = about["call"]["num_inference_steps"]
-    blended = f"the last {about['blend_steps']} blended" if about["blend_steps"] else "none blended"
+    count = about["blend_steps"]
+    blended = "default tiling" if count is None else f"the last {count} blended" if count else "none blended"
     head = f"{_about(data)}; earth-flux, {about['size']}², {steps} steps, {blended}, {images} images a way"
     return "\n".join([head, "", stages.table(data["rows"])])
 
