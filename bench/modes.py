@@ -58,6 +58,7 @@ Images = NDArray[np.floating[Any]]
 
 def ways(tile: int) -> dict[str, dict[str, Any]]:
     """Arguments of TilingConfig for each row of the table."""
+    fade = tile * 3 // 16
     return {
         "no overlap": {"overlap": 0, "window": "core"},
         "12 % ramp": {"overlap": tile // 8},
@@ -68,8 +69,9 @@ def ways(tile: int) -> dict[str, dict[str, Any]]:
         "shift": {"shift": True},
         "shift + halo half": {"shift": True, "halo": tile // 2},
         "shift, last 3 blended": {"shift": True, "blend_steps": 3},
-        "shift, fading": {"shift": True, "fade": tile * 3 // 16},
-        "shift, fading, 2 + 1 blended": {"shift": True, "fade": tile * 3 // 16, "blend_first": 2, "blend_steps": 1},
+        "shift, fading": {"shift": True, "fade": fade},
+        "shift, fading, last step blended": {"shift": True, "fade": fade, "blend_steps": 1},
+        "shift, fading, first 2 and last blended": {"shift": True, "fade": fade, "blend_first": 2, "blend_steps": 1},
         "canvas, halo 0": {"mode": "canvas", "halo": 0},
         "canvas, halo half": {"mode": "canvas", "halo": tile // 2},
         "canvas, halo whole": {"mode": "canvas", "halo": tile},

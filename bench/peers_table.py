@@ -70,7 +70,7 @@ def tiledcore_ways(tile: int) -> dict[str, TilingConfig]:
         "tiledcore, 25 % ramp": TilingConfig(tile=tile, overlap=tile // 4),
         "tiledcore, 12 % ramp": TilingConfig(tile=tile),
         "tiledcore, shift": TilingConfig(tile=tile, shift=True),
-        "tiledcore, shift, last 2 blended": TilingConfig(tile=tile, shift=True, blend_steps=2),
+        "tiledcore, default": TilingConfig(tile=tile, shift=True, blend_first=2, blend_steps=1, fade=tile * 3 // 16),
         "tiledcore, canvas, halo half": TilingConfig(tile=tile, mode="canvas"),
     }
 

@@ -183,7 +183,7 @@ def test_bad_settings_are_named(arguments: dict[str, Any], message: str) -> None
 
 
 def test_only_a_tiled_pipeline_fades() -> None:
-    with pytest.raises(ValueError, match="fade=3: only in calls of a TiledPipeline"):
+    with pytest.raises(ValueError, match="fade=3: only a TiledPipeline fades"):
         apply_tiling(tiny_sd(), FADES)
 
 

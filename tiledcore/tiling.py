@@ -192,7 +192,7 @@ def apply_tiling(pipe: Any, config: TilingConfig | None = None) -> Any:
     network, family = network_of(pipe)
     config = config or default_tiling(pipe)
     if config.fade:
-        raise ValueError(f"fade={config.fade}: only in calls of a TiledPipeline; give fade=0, and blend_steps=3 for it")
+        raise ValueError(f"fade={config.fade}: only a TiledPipeline fades; call one, or give fade=0")
     native, patch = family.native(pipe, network), family.patch(network)
     # A canvas of two by two tiles: what is wrong with their size comes out here and not in the first step.
     tile = config.tile or native
