@@ -13,7 +13,8 @@ all ways at 1024² costs as much as about 80 of the plain grid do; the stride of
   plain grid's for what has none that stay, over that of all other lines between two latent pixels; 1 is ideal. Such
   lines stand out in any image of this decoder, so they are compared with their like. Worst: the largest ratio of a
   line over the 99.9th percentile of the others. Tone: tone step on the plain grid's lines over that elsewhere.
-- low, patches: power at low frequencies over that of native samples, and sliced Wasserstein distance to them.
+- low, patches: power at low frequencies over that of native samples, and sliced Wasserstein distance to them, both as
+  bench/modes.py has them.
 - repeat: largest normalised cross-correlation between distant tiles (bench/repetition.py). PSNR: against the
   dense whole canvas, in dB.
 
@@ -38,7 +39,7 @@ from PIL import Image
 from torch import Tensor
 
 from bench import timing
-from bench.modes import PX, SAMPLES, Images, kept, native_samples
+from bench.modes import PX, WINDOWS, Images, kept, native_samples
 from bench.peers import methods
 from bench.peers.model import Model, counted, starts
 from bench.quality import cut_windows, low_frequency_power, psnr, seam_check, tone_step
@@ -165,7 +166,7 @@ def made(path: Path, run: Callable[[], tuple[Images, dict[str, float]]]) -> tupl
 def judge(image: Images, whole: Images, native: Images, at: list[int], tile: int) -> dict[str, float]:
     """All columns that are about the image."""
     plain = list(range(PX * tile, image.shape[0], PX * tile))
-    windows, on = cut_windows(image, native.shape[1], SAMPLES), [PX * line for line in at]
+    windows, on = cut_windows(image, native.shape[1], WINDOWS), [PX * line for line in at]
     seams = seam_check(image, on, on, period=PX)
     return {
         "seam_mean": seams.mean,
@@ -245,6 +246,7 @@ def main(argv: list[str] | None = None) -> None:
         native, other = (native_samples(native_pipe, work, prompt, first, call) for first in (1000, 2000))
         low = low_frequency_power(other) / low_frequency_power(native)
         floor.append({"patches": patch_distance(other, native), "low_frequency_kept": low})
+        native = np.concatenate([native, other])
         for seed in range(args.seeds):
             about = f"{args.size} {prompt} {seed}.png"
             dense = partial(make, pipe, peer(methods.dense), args.size, prompt, seed, call)

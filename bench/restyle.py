@@ -102,7 +102,7 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     call = call_defaults(args.model) | {"num_inference_steps": args.steps, "output_type": "np"}
     size, work = 4 * CROP, args.work / args.model
-    tiling = replace(default_tiling(pipe.pipe, fades=True), tile=NATIVE)
+    tiling = replace(default_tiling(pipe.pipe, fades=True), tile=NATIVE).refining()
     lines = meeting_lines(pipe, tiling, size, args.steps)
 
     def enlarge(prompt: str, picture: Image.Image) -> Any:

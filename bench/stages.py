@@ -191,9 +191,10 @@ def main() -> None:
     if args.blend_steps is not None:
         tiling = TilingConfig(tile=NATIVE, shift=True, blend_steps=args.blend_steps)
     blends = "fading" if args.blend_steps is None else args.blend_steps
-    lines = meeting_lines(pipe, tiling, args.size, args.steps)
 
     def judged(name: str, image: Images, native: Images, prompt: str, seed: int) -> None:
+        meets = tiling if chosen.get(name) is None else tiling.refining()
+        lines = meeting_lines(pipe, meets, args.size, args.steps)
         found[name].append(judge(image, native, lines, period(pipe)))
         print(name, prompt, seed, {k: round(v, 3) for k, v in found[name][-1].items()}, flush=True)
 

@@ -103,12 +103,12 @@ def test_the_first_steps_are_blended(fused: bool, ways: Any) -> None:
     assert blended(ways) == [True, True, False, False]
 
 
-def test_an_image_is_there_after_the_first_steps(ways: Any) -> None:
-    """Image to image starts in the middle of the schedule."""
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_a_run_that_starts_from_an_image_blends_more_of_its_last_steps_instead(strength: float, ways: Any) -> None:
     image = torch.rand(1, 3, 160, 256, generator=torch.Generator().manual_seed(1))
-    arguments = {"image": image, "strength": 0.6, "height": None, "width": None, "num_inference_steps": 5}
-    generate(quiet(tiny_sd()), True, replace(BLENDED, blend_first=2, blend_steps=1), **arguments)
-    assert blended(ways) == [False, False, True]
+    arguments = {"image": image, "strength": strength, "height": None, "width": None, "num_inference_steps": 8}
+    generate(quiet(tiny_sd()), True, replace(BLENDED, blend_first=1), **arguments)
+    assert blended(ways) == [False] * (round(8 * strength) - 3) + [True] * 3
 
 
 def test_the_area_factor_is_the_mean_over_the_steps() -> None:

@@ -54,29 +54,31 @@ SCHEDULERS: dict[str, Any] = {
 }
 
 
-def faded(name: str, wrap: bool = False) -> tuple[Fading, Tensor, list[tuple[Tensor, Tensor, Tensor]], Any]:
-    """Four evaluations on unrelated canvases of two images and two branches: (canvas, prediction, faded)."""
+def faded(name: str, wrap: bool = False) -> tuple[Fading, list[tuple[Tensor, Tensor, Tensor, Tensor]], Any]:
+    """Four evaluations on unrelated canvases of two images and two branches: (canvas, prediction, faded, weights)."""
     scheduler = SCHEDULERS[name]()
     scheduler.set_timesteps(4)
     fading, found = Fading(3.0, (wrap, wrap)), []
     fading.start(fade_coefficients(scheduler, scheduler.timesteps))
     generator = torch.Generator().manual_seed(0)
-    tiles = TileGrid(40, 48, 16, wrap=(wrap, wrap)).shifted(5, 0)
+    grid = TileGrid(40, 48, 16, wrap=(wrap, wrap))
     for index in range(4):
+        tiles = grid.shifted(index, 0)
         canvas = torch.randn(2, 3, 40, 48, generator=generator)
         prediction = torch.randn(4, 3, 40, 48, generator=generator)
-        found.append((canvas, prediction, fading(index, prediction, canvas, tiles)))
-    axes = ((40, tiles.rows), (48, tiles.cols))
-    y, x = (fade_weights(n, [start for start, _ in parts], 3.0, wrap) for n, parts in axes)
-    return fading, 1 - (1 - y[:, None]) * (1 - x), found, scheduler
+        axes = ((40, tiles.rows), (48, tiles.cols))
+        y, x = (fade_weights(n, [start for start, _ in parts], 3.0, wrap) for n, parts in axes)
+        weights = 1 - (1 - y[:, None]) * (1 - x)
+        found.append((canvas, prediction, fading(index, prediction, canvas, tiles), weights))
+    return fading, found, scheduler
 
 
 @pytest.mark.parametrize("wrap", [False, True])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_prediction_gives_way_to_the_clean_image_of_the_one_before(name: str, wrap: bool) -> None:
-    fading, weights, found, scheduler = faded(name, wrap)
+    fading, found, scheduler = faded(name, wrap)
     before = None
-    for index, (canvas, prediction, result) in enumerate(found):
+    for index, (canvas, prediction, result, weights) in enumerate(found):
         clean, noisy = clean_and_noisy(scheduler, scheduler.timesteps[index])
         z = canvas.double().repeat(2, 1, 1, 1)
         own = (prediction.double() - noisy * z) / clean
@@ -88,13 +90,13 @@ def test_a_prediction_gives_way_to_the_clean_image_of_the_one_before(name: str, 
         before = own
     assert fading.clean is not None and before is not None
     torch.testing.assert_close(fading.clean.double(), before, rtol=1e-3, atol=1e-3)
-    changed = (found[3][2] != found[3][1]).any(0).any(0)
+    changed, weights = (found[3][2] != found[3][1]).any(0).any(0), found[3][3]
     assert torch.equal(changed, weights > 0) and changed.any() and not changed.all()
 
 
-def test_half_precision_stays_and_tiles_that_overlap_fade_where_their_cores_meet() -> None:
-    fading, _, found, _ = faded("epsilon")
-    canvas, prediction, _ = found[-1]
+def test_half_precision_stays_and_tiles_fade_where_their_cores_meet_once_they_have_moved() -> None:
+    fading, found, _ = faded("epsilon")
+    canvas, prediction, *_ = found[-1]
     tiles = TileGrid(40, 48, 16).shifted(2, 0)
     half = fading(3, prediction.bfloat16(), canvas, tiles)
     assert half.dtype == torch.bfloat16 and fading.clean is not None and fading.clean.dtype == torch.float32
@@ -105,6 +107,7 @@ def test_half_precision_stays_and_tiles_that_overlap_fade_where_their_cores_meet
         for n, cores in ((40, overlapping.core_rows), (48, overlapping.core_cols))
     )
     assert torch.equal(changed, y[:, None] | x)
+    assert torch.equal(fading(3, prediction, canvas, overlapping), prediction)  # they have not moved
 
 
 KINDS = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from tiledcore import ops
@@ -26,7 +26,8 @@ class TilingConfig:
         blend_steps: with ``shift``: the last so many steps take the plain grid of overlapping tiles instead, since
             no step comes after them to heal the seams of a partition. ``overlap`` is that of these steps.
         blend_first: with ``shift``: the first so many steps do, too. Tiles that keep their places while the composition
-            arises each compose a picture of their own, as the network was trained to.
+            arises each compose a picture of their own, as the network was trained to. A call that starts from an image
+            has a composition, and blends so many more of its last steps.
         fade: with ``shift``: on each side of a line so many pixels in which a prediction is faded into that of the step
             before, whose lines lay elsewhere, see :mod:`tiledcore.fade`; at most a quarter of a tile, 0 is none. Only
             :class:`~tiledcore.TiledPipeline` does it, which knows both steps.
@@ -107,6 +108,10 @@ class TilingConfig:
     def blended_steps(self) -> int:
         """How many of a call's steps have overlapping tiles among others that move."""
         return self.blend_first + self.blend_steps
+
+    def refining(self) -> TilingConfig:
+        """The same for a run that starts from an image."""
+        return replace(self, blend_first=0, blend_steps=self.blended_steps)
 
     def area_factor(self, grid: TileGrid, steps: int) -> float:
         """Tile area evaluated over canvas area, the mean of so many steps; ``grid`` is :meth:`grid`'s."""

@@ -262,6 +262,9 @@ class Engine:
         assert self._solver is not None
         buffers, index = self.buffers, self.index
         if index < self._resumed:
+            if self.fading is not None:
+                height, width = buffers.model_input.shape[2:]
+                self.fading.tiles = denoiser.tiling(height, width, timestep)
             self.index += 1
             return self._prediction()
         if buffers.denoiser is not None and buffers.denoiser is not denoiser:

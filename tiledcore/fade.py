@@ -9,7 +9,7 @@ canvas ``z`` and the clean image ``x`` of the step before, the prediction ``m`` 
 
 and ``w`` falls from 1 beside a line, where nothing of it is left, to 0 at the fade's width. Nothing is evaluated for
 it. It is done in the second half of the steps: before, a clean image changes more from step to step than over a line,
-and later steps heal the line.
+and later steps heal the line. Tiles that have not moved do not fade: the step before has its lines there, too.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ class Fading:
         self.width, self.wrap = width, wrap
         self.clean: Tensor | None = None
         """``[B, C, H, W]``, float32 or float64: what the prediction before stood for."""
+        self.tiles: Tiling | Partition | None = None
+        """Where its tiles lay: where they still do, there is nothing to fade into."""
         self._coefficients: Sequence[tuple[float, float]] | None = None
         self._weights: tuple[Tiling | Partition, Tensor] | None = None
 
@@ -69,7 +71,8 @@ class Fading:
         canvas = noisy * sample.to(dtype).repeat(len(prediction) // len(sample), 1, 1, 1)
         if self.clean is None:
             self.clean = torch.empty_like(faded)
-        if index >= FIRST * len(self._coefficients) and index:
+        moved, self.tiles = self.tiles is not None and tiles != self.tiles, tiles
+        if moved and index >= FIRST * len(self._coefficients):
             before = torch.add(canvas, self.clean, alpha=clean)
             faded = torch.lerp(faded, before, self._beside_lines(tiles, faded))
         torch.sub(faded, canvas, out=self.clean).div_(clean)

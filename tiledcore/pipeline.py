@@ -225,6 +225,8 @@ class TiledPipeline:
         if "use_resolution_binning" in signature(type(pipe).__call__).parameters:
             kwargs.setdefault("use_resolution_binning", False)
         config = tiling or self.tiling
+        if image is not None:
+            config = config.refining()
         if isinstance(checkpoint, str | PathLike):
             checkpoint = Checkpoint(Path(checkpoint))
         shown = None if preview is None else self._previewing(preview, pipe)

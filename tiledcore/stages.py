@@ -105,13 +105,11 @@ class StagePlan:
         self.stages = plan_stages(size, native_px, self.factor * self.patch, config, start)
 
     def tilings(self) -> list[TilingConfig]:
-        """Of each stage. Only the last one blends: what is left of an earlier one's partitions is drawn over. And no
-        stage that starts from a picture has the first steps of the schedule, in which a composition arises."""
-        config = self.tiling
-        moving = replace(config, blend_first=0, blend_steps=0, overlap=None) if config.blended_steps else config
-        last = replace(config, blend_first=0) if config.blend_steps else moving
+        """Of each stage. Only the last one blends: what is left of an earlier one's partitions is drawn over."""
+        config = self.tiling.refining()
+        moving = replace(config, blend_steps=0, overlap=None) if config.blend_steps else config
         return [
-            stage_tiling(s, last if s is self.stages[-1] else moving, self.native, self.factor, self.patch)
+            stage_tiling(s, config if s is self.stages[-1] else moving, self.native, self.factor, self.patch)
             for s in self.stages
         ]
 
