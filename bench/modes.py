@@ -18,7 +18,9 @@ Both are given for one half of the native samples against the other, too: the no
 will not do: with 32 of each, chance moved the distance of single images by up to 0.02.
 
 Ways of an area factor of at most 1.1 are compared with the 25 % ramp on the images that both have: mean difference and
-its standard error (none of one image), where less is better for all (of low, the distance from 1).
+its standard error (none of one image), where less is better for all (of low, the distance from 1). Of low, which is in
+units of what few native samples have, also the 95 % interval of the mean over other such samples, drawn from these with
+replacement (bootstrap, Efron 1979).
 
 Times are of one denoising step of the whole canvas, guidance included, without decoding; the ways take
 turns, and the median counts.
@@ -112,6 +114,14 @@ def native_samples(pipe: Any, work: Path, prompt: str, first: int, call: dict[st
     return kept(work / f"native {prompt} {first}.png", make).reshape(SAMPLES, side, side, 3)
 
 
+def other_samples(native: Images, draws: int = 2000) -> NDArray[np.float64]:
+    """``[draws]``: what "low" is to be multiplied by, had the native samples been others like them."""
+    powers = np.array([low_frequency_power(sample[None]) for sample in native])
+    means = np.random.default_rng(0).choice(powers, (draws, len(powers))).mean(1)
+    factors: NDArray[np.float64] = powers.mean() / means
+    return factors
+
+
 def meeting_lines(pipe: Any, config: TilingConfig, size: int, steps: int) -> list[list[int]]:
     """The y and the x lines on which tiles meet, in image pixels; where they move, in the last step in which they do,
     and in those that are blended after it."""
@@ -191,12 +201,13 @@ def main() -> None:
     }
     seconds = step_times(pipe, chosen, args.size, args.rounds, call) if args.rounds else earlier_times(args.json)
     found: dict[str, dict[tuple[str, int], dict[str, float]]] = {name: {} for name in chosen}
-    floor = []
+    floor, others = [], {}
     for prompt in args.prompts:
         native, other = (native_samples(pipe, work, prompt, first, call) for first in (1000, 2000))
         floor.append({"patches": patch_distance(other, native)})
         floor[-1]["low_frequency_kept"] = low_frequency_power(other) / low_frequency_power(native)
         native = np.concatenate([native, other])
+        others[prompt] = other_samples(native)
         for seed in range(args.seeds):
             for name, config in chosen.items():
                 path = work / f"{args.size} {args.tile} {name} {prompt} {seed}.png"
@@ -216,9 +227,8 @@ def main() -> None:
         row["seam_worst_over_limit"] = max(f["seam_worst_over_limit"] for f in images)
         area = config.area_factor(config.grid(args.size // PX, args.size // PX, NATIVE), args.steps)
         about = {"name": name, "area_factor": area, "seconds": seconds.get(name), "images": len(images)}
-        rows.append(
-            about | row | {"against_ramp": against_ramp(found[name], found.get(RAMP, {})) if area <= 1.1 else None}
-        )
+        cheap = against_ramp(found[name], found.get(RAMP, {}), others) if area <= 1.1 else None
+        rows.append(about | row | {"against_ramp": cheap})
     rows.append({"name": "native samples"} | {k: float(np.mean([f[k] for f in floor])) for k in floor[0]})
     print(table(rows))
     print("\n".join(verdict(rows)))
@@ -232,6 +242,8 @@ def main() -> None:
             "call": call,
         }
         machine = timing.machine(torch.device("cpu"))
+        if not args.rounds and args.json.exists():  # whose times these are
+            machine = json.loads(args.json.read_text())["machine"]
         args.json.write_text(json.dumps({"machine": machine, "about": about, "rows": rows}, indent=1) + "\n")
 
 
@@ -243,9 +255,12 @@ def earlier_times(path: Path | None) -> dict[str, float]:
 
 
 def against_ramp(
-    way: dict[tuple[str, int], dict[str, float]], ramp: dict[tuple[str, int], dict[str, float]]
+    way: dict[tuple[str, int], dict[str, float]],
+    ramp: dict[tuple[str, int], dict[str, float]],
+    others: dict[str, NDArray[np.float64]],
 ) -> dict[str, list[float | None]]:
-    """By how much a way is above the ramp on the images that both have, and the standard error of that."""
+    """By how much a way is above the ramp on the images that both have, and the standard error of that; of low also the
+    ends of the interval with ``others`` for the native samples of each prompt."""
     result: dict[str, list[float | None]] = {}
     for key in ("seam_mean", "low_frequency_kept", "patches"):
         cost = (lambda v: abs(v - 1)) if key == "low_frequency_kept" else float
@@ -253,6 +268,11 @@ def against_ramp(
         if apart:
             error = statistics.stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else None
             result[key] = [statistics.fmean(apart), error]
+    both = [image for image in way if image in ramp]
+    if both:
+        low = [[v["low_frequency_kept"] for v in (way[image], ramp[image])] for image in both]
+        drawn = [abs(w * others[p] - 1) - abs(r * others[p] - 1) for (p, _), (w, r) in zip(both, low, strict=True)]
+        result["low_frequency_kept"] += np.percentile(np.mean(drawn, 0), (2.5, 97.5)).tolist()
     return result
 
 
@@ -262,8 +282,10 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         if row.get("against_ramp"):
             found = [
-                f"{names[k]} {mean:+.4f}" + (f" ± {error:.4f}" if error is not None else "")
-                for k, (mean, error) in row["against_ramp"].items()
+                f"{names[k]} {mean:+.4f}"
+                + (f" ± {error:.4f}" if error is not None else "")
+                + (f" ({interval[0]:+.3f} to {interval[1]:+.3f})" if interval else "")
+                for k, (mean, error, *interval) in row["against_ramp"].items()
             ]
             lines.append(f"- {row['name']}: {', '.join(found)}")
     return lines

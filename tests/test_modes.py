@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from bench import modes
@@ -31,9 +32,12 @@ def test_lines_are_those_of_the_last_step_that_moves_and_of_the_blended_ones() -
 def test_a_way_is_compared_with_the_ramp_on_the_images_that_both_have() -> None:
     ramp = {("a", 0): {"seam_mean": 1.0, "low_frequency_kept": 0.9, "patches": 0.1}}
     way = {("a", 0): {"seam_mean": 1.1, "low_frequency_kept": 1.2, "patches": 0.1}, ("b", 0): ramp["a", 0]}
-    found = modes.against_ramp(way, ramp)
-    assert found["seam_mean"] == [pytest.approx(0.1), None] and found["low_frequency_kept"][0] == pytest.approx(0.1)
+    others = {"a": np.array([1.0] * 20 + [0.5] * 20), "b": np.ones(40)}
+    found = modes.against_ramp(way, ramp, others)
+    assert found["seam_mean"] == [pytest.approx(0.1), None]
+    # With samples of twice the power both are below 1, and the way is nearer to it by 0.15.
+    assert found["low_frequency_kept"] == [pytest.approx(0.1), None, pytest.approx(-0.15), pytest.approx(0.1)]
     two = modes.against_ramp(
-        {**way, ("b", 0): {k: v + 0.3 for k, v in ramp["a", 0].items()}}, {**ramp, ("b", 0): ramp["a", 0]}
+        {**way, ("b", 0): {k: v + 0.3 for k, v in ramp["a", 0].items()}}, {**ramp, ("b", 0): ramp["a", 0]}, others
     )
     assert two["seam_mean"] == [pytest.approx(0.2), pytest.approx(0.1)]
