@@ -26,8 +26,8 @@ class TilingConfig:
         blend_steps: with ``shift``: the last so many steps take the plain grid of overlapping tiles instead, since
             no step comes after them to heal the seams of a partition. ``overlap`` is that of these steps.
         blend_first: with ``shift``: the first so many steps do, too. Tiles that keep their places while the composition
-            arises each compose a picture of their own, as the network was trained to. A call that starts from an image
-            has a composition, and blends so many more of its last steps.
+            arises each compose a picture of their own, as the network was trained to. A call of a
+            :class:`~tiledcore.TiledPipeline` that starts from an image blends so many more of its last steps instead.
         fade: with ``shift``: on each side of a line so many pixels in which a prediction is faded into that of the step
             before, whose lines lay elsewhere, see :mod:`tiledcore.fade`; at most a quarter of a tile, 0 is none. Only
             :class:`~tiledcore.TiledPipeline` does it, which knows both steps.
@@ -74,16 +74,16 @@ class TilingConfig:
             raise ValueError(f"mode='canvas' has neither overlap={self.overlap} nor shift={self.shift}: leave them out")
         if self.mode == "tiles" and self.global_tokens:
             raise ValueError(f"global_tokens={self.global_tokens}: only for mode='canvas'")
-        for name in ("blend_steps", "blend_first", "fade"):
+        for name, without in (
+            ("blend_steps", "every step is blended"),
+            ("blend_first", "every step is blended"),
+            ("fade", "tiles do not move"),
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name}={value!r}: must be an int of at least 0")
-        for name in ("blend_steps", "blend_first"):
-            if getattr(self, name) and not self.shift:
-                value = getattr(self, name)
-                raise ValueError(f"{name}={value}: only with shift=True; without it every step is blended")
-        if self.fade and not self.shift:
-            raise ValueError(f"fade={self.fade}: only with shift=True; without it tiles do not move")
+            if value and not self.shift:
+                raise ValueError(f"{name}={value}: only with shift=True; without it {without}")
         if self.window not in ops.WINDOWS:
             raise ValueError(f"window={self.window!r}: must be one of {', '.join(ops.WINDOWS)}")
         if self.tile_batch < 1:

@@ -301,7 +301,7 @@ class Engine:
             canvas = torch.cat([buffers.model_input] * self.branches)
             tiles, offsets, size, ramp = denoiser.attempt(forward, canvas, timestep, **conditions)
             options: dict[str, Any] = {"window": self.config.window, "ramp": ramp, "impl": self.config.impl}
-            if self.fading is not None and denoiser.placed is not None:
+            if self.fading is not None and self.fading.watches(index) and denoiser.placed is not None:
                 canvas = tiles if len(offsets) == 1 else ops.blend_tiles(tiles, offsets, size, **options)
                 with label("fade"):
                     canvas = self.fading(index, canvas, buffers.state[0], denoiser.placed)

@@ -52,6 +52,11 @@ class Fading:
         """Of each evaluation, as :func:`fade_coefficients` gives them."""
         self._coefficients = coefficients
 
+    def watches(self, index: int) -> bool:
+        """Whether an evaluation fades, or is the one before the first that does, whose clean image that needs."""
+        assert self._coefficients is not None
+        return index + 1 >= FIRST * len(self._coefficients)
+
     def __call__(self, index: int, prediction: Tensor, sample: Tensor, tiles: Tiling | Partition) -> Tensor:
         """The prediction, faded.
 
@@ -65,6 +70,8 @@ class Fading:
             As ``prediction``, of its dtype.
         """
         assert self._coefficients is not None
+        if not self.watches(index):
+            return prediction
         clean, noisy = self._coefficients[index]
         dtype = torch.promote_types(prediction.dtype, torch.float32)
         faded = prediction.to(dtype)

@@ -33,13 +33,18 @@ def noise_level(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
     return alpha, sigma
 
 
+def scales_predictions(scheduler: Any) -> bool:
+    """Whether a scheduler turns predictions into clean images in a way of its own (EDM, Karras et al. 2022)."""
+    return hasattr(scheduler, "precondition_outputs")
+
+
 def clean_and_noisy(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
     """``(b, a)`` such that ``a z + b x0`` is the prediction for a canvas ``z`` with the clean image ``x0``.
 
     Raises:
         ValueError: the timestep has no noise, or the scheduler's kind of prediction is not known.
     """
-    if hasattr(scheduler, "precondition_outputs"):
+    if scales_predictions(scheduler):
         raise ValueError(f"{type(scheduler).__name__} scales its predictions in a way of its own")
     alpha, sigma = noise_level(scheduler, timestep)
     if sigma <= 0:

@@ -18,6 +18,7 @@ from tiledcore.denoiser import TileDenoiser
 from tiledcore.engine import Engine
 from tiledcore.families import Family, network_of, registry
 from tiledcore.geometry import Pair, both
+from tiledcore.noise import scales_predictions
 from tiledcore.regional import Regional
 from tiledcore.regions import Region
 
@@ -28,10 +29,10 @@ def default_tiling(pipe: Any, fades: bool = False) -> TilingConfig:
     """How a diffusers pipeline is tiled where nothing is asked for.
 
     Tiles that move in every step, an area factor near 1, for the families on which they are measured to be as good as
-    a ramp over a quarter of a tile (``bench/modes.py``): fading near their lines, and overlapping in the last step;
-    where nothing fades, overlapping in the last three. A ramp over an eighth for the others, and where tiles of several
-    sizes do not do: with a ControlNet or an adapter, whose residuals have the resolution of the network's deepest
-    blocks, and where an eighth of a tile is not made of whole tokens.
+    a ramp over a quarter of a tile, within the noise of that (``bench/modes.py``): fading near their lines, and
+    overlapping in the first two steps and the last; where nothing fades, overlapping in the last three. A ramp over an
+    eighth for the others, and where tiles of several sizes do not do: with a ControlNet or an adapter, whose residuals
+    have the resolution of the network's deepest blocks, and where an eighth of a tile is not made of whole tokens.
 
     Args:
         pipe: the pipeline.
@@ -47,7 +48,7 @@ def default_tiling(pipe: Any, fades: bool = False) -> TilingConfig:
     whole = patch == 1 or all(side % (8 * patch) == 0 for side in native)
     if not family.shifts or not whole or hinted:
         return TilingConfig()
-    if not fades or hasattr(pipe.scheduler, "precondition_outputs"):  # see tiledcore/noise.py
+    if not fades or scales_predictions(pipe.scheduler):
         return TilingConfig(shift=True, blend_steps=3)
     return TilingConfig(shift=True, blend_first=2, blend_steps=1, fade=max(1, min(native) * 3 // 16))
 
