@@ -25,7 +25,7 @@ def run(network: Any, inputs: dict[str, Any]) -> Tensor:
 def test_one_tile_is_the_plain_network(family: str) -> None:
     network, inputs = make(family, NATIVE, NATIVE)
     plain = run(network, inputs)
-    hook = install(network, tile=NATIVE, global_tokens=4)
+    hook = install(network, tile=NATIVE)
     assert bool(hook.layers) == (family != "sana")
     same(run(network, inputs), plain)
 
@@ -44,7 +44,7 @@ def test_halo_of_the_canvas_is_the_plain_unet(family: str, size: tuple[int, int]
 def test_halo_of_the_canvas_with_the_networks_own_positions_is_plain(family: str) -> None:
     network, inputs = make(family, 12, 8)
     plain = run(network, inputs)
-    install(network, tile=4, halo=16, positions="canvas")
+    install(network, tile=4, halo=16, native=(12, 8))
     same(run(network, inputs), plain)
 
 
@@ -68,9 +68,9 @@ def test_a_small_halo_changes_the_result_and_remove_restores_it(family: str) -> 
 def test_one_image_after_the_other_gives_the_same(family: str) -> None:
     network, inputs = make(family, 8, 12)
     sizes: list[int] = []
-    install(network, tile=4, halo=2, global_tokens=3)
+    install(network, tile=4, halo=2)
     together = run(network, inputs)
-    hook = install(network, tile=4, halo=2, global_tokens=3, guidance_batch=False)
+    hook = install(network, tile=4, halo=2, guidance_batch=False)
     forward = hook.fn_ref.original_forward
 
     def counting(**kwargs: Any) -> Any:
@@ -126,14 +126,6 @@ def test_windows_of_transformers_are_in_tokens(family: str, monkeypatch: pytest.
     assert any(with_text) == (family != "pixart") and all(with_text) == (family not in ("sd3", "pixart"))
 
 
-def test_thumbnail_lets_tiles_without_halo_see_each_other() -> None:
-    network, inputs = make("flux", 12, 12, batch=1)
-    install(network, tile=4, halo=0, global_tokens=4)
-    with_thumbnail = run(network, inputs)
-    install(network, tile=4, halo=0)
-    assert not torch.allclose(run(network, inputs), with_thumbnail, atol=1e-3)
-
-
 @pytest.mark.parametrize("family", ["sd3", "pixart"])
 @torch.no_grad()
 def test_absolute_positions_are_those_of_the_native_size(family: str) -> None:
@@ -177,7 +169,7 @@ def test_low_precision_costs_what_it_costs_the_plain_network(family: str, dtype:
     results = {}
     for precision in ("full", "low"):
         results["plain", precision] = run(network, inputs).float()
-        install(network, tile=4, halo=2, global_tokens=3)
+        install(network, tile=4, halo=2)
         results["canvas", precision] = run(network, inputs).float()
         remove(network)
         network.to(dtype)
@@ -194,8 +186,6 @@ def test_errors_name_what_is_wrong() -> None:
         ({"tile": 0}, "tile=0"),
         ({"tile": 4, "halo": -1}, "halo=-1"),
         ({"tile": 4, "wrap": 3}, "wrap=3"),
-        ({"tile": 4, "global_tokens": -2}, "global_tokens=-2"),
-        ({"tile": 4, "positions": "none"}, "positions='none'"),
         ({"tile": 4, "native": 0}, "native=0"),
     ]
     for arguments, message in bad:

@@ -117,20 +117,14 @@ def test_a_random_seed_is_printed_and_makes_the_image_again(model: str, capsys: 
 
 
 def test_canvas_mode(model: str) -> None:
-    assert generate(model, "--mode", "canvas", "--tile", "8", "--halo", "4", "--global-tokens", "9") == 0
+    assert generate(model, "--mode", "canvas", "--tile", "8", "--halo", "4") == 0
     tiling = stored()["tiling"]
     assert (tiling["mode"], tiling["halo"], tiling["area_factor"]) == ("canvas", [4, 4], 1.0)
     assert tiling["lines_y"] == [64, 128] and tiling["lines_x"] == [64, 128]
 
 
-def test_tiles_that_exchange_halos(model: str) -> None:
-    assert generate(model, "--tile", "8", "--halo", "4") == 0
-    tiling = stored()["tiling"]
-    assert (tiling["mode"], tiling["halo"], tiling["overlap"], tiling["area_factor"]) == ("tiles", [4, 4], [0, 0], 1.0)
-    assert tiling["window"] is None
-    # 20 latent pixels: the last four join the tile before them, 24 are three tiles.
-    assert tiling["lines_y"] == [64, 128] and tiling["lines_x"] == [64, 128]
-    assert generate(model, "--halo", "4", "--overlap", "2") == 2
+def test_a_halo_is_of_canvas_mode(model: str) -> None:
+    assert generate(model, "--halo", "4") == 2
 
 
 def test_shifted_tiles_whose_last_step_is_blended(model: str) -> None:

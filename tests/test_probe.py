@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from solver_loop import run
 
 from bench.schedulers import diffusers_loop, network
-from tiledcore.solver import LinearSolver, NotLinear, linear_solver, run
+from tiledcore.solver import LinearSolver, NotLinear, linear_solver
 
 
 class Scheduler:

@@ -256,9 +256,3 @@ def test_each_half_has_the_colour_of_its_own_prompt() -> None:
     sea, sand = image[:, :224].mean((0, 1)), image[:, 288:].mean((0, 1))
     assert sea[2] > sea[0]  # the sea is blue
     assert sand[0] > 1.2 * sand[2]  # and the desert is not
-
-
-def test_tiles_that_exchange_halos_are_refused() -> None:
-    pipe = TiledPipeline.from_pipe(tiny_sd(), tiling=TilingConfig(tile=16, halo=4))
-    with pytest.raises(ValueError, match="regions: their tiles do not exchange halos; leave out halo=4"):
-        pipe("a cat", height=128, width=128, num_inference_steps=1, regions=[Region("a dog", box=(0, 0, 64, 64))])

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from solver_loop import run
 
 from bench import schedulers as bench
 from bench.schedulers import FALLBACK, LINEAR, Case, Result, diffusers_loop, measure, network
 from tiledcore import probe
 from tiledcore import solver as solver_module
-from tiledcore.solver import LinearSolver, NotLinear, linear_solver, run, step
+from tiledcore.solver import LinearSolver, NotLinear, linear_solver, step
 
 # diffusers applies numpy functions to tensors.
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from tiledcore import ops
 from tiledcore.arguments import one_image
-from tiledcore.canvas import Canvas, Positions, Rotary, Windows
+from tiledcore.canvas import Canvas, Rotary, Windows
 from tiledcore.families import FAMILIES, registry
-from tiledcore.geometry import Pair, both, neighbour_list
+from tiledcore.geometry import Pair, check_pair, check_wrap
 from tiledcore.processors import FluxProcessor, QwenProcessor, SD3Processor, SelfProcessor, ZImageProcessor
 
 HOOK = "tiledcore_canvas"
@@ -77,15 +77,12 @@ class CanvasAttention(ModelHook):
         halo: Pair,
         wrap: tuple[bool, bool],
         native: Pair,
-        positions: Positions,
         guidance_batch: bool,
         canvas: Canvas,
-        tiles: bool,
     ) -> None:
         super().__init__()
-        self.tiles = tiles
         self.tile, self.halo, self.wrap, self.native = tile, halo, wrap, native
-        self.positions, self.guidance_batch, self.canvas = positions, guidance_batch, canvas
+        self.guidance_batch, self.canvas = guidance_batch, canvas
         self._network = getattr(network, "_orig_mod", network)
         self._names = tuple(signature(type(self._network).forward).parameters)[1:]
         found = [
@@ -108,7 +105,7 @@ class CanvasAttention(ModelHook):
         first = next((kwargs[name] for name in ("sample", "hidden_states", "x") if name in kwargs), None)
         if first is None:
             return self.fn_ref.original_forward(**kwargs)  # which says what is missing
-        if self.guidance_batch or self.tiles or len(first) == 1:
+        if self.guidance_batch or len(first) == 1:
             return self._evaluate(kwargs)
         return _stack([self._evaluate(one_image(kwargs, i, len(first))) for i in range(len(first))])
 
@@ -131,11 +128,7 @@ class CanvasAttention(ModelHook):
                 return -(-size[0] // factor), -(-size[1] // factor)
 
             size = (-(-grid[0] // factor), -(-grid[1] // factor))
-            if self.tiles:
-                yield Windows(size, size, down(self.halo), (False, False), size)
-                continue
-            native = down(self.native) if self.positions == "window" else size
-            yield Windows(size, down(self.tile), down(self.halo), self.wrap, native)
+            yield Windows(size, down(self.tile), down(self.halo), self.wrap, down(self.native))
 
 
 class WindowPositions(ModelHook):
@@ -188,17 +181,14 @@ def install(
     tile: int | Pair,
     halo: int | Pair | None = None,
     wrap: bool | tuple[bool, bool] = False,
-    global_tokens: int = 0,
     native: int | Pair | None = None,
-    positions: Positions = "window",
     guidance_batch: bool = True,
-    tiles: bool = False,
     impl: ops.Impl | None = None,
 ) -> CanvasAttention:
     """Make a denoiser run on canvases of any size: its global self-attention becomes neighbour attention.
 
     Every image token attends to its own tile widened by the halo (see :func:`tiledcore.ops.neighbor_attention`),
-    to all text tokens where the network joins them, and to the thumbnail. Sizes follow each layer's resolution,
+    and to all text tokens where the network joins them. Sizes follow each layer's resolution,
     rounded up. A canvas of one tile gives what the plain network gives. What each family needs:
 
     - ``UNet2DConditionModel``: nothing else; cross-attention and convolutions stay.
@@ -221,15 +211,9 @@ def install(
         tile: size of a tile in latent pixels, or (y, x).
         halo: latent pixels that a tile sees of its neighbours on each side, or (y, x). Default: half a tile.
         wrap: the canvas is a torus: bool, or (along y, along x). Convolutions do not wrap.
-        global_tokens: how many tokens, about, a thumbnail of the canvas has in each layer: means over cells of the
-            keys and of the values, which every image token sees too. 0 is none.
         native: size of the images that the network was trained on, in latent pixels, or (y, x). Default: the tile.
-        positions: ``"window"`` as above; ``"canvas"``: the network's own positions for an image of that size.
         guidance_batch: evaluate the whole batch at once (both guidance branches, several images), or, to save memory,
             one image of it after the other.
-        tiles: each image that the network gets is one tile with positions of its own, and sees its neighbours where
-            it is evaluated inside of a :class:`tiledcore.exchange.Exchange`. Then ``tile``, ``wrap``, ``native``,
-            ``positions`` and ``guidance_batch`` do not count: the exchange knows where the tiles lie.
         impl: implementation of the attention, see :mod:`tiledcore.ops`.
 
     Returns:
@@ -244,26 +228,16 @@ def install(
     if not isinstance(inner, tuple(family.model for family in FAMILIES)):
         names = ", ".join(family.model.__name__ for family in FAMILIES)
         raise TypeError(f"network={type(inner).__name__}: canvas mode knows {names}")
-    if tiles and isinstance(inner, SanaTransformer2DModel):
-        raise TypeError(f"halo={halo!r}: Sana's self-attention is linear, without a window that a halo could widen")
-    sizes = both(tile)
-    halo = (sizes[0] // 2, sizes[1] // 2) if halo is None else halo
-    neighbour_list(1, 1, tile, halo, wrap)  # its checks name the argument and what is valid
-    if isinstance(global_tokens, bool) or not isinstance(global_tokens, int) or global_tokens < 0:
-        raise ValueError(f"global_tokens={global_tokens!r} must be an int of at least 0")
-    if positions not in ("window", "canvas"):
-        raise ValueError(f"positions={positions!r} is not one of window, canvas")
-    natives = sizes if native is None else both(native)
-    if min(natives) < 1:
-        raise ValueError(f"native={native!r} must be an int of at least 1, or a (y, x) pair of them")
-    wraps = both(wrap)
+    sizes = check_pair("tile", tile, 1)
+    halos = (sizes[0] // 2, sizes[1] // 2) if halo is None else check_pair("halo", halo, 0)
+    natives = sizes if native is None else check_pair("native", native, 1)
+    wraps = check_wrap(wrap)
 
-    embed = _patch_embed(inner) if positions == "window" and not tiles else None
+    embed = _patch_embed(inner)
     if embed is not None:
         _check_native(embed, natives)
     remove(network)
-    canvas = Canvas(global_tokens, impl)
-    hook = CanvasAttention(network, sizes, both(halo), wraps, natives, positions, guidance_batch, canvas, tiles)
+    hook = CanvasAttention(network, sizes, halos, wraps, natives, guidance_batch, Canvas(impl))
     registry(network).register_hook(hook, HOOK)
     if embed is not None:
         registry(embed).register_hook(WindowPositions(natives), HOOK)

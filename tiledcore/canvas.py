@@ -1,4 +1,4 @@
-"""One canvas inside a network: each layer's windows, the thumbnail, and rotary positions.
+"""One canvas inside a network: each layer's windows, and rotary positions.
 
 With rotary positions (Su et al., RoFormer, 2021) a score depends on the distance of query and key alone. Inside a
 window the distances on the canvas are used as they are. Text tokens stand at one fixed place, so that their distance
@@ -12,16 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tiledcore import ops
 from tiledcore.geometry import Pair
-
-Positions = Literal["window", "canvas"]
 
 
 class QKV(NamedTuple):
@@ -83,7 +80,6 @@ def _unroll(size: int, tile: int, halo: int, wrap: bool) -> tuple[range, int]:
 class Canvas:
     """What all layers share: the settings, and the canvas of the evaluation that is running."""
 
-    global_tokens: int
     impl: ops.Impl | None
     windows: dict[int, Windows] = field(default_factory=dict)
     """Per level, by the number of its tokens."""
@@ -128,27 +124,6 @@ class Canvas:
         if key not in self.tables:
             self.tables[key] = make()
         return self.tables[key]
-
-
-def thumbnail_cells(windows: Windows, count: int) -> Pair | None:
-    """Rows and columns of a thumbnail of about ``count`` tokens; None where there is none, or no need for one."""
-    h, w = windows.canvas
-    if not count or windows.single:
-        return None
-    rows = min(h, max(1, round((count * h / w) ** 0.5)))
-    return rows, min(w, max(1, round(count / rows)))
-
-
-def thumbnail(tokens: Tensor, grid: Pair, cells: Pair) -> Tensor:
-    """Mean of the tokens of each cell, ``[B, cells, heads, D]``.
-
-    Keys and values are pooled, after their norm and before their rotation. So a cell's score is the mean of its
-    tokens' scores and its value the mean of their values; without a norm it is also what pooling the hidden states
-    would give, for the projections are linear. No layer runs twice.
-    """
-    B, _, heads, D = tokens.shape
-    image = tokens.unflatten(1, grid).flatten(3).permute(0, 3, 1, 2)
-    return F.adaptive_avg_pool2d(image, cells).flatten(2).transpose(1, 2).reshape(B, -1, heads, D)
 
 
 @dataclass(frozen=True)
@@ -243,16 +218,3 @@ def place(canvas: Canvas, image: QKV, rotary: Rotary | None) -> Placed:
         inside = (slice(-ranges[0].start, h - ranges[0].start), slice(-ranges[1].start, w - ranges[1].start))
     near = QKV(rotate(image.q, spread), rotate(image.k, spread), image.v)
     return Placed(flat, near, far_q, far_k, inside)
-
-
-def cell_turns(canvas: Canvas, windows: Windows, rotary: Rotary, cells: Pair, device: torch.device) -> Tensor:
-    """Rotations of a thumbnail's cells, each at its middle: cell i pools tokens floor(i n/c) to ceil((i + 1) n/c)."""
-
-    def make() -> Tensor:
-        middles = [
-            torch.tensor([(i * n // c - (-(i + 1) * n // c) - 1) / 2 for i in range(c)], device=device)
-            for n, c in zip(windows.canvas, cells, strict=True)
-        ]
-        return rotary.picture(windows, middles[0], middles[1])
-
-    return canvas.table((device, "thumbnail"), make)

@@ -172,9 +172,8 @@ def _add_tiling(group: argparse._ArgumentGroup) -> None:
         "--halo",
         type=_pair(0),
         metavar="N|HxW",
-        help="what a tile's attention sees of its neighbours; default: tile / 2 in canvas mode, none in tile mode",
+        help="canvas mode: what a tile's attention sees of its neighbours; default: tile / 2",
     )
-    add("--global-tokens", type=_integer(0), default=0, metavar="N", help="canvas mode: tokens of a thumbnail of it")
     add("--wrap", choices=("x", "y", "xy"), default="", help="axes that join up at the borders")
     add(
         "--tile-batch",

@@ -34,13 +34,9 @@ class TilingConfig:
         mode: ``"tiles"``: a batch of windows through the unmodified model. ``"canvas"``: the network runs once over
             the whole canvas, and its self-attention is that of tiles to their neighbours
             (:mod:`tiledcore.attention`); nothing is evaluated twice.
-        halo: latent pixels that a tile's self-attention sees of its neighbours on each side. For ``"canvas"`` the
-            default is half a tile. For ``"tiles"`` it is none; with one, tiles do not overlap, and all tiles of a
-            step are in the network at the same time (:mod:`tiledcore.exchange`): this takes the memory of
-            canvas mode, and ``tile_batch`` does not apply.
-        global_tokens: for ``"canvas"``: size of a thumbnail of the canvas that every tile sees too; 0 is none.
-        guidance_batch: for ``"canvas"``, and for tiles with a halo: both guidance branches at once, or, to save
-            memory, one after the other.
+        halo: for ``"canvas"``: latent pixels that a tile's self-attention sees of its neighbours on each side.
+            Default: half a tile.
+        guidance_batch: for ``"canvas"``: both guidance branches at once, or, to save memory, one after the other.
         wrap: the canvas is a torus: bool, or (along y, along x).
         tile_batch: tiles per network evaluation; bounds the memory.
         seed: of the random shifts.
@@ -61,7 +57,6 @@ class TilingConfig:
     impl: ops.Impl | None = None
     mode: Literal["tiles", "canvas"] = "tiles"
     halo: int | tuple[int, int] | None = None
-    global_tokens: int = 0
     guidance_batch: bool = True
     blend_steps: int = 0
     fade: int = 0
@@ -72,8 +67,8 @@ class TilingConfig:
             raise ValueError(f"mode={self.mode!r}: must be one of tiles, canvas")
         if self.mode == "canvas" and (self.shift or self.overlap not in (None, 0, (0, 0))):
             raise ValueError(f"mode='canvas' has neither overlap={self.overlap} nor shift={self.shift}: leave them out")
-        if self.mode == "tiles" and self.global_tokens:
-            raise ValueError(f"global_tokens={self.global_tokens}: only for mode='canvas'")
+        if self.mode == "tiles" and self.halo is not None:
+            raise ValueError(f"halo={self.halo!r}: only for mode='canvas'")
         for name, without in (
             ("blend_steps", "every step is blended"),
             ("blend_first", "every step is blended"),
@@ -94,15 +89,8 @@ class TilingConfig:
             raise ValueError(
                 f"overlap={self.overlap}: shift=True replaces the overlap; give 0 or nothing, or blend_steps"
             )
-        if self.exchanges and not self.blended_steps and self.overlap not in (None, 0, (0, 0)):
-            raise ValueError(f"overlap={self.overlap}: tiles with halo={self.halo} do not overlap; give 0 or nothing")
         if self.tile is not None:  # the geometry's own checks, at once rather than in the first step
             self.grid(1, 1, native=1)
-
-    @property
-    def exchanges(self) -> bool:
-        """Whether tiles exchange halos."""
-        return self.mode == "tiles" and self.halo is not None
 
     @property
     def blended_steps(self) -> int:
@@ -117,7 +105,7 @@ class TilingConfig:
         """Tile area evaluated over canvas area, the mean of so many steps; ``grid`` is :meth:`grid`'s."""
         if self.mode == "canvas":
             return 1.0
-        share = min(1.0, self.blended_steps / steps) if self.shift or self.exchanges else 1.0
+        share = min(1.0, self.blended_steps / steps) if self.shift else 1.0
         return 1.0 + share * (grid.area_factor - 1.0)
 
     def grid(self, height: int, width: int, native: int | tuple[int, int], unit: int = 1) -> TileGrid:
@@ -137,7 +125,7 @@ class TilingConfig:
         """
         tile = both(native if self.tile is None else self.tile)
         h, w = tile
-        blends = self.blended_steps or not (self.shift or self.exchanges or self.mode == "canvas")
+        blends = self.blended_steps or not (self.shift or self.mode == "canvas")
         default = (h // 8 // unit * unit, w // 8 // unit * unit) if blends else (0, 0)
         overlap = default if self.overlap is None else both(self.overlap)
         grid = TileGrid(height, width, tile=tile, overlap=overlap, wrap=self.wrap)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 from random import Random
 from typing import Any, NamedTuple
 
 import torch
 
 from tiledcore import ops
-from tiledcore.arguments import PER_IMAGE, REFUSED, RESIDUALS, one_image
+from tiledcore.arguments import PER_IMAGE, REFUSED, RESIDUALS
 from tiledcore.config import TilingConfig
-from tiledcore.exchange import Exchange
 from tiledcore.geometry import Pair, Partition, TileGrid, Tiling, both
 from tiledcore.labels import label
 from tiledcore.residuals import check_residuals, crop_residuals
@@ -75,7 +73,7 @@ class TileDenoiser:
         self.unit = patch if packed else 1
         self.config, self.native, self.pixels, self.patch = config, native, pixels * self.unit, patch
         self.tile_batch = config.tile_batch  # as long as it fits
-        self.attention: Any = None  # of canvas mode or halos: its guidance_batch is what can be lowered
+        self.attention: Any = None  # of canvas mode: its guidance_batch is what can be lowered
         self.reductions: list[str] = []
         self._grid: TileGrid | None = None
         self.placed: Tiling | Partition | None = None
@@ -83,7 +81,6 @@ class TileDenoiser:
         self._offsets: torch.Tensor | None = None
         self._tiles: torch.Tensor | None = None
         self._origin: torch.Tensor | None = None
-        self._exchange: Exchange | None = None
         self.timesteps: Callable[[], Sequence[float]] | None = None
         """Those of the running schedule, as the network gets them; what shifts and blended steps count."""
 
@@ -94,7 +91,7 @@ class TileDenoiser:
             tile = (grid.tile_size[0] * self.unit, grid.tile_size[1] * self.unit)
             size = (height * self.unit, width * self.unit)
             # Lines that move do so by eighths of a tile, and what is left at the canvas' end is a tile too.
-            moves = (self.config.shift or self.config.exchanges) and self.unit == 1
+            moves = self.config.shift and self.unit == 1
             asked = both(self.native if self.config.tile is None else self.config.tile)
             whole = tile != asked  # the canvas is smaller than a tile: nothing moves
             least = 8 * self.patch if moves and self.patch > 1 and not whole else self.patch
@@ -110,7 +107,7 @@ class TileDenoiser:
         if self.config.blended_steps:
             grid = TileGrid(grid.height, grid.width, grid.tile_size, wrap=grid.wrap)
         if not self.config.shift:
-            return grid.partition() if self.config.exchanges else grid
+            return grid
         return grid.shifted(self.step(timestep)[0], self.config.seed)
 
     def step(self, timestep: torch.Tensor | float) -> tuple[int, int]:
@@ -164,11 +161,6 @@ class TileDenoiser:
         elif tiling != self.placed:
             self._offsets.copy_(torch.tensor(places, dtype=torch.int32))
         self.placed = tiling
-        if self.config.exchanges and isinstance(tiling, Partition):
-            rows, columns = ([size for _, size in axis] for axis in (tiling.rows, tiling.cols))
-            if self._exchange is None or (self._exchange.rows, self._exchange.columns) != (tuple(rows), tuple(columns)):
-                wrap = self.config.wrap if isinstance(self.config.wrap, tuple) else (self.config.wrap,) * 2
-                self._exchange = Exchange(rows, columns, wrap)
         return uniform and not self.config.blended_steps
 
     def evaluate(
@@ -201,20 +193,15 @@ class TileDenoiser:
             return regions.evaluate(self, prompts, forward, sample, {**kwargs, "timestep": timestep})
         if len(tiling) == 1:
             return self.whole(self._network(forward, sample, timestep=timestep, **kwargs))
-        exchange = self._exchange if isinstance(tiling, Partition) else None
-        if exchange is not None and batch > 1 and not (self.attention or self.config).guidance_batch:
-            return self._one_by_one(forward, sample, timestep, kwargs)
         check_residuals(kwargs, tiling, size)
         if offsets is None:
             assert isinstance(tiling, Partition)
             return self._evaluate_partition(tiling, forward, sample, timestep, kwargs)
         kwargs["timestep"] = timestep
         tile = next(iter(tiling.groups)) if isinstance(tiling, Partition) else tiling.tile_size
-        together = self.tile_batch if exchange is None else len(tiling)
-        for start in range(0, len(tiling), together):
-            part = offsets[start : start + together]
-            body = partial(self._tile_batch, forward, sample, part, tile, kwargs)
-            out = body() if exchange is None else exchange.run([body])[0]
+        for start in range(0, len(tiling), self.tile_batch):
+            part = offsets[start : start + self.tile_batch]
+            out = self._tile_batch(forward, sample, part, tile, kwargs)
             buffer = self._buffer((len(tiling) * batch, *out.shape[1:]), out)
             buffer[start * batch : start * batch + len(out)] = out
         return Prediction(buffer, offsets, size, self.ramp(tiling))
@@ -223,22 +210,6 @@ class TileDenoiser:
         """Width of the transition between two tiles, in canvas pixels; a partition has none."""
         overlap = (0, 0) if isinstance(tiling, Partition) else tiling.overlap
         return max(1, min(overlap)) if self.config.ramp is None else -(-self.config.ramp // self.unit)
-
-    def _one_by_one(
-        self,
-        forward: Callable[..., Any],
-        sample: torch.Tensor,
-        timestep: torch.Tensor | float,
-        kwargs: dict[str, Any],
-    ) -> Prediction:
-        """The images of the batch one after the other, each with all of its tiles."""
-        parts = []
-        for i in range(len(sample)):
-            given = one_image({**kwargs, "timestep": timestep}, i, len(sample))
-            part = self.evaluate(forward, sample[i : i + 1], given.pop("timestep"), **given)
-            parts.append(part._replace(tiles=part.tiles.clone()))  # the buffer is used again
-        tiles = torch.stack([part.tiles for part in parts], 1).flatten(0, 1)
-        return parts[0]._replace(tiles=tiles)
 
     def attempt(
         self, forward: Callable[..., Any], sample: torch.Tensor, timestep: torch.Tensor | float, **kwargs: Any
@@ -271,7 +242,7 @@ class TileDenoiser:
 
     def _reduce(self, batch: int) -> bool:
         """Lower what an evaluation takes at a time; False where that is the least already."""
-        if self.config.mode == "canvas" or self._exchange is not None:
+        if self.config.mode == "canvas":
             if self.attention is None or not self.attention.guidance_batch or batch == 1:
                 return False
             self.attention.guidance_batch = False
@@ -298,22 +269,17 @@ class TileDenoiser:
         """Tiles of several sizes, each of which is put where it belongs: nothing overlaps, nothing to blend."""
         batch, _, height, width = sample.shape
         kwargs["timestep"] = timestep
-        jobs = []
-        for size, places in partition.groups.items():
-            together = self.tile_batch if self._exchange is None else len(places)
-            for start in range(0, len(places), together):
-                group = places[start : start + together]
+        for (h, w), places in partition.groups.items():
+            for start in range(0, len(places), self.tile_batch):
+                group = places[start : start + self.tile_batch]
                 part = torch.tensor(group, dtype=torch.int32).to(sample.device)
-                jobs.append((size, group, partial(self._tile_batch, forward, sample, part, size, kwargs)))
-        bodies = [body for _, _, body in jobs]
-        results = (body() for body in bodies) if self._exchange is None else self._exchange.run(bodies)
-        for ((h, w), group, _), out in zip(jobs, results, strict=True):
-            canvas = self._buffer((batch, out.shape[1], height, width), out)
-            for (y, x), tile in zip(group, out.split(batch), strict=True):
-                rows, columns = _span(y, h, height), _span(x, w, width)
-                for into_y, from_y in rows:
-                    for into_x, from_x in columns:
-                        canvas[:, :, into_y, into_x] = tile[:, :, from_y, from_x]
+                out = self._tile_batch(forward, sample, part, (h, w), kwargs)
+                canvas = self._buffer((batch, out.shape[1], height, width), out)
+                for (y, x), tile in zip(group, out.split(batch), strict=True):
+                    rows, columns = _span(y, h, height), _span(x, w, width)
+                    for into_y, from_y in rows:
+                        for into_x, from_x in columns:
+                            canvas[:, :, into_y, into_x] = tile[:, :, from_y, from_x]
         return self.whole(canvas)
 
     def whole(self, prediction: torch.Tensor) -> Prediction:

@@ -161,8 +161,6 @@ def _config(args: argparse.Namespace, seed: int, default: TilingConfig) -> Tilin
 
     meet = ("mode", "overlap", "window", "ramp", "shift", "blend_steps", "blend_first", "fade", "halo")
     given = {name: value for name in meet if (value := getattr(args, name)) is not None}
-    if args.global_tokens:
-        given["global_tokens"] = args.global_tokens
     wrap = ("y" in args.wrap, "x" in args.wrap)
     base = TilingConfig() if given else default
     return replace(base, tile=args.tile, wrap=wrap, tile_batch=args.tile_batch, seed=seed, **given)
@@ -310,10 +308,7 @@ def _describe_tiling(pipe: TiledPipeline, grid: TileGrid, call: dict[str, Any]) 
         lines_y, lines_x = (
             tuple(range(tile, size, tile)) for tile, size in zip(grid.tile_size, (grid.height, grid.width), strict=True)
         )
-    elif config.exchanges and not config.shift:
-        whole = grid.partition()
-        lines_y, lines_x = (tuple(start for start, _ in axis if start) for axis in (whole.rows, whole.cols))
-    blends = config.mode == "tiles" and (config.blended_steps > 0 or not (config.shift or config.exchanges))
+    blends = config.mode == "tiles" and (config.blended_steps > 0 or not config.shift)
     steps = max(1, int(call["num_inference_steps"] * call.get("strength", 1.0)))
     return {
         "mode": config.mode,

@@ -155,7 +155,6 @@ class Predictor:
                     tile=(height, width),
                     halo=config.halo,
                     wrap=config.wrap,
-                    global_tokens=config.global_tokens,
                     native=self.model.native,
                     guidance_batch=config.guidance_batch,
                     impl=config.impl,

@@ -13,19 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiledcore import ops
-from tiledcore.canvas import QKV, Canvas, Placed, Rotary, Windows, cell_turns, place, rotate, thumbnail, thumbnail_cells
-from tiledcore.exchange import current
+from tiledcore.canvas import QKV, Canvas, Placed, Rotary, Windows, place, rotate
 from tiledcore.labels import label
 
 
 def attend(canvas: Canvas, windows: Windows, tokens: QKV, scale: float | None) -> Tensor:
-    """Neighbour attention of image tokens, plus the thumbnail; ``[B, N, heads, D]``. Where the images are tiles that
-    exchange halos (:mod:`tiledcore.exchange`), with those of their neighbours."""
-    if (tiles := current()) is not None:
-        return tiles.attend(canvas, windows, tokens, scale)
-    extra_k = extra_v = None
-    if cells := thumbnail_cells(windows, canvas.global_tokens):
-        extra_k, extra_v = (thumbnail(t, windows.canvas, cells) for t in (tokens.k, tokens.v))
+    """Neighbour attention of image tokens; ``[B, N, heads, D]``."""
     with label("attention"):
         return ops.neighbor_attention(
             *tokens,
@@ -33,8 +26,6 @@ def attend(canvas: Canvas, windows: Windows, tokens: QKV, scale: float | None) -
             tile=windows.tile,
             halo=windows.halo,
             wrap=windows.wrap,
-            global_k=extra_k,
-            global_v=extra_v,
             scale=scale,
             impl=canvas.impl,
         )
@@ -50,7 +41,7 @@ def attend_jointly(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over image and text tokens.
 
-    Image tokens see their window, all text and the thumbnail. Text tokens see everything: their cost is linear in
+    Image tokens see their window and all text. Text tokens see everything: their cost is linear in
     the canvas as it is.
 
     Args:
@@ -64,38 +55,26 @@ def attend_jointly(
     Returns:
         What the image and the text attended to, of their shapes.
     """
-    windows = canvas.image()
-    if (tiles := current()) is not None:
-        out, own_k = tiles.attend_jointly(canvas, image, text, scale, rotary, kept)
-        return out, None if text is None else _attend_text(text, own_k, image.v, scale, kept)
     placed = place(canvas, image, rotary)
-    small = None
-    if cells := thumbnail_cells(windows, canvas.global_tokens):
-        small_k, small_v = (thumbnail(t, windows.canvas, cells) for t in (image.k, image.v))
-        if rotary is not None:
-            small_k = rotate(small_k, cell_turns(canvas, windows, rotary, cells, small_k.device))
-        small = (small_k, small_v)
     if text is None or kept is None:
-        pairs = (None if text is None else text[1:], small)
-        out = _attend_image(canvas, placed, [pair for pair in pairs if pair is not None], scale)
+        out = _attend_image(canvas, placed, None if text is None else (text.k, text.v), scale)
     else:  # the op knows no mask: leave out, image by image, the text that does not count
         rows = []
         for b, use in enumerate(kept):
             one = slice(b, b + 1)
-            parts = [tuple(t[one].index_select(1, use) for t in text[1:])]
-            parts += [tuple(t[one] for t in small)] if small else []
+            seen = (text.k[one].index_select(1, use), text.v[one].index_select(1, use))
             far_q = None if placed.far_q is None else placed.far_q[one]
             row = placed._replace(near=QKV(*(t[one] for t in placed.near)), far_q=far_q)
-            rows.append(_attend_image(canvas, row, parts, scale))
+            rows.append(_attend_image(canvas, row, seen, scale))
         out = torch.cat(rows)
     if text is None:
         return out, None
     return out, _attend_text(text, placed.far_k, image.v, scale, kept)
 
 
-def _attend_image(canvas: Canvas, placed: Placed, extra: list[tuple[Tensor, ...]], scale: float | None) -> Tensor:
-    """Neighbour attention of placed image tokens, with ``extra`` pairs of global keys and values."""
-    keys, values = (torch.cat(parts, 1) for parts in zip(*extra, strict=True)) if extra else (None, None)
+def _attend_image(canvas: Canvas, placed: Placed, text: tuple[Tensor, Tensor] | None, scale: float | None) -> Tensor:
+    """Neighbour attention of placed image tokens, which all see the text's keys and values too."""
+    keys, values = text or (None, None)
     with label("attention"):
         out = ops.neighbor_attention(
             *placed.near,
@@ -103,7 +82,7 @@ def _attend_image(canvas: Canvas, placed: Placed, extra: list[tuple[Tensor, ...]
             tile=placed.windows.tile,
             halo=placed.windows.halo,
             wrap=placed.windows.wrap,
-            global_q=placed.far_q if extra else None,
+            global_q=None if text is None else placed.far_q,
             global_k=keys,
             global_v=values,
             scale=scale,

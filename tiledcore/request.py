@@ -43,8 +43,8 @@ def check(args: argparse.Namespace) -> Image.Image | None:
     blends = args.blend_steps or args.blend_first
     if args.shift and overlaps and not blends:
         raise CommandError("--overlap: --shift replaces the overlap; give only one of them, or --blend-steps")
-    if args.mode != "canvas" and args.halo is not None and overlaps and not blends:
-        raise CommandError("--overlap: tiles that exchange a --halo do not overlap; give only one of them")
+    if args.mode != "canvas" and args.halo is not None:
+        raise CommandError("--halo: only used with --mode canvas")
     for option, value in (("--blend-steps", args.blend_steps), ("--blend-first", args.blend_first)):
         if value and not args.shift:
             raise CommandError(f"{option}: only used with --shift; without it every step is blended")

@@ -201,14 +201,12 @@ def apply_tiling(pipe: Any, config: TilingConfig | None = None) -> Any:
     denoiser = TileDenoiser(config, native, pipe.vae_scale_factor, patch, family.packed)
     denoiser.tiling(2 * height // denoiser.unit, 2 * width // denoiser.unit, 0)
     remove_tiling(pipe)
-    if config.mode == "canvas" or config.exchanges:
+    if config.mode == "canvas":
         denoiser.attention = attention.install(
             network,
-            tiles=config.exchanges,
             tile=(height, width),
             halo=config.halo,
             wrap=config.wrap,
-            global_tokens=config.global_tokens,
             native=native,
             guidance_batch=config.guidance_batch,
             impl=config.impl,
@@ -268,9 +266,6 @@ def regional(pipe: Any, regions: Sequence[Region] | None) -> Iterator[Any]:
     hook = registry(network).get_hook(HOOK)
     if hook is None:
         raise ValueError("regions: the pipeline is not tiled; call apply_tiling first")
-    if hook.denoiser.config.exchanges:
-        halo = hook.denoiser.config.halo
-        raise ValueError(f"regions: their tiles do not exchange halos; leave out halo={halo}, or use canvas mode")
     with Regional(pipe, network, regions, canvas=hook.denoiser.config.mode == "canvas") as prompts:
         hook.regions = prompts
         try:
