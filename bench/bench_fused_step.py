@@ -27,7 +27,7 @@ from bench import timing
 from bench.bench_blend_tiles import bytes_moved, starts
 from bench.case import Case, Ready
 from tiledcore import ops
-from tiledcore.solver import LinearSolver, linear_solver
+from tiledcore.schedulers.solver import LinearSolver, linear_solver
 
 # tile side, stride: latent pixels on a canvas of SIZE; the last is canvas mode
 CASES = [(128, 96), (64, 32), (512, 512)]

@@ -19,8 +19,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from tiledcore import TiledPipeline, TilingConfig
-from tiledcore.labels import LABELS, PREFIX
-from tiledcore.memory import show_bytes
+from tiledcore.memory.prediction import show_bytes
+from tiledcore.utils import LABELS, PREFIX
 
 Call = dict[str, Any]
 MARKS = {PREFIX + name for name in LABELS}  # around operations, but none

@@ -21,7 +21,7 @@ import torch
 from bench import timing
 
 IDLE = "from tiledcore import TiledPipeline\nkept = TiledPipeline.from_pretrained('earth')\n"
-RUN = "import sys\nfrom tiledcore.cli import main\ncode = main(sys.argv[1:])\nif code: sys.exit(code)\n"
+RUN = "import sys\nfrom tiledcore.cli.main import main\ncode = main(sys.argv[1:])\nif code: sys.exit(code)\n"
 # The kernel's own figures, on the last line. A high-water mark of getrusage would not do: it outlives an exec.
 REPORT = """
 import gc; gc.collect()

@@ -22,8 +22,8 @@ from diffusers.models.normalization import RMSNorm
 from torch import Tensor
 
 from bench import timing
-from tiledcore import vae as bands
-from tiledcore.vae_plan import LiveBytes
+from tiledcore.vae import exact as bands
+from tiledcore.vae.plan import LiveBytes
 
 SDXL = {
     "block_out_channels": (128, 256, 512, 512),

@@ -44,10 +44,10 @@ from PIL import Image
 from bench import timing
 from bench.quality import cut_windows, low_frequency_power, seam_check
 from tiledcore import TiledPipeline, TileGrid, TilingConfig
-from tiledcore.families import network_of
 from tiledcore.models import call_defaults
 from tiledcore.models.architecture import NATIVE
 from tiledcore.models.evaluate import patch_distance
+from tiledcore.tiles.families import network_of
 
 PROMPTS = ["topographic map of a rugged coast", "satellite view of desert", "relief map of mountains"]
 WINDOWS = 128  # cut from each image
@@ -128,9 +128,13 @@ def meeting_lines(pipe: Any, config: TilingConfig, size: int, steps: int) -> lis
     grid = config.grid(size // PX, size // PX, NATIVE)
     if config.mode == "tiles" and grid.overlap != (0, 0) and not config.shift:
         return [[PX * line for line in axis] for axis in grid.lines]
-    parts = TileGrid(grid.height, grid.width, grid.tile_size, wrap=grid.wrap)
-    moved = parts.shifted(steps - 1 - config.blend_steps, config.seed) if config.shift else parts.partition()
-    found = [{start for start, _ in axis if start} for axis in (moved.rows, moved.cols)]
+    if config.shift:
+        parts = TileGrid(grid.height, grid.width, grid.tile_size, wrap=grid.wrap)
+        moved = parts.shifted(steps - 1 - config.blend_steps, config.seed)
+        found = [{start for start, _ in axis if start} for axis in (moved.rows, moved.cols)]
+    else:
+        sides = zip((grid.height, grid.width), grid.tile_size, strict=True)
+        found = [set(range(tile, size, tile)) for size, tile in sides]
     if config.blend_steps:
         found = [starts | set(lines) for starts, lines in zip(found, grid.lines, strict=True)]
     return [[PX * line for line in sorted(axis)] for axis in found]

@@ -3,7 +3,7 @@
     python -m bench.oracle [--fields 8] [--seeds 4] [--json bench/results/oracle.json]
 
 The field and its denoiser are in :mod:`bench.gaussian`: what is wrong with a sample is wrong with the tiling. The tiles
-are gathered, blended and moved on by the engine's own code: :class:`~tiledcore.denoiser.TileDenoiser` around the
+are gathered, blended and moved on by the engine's own code: :class:`~tiledcore.tiles.denoiser.TileDenoiser` around the
 denoiser, and :func:`~tiledcore.ops.fused_step` with the table of diffusers' flow-matching scheduler.
 
 Columns:
@@ -50,12 +50,12 @@ from torch import Tensor
 from bench import timing
 from bench.gaussian import Floats, IdealDenoiser, coarser, coarser_noise, spectrum
 from tiledcore import TilingConfig, ops
-from tiledcore.denoiser import TileDenoiser
-from tiledcore.pictures import match_colour
-from tiledcore.pull import Pull, Pulling
-from tiledcore.solver import LinearSolver, linear_solver
-from tiledcore.stage_plan import Stage, Staging, plan_stages, stage_steps
-from tiledcore.stages import enlarge
+from tiledcore.compose.pictures import match_colour
+from tiledcore.compose.stage_plan import Stage, Staging, plan_stages, stage_steps
+from tiledcore.compose.stages import enlarge
+from tiledcore.schedulers.pull import Pull, Pulling
+from tiledcore.schedulers.solver import LinearSolver, linear_solver
+from tiledcore.tiles.denoiser import TileDenoiser
 
 SIDE, TILE, STEPS = 160, 32, 40
 SHIFT = 3.0
@@ -175,7 +175,7 @@ def plan(side: int, tile: int, staging: Staging) -> list[Stage]:
 def staged(
     power: Floats, noise: Tensor, tiling: dict[str, Any] | None, tile: int, steps: int, staging: Staging, seed: int = 0
 ) -> Tensor:
-    """Staged generation: the first stage whole, the others by ``tiling``; all as :mod:`tiledcore.stages` does it."""
+    """Staged generation: the first stage whole, the others by ``tiling``; all as ``stages`` does it."""
     generator = torch.Generator().manual_seed(seed)
     first = picture = None
     for stage in plan(noise.shape[-1], tile, staging):

@@ -29,12 +29,13 @@ from PIL import Image
 from bench import timing
 from bench.modes import kept, meeting_lines, period
 from bench.quality import seam_check
-from tiledcore import TiledPipeline, TilingConfig, images
+from tiledcore import TiledPipeline, TilingConfig
+from tiledcore.compose.pictures import to_tensor
+from tiledcore.hook import default_tiling
+from tiledcore.io import images
 from tiledcore.models import call_defaults, data
 from tiledcore.models.architecture import NATIVE
-from tiledcore.pictures import to_tensor
-from tiledcore.pull import low_pass, low_pass_matrix
-from tiledcore.tiling import default_tiling
+from tiledcore.schedulers.pull import low_pass, low_pass_matrix
 
 CROP = NATIVE * 8  # px
 # Longitude and latitude of the middle; at 15 px per degree all of it lies within 10 to 40 degrees east.

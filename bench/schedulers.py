@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from tiledcore.solver import LinearSolver, NotLinear, linear_solver, step
+from tiledcore.schedulers.solver import LinearSolver, NotLinear, linear_solver, step
 
 STEPS = (5, 20, 50)
 STRENGTH = 0.6
@@ -300,7 +300,7 @@ HEADER = """\
 INTRODUCTION = """\
 # Schedulers: which are fused
 
-Printed by `python -m bench.schedulers`; diffusers {diffusers}, torch {torch}. `tiledcore.solver` reads a scheduler's
+Printed by `python -m bench.schedulers`; diffusers {diffusers}, torch {torch}. `solver` reads a scheduler's
 coefficients off the scheduler itself, so the list is what was tried, and not what is known to the code.
 
 - *slots*: canvas-sized buffers, the sample included. *written*: of these, the most that one evaluation changes.

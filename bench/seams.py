@@ -60,7 +60,7 @@ def check_file(path: Path, period: int | None = None) -> SeamCheck:
 
 def generate(args: argparse.Namespace) -> dict[str, SeamCheck]:
     """Two images of one seed by the command itself: the default tiling, and none of its means."""
-    from tiledcore import cli
+    from tiledcore.cli import main as cli
 
     rows = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -43,12 +43,12 @@ from bench.modes import PX, kept, meeting_lines, period, run
 from bench.quality import low_frequency_power, seam_check
 from bench.repetition import likeness, repetition, repetition_by_chance
 from tiledcore import TiledPipeline, TilingConfig
+from tiledcore.compose.stage_plan import Staging
+from tiledcore.compose.stages import plan_call
+from tiledcore.hook import default_tiling
 from tiledcore.models import call_defaults
 from tiledcore.models.architecture import NATIVE
-from tiledcore.pull import Pull
-from tiledcore.stage_plan import Staging
-from tiledcore.stages import plan_call
-from tiledcore.tiling import default_tiling
+from tiledcore.schedulers.pull import Pull
 
 PROMPTS = [
     "relief map of a rugged coast",

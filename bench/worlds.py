@@ -32,10 +32,10 @@ from bench import timing
 from bench.modes import kept, period
 from bench.quality import outermost, seam_profile
 from tiledcore import TiledPipeline, TilingConfig
-from tiledcore.joints import Joint, connected
+from tiledcore.compose.connected import Joint, connected
+from tiledcore.compose.wrap import wrapped
 from tiledcore.models import call_defaults
 from tiledcore.models.architecture import NATIVE
-from tiledcore.wrapping import wrapped
 
 MAP = "satellite view of continents and oceans"
 TEXTURE = "relief map of mountains"

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tiledcore.solver import LinearSolver, step
+from tiledcore.schedulers.solver import LinearSolver, step
 
 
 def run(

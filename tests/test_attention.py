@@ -8,8 +8,9 @@ from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from networks import FAMILIES, NATIVE, build, make, normal, same, sd3
 from torch import Tensor
 
-from tiledcore import attention, ops, processors
-from tiledcore.attention import install, remove
+from tiledcore import ops
+from tiledcore.canvas import attention, processors
+from tiledcore.canvas.attention import install, remove
 
 EVERY = pytest.mark.parametrize("family", FAMILIES)
 NEIGHBOUR = pytest.mark.parametrize("family", [name for name in FAMILIES if name != "sana"])

@@ -11,9 +11,9 @@ from tiny import tiny_sd, tiny_sdxl
 from tiny_transformers import build, call, tiny_flux, tiny_pixart_sigma, tiny_qwen, tiny_sd3, tiny_z_image
 
 from tiledcore import TiledPipeline, TilingConfig, apply_tiling
-from tiledcore.denoiser import TileDenoiser
 from tiledcore.geometry import Partition, Tiling
-from tiledcore.tiling import default_tiling
+from tiledcore.hook import default_tiling
+from tiledcore.tiles.denoiser import TileDenoiser
 
 SHIFT = TilingConfig(tile=16, shift=True)
 BLENDED = TilingConfig(tile=16, shift=True, blend_steps=2, overlap=4)

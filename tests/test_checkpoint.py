@@ -17,9 +17,9 @@ from tiny_transformers import NATIVE, build, call, tiny_flux, tiny_pixart_sigma,
 from torch import Tensor
 
 from tiledcore import TiledPipeline, TilingConfig
-from tiledcore.checkpoint import FILE, Checkpoint, load
-from tiledcore.cli import main
-from tiledcore.denoiser import TileDenoiser
+from tiledcore.cli.main import main
+from tiledcore.loop.checkpoint import FILE, Checkpoint, load
+from tiledcore.tiles.denoiser import TileDenoiser
 
 TILES = TilingConfig(tile=16, overlap=4)
 CALL: dict[str, Any] = {"height": 128, "width": 200, "num_inference_steps": 4, "output_type": "latent"}
@@ -257,8 +257,8 @@ def test_a_full_disk_keeps_the_last_state(file: bytes, tmp_path: Path) -> None:
 
 KILLED = """
 import os, random, signal, sys
-from tiledcore.cli import main
-from tiledcore.denoiser import TileDenoiser
+from tiledcore.cli.main import main
+from tiledcore.tiles.denoiser import TileDenoiser
 
 evaluate, last = TileDenoiser.evaluate, random.randrange(1, 6)
 

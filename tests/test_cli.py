@@ -16,9 +16,11 @@ from PIL import Image
 from tiny import tiny_sdxl
 from tiny_command import FAST, SCENE, error, generate, pixels, saved_model, spied_denoiser, stored, verbosity_put_back
 
-from tiledcore import TiledPipeline, TilingConfig, cli, images, ops
+from tiledcore import TiledPipeline, TilingConfig, ops
 from tiledcore import generate as command
-from tiledcore.cli import main
+from tiledcore.cli import main as cli
+from tiledcore.cli.main import main
+from tiledcore.io import images
 from tiledcore.models import EMBEDDED
 
 
@@ -345,7 +347,7 @@ def test_info_shows_no_control_characters(capsys: pytest.CaptureFixture[str]) ->
 
 def test_argument_errors_and_help_import_nothing_heavy(tmp_path: Path) -> None:
     code = (
-        "import sys; from tiledcore.cli import main\n"
+        "import sys; from tiledcore.cli.main import main\n"
         "assert main(['generate', 'x', '--out', 'a.gif', '--model', 'a/b']) == 2\n"
         "assert main(['generate', 'x', '--out', 'a.png', '--size', '9x9', '--model', 'a/b']) == 2\n"
         "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)\n"

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from tiny_command import SCENE, error, fail, generate, saved_model, spied_denoiser, verbosity_put_back
 
-from tiledcore import TiledPipeline, images
+from tiledcore import TiledPipeline
 from tiledcore import generate as command
-from tiledcore.cli import main
+from tiledcore.cli.main import main
+from tiledcore.io import images
 
 
 @pytest.fixture(scope="module")

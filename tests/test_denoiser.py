@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiledcore.config import TilingConfig
-from tiledcore.denoiser import TileDenoiser
+from tiledcore.tiles.denoiser import TileDenoiser
 
 
 def pointwise(sample: torch.Tensor, timestep: Any, **kwargs: Any) -> tuple[torch.Tensor]:

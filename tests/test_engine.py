@@ -19,7 +19,7 @@ from tiny_transformers import NATIVE, build, call, tiny_flux, tiny_pixart_sigma,
 from torch import Tensor
 
 from tiledcore import TiledPipeline, TilingConfig
-from tiledcore.engine import Report
+from tiledcore.loop.engine import Report
 
 TILES = TilingConfig(tile=16)
 WAYS = {"tiles": TILES, "shift": TilingConfig(tile=16, shift=True), "canvas": TilingConfig(tile=16, mode="canvas")}

@@ -23,10 +23,10 @@ from tiny_transformers import build, call, tiny_flux, tiny_qwen, tiny_z_image
 from torch import Tensor
 
 from tiledcore import TiledPipeline, TilingConfig, apply_tiling
-from tiledcore.fade import Fading, fade_coefficients, fade_weights
 from tiledcore.geometry import TileGrid
-from tiledcore.noise import clean_and_noisy
-from tiledcore.tiling import default_tiling
+from tiledcore.hook import default_tiling
+from tiledcore.schedulers.noise_levels import clean_and_noisy
+from tiledcore.tiles.fade import Fading, fade_coefficients, fade_weights
 
 SHIFT = TilingConfig(tile=16, shift=True)
 FADES = TilingConfig(tile=16, shift=True, fade=3)

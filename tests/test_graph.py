@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tiledcore.graph import Body, StepGraphs
+from tiledcore.loop.graph import Body, StepGraphs
 
 
 class Double:

@@ -9,7 +9,7 @@ from tiny import tiny_sd, tiny_sdxl
 from tiny_transformers import tiny_flux
 
 from tiledcore import TiledPipeline, TilingConfig
-from tiledcore.joints import SHARED, CanvasGraph, ConnectedDenoiser, Joint, _shared_statistics, connected
+from tiledcore.compose.connected import SHARED, CanvasGraph, ConnectedDenoiser, Joint, _shared_statistics, connected
 
 SELF = [Joint("x", (0,), (0,)), Joint("y", (0,), (0,))]
 RING = [Joint("x", (0,), (1,)), Joint("x", (1,), (0,))]

@@ -9,11 +9,11 @@ from tiny import tiny_sdxl
 
 from bench.bench_memory import allocated
 from tiledcore import TiledPipeline, TilingConfig
-from tiledcore.architectures import architecture
-from tiledcore.cli import main
-from tiledcore.memory import Predictor, parse_bytes
-from tiledcore.planner import SAFETY, DoesNotFit, Planner, plan
-from tiledcore.simulation import LiveBytes, attention_pairs
+from tiledcore.cli.main import main
+from tiledcore.memory.architectures import architecture
+from tiledcore.memory.planner import SAFETY, DoesNotFit, Planner, plan
+from tiledcore.memory.prediction import Predictor, parse_bytes
+from tiledcore.memory.simulation import LiveBytes, attention_pairs
 
 GIB = 2**30
 WAYS = {"tiles": TilingConfig(tile=16, overlap=4, tile_batch=2), "canvas": TilingConfig(tile=16, mode="canvas")}

@@ -6,8 +6,8 @@ import torch
 from scipy import signal
 
 from bench import gaussian, oracle
-from tiledcore.pull import Pull, low_pass_matrix
-from tiledcore.stage_plan import Staging
+from tiledcore.compose.stage_plan import Staging
+from tiledcore.schedulers.pull import Pull, low_pass_matrix
 
 
 def dense_covariance(power: gaussian.Floats, tile: int) -> gaussian.Floats:

@@ -10,7 +10,7 @@ from scipy.ndimage import gaussian_filter
 from tiny import tiny_sd
 
 from tiledcore import TiledPipeline, TilingConfig
-from tiledcore.pictures import match_colour, size_px, to_tensor
+from tiledcore.compose.pictures import match_colour, size_px, to_tensor
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

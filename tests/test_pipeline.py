@@ -258,7 +258,7 @@ def test_settings_of_canvas_mode_reach_the_network(pipe: Any, monkeypatch: pytes
         calls.append({**kwargs, "images": len(q)})
         return attention(q, *others, **kwargs)
 
-    monkeypatch.setattr("tiledcore.processors.ops.neighbor_attention", spy)
+    monkeypatch.setattr("tiledcore.canvas.processors.ops.neighbor_attention", spy)
     config = TilingConfig(
         tile=16, mode="canvas", halo=(4, 2), wrap=(False, True), guidance_batch=False, impl="reference"
     )

@@ -27,10 +27,11 @@ from tiny_transformers import (
     tiny_z_image,
 )
 
-from tiledcore import Preview, TiledPipeline, TilingConfig, preview
-from tiledcore.cli import main
-from tiledcore.noise import noise_level
-from tiledcore.preview import Previewing
+from tiledcore import Preview, TiledPipeline, TilingConfig
+from tiledcore.cli.main import main
+from tiledcore.io import preview
+from tiledcore.io.preview import Previewing
+from tiledcore.schedulers.noise_levels import noise_level
 
 TRANSFORMERS = [tiny_sd3, tiny_flux, tiny_pixart_sigma, tiny_sana, tiny_z_image, tiny_qwen]
 TILES = TilingConfig(tile=16, overlap=4)
@@ -293,7 +294,7 @@ def test_one_line_before_the_model_is_opened(
     options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tiledcore.generate.open_pipeline", lambda *args: pytest.fail("the model was opened"))
+    monkeypatch.setattr("tiledcore.cli.generate.open_pipeline", lambda *args: pytest.fail("the model was opened"))
     assert main(["generate", "ice", "--out", "a.png", *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"tiledcore: error: {message}")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from solver_loop import run
 
 from bench.schedulers import diffusers_loop, network
-from tiledcore.solver import LinearSolver, NotLinear, linear_solver
+from tiledcore.schedulers.solver import LinearSolver, NotLinear, linear_solver
 
 
 class Scheduler:

@@ -10,7 +10,7 @@ from networks import DIM, HEADS, TEXT, build, flux, normal, same
 from torch import Tensor
 
 from tiledcore import canvas as canvas_mode
-from tiledcore import processors
+from tiledcore.canvas import processors
 
 
 def visible(canvas: tuple[int, int], tile: tuple[int, int], halo: tuple[int, int], wrap: tuple[bool, bool]) -> Tensor:

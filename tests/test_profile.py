@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tiledcore import cli
-from tiledcore.labels import label, labelled
+from tiledcore.cli import main as cli
+from tiledcore.utils import label, labelled
 
 
 def test_labels_nest_and_leave_no_trace_on_the_object() -> None:

@@ -11,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from bench import seams
 from bench.quality import psnr, seam_check, seam_profile, tiling_score, tone_step
-from tiledcore import cli
+from tiledcore.cli import main as cli
 
 SIZE = 512
 LINES = (64, 160, 256, 352, 448)

@@ -11,9 +11,9 @@ from tiny_transformers import build, call, tiny_flux, tiny_pixart_sigma, tiny_sd
 from torch import Tensor
 
 from tiledcore import Region, TiledPipeline, TilingConfig, apply_tiling
-from tiledcore.denoiser import TileDenoiser
-from tiledcore.regions import region_weights
-from tiledcore.tiling import regional
+from tiledcore.compose.regions import region_weights
+from tiledcore.hook import regional
+from tiledcore.tiles.denoiser import TileDenoiser
 
 SIDE = 208
 BOX = (64, 80, 160, 144)

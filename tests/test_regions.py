@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tiledcore import Region
-from tiledcore.regions import check_regions, coverage, load_scene, region_weights, scene_for, seed_noise
+from tiledcore.compose.regions import check_regions, coverage, load_scene, region_weights, scene_for, seed_noise
 
 OPEN = (False, False)
 

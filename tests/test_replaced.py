@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tiledcore.replaced import replaced
+from tiledcore.utils import replaced
 
 
 class Owner:

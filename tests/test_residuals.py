@@ -9,8 +9,8 @@ from PIL import Image
 from tiny import tiny_sd
 
 from tiledcore import TiledPipeline, TilingConfig
-from tiledcore.denoiser import TileDenoiser
-from tiledcore.tiling import default_tiling
+from tiledcore.hook import default_tiling
+from tiledcore.tiles.denoiser import TileDenoiser
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from solver_loop import run
 
 from bench import schedulers as bench
 from bench.schedulers import FALLBACK, LINEAR, Case, Result, diffusers_loop, measure, network
-from tiledcore import probe
 from tiledcore import solver as solver_module
-from tiledcore.solver import LinearSolver, NotLinear, linear_solver, step
+from tiledcore.schedulers import probe
+from tiledcore.schedulers.solver import LinearSolver, NotLinear, linear_solver, step
 
 # diffusers applies numpy functions to tensors.
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -254,7 +254,7 @@ def test_importing_it_needs_no_diffusers() -> None:
         imported = {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
         imported |= {str(node.module) for node in body if isinstance(node, ast.ImportFrom)}
         assert not {name for name in imported if name.split(".")[0] in ("diffusers", "transformers", "triton")}
-        assert {name for name in imported if name.startswith("tiledcore")} <= {"tiledcore.probe"}
+        assert {name for name in imported if name.startswith("tiledcore")} <= {"tiledcore.schedulers.probe"}
 
 
 def test_the_command_prints_a_row_for_each(capsys: pytest.CaptureFixture[str], monkeypatch: Any, tmp_path: Any) -> None:

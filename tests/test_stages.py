@@ -14,11 +14,11 @@ from tiny_transformers import build, call, tiny_flux, tiny_pixart_sigma, tiny_qw
 
 from tiledcore import TiledPipeline, TilingConfig
 from tiledcore import stages as stages_module
-from tiledcore.denoiser import TileDenoiser
-from tiledcore.pictures import match_colour
-from tiledcore.pull import Pull
-from tiledcore.stage_plan import Stage, Staging, plan_stages, staging
-from tiledcore.stages import StagePlan, _unpacked, enlarge, enlarge_latents, plan_call, stage_tiling
+from tiledcore.compose.pictures import match_colour
+from tiledcore.compose.stage_plan import Stage, Staging, plan_stages, staging
+from tiledcore.compose.stages import StagePlan, _unpacked, enlarge, enlarge_latents, plan_call, stage_tiling
+from tiledcore.schedulers.pull import Pull
+from tiledcore.tiles.denoiser import TileDenoiser
 
 SHIFT = TilingConfig(tile=16, shift=True)
 SIDES = st.integers(1, 64).map(lambda n: 64 * n)

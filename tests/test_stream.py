@@ -11,7 +11,8 @@ from PIL import Image
 from tiny import tiny_sd, tiny_sdxl, tiny_vae
 from tiny_transformers import ALL, NATIVE, build, call
 
-from tiledcore import TiledPipeline, TilingConfig, pipeline, stream
+from tiledcore import TiledPipeline, TilingConfig, pipeline
+from tiledcore.io import stream
 
 SD = {"height": 128, "width": 200, "num_inference_steps": 2}
 
@@ -102,7 +103,7 @@ def test_tiled_rows_are_the_autoencoders_own() -> None:
 def test_what_is_not_exact_says_so(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Collected()
     monkeypatch.setattr(pipeline, "EXACT_DECODE_PIXELS", 0)
-    monkeypatch.setattr("tiledcore.vae.CPU_EXACT_PIXELS", 0)
+    monkeypatch.setattr("tiledcore.vae.exact.CPU_EXACT_PIXELS", 0)
     run(tiny_sd(), rows=rows)
     assert "in diffusers' tiles, which is approximate: its attention" in caplog.text
     assert rows.image().shape == (128, 200, 3)

@@ -29,7 +29,7 @@ from tiny_transformers import (
 )
 
 from tiledcore import TiledPipeline, TilingConfig, apply_tiling, remove_tiling
-from tiledcore.families import network_of, to_image, to_tokens
+from tiledcore.tiles.families import network_of, to_image, to_tokens
 
 
 def static(pipe: Any) -> Any:

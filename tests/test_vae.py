@@ -10,9 +10,10 @@ from tiny import tiny_sd
 from tiny_transformers import tiny_flux
 from torch.profiler import ProfilerActivity, profile
 
-from tiledcore import TiledPipeline, TilingConfig, vae_plan
-from tiledcore import vae as bands
-from tiledcore.bands import Extent, Statistics, UnsupportedError
+from tiledcore import TiledPipeline, TilingConfig
+from tiledcore.vae import exact as bands
+from tiledcore.vae import plan as vae_plan
+from tiledcore.vae.bands import Extent, Statistics, UnsupportedError
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LEVELS = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}

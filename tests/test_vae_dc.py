@@ -13,11 +13,11 @@ from tiny_transformers import build as build_pipe
 from tiny_transformers import call, tiny_sana
 
 from tiledcore import TiledPipeline, TilingConfig
-from tiledcore import vae as bands
-from tiledcore.bands import UnsupportedError
-from tiledcore.bands_attention import LinearSums
-from tiledcore.vae_plan import LiveBytes
-from tiledcore.vae_stores import Given
+from tiledcore.vae import exact as bands
+from tiledcore.vae.bands import UnsupportedError
+from tiledcore.vae.bands_attention import LinearSums
+from tiledcore.vae.plan import LiveBytes
+from tiledcore.vae.stores import Given
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BLOCKS = ("ResBlock", "ResBlock", "EfficientViTBlock", "EfficientViTBlock")

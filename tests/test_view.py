@@ -18,11 +18,11 @@ import pytest
 from PIL import Image
 from viewer import METADATA, pixels, saved, serving
 
-from tiledcore import view
-from tiledcore.cli import main
-from tiledcore.deepzoom import Levels
-from tiledcore.images import read_metadata
-from tiledcore.view import Server, areas_of, describe, leaflet_files
+from tiledcore.cli import view
+from tiledcore.cli.main import main
+from tiledcore.cli.view import Server, areas_of, describe, leaflet_files
+from tiledcore.io.deepzoom import Levels
+from tiledcore.io.images import read_metadata
 
 
 def halved(image: np.ndarray) -> np.ndarray:
@@ -75,7 +75,7 @@ def test_tiles_that_are_not_there(tmp_path: Path) -> None:
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from tiledcore.deepzoom import Levels
+from tiledcore.io.deepzoom import Levels
 import tifffile
 with Levels(Path(sys.argv[1])) as levels:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -302,7 +302,7 @@ def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 @pytest.mark.parametrize("metadata", [METADATA, None])
 def test_it_serves_until_it_is_interrupted(tmp_path: Path, metadata: dict[str, Any] | None) -> None:
     path = saved(tmp_path / "a.png", metadata)
-    command = [sys.executable, "-m", "tiledcore.cli", "view", str(path), "--no-browser"]
+    command = [sys.executable, "-m", "tiledcore.cli.main", "view", str(path), "--no-browser"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     # A shell's background jobs ignore SIGINT, and what they start inherits that.
     default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)

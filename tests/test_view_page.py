@@ -10,7 +10,7 @@ from browser import Page, browser, find_browser
 from PIL import Image
 from viewer import METADATA, pixels, saved, serving
 
-from tiledcore.deepzoom import Levels
+from tiledcore.io.deepzoom import Levels
 
 LOADED = (
     "document.querySelectorAll('img.leaflet-tile-loaded').length > 0 && "

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from tiledcore import images, writers
-from tiledcore.writers import TILE, write_rows
+from tiledcore.io import images, writers
+from tiledcore.io.writers import TILE, write_rows
 
 METADATA: dict[str, Any] = {"prompt": "a coast, côte, 海岸", "seed": 2**63, "size": [3, 2]}
 
@@ -172,7 +172,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from tiledcore.writers import write_rows
+from tiledcore.io.writers import write_rows
 
 def bands():
     yield np.zeros((300, 400, 3), np.uint8)
@@ -204,7 +204,7 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from tiledcore.writers import write_rows
+from tiledcore.io.writers import write_rows
 import tifffile
 
 def bands(height, width):

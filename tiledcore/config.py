@@ -29,11 +29,11 @@ class TilingConfig:
             arises each compose a picture of their own, as the network was trained to. A call of a
             :class:`~tiledcore.TiledPipeline` that starts from an image blends so many more of its last steps instead.
         fade: with ``shift``: on each side of a line so many pixels in which a prediction is faded into that of the step
-            before, whose lines lay elsewhere, see :mod:`tiledcore.fade`; at most a quarter of a tile, 0 is none. Only
+            before, whose lines lay elsewhere, see ``fade``; at most a quarter of a tile, 0 is none. Only
             :class:`~tiledcore.TiledPipeline` does it, which knows both steps.
         mode: ``"tiles"``: a batch of windows through the unmodified model. ``"canvas"``: the network runs once over
             the whole canvas, and its self-attention is that of tiles to their neighbours
-            (:mod:`tiledcore.attention`); nothing is evaluated twice.
+            (:mod:`tiledcore.canvas.attention`); nothing is evaluated twice.
         halo: for ``"canvas"``: latent pixels that a tile's self-attention sees of its neighbours on each side.
             Default: half a tile.
         guidance_batch: for ``"canvas"``: both guidance branches at once, or, to save memory, one after the other.

@@ -16,28 +16,28 @@ import torch
 from diffusers import AutoencoderKL, AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
 from PIL import Image
 
-from tiledcore.budget import Budget, within
-from tiledcore.checkpoint import Checkpoint
+from tiledcore.compose.pictures import size_px
+from tiledcore.compose.regional import seeded_latents
+from tiledcore.compose.regions import Region
+from tiledcore.compose.stage_plan import Stages, staging
+from tiledcore.compose.stages import from_pictures
+from tiledcore.compose.wrap import continuation, wrapped
 from tiledcore.config import TilingConfig
-from tiledcore.engine import Engine, Report
-from tiledcore.families import network_of, registry
 from tiledcore.geometry import TileGrid, both
-from tiledcore.graph import CudaBackend, Mode, StepGraphs
-from tiledcore.labels import labelled
+from tiledcore.hook import HOOK, default_tiling, regional, tiled
+from tiledcore.io.preview import Preview, Previewing
+from tiledcore.io.stream import Rows, streamed
+from tiledcore.loop.checkpoint import Checkpoint
+from tiledcore.loop.engine import Engine, Report
+from tiledcore.loop.graph import CudaBackend, Mode, StepGraphs
+from tiledcore.memory.budget import Budget, within
+from tiledcore.memory.planner import Plan
 from tiledcore.models import EARTH, EARTH_FLUX, EMBEDDED
 from tiledcore.models.architecture import NATIVE
-from tiledcore.pictures import size_px
-from tiledcore.planner import Plan
-from tiledcore.preview import Preview, Previewing
-from tiledcore.pull import Pull, Pulling
-from tiledcore.regional import seeded_latents
-from tiledcore.regions import Region
-from tiledcore.stage_plan import Stages, staging
-from tiledcore.stages import from_pictures
-from tiledcore.stream import Rows, streamed
-from tiledcore.tiling import HOOK, default_tiling, regional, tiled
-from tiledcore.vae import exact_bands, why_not_exact
-from tiledcore.wrapping import continuation, wrapped
+from tiledcore.schedulers.pull import Pull, Pulling
+from tiledcore.tiles.families import network_of, registry
+from tiledcore.utils import labelled
+from tiledcore.vae.exact import exact_bands, why_not_exact
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +52,13 @@ class TiledPipeline:
     Components are read and set through it (``pipe.scheduler = ...``, ``pipe.load_lora_weights(...)``).
     With ``image=`` a text-to-image pipeline runs as its image-to-image sibling, on the same weights.
     With ``memory_budget=`` (bytes, or such as ``"24GiB"``) each call is planned to stay within it
-    (:func:`tiledcore.planner.plan`), and refused where that cannot be; ``report`` has the plan and the real peak.
+    (``plan``), and refused where that cannot be; ``report`` has the plan and the real peak.
     """
 
     pipe: Any
     tiling: TilingConfig
     stages: Stages
-    """Whether images are made in stages, see :mod:`tiledcore.stages`; None, the default, makes them in one."""
+    """Whether images are made in stages, see :mod:`tiledcore.compose.stages`; None, the default, makes them in one."""
     fused: bool
     """Whether blend, guidance and scheduler are one fused step, where the pipeline and its scheduler allow it."""
     report: Report | None
@@ -169,8 +169,8 @@ class TiledPipeline:
             regions: parts of the canvas with prompts of their own, see :class:`tiledcore.Region`.
             rows: is given the decoded image as an iterator of bands ``[rows, width, 3]`` uint8, top to bottom, and
                 the image is never in memory whole; those of the result are then stand-ins of one pixel.
-                :func:`tiledcore.writers.write_rows` writes them to a file.
-            checkpoint: a folder, or a :class:`~tiledcore.checkpoint.Checkpoint`: the run is saved there, and goes
+                :func:`tiledcore.io.writers.write_rows` writes them to a file.
+            checkpoint: a folder, or a :class:`~tiledcore.loop.checkpoint.Checkpoint`: the run is saved there, and goes
                 on from there if it was broken off. The file stays when the run is finished.
             pull: with ``image``, hold the picture to the image's low frequencies.
             stages: for this call, instead of ``self.stages``. With ``image``, that picture takes the place of the

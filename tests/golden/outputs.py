@@ -26,8 +26,8 @@ from tiny import tiny_sd, tiny_sdxl  # noqa: E402
 from tiny_transformers import tiny_sd3  # noqa: E402
 
 from tiledcore import Region, TiledPipeline, TilingConfig, apply_tiling, remove_tiling  # noqa: E402
-from tiledcore.checkpoint import Checkpoint  # noqa: E402
-from tiledcore.cli import main  # noqa: E402
+from tiledcore.cli.main import main  # noqa: E402
+from tiledcore.loop.checkpoint import Checkpoint  # noqa: E402
 
 torch.set_num_threads(1)
 PROMPT = "relief map of a rugged coast"
