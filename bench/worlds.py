@@ -33,7 +33,7 @@ from bench.modes import kept, period
 from bench.quality import outermost, seam_profile
 from tiledcore import TiledPipeline, TilingConfig
 from tiledcore.compose.connected import Joint, connected
-from tiledcore.compose.wrap import wrapped
+from tiledcore.vae.wrap import wrapped
 from tiledcore.models import call_defaults
 from tiledcore.models.architecture import NATIVE
 

@@ -9,7 +9,7 @@ from tiny import tiny_sd, tiny_vae
 from tiny_transformers import tiny_flux
 
 from tiledcore import TiledPipeline, TilingConfig
-from tiledcore.compose.wrap import Continuation, continuation, decoder_reach, wrapped
+from tiledcore.vae.wrap import Continuation, continuation, decoder_reach, wrapped
 
 
 def convolutions_only() -> AutoencoderKL:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "Execution": "tiledcore.config",
     "Joint": "tiledcore.compose.connected",
+    "Motion": "tiledcore.config",
     "Preview": "tiledcore.io.preview",
     "Pull": "tiledcore.schedulers.pull",
     "Region": "tiledcore.compose.regions",
@@ -22,7 +24,9 @@ _EXPORTS = {
     "remove_tiling": "tiledcore.hook",
 }
 __all__ = [
+    "Execution",
     "Joint",
+    "Motion",
     "Preview",
     "Pull",
     "Region",
@@ -41,7 +45,7 @@ if TYPE_CHECKING:
     from tiledcore.compose.connected import Joint, connected
     from tiledcore.compose.regions import Region
     from tiledcore.compose.stage_plan import Stage, Staging
-    from tiledcore.config import TilingConfig
+    from tiledcore.config import Execution, Motion, TilingConfig
     from tiledcore.geometry import TileGrid
     from tiledcore.hook import apply_tiling, remove_tiling
     from tiledcore.io.preview import Preview

@@ -16,7 +16,9 @@ from functools import cached_property
 from random import Random
 from typing import TypeVar
 
-Pair = tuple[int, int]
+from tiledcore import validate
+
+Pair = validate.Pair
 T = TypeVar("T", int, bool)
 
 
@@ -144,15 +146,15 @@ class TileGrid(Tiling):
         overlap: int | Pair = 0,
         wrap: bool | tuple[bool, bool] = (False, False),
     ) -> None:
-        canvas = (_integer("height", height, 1), _integer("width", width, 1))
-        tiles = check_pair("tile", tile, 1)
-        overlaps = check_pair("overlap", overlap, 0)
+        canvas = (validate.integer("height", height, 1), validate.integer("width", width, 1))
+        tiles = validate.pair("tile", tile, 1)
+        overlaps = validate.pair("overlap", overlap, 0)
         for axis, t, o in zip("yx", tiles, overlaps, strict=True):
             if o >= t:
                 raise ValueError(
                     f"overlap={overlap!r} must be smaller than tile={tile!r} on both axes: at most {t - 1} along {axis}"
                 )
-        wraps = check_wrap(wrap)
+        wraps = validate.flags("wrap", wrap)
         fitted = [
             (t, o) if t <= size else (size, min(o, size // 2))
             for size, t, o in zip(canvas, tiles, overlaps, strict=True)
@@ -247,25 +249,3 @@ def _lines(size: int, tile: int, wrap: bool, offsets: tuple[int, ...], cores: tu
 
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def _integer(name: str, value: object, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r} must be an int of at least {least}")
-    return value
-
-
-def check_pair(name: str, value: object, least: int) -> Pair:
-    both = value if isinstance(value, tuple | list) else (value, value)
-    valid = [v for v in both if isinstance(v, int) and not isinstance(v, bool) and v >= least]
-    if len(both) != 2 or len(valid) != 2:
-        raise ValueError(f"{name}={value!r} must be an int of at least {least}, or a (y, x) pair of them")
-    return valid[0], valid[1]
-
-
-def check_wrap(value: object) -> tuple[bool, bool]:
-    both = value if isinstance(value, tuple | list) else (value, value)
-    valid = [v for v in both if isinstance(v, bool)]
-    if len(both) != 2 or len(valid) != 2:
-        raise ValueError(f"wrap={value!r} must be a bool, or a (y, x) pair of bools")
-    return valid[0], valid[1]

@@ -25,7 +25,7 @@ from PIL import Image  # noqa: E402
 from tiny import tiny_sd, tiny_sdxl  # noqa: E402
 from tiny_transformers import tiny_sd3  # noqa: E402
 
-from tiledcore import Region, TiledPipeline, TilingConfig, apply_tiling, remove_tiling  # noqa: E402
+from tiledcore import Motion, Region, TiledPipeline, TilingConfig, apply_tiling, remove_tiling  # noqa: E402
 from tiledcore.cli.main import main  # noqa: E402
 from tiledcore.loop.checkpoint import Checkpoint  # noqa: E402
 
@@ -38,7 +38,7 @@ FLUX: dict[str, Any] = {
     "negative_prompt": "",
     "max_sequence_length": 24,
 }
-MOVING = TilingConfig(tile=16, shift=True, blend_first=1, blend_steps=1, fade=3)
+MOVING = TilingConfig(tile=16, motion=Motion(blend_first=1, blend_last=1, fade=3))
 RAMP = TilingConfig(tile=16, overlap=4)
 
 
@@ -85,11 +85,11 @@ class StopError(Exception):
 
 
 def resumed(pipe: TiledPipeline, folder: Path) -> Any:
-    """The same call, broken off in its third step, then run again."""
+    """The same call, broken off, then run again."""
     calls = iter(range(1000))
 
     def stop(*_: Any) -> None:
-        if next(calls) == 2:
+        if next(calls) == 4:
             raise StopError
 
     handle = pipe.unet.register_forward_pre_hook(stop)
@@ -114,7 +114,7 @@ def tiny(folder: Path) -> None:
     small = TilingConfig(tile=8, overlap=2)
     plain = run(sd, 128, 192, num_inference_steps=3)
     show("sd plain", plain)
-    apply_tiling(sd, TilingConfig(tile=8, shift=True, blend_steps=1))
+    apply_tiling(sd, TilingConfig(tile=8, motion=Motion(blend_first=0, blend_last=1, fade=0)))
     show("sd apply_tiling", run(sd, 128, 192, num_inference_steps=3))
     remove_tiling(sd)
     show("sd remove_tiling", run(sd, 128, 192, num_inference_steps=3))

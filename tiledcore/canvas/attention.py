@@ -6,7 +6,7 @@ cross-attention and everything else of the network stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from inspect import signature
 from typing import Any
 
@@ -18,22 +18,22 @@ from diffusers import (
     UNet2DConditionModel,
     ZImageTransformer2DModel,
 )
-from diffusers.hooks import ModelHook
 from diffusers.models import attention_processor as diffusers_processors
 from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
-from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, ZSingleStreamAttnProcessor
+from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor
 from torch import Tensor
 
-from tiledcore import ops
+from tiledcore import ops, validate
+from tiledcore._diffusers import TEXT_MULTIPLE, uncompiled
 from tiledcore.canvas.processors import FluxProcessor, QwenProcessor, SD3Processor, SelfProcessor, ZImageProcessor
 from tiledcore.canvas.windows import Canvas, Rotary, Windows
-from tiledcore.geometry import Pair, check_pair, check_wrap
+from tiledcore.geometry import Pair
+from tiledcore.intercept import around_of, intercept, release
 from tiledcore.tiles.conditioning import one_image
-from tiledcore.tiles.families import FAMILIES, registry
+from tiledcore.tiles.families import FAMILIES
 
-HOOK = "tiledcore_canvas"
 # FLUX and Qwen-Image get 2x2 latent pixels packed into one token; their networks do not know it.
 PACKED = 2
 
@@ -58,7 +58,7 @@ ADDED = (
 )
 
 
-class CanvasAttention(ModelHook):
+class CanvasAttention:
     """Canvas mode of one network; made by :func:`install`.
 
     Attributes:
@@ -80,10 +80,9 @@ class CanvasAttention(ModelHook):
         guidance_batch: bool,
         canvas: Canvas,
     ) -> None:
-        super().__init__()
         self.tile, self.halo, self.wrap, self.native = tile, halo, wrap, native
         self.guidance_batch, self.canvas = guidance_batch, canvas
-        self._network = getattr(network, "_orig_mod", network)
+        self._network = uncompiled(network)
         self._names = tuple(signature(type(self._network).forward).parameters)[1:]
         found = [
             (name, layer, _processor(self._network, canvas, name, layer)) for name, layer in _layers(self._network)
@@ -100,23 +99,23 @@ class CanvasAttention(ModelHook):
         for layer, processor in self._former:
             layer.set_processor(processor)
 
-    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         first = next((kwargs[name] for name in ("sample", "hidden_states", "x") if name in kwargs), None)
         if first is None:
-            return self.fn_ref.original_forward(**kwargs)  # which says what is missing
+            return call(**kwargs)  # which says what is missing
         if self.guidance_batch or len(first) == 1:
-            return self._evaluate(kwargs)
-        return _stack([self._evaluate(one_image(kwargs, i, len(first))) for i in range(len(first))])
+            return self._evaluate(call, kwargs)
+        return _stack([self._evaluate(call, one_image(kwargs, i, len(first))) for i in range(len(first))])
 
-    def _evaluate(self, kwargs: dict[str, Any]) -> Any:
+    def _evaluate(self, call: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         grid, pixels = self.grid or _grid(self._network, kwargs)
         self.canvas.enter(list(self._levels(grid, pixels)))
         if (mask := kwargs.get("encoder_hidden_states_mask")) is not None and not mask.all():
             self.canvas.text_kept = [row.nonzero()[:, 0] for row in mask.bool()]
         if "cap_feats" in kwargs:
-            self.canvas.text_lengths = [-(-len(text) // SEQ_MULTI_OF) * SEQ_MULTI_OF for text in kwargs["cap_feats"]]
-        return self.fn_ref.original_forward(**kwargs)
+            self.canvas.text_lengths = [-(-len(text) // TEXT_MULTIPLE) * TEXT_MULTIPLE for text in kwargs["cap_feats"]]
+        return call(**kwargs)
 
     def _levels(self, grid: Pair, pixels: int) -> Iterator[Windows]:
         """The windows of each level; sizes are rounded up, as the network's stride-2 convolutions do."""
@@ -131,22 +130,22 @@ class CanvasAttention(ModelHook):
             yield Windows(size, down(self.tile), down(self.halo), self.wrap, down(self.native))
 
 
-class WindowPositions(ModelHook):
+class WindowPositions:
     """Absolute positions of a :class:`PatchEmbed`, taken from a picture of the native size, over and over.
 
     Token (y, x) gets the embedding of (y mod native, x mod native). A halo thus carries the positions that it has in
     its own tile: they are added to the tokens once, before the first layer, and cannot differ by who looks.
     """
 
-    def __init__(self, native: Pair) -> None:
-        super().__init__()
-        self.native = native
+    def __init__(self, module: Any, native: Pair) -> None:
+        self.module, self.native = module, native
 
-    def new_forward(self, module: Any, latent: Tensor) -> Tensor:
+    def __call__(self, call: Callable[[Tensor], Tensor], latent: Tensor) -> Tensor:
+        module = self.module
         h, w = (n // module.patch_size for n in latent.shape[-2:])
         native = [min(n, size) for n, size in zip(self.native, latent.shape[-2:], strict=True)]
         if native == list(latent.shape[-2:]):
-            return self.fn_ref.original_forward(latent)
+            return call(latent)
         tokens = module.proj(latent).flatten(2).transpose(1, 2)
         if module.layer_norm:
             tokens = module.norm(tokens)
@@ -224,36 +223,36 @@ def install(
         ValueError: names the argument, its value and what is valid; at the first evaluation also for an image that
             the layers cannot place.
     """
-    inner = getattr(network, "_orig_mod", network)
+    inner = uncompiled(network)
     if not isinstance(inner, tuple(family.model for family in FAMILIES)):
         names = ", ".join(family.model.__name__ for family in FAMILIES)
         raise TypeError(f"network={type(inner).__name__}: canvas mode knows {names}")
-    sizes = check_pair("tile", tile, 1)
-    halos = (sizes[0] // 2, sizes[1] // 2) if halo is None else check_pair("halo", halo, 0)
-    natives = sizes if native is None else check_pair("native", native, 1)
-    wraps = check_wrap(wrap)
+    sizes = validate.pair("tile", tile, 1)
+    halos = (sizes[0] // 2, sizes[1] // 2) if halo is None else validate.pair("halo", halo, 0)
+    natives = sizes if native is None else validate.pair("native", native, 1)
+    wraps = validate.flags("wrap", wrap)
 
     embed = _patch_embed(inner)
     if embed is not None:
         _check_native(embed, natives)
     remove(network)
     hook = CanvasAttention(network, sizes, halos, wraps, natives, guidance_batch, Canvas(impl))
-    registry(network).register_hook(hook, HOOK)
+    intercept(network, hook)
     if embed is not None:
-        registry(embed).register_hook(WindowPositions(natives), HOOK)
+        intercept(embed, WindowPositions(embed, natives))
     return hook
 
 
 def remove(network: Any) -> None:
     """Undo :func:`install`: the former processors are back, results are bit-identical. Without it, does nothing."""
-    hook = registry(network).get_hook(HOOK)
+    hook = around_of(network, CanvasAttention)
     if hook is None:
         return
     hook.restore()
-    registry(network).remove_hook(HOOK, recurse=False)
-    embed = _patch_embed(getattr(network, "_orig_mod", network))
-    if embed is not None:
-        registry(embed).remove_hook(HOOK, recurse=False)
+    release(network, hook)
+    embed = _patch_embed(uncompiled(network))
+    if embed is not None and (positions := around_of(embed, WindowPositions)) is not None:
+        release(embed, positions)
 
 
 def _patch_embed(network: Any) -> Any:

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,7 +136,7 @@ def writing(path: Path) -> Iterator[None]:
 def open_pipeline(args: argparse.Namespace, seed: int) -> TiledPipeline:
     import torch
 
-    from tiledcore.config import TilingConfig
+    from tiledcore.config import Execution, TilingConfig
     from tiledcore.pipeline import TiledPipeline
 
     _config(args, seed, TilingConfig())  # what is wrong with it comes out before the model is opened
@@ -149,6 +149,7 @@ def open_pipeline(args: argparse.Namespace, seed: int) -> TiledPipeline:
         if args.model in EMBEDDED or Path(args.model).is_dir():
             raise
         raise CommandError(f"--model {args.model}: {_why_not_from_hub(error)}") from error
+    pipe.execution = Execution(tile_batch=args.tile_batch)
     pipe.tiling = _config(args, seed, pipe.tiling)
     if args.scheduler is not None:
         _set_scheduler(pipe, args.scheduler)
@@ -157,13 +158,14 @@ def open_pipeline(args: argparse.Namespace, seed: int) -> TiledPipeline:
 
 def _config(args: argparse.Namespace, seed: int, default: TilingConfig) -> TilingConfig:
     """The tiling that was asked for; where it was not said how tiles meet, they do so as in ``default``."""
-    from tiledcore.config import TilingConfig
+    from tiledcore.config import Motion, TilingConfig
 
-    meet = ("mode", "overlap", "window", "ramp", "shift", "blend_steps", "blend_first", "fade", "halo")
+    meet = ("mode", "overlap", "window", "ramp", "motion", "halo")
     given = {name: value for name in meet if (value := getattr(args, name)) is not None}
     wrap = ("y" in args.wrap, "x" in args.wrap)
     base = TilingConfig() if given else default
-    return replace(base, tile=args.tile, wrap=wrap, tile_batch=args.tile_batch, seed=seed, **given)
+    config = replace(base, tile=args.tile, wrap=wrap, **given)
+    return replace(config, motion=Motion(seed=seed)) if config.motion == "moving" else config
 
 
 def _settle_device(args: argparse.Namespace) -> None:
@@ -308,7 +310,7 @@ def _describe_tiling(pipe: TiledPipeline, grid: TileGrid, call: dict[str, Any]) 
         lines_y, lines_x = (
             tuple(range(tile, size, tile)) for tile, size in zip(grid.tile_size, (grid.height, grid.width), strict=True)
         )
-    blends = config.mode == "tiles" and (config.blended_steps > 0 or not config.shift)
+    blends = config.mode == "tiles" and (config.moving is None or config.moving.blended > 0)
     steps = max(1, int(call["num_inference_steps"] * call.get("strength", 1.0)))
     return {
         "mode": config.mode,
@@ -317,10 +319,7 @@ def _describe_tiling(pipe: TiledPipeline, grid: TileGrid, call: dict[str, Any]) 
         "halo": config.halo,
         "window": config.window if blends else None,
         "ramp": (config.ramp or max(1, min(grid.overlap))) if blends and config.window == "ramp" else None,
-        "shift": config.shift,
-        "blend_steps": config.blend_steps,
-        "blend_first": config.blend_first,
-        "fade": config.fade,
+        "motion": "still" if config.moving is None else asdict(config.moving),
         "wrap": list(grid.wrap),
         "tiles": len(grid),
         "area_factor": round(config.area_factor(grid, steps), 4),

@@ -143,7 +143,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--regions", type=Path, metavar="FILE", help="parts of the image with prompts of their own: a TOML scene")
     add("--device", metavar="NAME", help="default cuda where there is one, else cpu")
     add("--dtype", choices=DTYPES, help="default fp16 on cuda, else fp32")
-    title = "tiling (sizes in latent pixels, usually of 8 px; default of UNets and FLUX: --shift that fades)"
+    title = "tiling (sizes in latent pixels, usually of 8 px; default of UNets and FLUX: --motion moving)"
     _add_tiling(parser.add_argument_group(title))
 
 
@@ -154,20 +154,7 @@ def _add_tiling(group: argparse._ArgumentGroup) -> None:
     add("--overlap", type=_pair(0), metavar="N|HxW", help="of adjacent tiles; default: tile / 8")
     add("--window", choices=WINDOWS, help="how tiles are blended; default ramp")
     add("--ramp", type=_integer(1), metavar="N", help="width of the ramp; default: the overlap")
-    add("--shift", action="store_true", default=None, help="move the tiles in each step, no overlap")
-    add(
-        "--blend-steps",
-        type=_integer(0),
-        metavar="N",
-        help="with --shift: the last N steps blend overlapping tiles; default 0",
-    )
-    add("--blend-first", type=_integer(0), metavar="N", help="with --shift: so do the first N; default 0")
-    add(
-        "--fade",
-        type=_integer(0),
-        metavar="N",
-        help="with --shift: fade into the step before, so far from the lines between tiles; default 0",
-    )
+    add("--motion", choices=("still", "moving"), help="whether tiles move from step to step; then they hardly overlap")
     add(
         "--halo",
         type=_pair(0),

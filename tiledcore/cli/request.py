@@ -39,17 +39,8 @@ def check(args: argparse.Namespace) -> Image.Image | None:
         raise CommandError("--stages: not used with --mask, whose surroundings are there already")
     if args.checkpoint is not None and (args.stages is not None or args.keep_colour):
         raise CommandError("--checkpoint: saves one stage; not used with --stages or --keep-colour")
-    overlaps = args.overlap not in (None, (0, 0))
-    blends = args.blend_steps or args.blend_first
-    if args.shift and overlaps and not blends:
-        raise CommandError("--overlap: --shift replaces the overlap; give only one of them, or --blend-steps")
     if args.mode != "canvas" and args.halo is not None:
         raise CommandError("--halo: only used with --mode canvas")
-    for option, value in (("--blend-steps", args.blend_steps), ("--blend-first", args.blend_first)):
-        if value and not args.shift:
-            raise CommandError(f"{option}: only used with --shift; without it every step is blended")
-    if args.fade and not args.shift:
-        raise CommandError("--fade: only used with --shift; without it tiles do not move")
     if args.tile is not None:
         h, w = args.tile
         TileGrid(h, w, tile=(h, w), overlap=args.overlap or 0)

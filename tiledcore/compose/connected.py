@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiledcore import ops
-from tiledcore.compose.wrap import decoder_reach
-from tiledcore.config import TilingConfig
+from tiledcore.config import Execution, Motion, TilingConfig
 from tiledcore.geometry import Pair
 from tiledcore.tiles.denoiser import Prediction, TileDenoiser
 from tiledcore.tiles.families import network_of
 from tiledcore.utils import replaced
+from tiledcore.vae.wrap import decoder_reach
 
 SHARED = 5
 """Latent pixels of the strip that the sides of a group have in common; the paper's width."""
@@ -148,11 +148,13 @@ class ConnectedDenoiser(TileDenoiser):
     ) -> Prediction:
         # By the timestep, so that both guidance branches of a step see the same neighbours.
         step = round(1000 * float(torch.as_tensor(timestep).flatten()[0]))
-        random = Random(f"connected/{self.config.seed}/{step}")
+        random = Random(f"connected/{(self.config.moving or Motion()).seed}/{step}")
         padded = self.graph.pad(sample, self.reach, self.graph.partners(random))
         tiles, offsets, size, ramp = super().evaluate(forward, padded, timestep, **kwargs)
         if len(offsets) > 1:
-            tiles = ops.blend_tiles(tiles, offsets, size, window=self.config.window, ramp=ramp, impl=self.config.impl)
+            tiles = ops.blend_tiles(
+                tiles, offsets, size, window=self.config.window, ramp=ramp, impl=self.execution.impl
+            )
         return self.whole(self.graph.share(self.graph.crop(tiles, self.reach), -(-SHARED // self.unit), random))
 
 
@@ -190,7 +192,7 @@ def connected(
         TypeError: the pipeline cannot be tiled.
     """
     from tiledcore.compose.regional import as_latents, draw_noise
-    from tiledcore.hook import default_tiling, tiled
+    from tiledcore.hook import default_tiling, tiled, with_fade
 
     tiling = tiling or getattr(pipe, "tiling", None)
     pipe = getattr(pipe, "pipe", pipe)
@@ -204,7 +206,7 @@ def connected(
     factor, native = pipe.vae_scale_factor, family.native(pipe, network)
     tile = tiling.tile or native
     smallest = tile if isinstance(tile, int) else min(tile)
-    unit = family.patch(network) if family.packed else 1
+    unit = family.unit(network)
     context = smallest // 4 // unit * unit if context is None else context
     if context < unit or context % unit or context * factor > min(height, width):
         raise ValueError(
@@ -216,24 +218,17 @@ def connected(
     call["latents"] = as_latents(
         pipe, family, graph.share(noise, -(-SHARED // unit) * unit, Random(f"connected/{seed}"))
     )
-    with tiled(pipe, tiling) as ready, _connected_decoder(ready.vae, graph, factor):
-        hook = _hook(network)
-        denoiser = ConnectedDenoiser(tiling, native, factor, family.patch(network), family.packed)
+    tiling = with_fade(pipe, tiling, fades=False)
+    with tiled(pipe, tiling) as hook, _connected_decoder(pipe.vae, graph, factor):
+        denoiser = ConnectedDenoiser(tiling, Execution(), native, factor, family.patch(network), unit)
         denoiser.graph, denoiser.reach = graph, (context // unit, context // unit)
         hook.denoiser = denoiser
         return list(pipe(**call).images)
 
 
-def _hook(network: Any) -> Any:
-    from tiledcore.hook import HOOK
-    from tiledcore.tiles.families import registry
-
-    return registry(network).get_hook(HOOK)
-
-
 @contextmanager
 def _connected_decoder(vae: Any, graph: CanvasGraph, factor: int) -> Iterator[None]:
-    """``vae.decode`` sees each image continued by its neighbours, as :func:`tiledcore.compose.wrap.wrapped` does.
+    """``vae.decode`` sees each image continued by its neighbours, as :func:`tiledcore.vae.wrap.wrapped` does.
 
     The images of a set are normalised by the statistics of all of them: by its own, each would have another tone, and
     that would step at the joints.

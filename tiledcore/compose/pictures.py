@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from tiledcore.io.images import to_rgb
 from tiledcore.schedulers.pull import low_pass, low_pass_matrix
 
 COLOUR_GRID = 256
@@ -46,15 +47,48 @@ def size_px(image: Any, factor: int) -> tuple[int, int] | None:
     """(height, width) in pixels of what a pipeline starts from; None where it tells none.
 
     Args:
-        image: PIL, a tensor ``[B, 3, H, W]`` or ``[3, H, W]`` of pixels, or one of latents, with other channels.
+        image: PIL, an array ``[B, H, W, 3]`` or ``[H, W, 3]``, a tensor ``[B, 3, H, W]`` or ``[3, H, W]``, latents (a
+            tensor with other channels), or a list of them.
         factor: image pixels per latent pixel.
     """
+    if isinstance(image, list | tuple) and image:
+        return size_px(image[0], factor)
     if isinstance(image, Image.Image):
         return image.height, image.width
-    if isinstance(image, Tensor):
-        unit = 1 if image.shape[-3] == 3 else factor
+    if isinstance(image, np.ndarray) and image.ndim in (3, 4):
+        return image.shape[-3], image.shape[-2]
+    if isinstance(image, Tensor) and image.ndim >= 3:
+        unit = 1 if _is_pixels(image) else factor
         return unit * image.shape[-2], unit * image.shape[-1]
     return None
+
+
+def _is_pixels(image: Tensor) -> bool:
+    return image.shape[-3] == 3
+
+
+def resized(image: Any, size: tuple[int, int], factor: int) -> Any:
+    """The same picture, in the same form, at (height, width) px; latents stay as they are.
+
+    Pictures of PIL become RGB and are resized by Lanczos, arrays and tensors bicubic.
+    """
+    if isinstance(image, list | tuple):
+        return [resized(one, size, factor) for one in image]
+    if isinstance(image, Image.Image):
+        image = to_rgb(image)
+        return image if image.size == size[::-1] else image.resize(size[::-1], Image.Resampling.LANCZOS)
+    if size_px(image, factor) == size or not isinstance(image, np.ndarray | Tensor):
+        return image
+    if isinstance(image, np.ndarray):
+        pixels = torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, -3)
+        made = resized(pixels.float(), size, factor).movedim(-3, -1).numpy()
+        return made.round().astype(np.uint8) if image.dtype == np.uint8 else made.astype(image.dtype)
+    if not _is_pixels(image):
+        return image
+    batch = image if image.ndim == 4 else image[None]
+    made = F.interpolate(batch.float(), size, mode="bicubic", antialias=True)
+    made = made.clamp(float(image.min()), float(image.max())).to(image.dtype)
+    return made if image.ndim == 4 else made[0]
 
 
 def match_colour(images: Any, source: Tensor, cycles: float = 4.0, wrap: tuple[bool, bool] = (False, False)) -> Any:

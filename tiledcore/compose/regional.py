@@ -21,9 +21,11 @@ from diffusers import (
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from tiledcore._diffusers import device_of, pack, uncompiled
 from tiledcore.compose.regional_canvas import CanvasRegions
 from tiledcore.compose.regional_tiles import Shares, evaluate, grid_of, split
 from tiledcore.compose.regions import Region, check_regions, region_weights, seed_noise
+from tiledcore.feature import Feature
 from tiledcore.geometry import Pair, both
 
 if TYPE_CHECKING:
@@ -42,25 +44,25 @@ TEXT: dict[type, dict[str, int]] = {
 }
 
 
-class Regional:
-    """The regions of a pipeline's calls. A context: inside of it, ``encode_prompt`` encodes the regions' prompts too.
+class Regional(Feature):
+    """The regions of one call. While it is entered, ``encode_prompt`` encodes the regions' prompts too.
 
     Args:
         pipe: the pipeline.
         network: its denoiser.
         regions: at least one.
-        canvas: the network runs over the whole canvas (``mode="canvas"``).
+        hook: of the network, which is told of the regions.
 
     Raises:
         TypeError: the network's prompts cannot be replaced yet, or something in ``regions`` is no region.
         ValueError: not in canvas mode.
     """
 
-    def __init__(self, pipe: Any, network: Any, regions: Sequence[Region], canvas: bool = False) -> None:
+    def __init__(self, pipe: Any, network: Any, regions: Sequence[Region], hook: Any) -> None:
         for i, region in enumerate(regions):
             if not isinstance(region, Region):
                 raise TypeError(f"regions[{i}]={region!r}: must be a tiledcore.Region")
-        inner = getattr(network, "_orig_mod", network)
+        inner = uncompiled(network)
         found = [text for kind, text in TEXT.items() if isinstance(inner, kind)]
         if not found or not hasattr(pipe, "encode_prompt"):
             known = ", ".join(kind.__name__ for kind in TEXT)
@@ -72,9 +74,13 @@ class Regional:
         self._used = False
         self._weights: tuple[Any, Tensor] | None = None
         self._shares: tuple[Tensor, Shares] | None = None
-        self._canvas = CanvasRegions(network) if canvas else None
+        self._hook, self._network = hook, network
+        self._canvas: CanvasRegions | None = None
 
     def __enter__(self) -> Regional:
+        if self._hook.denoiser.config.mode == "canvas":
+            self._canvas = CanvasRegions(self._network)
+        self._hook.regions = self
         self._own = vars(self.pipe).get("encode_prompt")
         original = self.pipe.encode_prompt
         parameters = signature(original)
@@ -99,6 +105,7 @@ class Regional:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._hook.regions = None
         if self._canvas is not None:
             self._canvas.restore()
         del vars(self.pipe)["encode_prompt"]
@@ -192,14 +199,14 @@ def draw_noise(pipe: Any, family: Any, network: Any, call: dict[str, Any]) -> Te
     return randn_tensor(
         (images, channels, height // factor, width // factor),
         generator=call.get("generator"),
-        device=torch.device(pipe._execution_device),
+        device=device_of(pipe),
         dtype=network.dtype,
     )
 
 
 def as_latents(pipe: Any, family: Any, noise: Tensor) -> Tensor:
     """Noise ``[B, C, H, W]`` in the form in which the pipeline takes ``latents``: packed, where it packs."""
-    return pipe._pack_latents(noise, *noise.shape) if family.packed else noise
+    return pack(pipe, noise) if family.packed else noise
 
 
 def seeded_latents(

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from tiledcore._diffusers import uncompiled
 from tiledcore.canvas.attention import SELF
 from tiledcore.geometry import Pair
 
@@ -78,7 +79,7 @@ class CanvasRegions:
     """
 
     def __init__(self, network: Any) -> None:
-        inner = getattr(network, "_orig_mod", network)
+        inner = uncompiled(network)
         if not isinstance(inner, UNet2DConditionModel):
             raise ValueError(
                 f"regions with mode='canvas': {type(inner).__name__} joins text and image in one attention, which "

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tiledcore import ops
 from tiledcore.compose.regions import Region
+from tiledcore.config import Motion
 from tiledcore.geometry import Pair, Partition, TileGrid, Tiling
 from tiledcore.tiles.denoiser import Prediction
 
@@ -150,7 +151,7 @@ def _own(denoiser: TileDenoiser, run: Run, rows: Tensor, columns: Tensor, timest
     tiling: Tiling | Partition = grid
     if isinstance(denoiser.placed, Partition):  # as the canvas' own tiles in this step
         step, _ = denoiser.step(timestep)
-        tiling = TileGrid(grid.height, grid.width, grid.tile_size).shifted(step, config.seed)
+        tiling = TileGrid(grid.height, grid.width, grid.tile_size).shifted(step, (config.moving or Motion()).seed)
     corner, canvas = torch.tensor([[int(rows[0]), int(columns[0])]]), None
     for tile, places in _groups(tiling).items():
         local = torch.tensor(places, dtype=torch.int32)
@@ -177,7 +178,9 @@ def _blend(denoiser: TileDenoiser, tiling: Tiling, tiles: Tensor, offsets: Tenso
     if len(offsets) == 1:
         return tiles
     size, ramp, config = (tiling.height, tiling.width), denoiser.ramp(tiling), denoiser.config
-    return ops.blend_tiles(tiles, offsets.to(tiles.device), size, window=config.window, ramp=ramp, impl=config.impl)
+    return ops.blend_tiles(
+        tiles, offsets.to(tiles.device), size, window=config.window, ramp=ramp, impl=denoiser.execution.impl
+    )
 
 
 def _put(canvas: Tensor, tile: Tensor, place: Pair) -> None:

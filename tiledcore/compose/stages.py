@@ -28,9 +28,8 @@ from torch import Tensor
 
 from tiledcore.compose.pictures import match_colour, to_tensor
 from tiledcore.compose.stage_plan import Stage, Staging, Upscaler, plan_stages, stage_steps, staging
-from tiledcore.config import TilingConfig
+from tiledcore.config import Execution, TilingConfig
 from tiledcore.geometry import Pair, both
-from tiledcore.schedulers.pull import Pull
 from tiledcore.tiles.families import network_of, to_image
 
 STARTS_FROM_LATENTS = (UNet2DConditionModel, SD3Transformer2DModel, FluxTransformer2DModel)
@@ -70,8 +69,7 @@ def stage_tiling(stage: Stage, config: TilingConfig, native: Pair, factor: int, 
     height, width = stage.height // factor, stage.width // factor
     open_tiles = config.mode == "tiles" and config.wrap in (False, (False, False))
     if stage.strength is None and open_tiles and height * width <= 1.05 * native[0] * native[1]:
-        still = replace(config, overlap=None, shift=False, blend_first=0, blend_steps=0, fade=0)
-        return replace(still, tile=(height, width), halo=None)
+        return replace(config, overlap=None, motion="still", tile=(height, width), halo=None)
     tile = native if config.tile is None else (config.tile if isinstance(config.tile, tuple) else (config.tile,) * 2)
     wrap = both(config.wrap)
     # One tile as large as an axis that wraps would see a border there: it gets less, so that several meet.
@@ -107,7 +105,9 @@ class StagePlan:
     def tilings(self) -> list[TilingConfig]:
         """Of each stage. Only the last one blends: what is left of an earlier one's partitions is drawn over."""
         config = self.tiling.refining()
-        moving = replace(config, blend_steps=0, overlap=None) if config.blend_steps else config
+        moving = config
+        if config.moving is not None and config.moving.blend_last:
+            moving = replace(config, motion=replace(config.moving, blend_last=0), overlap=None)
         return [
             stage_tiling(s, config if s is self.stages[-1] else moving, self.native, self.factor, self.patch)
             for s in self.stages
@@ -180,42 +180,47 @@ def plan_call(pipe: Any, call: dict[str, Any]) -> StagePlan:
     return plan
 
 
-def from_pictures(
-    pipe: Any,
-    args: tuple[Any, ...],
-    image: Any,
-    tiling: TilingConfig,
-    config: Staging | None,
-    pull: Pull | None,
-    keep_colour: bool,
-    call: dict[str, Any],
-) -> Any:
+def from_pictures(pipe: Any, arguments: dict[str, Any], options: Any, execution: Execution | None) -> Any:
     """A call of a :class:`~tiledcore.pipeline.TiledPipeline` in stages, or with the source's colours kept, or both.
+
+    Args:
+        pipe: the TiledPipeline.
+        arguments: of the call, by name.
+        options: a :class:`~tiledcore.call.Options`.
+        execution: of the call, or None.
 
     Raises:
         ValueError: an argument does not go with stages or ``keep_colour``; names it.
     """
-    if keep_colour and image is None:
+    for name, value in (("rows", options.rows), ("checkpoint", options.checkpoint), ("regions", options.regions)):
+        if value:
+            raise ValueError(f"{name}: is of one stage only; leave it out, or give stages=None")
+    image, pull = arguments.pop("image", None), options.pull
+    if options.keep_colour and image is None:
         raise ValueError("keep_colour: needs an image whose colours to keep; give image= too")
-    if keep_colour and call.get("output_type") == "latent":
+    if options.keep_colour and arguments.get("output_type") == "latent":
         raise ValueError("keep_colour: works on pixels, and output_type='latent' has none")
     source = None if image is None else to_tensor(image)
+    call = arguments | {"execution": execution}
+    if options.preview is not None:
+        call["preview"] = options.preview
+    config = staging(options.stages)
     if config is None:
-        result = pipe(*args, image=image, tiling=tiling, pull=pull, stages=None, **call)
+        result = pipe(image=image, tiling=options.tiling, pull=pull, stages=None, **call)
     else:
         for name in ("latents", "mask_image", "sigmas", "timesteps"):
-            if call.get(name) is not None:
+            if arguments.get(name) is not None:
                 raise ValueError(f"{name}: is of one stage only; leave it out, or give stages=None")
-        _check_sibling(pipe.pipe, call | {"image": image})
+        _check_sibling(pipe.pipe, arguments | {"image": image})
         if config.upscale == "latent" and network_of(pipe.pipe)[1].model not in STARTS_FROM_LATENTS:
             raise ValueError(
                 f"stages: upscale='latent' needs a pipeline that starts from latents (Stable Diffusion, SDXL, SD3, "
                 f"FLUX), and {type(pipe.pipe).__name__} does not; give upscale='bicubic'"
             )
-        plan = plan_call(pipe, call | {"image": source, "tiling": tiling, "stages": config, "pull": pull})
+        plan = plan_call(pipe, arguments | {"image": source, "tiling": options.tiling, "stages": config, "pull": pull})
         rest = {name: value for name, value in call.items() if name not in ("height", "width", "strength")}
-        result = run(pipe, plan, args, rest, source)
-    if not keep_colour or source is None:
+        result = run(pipe, plan, rest, source)
+    if not options.keep_colour or source is None:
         return result
     images = match_colour(result[0], source)
     if isinstance(result, tuple):
@@ -243,14 +248,13 @@ def _check_sibling(pipe: Any, call: dict[str, Any]) -> None:
             raise ValueError(f"stages: {type(sibling).__name__}, which refines them, has no {argument}; leave it out")
 
 
-def run(pipe: Any, plan: StagePlan, args: tuple[Any, ...], call: dict[str, Any], image: Tensor | None = None) -> Any:
+def run(pipe: Any, plan: StagePlan, call: dict[str, Any], image: Tensor | None = None) -> Any:
     """Make an image stage by stage.
 
     Args:
         pipe: the :class:`~tiledcore.pipeline.TiledPipeline`.
         plan: of this image.
-        args: positional arguments of the call.
-        call: its keyword arguments, without size, image, tiling, strength and pull.
+        call: arguments of the call by name, without size, image, tiling, strength and pull.
         image: ``[B, 3, H, W]`` in 0..1: the picture that the first stage enlarges, where the plan has one.
 
     Returns:
@@ -273,7 +277,7 @@ def run(pipe: Any, plan: StagePlan, args: tuple[Any, ...], call: dict[str, Any],
             kwargs |= {"strength": stage.strength, "pull": plan.config.pull}
         last = stage is plan.stages[-1]
         between = "latent" if latent else "pt"
-        result = pipe(*args, output_type=output_type if last else between, **kwargs)
+        result = pipe(output_type=output_type if last else between, **kwargs)
         if stage.strength is not None and plan.config.match and not latent and not (last and output_type == "latent"):
             assert first is not None
             result.images = match_colour(result.images, first, wrap=both(wrap))

@@ -119,6 +119,10 @@ def _remove_stale(folder: Path, start: str) -> None:
                     continue
 
 
+def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
+    return image.convert("RGB")
+
+
 def load_image(path: Path) -> Image.Image:
     """Read an image of any size as RGB, turned as its EXIF says.
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tiledcore.feature import Feature, Start
 from tiledcore.io.images import FORMATS, check_target, replacing
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a command's path is checked before that
@@ -61,8 +62,8 @@ class Preview:
             raise ValueError(f"preview: {error}") from None
 
 
-class Previewing:
-    """The previews of one call. To be made before anything replaces the autoencoder's ``decode``.
+class Previewing(Feature):
+    """The previews of one call. It has to be made before anything replaces the autoencoder's ``decode``.
 
     Args:
         preview: where and how often.
@@ -71,30 +72,28 @@ class Previewing:
         unit: latent pixels per canvas pixel along each axis, where the pipeline packs them into tokens.
     """
 
+    every_step = True
+
     def __init__(self, preview: Preview, pipe: Any, native: Pair, unit: int) -> None:
         self.preview = preview
         self.pipe, self.native, self.unit = pipe, native, unit
         self._decode = pipe.vae.decode
         self._broken = False
 
-    def after(self, index: int, timesteps: Tensor, scheduler: Any, canvas: Tensor) -> None:
-        """Show the canvas, if it is time, once ``index`` evaluations are done.
+    def begin(self, start: Start) -> None:
+        self._start = start
 
-        Args:
-            index: from 1.
-            timesteps: of all evaluations of the call.
-            scheduler: knows their noise levels.
-            canvas: ``[B, C, H, W]`` as the scheduler has it, not scaled for the network; in tokens where the
-                pipeline packs them.
-        """
+    def after_step(self, index: int, sample: Tensor) -> None:
+        """Show the canvas, if it is time."""
         import torch
 
+        timesteps = self._start.timesteps
         last = index >= len(timesteps)
         if self._broken or (index % self.preview.every and not last):
             return
-        level = (1.0, 0.0) if last else _level(scheduler, timesteps[index])
+        level = (1.0, 0.0) if last else _level(self._start.scheduler, timesteps[index])
         try:
-            image = self._decoded(self.estimate(canvas, level))
+            image = self._decoded(self.estimate(sample, level))
             with replacing(self.preview.path) as file:
                 kind, options, _ = FORMATS[self.preview.path.suffix.lower()]
                 image.save(file, format=kind, **options)
@@ -106,7 +105,7 @@ class Previewing:
         """The clean latents of the first image, ``[1, C, h, w]`` float32, of at most the native size.
 
         Args:
-            canvas: as for :meth:`after`.
+            canvas: ``[B, C, H, W]`` as the scheduler has it; in tokens where the pipeline packs them.
             level: α and σ of the noise in it.
         """
         import torch.nn.functional as F
@@ -127,10 +126,12 @@ class Previewing:
         import torch
         from diffusers import AutoencoderKLQwenImage
 
+        from tiledcore._diffusers import device_of, is_offloaded
+
         vae = self.pipe.vae
         config = vae.config
         # An offloaded autoencoder comes to where the pipeline runs when it is called.
-        latents = latents.to(self.pipe._execution_device if hasattr(vae, "_hf_hook") else vae.device)
+        latents = latents.to(device_of(self.pipe) if is_offloaded(vae) else vae.device)
         scale, shift = (getattr(config, name, None) for name in ("scaling_factor", "shift_factor"))
         mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
         latents = latents / (scale or 1.0) + (shift or 0.0)

@@ -17,9 +17,9 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tiledcore.compose.wrap import Continuation
 from tiledcore.utils import replaced
 from tiledcore.vae.exact import decode_rows, why_not_exact
+from tiledcore.vae.wrap import Continuation
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def streamed(pipe: Any, rows: Rows | None, around: Continuation, whole_pixels: i
     Args:
         pipe: its call inside the block decodes one image.
         rows: called once, in the place of the decode; None: nothing changes.
-        around: what is added to the latents before they come here (:func:`tiledcore.compose.wrap.wrapped`), and must
+        around: what is added to the latents before they come here (:func:`tiledcore.vae.wrap.wrapped`), and must
             be cut off the rows.
         whole_pixels: up to so many pixels the VAE's own decode is sliced, so that no bit differs.
 

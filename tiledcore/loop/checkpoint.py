@@ -11,9 +11,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -23,17 +23,19 @@ from torch import Tensor
 
 from tiledcore import __version__
 
-if TYPE_CHECKING:
-    from tiledcore.config import TilingConfig
-    from tiledcore.loop.engine import Buffers
+
+class Buffers(Protocol):
+    """What the engine's loop carries from one evaluation to the next."""
+
+    state: Tensor
+    model_input: Tensor
+    step: Tensor
+
 
 FILE = "checkpoint.safetensors"
 CALLBACKS = ("callback_on_step_end", "callback")
 # Arguments of a call that do not change what is denoised.
 FORM = ("self", "kwargs", "generator", "output_type", "return_dict", "callback_on_step_end_tensor_inputs")
-# Settings of a tiling that bound the memory or choose among equal implementations: a run may go on with others, and
-# its image is then the same up to rounding.
-MEMORY = ("tile_batch", "guidance_batch", "impl")
 SAMPLES = 64  # values of each weight that are compared
 
 
@@ -129,18 +131,18 @@ class Run:
         checkpoint: where.
         pipe: the pipeline, before it is called.
         call: all arguments of its call, by name.
-        config: the tiling.
+        settings: what else the canvas depends on, by name.
 
     Raises:
         ValueError: the call cannot be resumed, the file is damaged, or it is of another run.
     """
 
-    def __init__(self, checkpoint: Checkpoint, pipe: Any, call: dict[str, Any], config: TilingConfig) -> None:
+    def __init__(self, checkpoint: Checkpoint, pipe: Any, call: dict[str, Any], settings: dict[str, Any]) -> None:
         for name in CALLBACKS:
             if call.get(name) is not None:
                 raise ValueError(f"checkpoint: {name} may change the latents, which a resumed run could not repeat")
         self.checkpoint, self.generators = checkpoint, _generators(call)
-        self.settings = settings_of(pipe, call, config)
+        self.settings = settings_of(pipe, call, settings)
         self.saved = load(checkpoint)
         if self.saved is not None:
             self._compare(self.saved.settings)
@@ -169,7 +171,7 @@ class Run:
         for i, generator in enumerate(self.generators):
             generator.set_state(self.saved.tensors[f"generator.{i}"])
 
-    def after(self, index: int, steps: int, buffers: Buffers) -> None:
+    def after(self, index: int, steps: int, buffers: Buffers, more: dict[str, Tensor]) -> None:
         """Save, if it is time, once ``index`` of ``steps`` evaluations are done.
 
         Raises:
@@ -177,7 +179,7 @@ class Run:
         """
         if index % self.checkpoint.every and index != steps:
             return
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in _tensors(buffers).items()}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in {**_tensors(buffers), **more}.items()}
         tensors |= {f"generator.{i}": generator.get_state() for i, generator in enumerate(self.generators)}
         seeds = [generator.initial_seed() for generator in self.generators]
         run = json.dumps({"index": index, "steps": steps, "settings": self.settings, "seeds": seeds})
@@ -197,8 +199,7 @@ class Run:
 
 def _tensors(buffers: Buffers) -> dict[str, Tensor]:
     # The input could be had from the state, but only up to the rounding of whichever kernel made it.
-    tensors = {"state": buffers.state, "model_input": buffers.model_input}
-    return tensors if buffers.clean is None else tensors | {"clean": buffers.clean}
+    return {"state": buffers.state, "model_input": buffers.model_input}
 
 
 def _generators(call: dict[str, Any]) -> list[torch.Generator]:
@@ -212,7 +213,7 @@ def _generators(call: dict[str, Any]) -> list[torch.Generator]:
 # ----------------------------------------------------------------------------- what makes a run the same
 
 
-def settings_of(pipe: Any, call: dict[str, Any], config: TilingConfig) -> dict[str, str]:
+def settings_of(pipe: Any, call: dict[str, Any], more: dict[str, Any]) -> dict[str, str]:
     """All that the denoised canvas depends on, in comparable words: a large value stands as its digest."""
     scheduler = pipe.scheduler
     settings = {
@@ -222,7 +223,7 @@ def settings_of(pipe: Any, call: dict[str, Any], config: TilingConfig) -> dict[s
         "generator": _describe([_describe_generator(g) for g in _generators(call)]),
     }
     settings |= {name: _describe(v) for name, v in call.items() if name not in FORM + CALLBACKS}
-    settings |= {f"tiling.{name}": _describe(v) for name, v in asdict(config).items() if name not in MEMORY}
+    settings |= {name: _describe(v) for name, v in more.items()}
     for name, component in pipe.components.items():
         if isinstance(component, torch.nn.Module):
             settings[f"weights of {name}"] = _hash(_samples(component))

@@ -5,20 +5,10 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from tiledcore._diffusers import FUSABLE, takes_eta
 from tiledcore.ops.step import MAX_SLOTS
 from tiledcore.schedulers.solver import LinearSolver, NotLinear, linear_solver
 
-# Pipelines whose loop is: [repeat, scale], predict, [guide], step. Others do more to the canvas in between.
-PIPELINES = (
-    "StableDiffusionPipeline",
-    "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionXLPipeline",
-    "StableDiffusionXLImg2ImgPipeline",
-    "StableDiffusion3Pipeline",
-    "StableDiffusion3Img2ImgPipeline",
-    "FluxPipeline",
-    "FluxImg2ImgPipeline",
-)
 # Arguments of their calls that change the loop.
 REFUSED = ("denoising_start", "denoising_end", "skip_guidance_layers", "ip_adapter_image", "ip_adapter_image_embeds")
 
@@ -26,7 +16,7 @@ REFUSED = ("denoising_start", "denoising_end", "skip_guidance_layers", "ip_adapt
 def why_not(pipe: Any, call: dict[str, Any]) -> str | None:
     """Why the engine cannot run this call, or None where it can."""
     name = type(pipe).__name__
-    if name not in PIPELINES:
+    if name not in FUSABLE:
         return f"{name} keeps its own loop"
     for argument in REFUSED:
         if call.get(argument) is not None:
@@ -36,7 +26,7 @@ def why_not(pipe: Any, call: dict[str, Any]) -> str | None:
     return None
 
 
-def fusable(pipe: Any, scheduler: Any, timestep: float, eta: float, pulled: bool) -> LinearSolver | NotLinear:
+def fusable(pipe: Any, scheduler: Any, timestep: float, eta: float) -> LinearSolver | NotLinear:
     """The steps of a call, as the fused step takes them.
 
     Args:
@@ -44,23 +34,20 @@ def fusable(pipe: Any, scheduler: Any, timestep: float, eta: float, pulled: bool
         scheduler: the pipeline's, with the ``step`` of its class; its timesteps are the call's.
         timestep: the first one that the network is evaluated at.
         eta: the call's.
-        pulled: whether the call has a low-frequency pull.
 
     Returns:
         Their coefficients, or why the scheduler's own ``step`` must be called.
     """
     name = type(scheduler).__name__
-    takes_eta = "eta" in inspect.signature(scheduler.step).parameters and hasattr(pipe, "prepare_extra_step_kwargs")
+    eta_too = "eta" in inspect.signature(scheduler.step).parameters and takes_eta(pipe)
     begin = _begin_index(scheduler, timestep)
     if begin is None:
         return NotLinear(f"{name}: timestep {timestep:g} is none, or several, of its timesteps")
-    solver = linear_solver(scheduler, begin=begin, **({"eta": eta} if takes_eta else {}))
+    solver = linear_solver(scheduler, begin=begin, **({"eta": eta} if eta_too else {}))
     if isinstance(solver, NotLinear):
         return NotLinear(f"{name}: {solver.reason}")
     if solver.slots > MAX_SLOTS:
         return NotLinear(f"{name}: needs {solver.slots} canvases of history, more than {MAX_SLOTS}")
-    if any(solver.uses_noise) and pulled:
-        return NotLinear(f"{name}: draws noise, in whose place the fused step takes the pull")
     if any(solver.uses_noise) and type(pipe).__name__.startswith("Flux"):
         return NotLinear(f"{name}: draws noise in the shape of packed latents")
     return solver

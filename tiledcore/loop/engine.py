@@ -1,9 +1,9 @@
 """The denoising loop inside a diffusers pipeline's own: gather -> network -> one fused step.
 
 The pipeline's call stays as it is: it encodes, prepares, counts, shows progress, calls back and decodes. What it does
-with the canvas between two evaluations (scale, repeat, guide, step) is taken over: while the engine runs, the
-pipeline holds stand-ins of one pixel for latents and predictions, on which all of that costs nothing, and the canvas
-itself stays in the engine's buffers, moved on by :func:`tiledcore.ops.fused_step`.
+with predictions (guide, step) is taken over: while the engine runs, the pipeline gets predictions of one pixel, on
+which that costs nothing. The canvas stays in the engine's buffers, moved on by :func:`tiledcore.ops.fused_step`, and
+the pipeline gets a copy of it after each step.
 """
 
 from __future__ import annotations
@@ -13,54 +13,28 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tiledcore import ops
-from tiledcore.config import TilingConfig
-from tiledcore.geometry import both
-from tiledcore.io.preview import Previewing
+from tiledcore._diffusers import is_offloaded
+from tiledcore.feature import Features, Start, Step
 from tiledcore.loop.checkpoint import Checkpoint, Run
 from tiledcore.loop.eligible import fusable, why_not
-from tiledcore.loop.fallback import OwnLoop
+from tiledcore.loop.fallback import Fallback
 from tiledcore.loop.graph import Counters, Entry, StepGraphs, clone, identity, refill
-from tiledcore.ops.step import guidance_rescale
-from tiledcore.schedulers.pull import Pulling
+from tiledcore.loop.report import Report
+from tiledcore.ops import guidance_rescale
 from tiledcore.schedulers.solver import LinearSolver, NotLinear
-from tiledcore.tiles.denoiser import TileDenoiser
-from tiledcore.tiles.fade import Fading, fade_coefficients
+from tiledcore.tiles.denoiser import Prediction, TileDenoiser
 from tiledcore.tiles.families import Family, network_of
 from tiledcore.utils import label
 
-if TYPE_CHECKING:
-    from tiledcore.memory.planner import Plan
-
 logger = logging.getLogger(__name__)
 
-
-@dataclass
-class Report:
-    """How the last call ran."""
-
-    fused: bool
-    """Whether the engine moved the canvas; otherwise the pipeline's own loop and the scheduler's ``step`` did."""
-    reason: str | None
-    """Why it did not."""
-    evaluations: int
-    """Of the network on the whole canvas, by the engine."""
-    graph: Counters
-    resumed: int = 0
-    """Evaluations before them that a checkpoint spared."""
-    reductions: tuple[str, ...] = ()
-    """What was lowered because memory ran out, in the order in which it was."""
-    plan: Plan | None = None
-    """What a ``memory_budget`` led to, with its predicted peak."""
-    measured_bytes: int | None = None
-    """With a plan: the peak of tensors alive on the device, weights included."""
-    region_tiles: int | None = None
-    """With regions, in tile mode: tiles evaluated in the last step, each as often as there are prompts in it."""
+Forward = Callable[..., Any]
 
 
 @dataclass
@@ -73,10 +47,9 @@ class Buffers:
     input_scale: Tensor  # [n + 1]
     step: Tensor  # [1] int64
     guidance: Tensor  # [1]
-    noise: Tensor | None  # [B, C, H, W]
+    noise: Tensor | None  # [B, C, H, W], where any step of the call adds noise
     arguments: dict[str, Any]
     denoiser: TileDenoiser | None = None  # its offsets and its tiles' predictions
-    clean: Tensor | None = None  # [branches * B, C, H, W], of a fade
 
 
 class Engine:
@@ -84,36 +57,32 @@ class Engine:
 
     Args:
         pipe: the pipeline.
-        call: the arguments of its call.
-        config: the tiling.
+        call: the arguments of its call, by name.
+        settings: what else the image depends on (the tiling, the regions); a checkpoint compares it.
         graphs: of the steps, kept from call to call.
+        features: of the call, entered already.
         checkpoint: where the call is saved, and goes on from.
-        pulling: a low-frequency pull, applied to every prediction whether the step is fused or the pipeline's own.
         fused: whether the step may be fused.
-        preview: shown after evaluations, whether the step is fused or the pipeline's own.
 
     Raises:
-        ValueError: the call cannot be saved, or go on from what is there.
+        ValueError: the call cannot be saved, or cannot go on from what is there.
     """
 
     def __init__(
         self,
         pipe: Any,
         call: dict[str, Any],
-        config: TilingConfig,
+        settings: dict[str, Any],
         graphs: StepGraphs,
+        features: Features,
         checkpoint: Checkpoint | None = None,
-        pulling: Pulling | None = None,
         fused: bool = True,
-        preview: Previewing | None = None,
     ) -> None:
-        self.pulling, self.preview = pulling, preview
-        self.fading = _fading(pipe, config) if config.fade else None
-        self.own = OwnLoop(pipe, self.fading, pulling, preview)
-        self.pipe, self.config, self.graphs, self.scheduler = pipe, config, graphs, pipe.scheduler
+        self.pipe, self.graphs, self.scheduler, self.features = pipe, graphs, pipe.scheduler, features
+        self.own = Fallback(pipe, features)
         self.generator = call.get("generator")
         self.eta = call.get("eta", 0.0)
-        # A callback must see each step's latents; otherwise only the last ones are needed.
+        # A callback may change the latents of a step.
         self.shows_latents = any(call.get(name) is not None for name in ("callback_on_step_end", "callback"))
         self.index = 0
         self.denoiser: TileDenoiser | None = None  # what evaluates, once it is known
@@ -121,7 +90,7 @@ class Engine:
         self._decided = False
         self._solver: LinearSolver | None = None  # once decided, where the engine runs
         self._shown: Tensor | None = None
-        self._saves = None if checkpoint is None else Run(checkpoint, pipe, call, config)
+        self._saves = None if checkpoint is None else Run(checkpoint, pipe, call, settings)
         self._resumed = 0 if self._saves is None else self._saves.done
         self._check_saves()
         graphs.counters = Counters()
@@ -137,26 +106,29 @@ class Engine:
 
     def __enter__(self) -> Engine:
         self._before = {name: vars(self.scheduler).get(name) for name in ("step", "scale_model_input")}
-        if self.reason is None or self.own.watches:
-            own_step, own_scale = self.scheduler.step, getattr(self.scheduler, "scale_model_input", None)
-
-            @wraps(own_step)  # pipelines look at its signature
-            def step(model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
-                if self.reason is None:
-                    return (self._latents(sample),)
-                result = own_step(self.own.before(model_output, timestep, sample), timestep, sample, *args, **kwargs)
-                self.own.after(result[0])
-                return result
-
-            self.scheduler.step = step
-            if own_scale is not None:
-
-                @wraps(own_scale)
-                def scale(sample: Tensor, timestep: Any) -> Any:
-                    return sample if self.runs(timestep) else own_scale(sample, timestep)
-
-                self.scheduler.scale_model_input = scale
+        if self.reason is None or self.features.watches:
+            self._watch_scheduler()
         return self
+
+    def _watch_scheduler(self) -> None:
+        own_step, own_scale = self.scheduler.step, getattr(self.scheduler, "scale_model_input", None)
+
+        @wraps(own_step)  # pipelines look at its signature
+        def step(model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.reason is None:
+                return (self._latents(),)
+            result = own_step(self.own.before(model_output, timestep, sample), timestep, sample, *args, **kwargs)
+            self.own.after(result[0])
+            return result
+
+        self.scheduler.step = step
+        if own_scale is not None:
+
+            @wraps(own_scale)
+            def scale(sample: Tensor, timestep: Any) -> Any:
+                return sample if self.runs(timestep) else own_scale(sample, timestep)
+
+            self.scheduler.scale_model_input = scale
 
     def __exit__(self, *_: object) -> None:
         self._put_back(self.scheduler)
@@ -175,7 +147,7 @@ class Engine:
             plain = copy.copy(self.scheduler)
             self._put_back(plain)
             first = float(torch.as_tensor(timestep).flatten()[0])
-            solver = fusable(self.pipe, plain, first, self.eta, pulled=self.pulling is not None)
+            solver = fusable(self.pipe, plain, first, self.eta)
             if isinstance(solver, NotLinear):
                 self.reason = solver.reason
                 self._check_saves()
@@ -184,54 +156,33 @@ class Engine:
                 self._solver = solver
         return self.reason is None
 
-    def look(self, arguments: dict[str, Any], family: Family) -> None:
+    def look(self, arguments: dict[str, Any], family: Family, denoiser: TileDenoiser) -> None:
         """Take from the arguments of the network's forward what the pipeline has changed."""
         self.branches = 2 if getattr(self.pipe, "do_classifier_free_guidance", False) else 1
         if self.index == 0:
-            self._begin(family.canvas(arguments), arguments[family.sample], arguments, family)
+            self._begin(family.canvas(arguments), arguments[family.sample], family, denoiser)
         elif self._shown is not None:
             self._take_back(family.canvas(arguments).chunk(self.branches)[0])
 
-    def _begin(self, canvas: Tensor, sample: Tensor, arguments: dict[str, Any], family: Family) -> None:
+    def _begin(self, canvas: Tensor, sample: Tensor, family: Family, denoiser: TileDenoiser) -> None:
         assert self._solver is not None
         latents = canvas.chunk(self.branches)[0]
         dtype = torch.promote_types(latents.dtype, torch.float32)
         solver = self._solver.to(latents.device, dtype)
         self.family, self._solver = family, solver
-
-        def make() -> Buffers:
-            state = torch.zeros(solver.slots, *latents.shape, dtype=dtype, device=latents.device)
-            return Buffers(
-                state=state,
-                model_input=torch.empty_like(latents, memory_format=torch.contiguous_format),
-                table=solver.table.clone(),
-                input_scale=solver.input_scale.clone(),
-                step=torch.zeros(1, dtype=torch.int64, device=latents.device),
-                guidance=torch.ones(1, dtype=dtype, device=latents.device),
-                noise=torch.empty_like(state[0]) if any(solver.uses_noise) else None,
-                arguments={},
-                clean=torch.cat([state[0]] * self.branches) if self.fading is not None else None,
-            )
-
         shapes = (tuple(latents.shape), latents.dtype, latents.device, tuple(solver.table.shape), self.branches)
-        key = (identity(_network(self.pipe)), self.config, shapes, self._rescale(), solver.uses_noise)
-        self.entry: Entry = self.graphs.entry(key, make)
+        settings = (denoiser.config, denoiser.execution, self._rescale(), any(solver.uses_noise))
+        key = (identity(network_of(self.pipe)[0]), *settings, shapes)
+        self.entry: Entry = self.graphs.entry(key, lambda: _buffers(solver, latents, dtype))
         self.buffers: Buffers = self.entry.buffers
         self.buffers.table.copy_(solver.table)
         self.buffers.input_scale.copy_(solver.input_scale)
         self.buffers.step.zero_()
-        if self.fading is not None:
-            self.fading.start(fade_coefficients(self.scheduler, solver.timesteps))
-            self.fading.clean = self.buffers.clean
-        if self.pulling is not None:
-            self.pulling.start(solver.timesteps)
-            # The pull is added to the prediction; so where the kernel adds noise, with the prediction's coefficients.
-            pulled = sum(self.pulling.active(i) for i in range(len(solver)))
-            self.buffers.table[:pulled, :, -1] = self.buffers.table[:pulled, :, -2]
+        self.features.begin(Start(self.scheduler, solver.timesteps, (latents.shape[2], latents.shape[3])))
         self._take_back(latents)
         if self._saves is not None:
             self._saves.restore(self.buffers)
-        # What the pipeline holds meanwhile: as many images, of one pixel, or one token.
+        # What the pipeline gets for a prediction: as many images, of one pixel, or one token.
         self._stand_in = latents.new_zeros(latents.shape[0], *[1] * (sample.ndim - 1))
 
     def _take_back(self, latents: Tensor) -> None:
@@ -245,9 +196,7 @@ class Engine:
     def _rescale(self) -> float:
         return float(getattr(self.pipe, "guidance_rescale", 0.0) or 0.0) if self.branches == 2 else 0.0
 
-    def run_step(
-        self, denoiser: TileDenoiser, forward: Callable[..., Any], timestep: Any, conditions: dict[str, Any]
-    ) -> Tensor:
+    def run_step(self, denoiser: TileDenoiser, forward: Forward, timestep: Any, conditions: dict[str, Any]) -> Tensor:
         """One evaluation of the canvas and the step after it.
 
         Args:
@@ -261,27 +210,17 @@ class Engine:
         """
         assert self._solver is not None
         buffers, index = self.buffers, self.index
+        size = (buffers.model_input.shape[2], buffers.model_input.shape[3])
         if index < self._resumed:
-            if self.fading is not None:
-                height, width = buffers.model_input.shape[2:]
-                self.fading.tiles = denoiser.tiling(height, width, timestep)
+            if index + 1 == self._resumed and self._saves is not None and self._saves.saved is not None:
+                self.features.resume(self._saves.saved.tensors, denoiser.tiling(*size, timestep))
             self.index += 1
             return self._prediction()
         if buffers.denoiser is not None and buffers.denoiser is not denoiser:
             denoiser = buffers.denoiser.renewed(denoiser)
         self.denoiser = buffers.denoiser = denoiser
-        size, device = (buffers.model_input.shape[2], buffers.model_input.shape[3]), buffers.model_input.device
-        uniform = denoiser.place(size, timestep, device)
-        refusal = (
-            self._graph_refusal() if uniform else "the tiles of a step have several sizes, or differ from step to step"
-        )
-        if conditions.get("regions") is not None:
-            refusal = "regions: which prompts a tile has is decided on the host"
-        if self.fading is not None:
-            refusal = refusal or "fade: its weights differ from step to step"
-        pulling = self.pulling if self.pulling is not None and self.pulling.active(index) else None
-        if pulling is not None:
-            refusal = refusal or "a pulled step has one input more than the others"
+        uniform = denoiser.place(size, timestep, buffers.model_input.device)
+        refusal = self._graph_refusal(uniform, conditions)
         if refusal is None and self.graphs.backend is not None:
             given = {**conditions, "": timestep}
             if not buffers.arguments:
@@ -296,79 +235,95 @@ class Engine:
         if self._solver.uses_noise[index]:
             assert buffers.noise is not None
             buffers.noise.copy_(self._solver.noise(self.generator, buffers.model_input))
-
-        def body() -> None:
-            canvas = torch.cat([buffers.model_input] * self.branches)
-            tiles, offsets, size, ramp = denoiser.attempt(forward, canvas, timestep, **conditions)
-            options: dict[str, Any] = {"window": self.config.window, "ramp": ramp, "impl": self.config.impl}
-            if self.fading is not None and self.fading.watches(index) and denoiser.placed is not None:
-                canvas = tiles if len(offsets) == 1 else ops.blend_tiles(tiles, offsets, size, **options)
-                with label("fade"):
-                    canvas = self.fading(index, canvas, buffers.state[0], denoiser.placed)
-                tiles, offsets, size, ramp = denoiser.whole(canvas)
-            guidance = buffers.guidance if self.branches == 2 else None
-            rescale = None
-            if guidance is not None and self._rescale() > 0:
-                rescale = guidance_rescale(tiles, offsets, size, guidance, self._rescale(), **options)
-            noise = buffers.noise if self._solver.uses_noise[index] else None  # type: ignore[union-attr]
-            if pulling is not None:
-                with label("pull"):
-                    prediction = ops.blend_tiles(tiles, offsets, size, **options).to(buffers.state.dtype)
-                    if guidance is not None:
-                        unconditional, conditional = prediction.chunk(2)
-                        prediction = unconditional + guidance * (conditional - unconditional)
-                    if rescale is not None:
-                        prediction = prediction * rescale.view(-1, 1, 1, 1)
-                    noise = pulling.correction(index, prediction, buffers.state[0])
-            with label("step"):
-                ops.fused_step(
-                    tiles.contiguous(),
-                    offsets,
-                    buffers.state,
-                    buffers.table,
-                    buffers.input_scale,
-                    buffers.step,
-                    model_input=buffers.model_input,
-                    guidance_scale=guidance,
-                    noise=noise,
-                    rescale=rescale,
-                    **options,
-                )
-            buffers.step.add_(1)
-
-        self.graphs.run(self.entry, body, refusal)
+        self.graphs.run(self.entry, lambda: self._step(denoiser, forward, timestep, conditions, index), refusal)
         self.index += 1
+        self.features.after_step(self.index, buffers.state[0])
         if self._saves is not None:
-            self._saves.after(self.index, len(self._solver), buffers)
-        if self.preview is not None:
-            self.preview.after(self.index, self._solver.timesteps, self.scheduler, buffers.state[0])
+            self._saves.after(self.index, len(self._solver), buffers, self.features.tensors())
         return self._prediction()
+
+    def _step(
+        self, denoiser: TileDenoiser, forward: Forward, timestep: Any, conditions: dict[str, Any], index: int
+    ) -> None:
+        """What a graph captures: it touches nothing but the buffers."""
+        buffers = self.buffers
+        canvas = torch.cat([buffers.model_input] * self.branches)
+        predicted = denoiser.attempt(forward, canvas, timestep, **conditions)
+        guidance = buffers.guidance if self.branches == 2 else None
+        options: dict[str, Any] = {"window": denoiser.config.window, "impl": denoiser.execution.impl}
+        rescale = None
+        if guidance is not None and self._rescale() > 0:
+            where = (predicted.tiles, predicted.offsets, predicted.size)
+            rescale = guidance_rescale(*where, guidance, self._rescale(), ramp=predicted.ramp, **options)
+        if self.features.active(index):
+            assert denoiser.placed is not None
+            prediction = self._guided(predicted, guidance, rescale, options)
+            step = Step(index, buffers.state[0], denoiser.placed)
+            predicted, guidance, rescale = denoiser.whole(self.features.after_prediction(step, prediction)), None, None
+        with label("step"):
+            ops.fused_step(
+                predicted.tiles.contiguous(),
+                predicted.offsets,
+                buffers.state,
+                buffers.table,
+                buffers.input_scale,
+                buffers.step,
+                model_input=buffers.model_input,
+                guidance_scale=guidance,
+                noise=buffers.noise,
+                rescale=rescale,
+                ramp=predicted.ramp,
+                **options,
+            )
+        buffers.step.add_(1)
+
+    def _guided(
+        self, predicted: Prediction, guidance: Tensor | None, rescale: Tensor | None, options: dict[str, Any]
+    ) -> Tensor:
+        """The blended and guided prediction ``[B, C, H, W]``, in the state's precision."""
+        tiles, offsets, size, ramp = predicted
+        canvas = tiles if len(offsets) == 1 else ops.blend_tiles(tiles, offsets, size, ramp=ramp, **options)
+        canvas = canvas.to(self.buffers.state.dtype)
+        if guidance is not None:
+            unconditional, conditional = canvas.chunk(2)
+            canvas = unconditional + guidance * (conditional - unconditional)
+        return canvas if rescale is None else canvas * rescale.view(-1, 1, 1, 1)
 
     def _prediction(self) -> Tensor:
         return self._stand_in.repeat(self.branches, *[1] * (self._stand_in.ndim - 1))
 
-    def _graph_refusal(self) -> str | None:
-        if getattr(_network(self.pipe), "_hf_hook", None) is not None:
+    def _graph_refusal(self, uniform: bool, conditions: dict[str, Any]) -> str | None:
+        """Why this step cannot be captured in a CUDA graph, or None."""
+        if not uniform:
+            return "the tiles of a step have several sizes, or differ from step to step"
+        if is_offloaded(network_of(self.pipe)[0]):
             return "CPU offload moves the weights between steps"
         if self.shows_latents:
             return "a callback may change what the next step reads"
+        if conditions.get("regions") is not None:
+            return "regions: which prompts a tile has is decided on the host"
+        if self.features.active(self.index):
+            return "what a fade or a pull does differs from step to step"
         return None
 
-    def _latents(self, sample: Tensor) -> Tensor:
+    def _latents(self) -> Tensor:
         """What the pipeline is given for its latents after a step."""
-        assert self._solver is not None
-        if not self.shows_latents and self.index < len(self._solver):
-            return self._stand_in.to(sample.dtype)
-        self._shown = self.buffers.state[0].to(self.buffers.model_input.dtype, copy=True)
-        return self.family.result(self._shown)
+        shown = self.buffers.state[0].to(self.buffers.model_input.dtype, copy=True)
+        if self.shows_latents:
+            self._shown = shown
+        latents: Tensor = self.family.result(shown)
+        return latents
 
 
-def _fading(pipe: Any, config: TilingConfig) -> Fading:
-    network, family = network_of(pipe)
-    unit = family.patch(network) if family.packed else 1
-    tile = min(both(family.native(pipe, network) if config.tile is None else config.tile))
-    return Fading(min(config.fade, tile / 4) / unit, both(config.wrap))
-
-
-def _network(pipe: Any) -> Any:
-    return pipe.unet if getattr(pipe, "unet", None) is not None else pipe.transformer
+def _buffers(solver: LinearSolver, latents: Tensor, dtype: torch.dtype) -> Buffers:
+    state = torch.zeros(solver.slots, *latents.shape, dtype=dtype, device=latents.device)
+    return Buffers(
+        state=state,
+        model_input=torch.empty_like(latents, memory_format=torch.contiguous_format),
+        table=solver.table.clone(),
+        input_scale=solver.input_scale.clone(),
+        step=torch.zeros(1, dtype=torch.int64, device=latents.device),
+        guidance=torch.ones(1, dtype=dtype, device=latents.device),
+        noise=torch.zeros_like(state[0]) if any(solver.uses_noise) else None,
+        arguments={},
+    )

@@ -1,58 +1,55 @@
-"""What is done to a step that is the pipeline's own: its guided prediction is faded and pulled, its canvas shown."""
+"""The fallback loop: the pipeline's own loop with the scheduler's own step, and the features of the call around it."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from tiledcore.feature import Features, Start, Step
 from tiledcore.geometry import Pair
-from tiledcore.io.preview import Previewing
-from tiledcore.schedulers.pull import Pulling
 from tiledcore.tiles.denoiser import TileDenoiser
-from tiledcore.tiles.fade import Fading, fade_coefficients
 from tiledcore.tiles.families import network_of, to_image, to_tokens
 
 
-class OwnLoop:
+class Fallback:
     """The steps of one call.
 
     Args:
         pipe: the pipeline.
-        fading: a fade near the lines of moving tiles, or None.
-        pulling: a low-frequency pull, or None.
-        preview: shown after steps, or None.
+        features: of the call.
     """
 
     canvas_size: Pair = (0, 0)
     """In canvas pixels; known once the network has been called."""
     denoiser: TileDenoiser | None = None
-    """Which then is known too."""
+    """Known at the same time."""
 
-    def __init__(self, pipe: Any, fading: Fading | None, pulling: Pulling | None, preview: Previewing | None) -> None:
-        self.pipe, self.fading, self.pulling, self.preview = pipe, fading, pulling, preview
-        self.watches = any(part is not None for part in (fading, pulling, preview))
+    def __init__(self, pipe: Any, features: Features) -> None:
+        self.pipe, self.features = pipe, features
         self._packed = network_of(pipe)[1].packed
         self._steps = 0
-        self._timesteps: Tensor | None = None
 
     def before(self, prediction: Tensor, timestep: Any, sample: Tensor) -> Tensor:
         """What the scheduler's ``step`` is given for its prediction."""
-        if self._timesteps is None and self.watches:
-            self._timesteps = self._left(timestep)
-        if self.fading is None and self.pulling is None:
+        if not self.features.begun:
+            self.features.begin(Start(self.pipe.scheduler, self._left(timestep), self.canvas_size))
+        if not self.features.active(self._steps):
             return prediction
-        canvas, z = (to_image(t, self.canvas_size) if self._packed else t for t in (prediction, sample))
-        changed = self._pulled(self._faded(canvas, z), z)
+        assert self.denoiser is not None and self.denoiser.placed is not None
+        dtype = torch.promote_types(prediction.dtype, torch.float32)
+        step = Step(self._steps, self._canvas(sample), self.denoiser.placed)
+        changed = self.features.after_prediction(step, self._canvas(prediction).to(dtype))
         return (to_tokens(changed) if self._packed else changed).to(prediction.dtype)
 
     def after(self, latents: Tensor) -> None:
         """The step is done."""
         self._steps += 1
-        if self.preview is not None:
-            assert self._timesteps is not None
-            canvas = to_image(latents, self.canvas_size) if self._packed else latents
-            self.preview.after(self._steps, self._timesteps, self.pipe.scheduler, canvas)
+        self.features.after_step(self._steps, self._canvas(latents))
+
+    def _canvas(self, latents: Tensor) -> Tensor:
+        return to_image(latents, self.canvas_size) if self._packed else latents
 
     def _left(self, timestep: Any) -> Tensor:
         """The timesteps from the first one on."""
@@ -62,21 +59,3 @@ class OwnLoop:
             begin = int((scheduler.timesteps == timestep).nonzero()[0])
         timesteps: Tensor = scheduler.timesteps[begin:]
         return timesteps
-
-    def _faded(self, prediction: Tensor, sample: Tensor) -> Tensor:
-        if self.fading is None:
-            return prediction
-        assert self._timesteps is not None and self.denoiser is not None and self.denoiser.placed is not None
-        if not self.fading.started:
-            self.fading.start(fade_coefficients(self.pipe.scheduler, self._timesteps))
-        return self.fading(self._steps, prediction, sample, self.denoiser.placed)
-
-    def _pulled(self, prediction: Tensor, sample: Tensor) -> Tensor:
-        if self.pulling is None:
-            return prediction
-        assert self._timesteps is not None
-        if not self.pulling.started:
-            self.pulling.start(self._timesteps)
-        if not self.pulling.active(self._steps):
-            return prediction
-        return prediction + self.pulling.correction(self._steps, prediction, sample)

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from tiledcore._diffusers import device_of, is_offloaded
 from tiledcore.compose.pictures import size_px
-from tiledcore.config import TilingConfig
+from tiledcore.config import Execution, TilingConfig
 from tiledcore.geometry import Pair
-from tiledcore.loop.engine import Report
 from tiledcore.loop.graph import Counters
+from tiledcore.loop.report import Report
 from tiledcore.memory.architectures import architecture
 from tiledcore.memory.planner import SAFETY, Plan, Planner
 from tiledcore.memory.prediction import Predictor, parse_bytes, show_bytes
@@ -37,23 +38,22 @@ class Budget:
         self.limit = parse_bytes(limit)
         self._predictor: Predictor | None = None
 
-    def plan(self, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tiling: TilingConfig | None) -> Plan:
+    def plan(self, pipe: Any, arguments: dict[str, Any], tiling: TilingConfig | None, execution: Execution) -> Plan:
         """The plan of a call.
 
         Args:
             pipe: the wrapped pipeline.
-            args: of its call.
-            kwargs: of its call.
+            arguments: of its call, by name.
             tiling: see :func:`tiledcore.memory.planner.plan`.
 
         Raises:
             DoesNotFit: no plan does.
             TypeError: the pipeline's memory cannot be predicted.
         """
-        bound = signature(type(pipe).__call__).bind_partial(pipe, *args, **kwargs)
+        bound = signature(type(pipe).__call__).bind_partial(pipe, **arguments)
         bound.apply_defaults()
         call = bound.arguments
-        model, device = architecture(pipe), torch.device(pipe._execution_device).type
+        model, device = architecture(pipe), device_of(pipe).type
         if self._predictor is None or (self._predictor.model, self._predictor.device) != (model, device):
             self._predictor = Predictor(model, device)
         guided = model.branches == 2 and (call.get("guidance_scale") or 0) > 1
@@ -64,7 +64,7 @@ class Budget:
             branches=2 if guided else 1,
             offload=True if _offloaded(pipe) else None,
         )
-        return planner.plan(_size(pipe, call), tiling)
+        return planner.plan(_size(pipe, call), tiling, execution)
 
     def keeps_off(self, pipe: Any, *args: Any, **kwargs: Any) -> bool:
         """In place of ``pipe.to(...)``: whether the weights alone break the budget, so that offload was enabled."""
@@ -80,7 +80,7 @@ class Budget:
 
 
 def _offloaded(pipe: Any) -> bool:
-    return any(hasattr(module, "_hf_hook") for module in pipe.components.values())
+    return any(is_offloaded(module) for module in pipe.components.values())
 
 
 def _images(call: dict[str, Any]) -> int:
@@ -105,7 +105,7 @@ def within(wrapper: Any, pipe: Any, plan: Plan | None) -> Iterator[None]:
         return
     logger.info("%s predicted, %s allowed: %s", show_bytes(plan.peak), show_bytes(plan.budget), plan.summary)
     if plan.offload and not _offloaded(pipe):
-        pipe.enable_model_cpu_offload(device=pipe._execution_device)
+        pipe.enable_model_cpu_offload(device=device_of(pipe))
     with measured(pipe) as peak:
         yield
     wrapper.report = wrapper.report or Report(False, "fused=False", 0, Counters())
@@ -119,7 +119,7 @@ def measured(pipe: Any) -> Iterator[Callable[[], int]]:
     On CUDA by the allocator. On a CPU by counting the storages that operations return, which costs some
     microseconds an operation; a compiled network runs uncompiled meanwhile.
     """
-    device = torch.device(pipe._execution_device)
+    device = device_of(pipe)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: torch.cuda.max_memory_allocated(device)

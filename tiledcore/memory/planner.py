@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from tiledcore.config import TilingConfig
+from tiledcore.config import Execution, TilingConfig
 from tiledcore.geometry import Pair
 from tiledcore.memory.architectures import architecture
 from tiledcore.memory.prediction import SLOTS, Evaluation, Phase, Predictor, parse_bytes, show_bytes
@@ -19,6 +19,7 @@ SAFETY = 1.1
 kernels' own workspaces and the CUDA context are not in the prediction."""
 MODES: tuple[Literal["tiles", "canvas"], ...] = ("tiles", "canvas")
 """At equal FLOPs the first is taken."""
+Way = tuple[TilingConfig, Execution]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Plan:
     device: str
     dtype: str
     tiling: TilingConfig
+    execution: Execution
     offload: bool
     """Each module is on the device only while it runs (``enable_model_cpu_offload``)."""
     vae_band: int | None
@@ -84,6 +86,7 @@ def plan(
     budget: int | str,
     *,
     tiling: TilingConfig | None = None,
+    execution: Execution | None = None,
     device: str = "cuda",
     dtype: torch.dtype | None = None,
     images: int = 1,
@@ -99,7 +102,8 @@ def plan(
         model: a pipeline, a name from :data:`~tiledcore.memory.architectures.BUILT_IN`, or a folder.
         size: (width, height) of the image, px.
         budget: bytes of device memory, such as ``"24GiB"``.
-        tiling: keeps its mode and its geometry, and its tile batch is the largest. Default: both modes are tried.
+        tiling: kept as it is. Default: both modes are tried.
+        execution: its tile batch is the largest that is tried.
         device: type of the device: ``"cuda"`` or ``"cpu"``; nothing is offloaded from a CPU.
         dtype: of the weights. Default: a pipeline's own, else float16.
         images: made at a time.
@@ -112,7 +116,7 @@ def plan(
         TypeError: the model's memory cannot be predicted.
     """
     planner = Planner(Predictor(architecture(model, dtype), device), parse_bytes(budget), images, branches, offload)
-    return planner.plan(size, tiling)
+    return planner.plan(size, tiling, execution)
 
 
 class Planner:
@@ -131,16 +135,17 @@ class Planner:
         on_cpu = predictor.device == "cpu"
         self.offloads = (False,) if on_cpu else (False, True) if offload is None else (offload,)
 
-    def plan(self, size: Pair, tiling: TilingConfig | None = None) -> Plan:
+    def plan(self, size: Pair, tiling: TilingConfig | None = None, execution: Execution | None = None) -> Plan:
         self._check(size)
+        execution = execution or Execution()
         plans = []
-        for found in self._candidates(size, tiling):
+        for found in self._candidates(size, self._ways(tiling, execution)):
             if found.fits:
                 return found
             plans.append(found)
         raise DoesNotFit(
             min(plans, key=lambda found: (found.peak, sum(phase.peak for phase in found.phases))),
-            self._largest(size, tiling),
+            self._largest(size, self._ways(tiling, execution)),
         )
 
     def _check(self, size: Pair) -> None:
@@ -151,34 +156,34 @@ class Planner:
         if any(n < 1 or n % factor for n in size):
             raise ValueError(f"size={size[0]}x{size[1]}: both sides must be multiples of {factor} px")
 
-    def _configs(self, tiling: TilingConfig | None) -> list[list[TilingConfig]]:
+    def _ways(self, tiling: TilingConfig | None, execution: Execution) -> list[list[Way]]:
         """Per mode, the ways over the canvas from the fastest to the leanest."""
         if tiling is None:
-            return [ways for mode in MODES for ways in self._configs(TilingConfig(mode=mode))]
+            return [ways for mode in MODES for ways in self._ways(TilingConfig(mode=mode), execution)]
         if tiling.mode == "canvas":
-            split = [replace(tiling, guidance_batch=False)] if self.images * self.branches > 1 else []
-            return [[tiling, *split] if tiling.guidance_batch else [tiling]]
-        batch, ways = tiling.tile_batch, []
+            splits = execution.guidance_batch and self.images * self.branches > 1
+            split = [(tiling, replace(execution, guidance_batch=False))] if splits else []
+            return [[(tiling, execution), *split]]
+        batch, ways = execution.tile_batch, []
         while batch >= 1:
-            ways.append(replace(tiling, tile_batch=batch))
+            ways.append((tiling, replace(execution, tile_batch=batch)))
             batch //= 2
         return [ways]
 
-    def _candidates(self, size: Pair, tiling: TilingConfig | None) -> Iterator[Plan]:
-        modes = self._configs(tiling)
+    def _candidates(self, size: Pair, modes: list[list[Way]]) -> Iterator[Plan]:
         if len(modes) > 1:
             modes = sorted(modes, key=lambda ways: self._evaluate(size, ways[0]).flops)
         for ways in modes:
             for offload in self.offloads:
-                for config in ways:
-                    yield self._assemble(size, config, offload)
+                for way in ways:
+                    yield self._assemble(size, way, offload)
 
-    def _evaluate(self, size: Pair, config: TilingConfig) -> Evaluation:
+    def _evaluate(self, size: Pair, way: Way) -> Evaluation:
         factor = self.predictor.model.factor
         canvas = (size[1] // factor, size[0] // factor)
-        return self.predictor.evaluation(canvas, config, self.images, self.branches)
+        return self.predictor.evaluation(canvas, *way, self.images, self.branches)
 
-    def _assemble(self, size: Pair, config: TilingConfig, offload: bool) -> Plan:
+    def _assemble(self, size: Pair, way: Way, offload: bool) -> Plan:
         predictor, model = self.predictor, self.predictor.model
         factor = model.factor
         weights = {part.role: predictor.weights(part.role) for part in model.parts}
@@ -188,7 +193,7 @@ class Planner:
             return weights[role] if offload else resident
 
         texts = predictor.text(self.images)
-        evaluation = self._evaluate(size, config)
+        evaluation = self._evaluate(size, way)
         others = (0 if offload else resident - weights["vae"]) + evaluation.kept
         canvas, room = (size[1] // factor, size[0] // factor), None
         decode = predictor.decode(canvas, self.images, None)
@@ -197,7 +202,7 @@ class Planner:
             decode = predictor.decode(canvas, self.images, room)
         network = model.network.role
         phases = [
-            Phase("network", beside(network) + evaluation.network, evaluation.flops, _choice(config)),
+            Phase("network", beside(network) + evaluation.network, evaluation.flops, _choice(*way)),
             Phase("step", beside(network) + evaluation.step, 0, f"{SLOTS} canvases of fp32 state"),
             Phase("decode", decode.peak + others, decode.flops, _bands(decode.band)),
         ]
@@ -212,7 +217,8 @@ class Planner:
             budget=self.budget,
             device=predictor.device,
             dtype=str(model.network.dtype).removeprefix("torch."),
-            tiling=config,
+            tiling=way[0],
+            execution=way[1],
             offload=offload,
             vae_band=decode.band,
             vae_room=room,
@@ -221,7 +227,7 @@ class Planner:
             phases=tuple(phases),
         )
 
-    def _largest(self, size: Pair, tiling: TilingConfig | None) -> Pair | None:
+    def _largest(self, size: Pair, modes: list[list[Way]]) -> Pair | None:
         """The largest of some smaller sizes of this aspect for which the leanest ways fit."""
         lean = Planner(self.predictor, self.budget, self.images, self.branches, self.offloads[-1])
 
@@ -230,7 +236,7 @@ class Planner:
             return width, height
 
         def fits(at: Pair) -> bool:
-            return any(found.fits for ways in self._configs(tiling) for found in lean._candidates(at, ways[-1]))
+            return any(found.fits for ways in modes for found in lean._candidates(at, [ways[-1:]]))
 
         low, high = 0, 8
         while high - low > 1:
@@ -243,7 +249,7 @@ def _bands(band: int | None) -> str:
     return "whole image" if band is None else f"exact VAE bands of {band} px"
 
 
-def _choice(config: TilingConfig) -> str:
-    if config.mode == "canvas":
-        return "canvas, guidance " + ("together" if config.guidance_batch else "one branch at a time")
-    return f"tiles, {config.tile_batch} at a time"
+def _choice(tiling: TilingConfig, execution: Execution) -> str:
+    if tiling.mode == "canvas":
+        return "canvas, guidance " + ("together" if execution.guidance_batch else "one branch at a time")
+    return f"tiles, {execution.tile_batch} at a time"

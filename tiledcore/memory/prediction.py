@@ -18,12 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tiledcore import ops
 from tiledcore.canvas import attention
-from tiledcore.config import TilingConfig
+from tiledcore.config import Execution, TilingConfig
+from tiledcore.feature import Step
 from tiledcore.geometry import Pair, Partition, Tiling, both
 from tiledcore.memory.architectures import Architecture, Part
 from tiledcore.memory.simulation import Simulated, build, simulated
 from tiledcore.tiles.denoiser import TileDenoiser
-from tiledcore.tiles.fade import Fading
+from tiledcore.tiles.fade import Fade
 from tiledcore.tiles.families import FAMILIES, Family
 from tiledcore.vae import plan as vae_plan
 from tiledcore.vae.bands import Extent
@@ -141,7 +142,9 @@ class Predictor:
             found[part.role] = (run.live.peak - _weights(module), run.flops)
         return found
 
-    def _evaluation(self, canvas: Pair, config: TilingConfig, images: int, branches: int) -> Evaluation:
+    def _evaluation(
+        self, canvas: Pair, config: TilingConfig, execution: Execution, images: int, branches: int
+    ) -> Evaluation:
         """One step over a canvas of (height, width) latent pixels; shifted grids: the worst of three."""
         network: Any = self.module(self.model.network.role)
         family = next(f for f in FAMILIES if f.model.__name__ == self.model.network.kind)
@@ -149,8 +152,10 @@ class Predictor:
         tile = config.tile or self.model.native
         height, width = (tile, tile) if isinstance(tile, int) else tile
         found = []
-        for timestep in (999, 500, 1) if config.shift else (999,):
-            denoiser = TileDenoiser(config, self.model.native, self.model.factor, patch, family.packed)
+        for timestep in (999, 500, 1) if config.moving else (999,):
+            denoiser = TileDenoiser(
+                config, execution, self.model.native, self.model.factor, patch, family.unit(network)
+            )
             if config.mode == "canvas":
                 hook = attention.install(
                     network,
@@ -158,8 +163,8 @@ class Predictor:
                     halo=config.halo,
                     wrap=config.wrap,
                     native=self.model.native,
-                    guidance_batch=config.guidance_batch,
-                    impl=config.impl,
+                    guidance_batch=execution.guidance_batch,
+                    impl=execution.impl,
                 )
                 # The values of positions, from which it is read otherwise, do not exist here.
                 hook.grid = ((canvas[0] // patch, canvas[1] // patch), patch)
@@ -219,11 +224,16 @@ class Predictor:
         tiles, offsets, _, ramp = denoiser.evaluate(forward, torch.cat([model_input] * branches), times, **conditions)
         peak = run.live.reset()
         held.clear()
-        fading = Fading(1.0, both(denoiser.config.wrap))
-        if denoiser.config.fade and isinstance(denoiser.placed, Partition):
-            fading.start([(1.0, 0.0)] * 2)
-            whole = tiles if len(offsets) == 1 else ops.blend_tiles(tiles, offsets, size)
-            tiles, offsets, _, ramp = denoiser.whole(fading(1, whole, state[0], denoiser.placed))
+        fade, guided, motion = Fade(1.0, both(denoiser.config.wrap)), branches == 2, denoiser.config.moving
+        if motion is not None and motion.fade != 0 and isinstance(denoiser.placed, Partition):
+            fade.begin_at([(1.0, 0.0)] * 2)
+            whole = (tiles if len(offsets) == 1 else ops.blend_tiles(tiles, offsets, size)).to(state.dtype)
+            if guided:
+                unconditional, conditional = whole.chunk(2)
+                whole = unconditional + 2.0 * (conditional - unconditional)
+            faded = fade.after_prediction(Step(1, state[0], denoiser.placed), whole)
+            tiles, offsets, _, ramp = denoiser.whole(faded.to(dtype))
+            guided = False
         ops.fused_step(
             tiles.contiguous(),
             offsets,
@@ -232,12 +242,16 @@ class Predictor:
             torch.empty(2),
             torch.zeros(1, dtype=torch.int64),
             model_input=model_input,
-            guidance_scale=torch.ones(1) if branches == 2 else None,
+            guidance_scale=torch.ones(1) if guided else None,
             window=denoiser.config.window,
             ramp=ramp,
         )
         buffer = denoiser._tiles
-        kept = state.nbytes + model_input.nbytes + sum(t.nbytes for t in (buffer, fading.clean) if t is not None)
+        kept = (
+            state.nbytes
+            + model_input.nbytes
+            + sum(t.nbytes for t in (buffer, *fade.tensors().values()) if t is not None)
+        )
         one = denoiser.config.mode == "canvas"
         return Evaluation(
             network=peak - weights,

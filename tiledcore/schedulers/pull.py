@@ -15,8 +15,7 @@ on the predicted clean image as in DiffuseHigh (Kim et al. 2025).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -25,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tiledcore.geometry import Pair
+from tiledcore import validate
+from tiledcore.feature import Feature, Start, Step
 from tiledcore.schedulers.noise_levels import clean_and_noisy
 from tiledcore.utils import replaced
 
@@ -50,10 +50,9 @@ class Pull:
 
     def __post_init__(self) -> None:
         for name in ("weight", "until"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"pull {name}={getattr(self, name)!r}: must be from 0 to 1")
-        if self.sigma is not None and not 0 < self.sigma < math.inf:
-            raise ValueError(f"pull sigma={self.sigma!r}: must be above 0")
+            validate.real(f"pull {name}", getattr(self, name), 0, 1)
+        if self.sigma is not None:
+            validate.real("pull sigma", self.sigma, 1e-6)
 
     def weights(self, steps: int) -> list[float]:
         """The weight of each step."""
@@ -90,8 +89,8 @@ def low_pass(image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return rows @ image @ columns.mT
 
 
-class Pulling:
-    """A pull during one call of an image-to-image pipeline.
+class Pulling(Feature):
+    """The pull of one call of an image-to-image pipeline.
 
     Args:
         pull: how strongly, how long, which frequencies.
@@ -101,15 +100,19 @@ class Pulling:
         sigma: of the low-pass where ``pull`` names none, in latent pixels.
     """
 
+    every_step = True
+
     def __init__(self, pull: Pull, scheduler: Any, unit: int, wrap: tuple[bool, bool], sigma: float) -> None:
         self.pull, self.scheduler, self.unit, self.wrap = pull, scheduler, unit, wrap
         self.sigma = sigma if pull.sigma is None else pull.sigma
-        self._clean: Tensor | None = None
-        self._weights: list[float] | None = None
+        self._clean: Tensor | None = None  # [B, C, H, W]: the latents that the canvas is pulled to
+        self._weights: list[float] = []
+        self._coefficients: list[tuple[float, float]] = []
+        self._filters: tuple[Tensor, ...] = ()
+        self._watching = ExitStack()
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Where the pipeline adds noise to its latents, keep them: they are what the canvas is pulled to."""
+    def __enter__(self) -> Pulling:
+        """Keep the latents to which the pipeline adds noise: the canvas is pulled to them."""
         name = "scale_noise" if hasattr(self.scheduler, "scale_noise") else "add_noise"
         own = getattr(self.scheduler, name)
 
@@ -119,18 +122,21 @@ class Pulling:
                 self._clean = sample.detach()
             return own(sample, *args, **kwargs)
 
-        with replaced(self.scheduler, **{name: noised}):
-            yield
+        self._watching.enter_context(replaced(self.scheduler, **{name: noised}))
+        return self
 
-    def start(self, timesteps: Tensor) -> None:
-        """Read the noise levels of the timesteps that are left, and low-pass the clean latents, once."""
+    def __exit__(self, *error: Any) -> None:
+        self._watching.close()
+
+    def begin(self, start: Start) -> None:
+        """Read the noise levels of the timesteps that are left, and prepare the low-pass, once."""
         if self._clean is None:
             raise ValueError("pull: this pipeline did not start from an image's latents")
         try:
-            self._coefficients = [clean_and_noisy(self.scheduler, t) for t in timesteps]
+            self._coefficients = [clean_and_noisy(start.scheduler, t) for t in start.timesteps]
         except ValueError as error:
             raise ValueError(f"pull: {error}") from error
-        self._weights = self.pull.weights(len(timesteps))
+        self._weights = self.pull.weights(len(start.timesteps))
         clean = self._clean.to(torch.promote_types(self._clean.dtype, torch.float32))
         if clean.ndim == 5:  # video-like latents of one frame (Qwen-Image)
             clean = clean.squeeze(1 if clean.shape[1] == 1 else 2)
@@ -143,33 +149,11 @@ class Pulling:
         )
         self._clean = clean
 
-    @property
-    def started(self) -> bool:
-        return self._weights is not None
-
-    @property
-    def size(self) -> Pair:
-        """Of the canvas, in its own pixels."""
-        assert self._clean is not None
-        return (self._clean.shape[2], self._clean.shape[3])
-
     def active(self, index: int) -> bool:
-        """Whether the pull does anything at this evaluation."""
-        assert self._weights is not None
         return index < len(self._weights) and self._weights[index] > 0
 
-    def correction(self, index: int, prediction: Tensor, sample: Tensor) -> Tensor:
-        """What is added to the guided prediction.
-
-        Args:
-            index: evaluation of this call.
-            prediction: ``[B, C, H, W]``, guided, of any dtype.
-            sample: the canvas that it was made from, as the scheduler has it (not scaled for the network).
-
-        Returns:
-            ``[B, C, H, W]``, float32 or float64.
-        """
-        assert self._weights is not None and self._clean is not None
-        clean, noisy = self._coefficients[index]
-        wanted = noisy * sample.to(self._clean.dtype) + clean * self._clean
-        return low_pass(wanted - prediction, *self._filters).mul_(self._weights[index])
+    def after_prediction(self, step: Step, prediction: Tensor) -> Tensor:
+        assert self._clean is not None
+        clean, noisy = self._coefficients[step.index]
+        wanted = noisy * step.sample.to(self._clean.dtype) + clean * self._clean
+        return prediction + low_pass(wanted - prediction, *self._filters).mul_(self._weights[step.index])

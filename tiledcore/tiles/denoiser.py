@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tiledcore import ops
-from tiledcore.config import TilingConfig
+from tiledcore.config import Execution, Motion, TilingConfig
 from tiledcore.geometry import Pair, Partition, TileGrid, Tiling, both
 from tiledcore.tiles.conditioning import PER_IMAGE, REFUSED, RESIDUALS, check_residuals, crop_residuals
 from tiledcore.utils import label
@@ -55,23 +55,25 @@ class TileDenoiser:
 
     Args:
         config: the tiling.
+        execution: how it is computed.
         native: tile size (latent pixels) where the config has none.
         pixels: image pixels per latent pixel, for SDXL's crop coordinates.
         patch: latent pixels per token along an axis, of which a tile must be a multiple.
-        packed: a pixel of the canvas that is given here is a token, not a latent pixel.
+        unit: latent pixels per canvas pixel along an axis: ``patch`` where the pipeline packs latents into tokens.
     """
 
     def __init__(
         self,
         config: TilingConfig,
-        native: int | tuple[int, int],
+        execution: Execution,
+        native: int | Pair,
         pixels: int,
         patch: int = 1,
-        packed: bool = False,
+        unit: int = 1,
     ) -> None:
-        self.unit = patch if packed else 1
-        self.config, self.native, self.pixels, self.patch = config, native, pixels * self.unit, patch
-        self.tile_batch = config.tile_batch  # as long as it fits
+        self.config, self.execution, self.native, self.patch, self.unit = config, execution, native, patch, unit
+        self.pixels = pixels * unit  # per canvas pixel
+        self.tile_batch = execution.tile_batch  # as long as it fits
         self.attention: Any = None  # of canvas mode: its guidance_batch is what can be lowered
         self.reductions: list[str] = []
         self._grid: TileGrid | None = None
@@ -90,7 +92,7 @@ class TileDenoiser:
             tile = (grid.tile_size[0] * self.unit, grid.tile_size[1] * self.unit)
             size = (height * self.unit, width * self.unit)
             # Lines that move do so by eighths of a tile, and what is left at the canvas' end is a tile too.
-            moves = self.config.shift and self.unit == 1
+            moves = self.config.moving is not None and self.unit == 1
             asked = both(self.native if self.config.tile is None else self.config.tile)
             whole = tile != asked  # the canvas is smaller than a tile: nothing moves
             least = 8 * self.patch if moves and self.patch > 1 and not whole else self.patch
@@ -100,14 +102,12 @@ class TileDenoiser:
                     f"{self.patch}x{self.patch} of them, so that a tile's sides must be multiples of {least}"
                 )
             self._grid = grid
-        if self.config.shift and self._blends(timestep):
-            return self._grid
-        grid = self._grid
-        if self.config.blended_steps:
-            grid = TileGrid(grid.height, grid.width, grid.tile_size, wrap=grid.wrap)
-        if not self.config.shift:
+        grid, motion = self._grid, self.config.moving
+        if motion is None or self._blends(motion, timestep):
             return grid
-        return grid.shifted(self.step(timestep)[0], self.config.seed)
+        if motion.blended:
+            grid = TileGrid(grid.height, grid.width, grid.tile_size, wrap=grid.wrap)
+        return grid.shifted(self.step(timestep)[0], motion.seed)
 
     def step(self, timestep: torch.Tensor | float) -> tuple[int, int]:
         """Which step of the running schedule this is, and of how many; of an unknown one, some step of many.
@@ -122,12 +122,12 @@ class TileDenoiser:
         steps = list(dict.fromkeys(self.timesteps()))
         return min(range(len(steps)), key=lambda i: abs(steps[i] - time)), len(steps)
 
-    def _blends(self, timestep: torch.Tensor | float) -> bool:
-        """Whether this is one of the first ``blend_first`` or the last ``blend_steps`` steps."""
-        if not self.config.blended_steps or self.timesteps is None:
+    def _blends(self, motion: Motion, timestep: torch.Tensor | float) -> bool:
+        """Whether this is one of the first or last steps, in which tiles overlap in place."""
+        if not motion.blended or self.timesteps is None:
             return False
         index, steps = self.step(timestep)
-        return index < self.config.blend_first or index >= steps - self.config.blend_steps
+        return index < motion.blend_first or index >= steps - motion.blend_last
 
     def __call__(
         self, forward: Callable[..., Any], sample: torch.Tensor, timestep: torch.Tensor | float, **kwargs: Any
@@ -142,7 +142,7 @@ class TileDenoiser:
         if len(offsets) == 1:  # as it came, so that no bit changes
             return tiles
         with label("blend"):
-            return ops.blend_tiles(tiles, offsets, size, window=self.config.window, ramp=ramp, impl=self.config.impl)
+            return ops.blend_tiles(tiles, offsets, size, window=self.config.window, ramp=ramp, impl=self.execution.impl)
 
     def place(self, size: Pair, timestep: torch.Tensor | float, device: torch.device) -> bool:
         """Lay out the tiles of a step, and put their offsets on the device, always in the same tensor.
@@ -160,7 +160,7 @@ class TileDenoiser:
         elif tiling != self.placed:
             self._offsets.copy_(torch.tensor(places, dtype=torch.int32))
         self.placed = tiling
-        return uniform and not self.config.blended_steps
+        return uniform and not (self.config.moving and self.config.moving.blended)
 
     def evaluate(
         self, forward: Callable[..., Any], sample: torch.Tensor, timestep: torch.Tensor | float, **kwargs: Any
@@ -296,12 +296,12 @@ class TileDenoiser:
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
         with label("gather"):
-            inputs = ops.gather_tiles(sample, offsets, tile, impl=self.config.impl)
+            inputs = ops.gather_tiles(sample, offsets, tile, impl=self.execution.impl)
         canvas = (sample.shape[2], sample.shape[3])
         conditions = self._repeat(kwargs, offsets, tile, canvas, len(sample))
         for name in RESIDUALS:
             if kwargs.get(name) is not None:
-                conditions[name] = crop_residuals(kwargs[name], offsets, tile, canvas, self.config.impl)
+                conditions[name] = crop_residuals(kwargs[name], offsets, tile, canvas, self.execution.impl)
         return self._network(forward, inputs, **conditions)
 
     @staticmethod

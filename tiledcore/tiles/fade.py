@@ -1,89 +1,85 @@
-"""Tiles that move, cross-faded in time: near a line, a prediction gives way to that of the step before.
+"""Fade: near the lines of moving tiles, a prediction gives way to that of the step before.
 
-A partition evaluates no pixel twice, so that at its lines two tiles meet that do not know of each other. But the lines
-move, and where they are in this step the step before had the middle of a tile: its prediction is smooth there. It is of
-another noise level; so what is carried over is the clean image that it stood for, as in ``pull``. With the
-canvas ``z`` and the clean image ``x`` of the step before, the prediction ``m`` becomes
+Where two tiles meet, neither knows of the other. In the step before, the lines lay elsewhere, so its prediction is
+smooth there. It belongs to another noise level; so the clean image that it stood for is carried over. With the canvas
+``z`` and that clean image ``x``, the prediction ``m`` becomes
 
     m  +=  w · (m* − m),      m* = what a network would predict that knew x
 
-and ``w`` falls from 1 beside a line, where nothing of it is left, to 0 at the fade's width. Nothing is evaluated for
-it. It is done in the second half of the steps: before, a clean image changes more from step to step than over a line,
-and later steps heal the line. Tiles that have not moved do not fade: the step before has its lines there, too.
+where ``w`` falls from 1 beside a line to 0 at the fade's width. This evaluates nothing. It is done in the second half
+of the steps: before that, the clean image changes more from step to step than across a line.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import logging
 
 import torch
 from torch import Tensor
 
+from tiledcore.feature import Feature, Start, Step
 from tiledcore.geometry import Partition, Tiling
 from tiledcore.schedulers.noise_levels import clean_and_noisy
+
+logger = logging.getLogger(__name__)
 
 FIRST = 0.5
 """Share of the steps before the first one that fades."""
 
 
-class Fading:
-    """The fade during one call of a pipeline, in which every evaluation is shown to it, in order.
+class Fade(Feature):
+    """The fade of one call.
 
     Args:
         width: of the band on each side of a line, in canvas pixels.
         wrap: axes (y, x) of the canvas that are circles.
+        asked: the caller asked for it; otherwise it is left out, with a warning, where the scheduler does not allow it.
     """
 
-    def __init__(self, width: float, wrap: tuple[bool, bool]) -> None:
-        self.width, self.wrap = width, wrap
-        self.clean: Tensor | None = None
-        """``[B, C, H, W]``, float32 or float64: what the prediction before stood for."""
-        self.tiles: Tiling | Partition | None = None
-        """Where its tiles lay: where they still do, there is nothing to fade into."""
-        self._coefficients: Sequence[tuple[float, float]] | None = None
+    every_step = True
+
+    def __init__(self, width: float, wrap: tuple[bool, bool], asked: bool = True) -> None:
+        self.width, self.wrap, self.asked = width, wrap, asked
+        self._clean: Tensor | None = None  # [B, C, H, W], what the prediction before stood for
+        self._tiles: Tiling | Partition | None = None  # where its tiles lay
+        self._coefficients: list[tuple[float, float]] = []
         self._weights: tuple[Tiling | Partition, Tensor] | None = None
 
-    @property
-    def started(self) -> bool:
-        return self._coefficients is not None
+    def begin(self, start: Start) -> None:
+        try:
+            self.begin_at([clean_and_noisy(start.scheduler, timestep) for timestep in start.timesteps])
+        except ValueError as error:
+            if self.asked:
+                raise ValueError(f"fade: {error}; give fade=0") from error
+            logger.warning("tiles do not fade: %s", error)
 
-    def start(self, coefficients: Sequence[tuple[float, float]]) -> None:
-        """Of each evaluation, as :func:`fade_coefficients` gives them."""
+    def begin_at(self, coefficients: list[tuple[float, float]]) -> None:
+        """What a prediction of each evaluation stands for, see :func:`clean_and_noisy`."""
         self._coefficients = coefficients
 
-    def watches(self, index: int) -> bool:
-        """Whether an evaluation fades, or is the one before the first that does, whose clean image that needs."""
-        assert self._coefficients is not None
-        return index + 1 >= FIRST * len(self._coefficients)
+    def active(self, index: int) -> bool:
+        """Whether an evaluation fades, or is the one before the first that does, whose clean image is needed."""
+        return bool(self._coefficients) and index + 1 >= FIRST * len(self._coefficients)
 
-    def __call__(self, index: int, prediction: Tensor, sample: Tensor, tiles: Tiling | Partition) -> Tensor:
-        """The prediction, faded.
+    def after_prediction(self, step: Step, prediction: Tensor) -> Tensor:
+        clean, noisy = self._coefficients[step.index]
+        canvas = noisy * step.sample.to(prediction.dtype)
+        moved, self._tiles = self._tiles is not None and step.tiles != self._tiles, step.tiles
+        # Tiles that have not moved do not fade: the step before has its lines in the same places.
+        if moved and self._clean is not None and step.index >= FIRST * len(self._coefficients):
+            before = torch.add(canvas, self._clean, alpha=clean)
+            prediction = torch.lerp(prediction, before, self._beside_lines(step.tiles, prediction))
+        if self._clean is None:
+            self._clean = torch.empty_like(prediction)
+        torch.sub(prediction, canvas, out=self._clean).div_(clean)
+        return prediction
 
-        Args:
-            index: evaluation of this call.
-            prediction: ``[B, C, H, W]``, guided; or ``[k * B, C, H, W]``, of k branches one after the other.
-            sample: ``[B, C, H, W]``: the canvas that it was made from, as the scheduler has it.
-            tiles: where they lay; of those that overlap, the lines are where their cores meet.
+    def tensors(self) -> dict[str, Tensor]:
+        return {} if self._clean is None else {"clean": self._clean}
 
-        Returns:
-            As ``prediction``, of its dtype.
-        """
-        assert self._coefficients is not None
-        if not self.watches(index):
-            return prediction
-        clean, noisy = self._coefficients[index]
-        dtype = torch.promote_types(prediction.dtype, torch.float32)
-        faded = prediction.to(dtype)
-        canvas = noisy * sample.to(dtype).repeat(len(prediction) // len(sample), 1, 1, 1)
-        if self.clean is None:
-            self.clean = torch.empty_like(faded)
-        moved, self.tiles = self.tiles is not None and tiles != self.tiles, tiles
-        if moved and index >= FIRST * len(self._coefficients):
-            before = torch.add(canvas, self.clean, alpha=clean)
-            faded = torch.lerp(faded, before, self._beside_lines(tiles, faded))
-        torch.sub(faded, canvas, out=self.clean).div_(clean)
-        return faded.to(prediction.dtype)
+    def resume(self, tensors: dict[str, Tensor], tiles: Tiling | Partition) -> None:
+        """Go on after the evaluation that left these tensors and used these tiles."""
+        self._clean, self._tiles = tensors.get("clean"), tiles
 
     def _beside_lines(self, tiles: Tiling | Partition, like: Tensor) -> Tensor:
         """The weights ``[H, W]`` of the step before."""
@@ -95,22 +91,10 @@ class Fading:
         return self._weights[1]
 
 
-def fade_coefficients(scheduler: Any, timesteps: Tensor) -> list[tuple[float, float]]:
-    """What a prediction at each timestep stands for, see :func:`tiledcore.schedulers.noise_levels.clean_and_noisy`.
-
-    Raises:
-        ValueError: the scheduler's kind of prediction is not known.
-    """
-    try:
-        return [clean_and_noisy(scheduler, timestep) for timestep in timesteps]
-    except ValueError as error:
-        raise ValueError(f"fade: {error}; give fade=0") from error
-
-
 def fade_weights(size: int, starts: list[int], width: float, wrap: bool) -> Tensor:
-    """``[size]``: 1 for both pixels on a line at which one tile ends and the next one starts, 0 from ``width`` on.
+    """``[size]``: 1 for both pixels beside a line where a tile starts, 0 from ``width`` pixels on.
 
-    Line 0 is one only on an axis that wraps.
+    Line 0 counts only on an axis that wraps.
     """
     middles = torch.arange(size, dtype=torch.float64) + 0.5
     nearest = torch.full((size,), float("inf"), dtype=torch.float64)

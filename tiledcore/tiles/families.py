@@ -25,10 +25,11 @@ from diffusers import (
     UNet2DConditionModel,
     ZImageTransformer2DModel,
 )
-from diffusers.hooks import HookRegistry
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
+
+from tiledcore._diffusers import uncompiled
 
 Arguments = dict[str, Any]
 
@@ -69,6 +70,10 @@ class Family:
     shifts: bool = False
     """Whether tiles that move are the default: where ``bench/modes.py`` finds them nearly as good as overlap."""
 
+    def unit(self, network: Any) -> int:
+        """Latent pixels per canvas pixel along an axis."""
+        return self.patch(network) if self.packed else 1
+
 
 def network_of(pipe: Any) -> tuple[Any, Family]:
     """The network of a pipeline that predicts, compiled or not, and its family.
@@ -78,7 +83,7 @@ def network_of(pipe: Any) -> tuple[Any, Family]:
     """
     found = {name: getattr(pipe, name, None) for name in ("unet", "transformer")}
     for network in found.values():
-        inner = getattr(network, "_orig_mod", network)
+        inner = uncompiled(network)
         for family in FAMILIES:
             if isinstance(inner, family.model):
                 return network, family
@@ -88,15 +93,6 @@ def network_of(pipe: Any) -> tuple[Any, Family]:
         f"pipe={type(pipe).__name__}: tiling needs a pipeline whose unet or transformer is one of {known}; "
         f"found {there or 'neither'}"
     )
-
-
-def registry(network: Any) -> HookRegistry:
-    """The network's hooks. A compiled module passes attributes on to the module inside, whose registry must
-    not get ours: what is compiled is the network on one tile batch. So its own ``__dict__`` is looked into."""
-    found = vars(network).get("_diffusers_hook")
-    if found is None:
-        found = vars(network)["_diffusers_hook"] = HookRegistry(network)
-    return found
 
 
 def to_tokens(image: Tensor) -> Tensor:
