@@ -4,8 +4,6 @@ Plain torch, any float dtype, any device, one Python loop over the tiles. In flo
 exact to about 1e-15. Nothing here imports the ops or the kernels.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -100,7 +98,7 @@ def neighbor_attention(
     k: Tensor,
     v: Tensor,
     canvas: tuple[int, int],
-    tile: tuple[int | Sequence[int], int | Sequence[int]],
+    tile: tuple[int, int],
     halo: tuple[int, int],
     wrap: tuple[bool, bool] = (False, False),
     scale: float | None = None,
@@ -130,17 +128,10 @@ def neighbor_attention(
     return out
 
 
-def _window(position: int, size: int, tile: int | Sequence[int], halo: int, wrap: bool) -> list[int]:
+def _window(position: int, size: int, tile: int, halo: int, wrap: bool) -> list[int]:
     """The positions of one axis that the tile of ``position`` sees, each once."""
-    if isinstance(tile, int):
-        start = position // tile * tile
-        stop = min(start + tile, size)
-    else:
-        start, stop = 0, tile[0]
-        for extent in tile[1:]:
-            if position >= stop:
-                start, stop = stop, stop + extent
-    low, high = start - halo, stop + halo
+    start = position // tile * tile
+    low, high = start - halo, min(start + tile, size) + halo
     # A position has copies at every multiple of the axis, if that is a circle; any of them counts.
     laps = range(-(halo // size) - 1, halo // size + 2) if wrap else [0]
     return [other for other in range(size) if any(low <= other + lap * size < high for lap in laps)]

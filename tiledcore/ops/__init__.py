@@ -1,6 +1,6 @@
 """The public ops. Each takes ``impl=``: what is named is used or refused, never replaced."""
 
-from tiledcore.ops.attention import Precision, neighbor_attention
+from tiledcore.ops.attention import neighbor_attention
 from tiledcore.ops.checks import WINDOWS, Window
 from tiledcore.ops.dispatch import Impl, choose, unavailable
 from tiledcore.ops.norm import group_norm_silu
@@ -10,7 +10,6 @@ from tiledcore.ops.tiles import blend_tiles, gather_tiles
 __all__ = [
     "WINDOWS",
     "Impl",
-    "Precision",
     "Window",
     "blend_tiles",
     "choose",

@@ -1,9 +1,8 @@
 """neighbor_attention: argument checks, schema, fake, and the implementation on top of torch's own attention."""
 
 import math
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +11,10 @@ from torch import Tensor
 from tiledcore import reference
 from tiledcore.ops.dispatch import Impl, choose, define
 
-Precision = Literal["full", "int8"]
-
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor? global_q, Tensor? global_k, Tensor? global_v, SymInt[2] canvas, "
-    "int[2] tile, int[2] halo, bool[2] wrap, float scale, str precision, "
-    "int[] rows, int[] columns) -> Tensor"
+    "int[2] tile, int[2] halo, bool[2] wrap, float scale) -> Tensor"
 )
 # What gathered windows may take at a time. On a GPU a chunk must fill the device; on a CPU it had better stay
 # near the caches.
@@ -27,8 +23,6 @@ _CHUNK_BYTES = {"cuda": 512 << 20, "cpu": 8 << 20}
 TRITON_HEAD_DIM = 160  # the widest head that the Triton kernels take
 
 Pair = tuple[int, int]
-Extent = int | tuple[int, ...]
-"""Size of the tiles of one axis, or the sizes of all of them."""
 
 
 def _fake(q: Tensor, *_: object) -> Tensor:
@@ -49,8 +43,7 @@ def _reference(
     global_v: Tensor | None,
     *geometry: Any,
 ) -> Tensor:
-    canvas, tile, halo, wrap, scale, _, rows, columns = geometry  # the precision is the kernels' business
-    tile = _extents(tile, rows, columns)
+    canvas, tile, halo, wrap, scale = geometry
     return reference.neighbor_attention(q, k, v, canvas, tile, halo, wrap, scale, global_q, global_k, global_v)
 
 
@@ -59,8 +52,7 @@ def _reference(
 def _triton(*arguments: Any) -> Tensor:
     from tiledcore.kernels.neighbor_attention import neighbor_attention as kernel
 
-    *tensors, canvas, tile, halo, wrap, scale, precision, rows, columns = arguments
-    return kernel(*tensors, canvas, _extents(tile, rows, columns), halo, wrap, scale, precision)
+    return kernel(*arguments)
 
 
 @torch.library.impl("tiledcore::neighbor_attention_sdpa", ("cpu", "cuda"))
@@ -77,9 +69,6 @@ def _sdpa(
     halo: Pair,
     wrap: tuple[bool, bool],
     scale: float,
-    precision: str,
-    rows: Sequence[int],
-    columns: Sequence[int],
 ) -> Tensor:
     """Gather each tile's queries and window, and call torch's attention on a batch of tiles.
 
@@ -95,7 +84,7 @@ def _sdpa(
     # torch's fused kernels want one head dimension.
     split = global_q is not None and G > 0
     budget = _CHUNK_BYTES.get(q.device.type, _CHUNK_BYTES["cpu"])
-    for queries, window in _batches(canvas, _extents(tile, rows, columns), halo, wrap):
+    for queries, window in _batches(canvas, tile, halo, wrap):
         per_tile = B * heads * D * (1 + split) * q.element_size() * 2 * (queries.shape[1] + window.shape[1] + G)
         step = max(1, budget // per_tile)
         for at, seen in zip(queries.split(step), window.split(step), strict=True):
@@ -119,14 +108,7 @@ def _take(tokens: Tensor, at: Tensor) -> Tensor:
     return tokens[:, at].flatten(0, 1)
 
 
-def _extents(tile: Pair, rows: Sequence[int], columns: Sequence[int]) -> tuple[Extent, Extent]:
-    """What the schema tells apart: one size for all tiles of an axis, or, where there are any, all sizes."""
-    return tuple(rows) or tile[0], tuple(columns) or tile[1]
-
-
-def _batches(
-    canvas: Pair, tile: tuple[Extent, Extent], halo: Pair, wrap: tuple[bool, bool]
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(canvas: Pair, tile: Pair, halo: Pair, wrap: tuple[bool, bool]) -> Iterator[tuple[Tensor, Tensor]]:
     """Token indices of the tiles, ``[tiles, queries]``, and of their windows, ``[tiles, keys]``, by shape."""
     by_row, by_column = (_axis_groups(*axis) for axis in zip(canvas, tile, halo, wrap, strict=True))
     width = canvas[1]
@@ -140,12 +122,11 @@ def _batches(
             yield tokens(rows, columns), tokens(row_window, column_window)
 
 
-def _axis_groups(size: int, tile: Extent, halo: int, wrap: bool) -> list[tuple[Tensor, Tensor]]:
+def _axis_groups(size: int, tile: int, halo: int, wrap: bool) -> list[tuple[Tensor, Tensor]]:
     """The tiles of one axis and their windows, grouped by both lengths: ``[tiles, extent]``, ``[tiles, window]``."""
     groups: dict[Pair, tuple[list[list[int]], list[list[int]]]] = {}
-    sizes = [min(tile, size - start) for start in range(0, size, tile)] if isinstance(tile, int) else tile
-    for start, length in zip(accumulate(sizes, initial=0), sizes, strict=False):
-        extent = list(range(start, start + length))
+    for start in range(0, size, tile):
+        extent = list(range(start, min(start + tile, size)))
         low, high = start - halo, extent[-1] + 1 + halo
         if not wrap:
             window = list(range(max(low, 0), min(high, size)))
@@ -184,28 +165,10 @@ def _check_pair(name: str, value: Pair, least: int) -> Pair:
     if (
         not isinstance(value, tuple | list)
         or len(value) != 2
-        or any(isinstance(n, bool | float) or n < least for n in value)
+        or any(isinstance(n, bool) or not isinstance(n, int | torch.SymInt) or n < least for n in value)
     ):
         raise ValueError(f"{name}={value!r} must be a (y, x) pair of ints of at least {least}")
     return value[0], value[1]
-
-
-def _check_tile(tile: Any, canvas: Pair) -> tuple[Pair, list[int], list[int]]:
-    """Tile sizes, and for each axis all sizes where they were given."""
-    listed = [isinstance(n, Sequence) for n in tile] if isinstance(tile, tuple | list) and len(tile) == 2 else []
-    if not any(listed):
-        return _check_pair("tile", tile, 1), [], []
-    sizes: list[list[int]] = [[], []]
-    for axis, (extent, total) in enumerate(zip(tile, canvas, strict=True)):
-        if not listed[axis] and (not isinstance(extent, int) or extent < 1):
-            raise ValueError(f"tile={tile!r}: the size along {'yx'[axis]} must be an int of at least 1")
-        if not listed[axis]:
-            continue
-        if any(not isinstance(n, int) or n < 1 for n in extent) or sum(extent) != total:
-            raise ValueError(f"tile={tile!r}: the sizes along {'yx'[axis]} must be ints of at least 1, {total} in all")
-        sizes[axis] = list(extent)
-    first, second = (max(all_) if all_ else extent for extent, all_ in zip(tile, sizes, strict=True))
-    return (first, second), sizes[0], sizes[1]
 
 
 def neighbor_attention(
@@ -214,14 +177,13 @@ def neighbor_attention(
     v: Tensor,
     *,
     canvas: tuple[int, int],
-    tile: tuple[int | Sequence[int], int | Sequence[int]],
+    tile: tuple[int, int],
     halo: tuple[int, int],
     wrap: tuple[bool, bool] = (False, False),
     global_q: Tensor | None = None,
     global_k: Tensor | None = None,
     global_v: Tensor | None = None,
     scale: float | None = None,
-    precision: Precision = "full",
     impl: Impl | None = None,
 ) -> Tensor:
     """Attention of every token of a canvas to its own tile, a halo around it, and some global tokens.
@@ -244,16 +206,13 @@ def neighbor_attention(
             160, and take none above; on a CPU every D is alike. float64 is computed by ``"sdpa"`` and
             ``"reference"`` alone.
         canvas: ``(H, W)`` in tokens.
-        tile: ``(th, tw)`` in tokens; larger than the canvas means one tile. In place of a size, an axis may have the
-            sizes of all of its tiles, one after the other, which add up to the canvas.
+        tile: ``(th, tw)`` in tokens; larger than the canvas means one tile.
         halo: ``(hy, hx)`` in tokens.
         wrap: whether the canvas continues at its other side, along (y, x).
         global_q: ``[B, H*W, heads, D]``, the queries that meet the global keys; None means q. (A transformer with
             rotary positions rotates a query differently for text than for the image.)
         global_k, global_v: ``[B, G, heads, D]``, keys and values that every query sees; both or neither.
         scale: of the scores; None means ``D ** -0.5``.
-        precision: ``"full"``, or ``"int8"``: query-key products in 8-bit integers after subtracting the mean key
-            (SageAttention, Zhang et al. 2024), in ``"triton"`` alone, for float16 and bfloat16.
         impl: ``"reference"``, ``"native"``, ``"triton"`` or ``"sdpa"``; None picks the fastest there is.
 
     Returns:
@@ -261,12 +220,14 @@ def neighbor_attention(
 
     Raises:
         TypeError: a tensor is not one, or is not of such a dtype.
-        ValueError: a shape, size, device, scale, precision or ``impl`` is not as above.
-        RuntimeError: ``impl`` was named, or is needed for ``precision``, and is unavailable here.
+        ValueError: a shape, size, device, scale or ``impl`` is not as above.
+        RuntimeError: ``impl`` was named and is unavailable here.
     """
     _check_tokens("q", q)
-    canvas, halo = _check_pair("canvas", canvas, 1), _check_pair("halo", halo, 0)
-    size, rows, columns = _check_tile(tile, canvas)
+    canvas, tile, halo = (
+        _check_pair(name, pair, least)
+        for name, pair, least in (("canvas", canvas, 1), ("tile", tile, 1), ("halo", halo, 0))
+    )
     if not isinstance(wrap, tuple | list) or len(wrap) != 2 or not all(isinstance(w, bool) for w in wrap):
         raise ValueError(f"wrap={wrap!r} must be a (y, x) pair of bools")
     B, N, heads, D = q.shape
@@ -291,9 +252,9 @@ def neighbor_attention(
     scale = D**-0.5 if scale is None else float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale={scale} must be finite")
-    op = getattr(torch.ops.tiledcore, _op_name(_implementation(q, precision, impl), q.device))
+    op = getattr(torch.ops.tiledcore, _op_name(_implementation(q, impl), q.device))
     tensors = [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, global_q, global_k, global_v)]
-    return op(*tensors, canvas, size, halo, tuple(wrap), scale, precision, rows, columns)
+    return op(*tensors, canvas, tile, halo, tuple(wrap), scale)
 
 
 def _op_name(impl: Impl | None, device: torch.device) -> str:
@@ -305,16 +266,8 @@ def _op_name(impl: Impl | None, device: torch.device) -> str:
 vars(_op_name)["_dynamo_marked_constant"] = True
 
 
-def _implementation(q: Tensor, precision: str, impl: Impl | None) -> Impl | None:
-    """The implementation, where dtype, head dimension or precision leave but one."""
-    if precision not in ("full", "int8"):
-        raise ValueError(f"precision={precision!r} is not one of full, int8")
-    if precision == "int8":
-        if impl not in (None, "triton"):
-            raise ValueError(f"precision='int8' exists in impl='triton' alone, got impl={impl!r}")
-        if q.dtype not in (torch.float16, torch.bfloat16):
-            raise TypeError(f"precision='int8' needs q of float16 or bfloat16, got {q.dtype}")
-        return "triton"
+def _implementation(q: Tensor, impl: Impl | None) -> Impl | None:
+    """The implementation, where dtype or head dimension leave but one."""
     if q.dtype == torch.float64 and impl in ("native", "triton"):
         raise TypeError(f"impl={impl!r} needs q of float16, bfloat16 or float32, got torch.float64")
     if impl is None and (q.dtype == torch.float64 or (q.is_cuda and q.shape[-1] > TRITON_HEAD_DIM)):
