@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import INTERPRETED
-from .neighbor_config import (
+from .neighbor_attention_config import (
     CAPABILITIES,
     DTYPES,
     HEAD_DIMS,
@@ -32,7 +32,7 @@ from .neighbor_config import (
     split,
     vector_of,
 )
-from .neighbor_patches import patch_lists
+from .neighbor_attention_patches import patch_lists
 
 OFFSET_LIMIT = 1 << 31  # elements within a patch
 LOG2_E = 1 / math.log(2)

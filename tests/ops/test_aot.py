@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("triton")
 
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may use
-COMPILER = Path(__file__).resolve().parent.parent / "bench" / "resources.py"
+COMPILER = Path(__file__).resolve().parents[2] / "bench" / "resources.py"
 
 
 @pytest.fixture(scope="module")

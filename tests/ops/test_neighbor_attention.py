@@ -11,8 +11,8 @@ from neighbor_cases import DEVICE, Case, cases, random_case
 from tolerance import assert_close
 from torch import Tensor
 
-from tiledcore import ops, reference
-from tiledcore.ops import dispatch
+from tiledcore import ops
+from tiledcore.ops import dispatch, reference
 
 IMPLS: tuple[ops.Impl, ...] = ("reference", "native", "sdpa", "triton")
 # Interpreted, NumPy warns of the NaNs that the tests put in, and of inf - inf where nothing is stored.

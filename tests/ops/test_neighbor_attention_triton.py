@@ -10,17 +10,17 @@ from hypothesis import strategies as st
 from tolerance import assert_close
 from torch import Tensor
 
-from tiledcore import ops, reference
+from tiledcore import ops
+from tiledcore.ops import reference
+from tiledcore.ops.neighbor_attention import TRITON_HEAD_DIM, _implementation
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if reason := ops.unavailable("neighbor_attention", "triton", DEVICE):
     pytest.skip(reason, allow_module_level=True)
 
 from tiledcore.kernels import neighbor_attention as kernel  # noqa: E402
-from tiledcore.kernels.neighbor_config import HEAD_DIMS, Config, configuration, split  # noqa: E402
-from tiledcore.kernels.neighbor_patches import patch_lists  # noqa: E402
-
-from tiledcore.ops import attention  # noqa: E402
+from tiledcore.kernels.neighbor_attention_config import HEAD_DIMS, Config, configuration, split  # noqa: E402
+from tiledcore.kernels.neighbor_attention_patches import patch_lists  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")
 
@@ -182,7 +182,7 @@ def test_too_many_channels_are_refused() -> None:
 
 
 def test_heads_too_wide_for_the_kernels_go_to_sdpa() -> None:
-    assert HEAD_DIMS[-1] == attention.TRITON_HEAD_DIM
+    assert HEAD_DIMS[-1] == TRITON_HEAD_DIM
     wide = SimpleNamespace(dtype=torch.float16, is_cuda=True, shape=(1, 4, 1, HEAD_DIMS[-1] + 8))
-    assert attention._implementation(wide, None) == "sdpa"  # type: ignore[arg-type]
-    assert attention._implementation(wide, "triton") == "triton"  # type: ignore[arg-type]
+    assert _implementation(wide, None) == "sdpa"  # type: ignore[arg-type]
+    assert _implementation(wide, "triton") == "triton"  # type: ignore[arg-type]
