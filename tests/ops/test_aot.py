@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("triton")
 
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may use
-COMPILER = Path(__file__).resolve().parent.parent / "bench" / "resources.py"
+COMPILER = Path(__file__).resolve().parents[2] / "bench" / "resources.py"
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +29,7 @@ def compiled() -> list[dict[str, Any]]:
 
 def test_every_configuration_compiles(compiled: list[dict[str, Any]]) -> None:
     kernels = {(job["label"].split()[0], job["capability"]) for job in compiled}
-    names = {"gather_tiles", "blend_tiles", "fused_step", "neighbor_attention", "neighbor_attention_int8"}
-    names.add("group_norm_silu")
+    names = {"gather_tiles", "blend_tiles", "fused_step", "neighbor_attention", "group_norm_silu"}
     assert kernels >= {(name, capability) for name in names for capability in SHARED_LIMIT}
     assert [job for job in compiled if "error" in job] == []
 
@@ -55,7 +54,6 @@ def test_attention_has_a_variant_for_every_dtype_and_head_dimension(compiled: li
         for D in ("40", "64", "80", "96", "128", "160"):
             for element in ("fp16", "bf16", "fp32"):
                 assert ("neighbor_attention", element, D, capability) in there
-                assert element == "fp32" or ("neighbor_attention_int8", element, D, capability) in there
 
 
 def test_hopper_reads_whole_patches_by_tma(compiled: list[dict[str, Any]]) -> None:

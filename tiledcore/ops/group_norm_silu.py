@@ -1,31 +1,29 @@
-"""group_norm_silu: GroupNorm by statistics that are already known, and SiLU, over a band of rows."""
+"""group_norm_silu: GroupNorm with given statistics, then SiLU, over a band of rows."""
 
 import torch
 from torch import Tensor
 
-from tiledcore import reference
+from tiledcore.ops import reference
 from tiledcore.ops.checks import BLEND_DTYPES, check_image
 from tiledcore.ops.dispatch import Impl, choose, define
 
-_NORM = "(Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, bool silu, Tensor(a!) out) -> ()"
+_SCHEMA = "(Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, bool silu, Tensor(a!) out) -> ()"
 
 
-def _fake_norm(*_: object) -> None:
+def _fake(*_: object) -> None:
     """Nothing is returned, and shapes do not change."""
 
 
-define("group_norm_silu", _NORM, _fake_norm)
+define("group_norm_silu", _SCHEMA, _fake)
 
 
 @torch.library.impl("tiledcore::group_norm_silu_reference", ("cpu", "cuda"))
-def _norm_reference(
-    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, silu: bool, out: Tensor
-) -> None:
+def _reference(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, silu: bool, out: Tensor) -> None:
     out.copy_(reference.group_norm_silu(x, mean, rstd, weight, bias, silu))
 
 
 @torch.library.impl("tiledcore::group_norm_silu_triton", ("cpu", "cuda"))
-def _norm_triton(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, silu: bool, out: Tensor) -> None:
+def _triton(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, silu: bool, out: Tensor) -> None:
     from tiledcore.kernels.group_norm_silu import group_norm_silu as kernel
 
     kernel(x, mean, rstd, weight, bias, silu, out)
@@ -58,23 +56,23 @@ def group_norm_silu(
     out: Tensor | None = None,
     impl: Impl | None = None,
 ) -> Tensor:
-    """GroupNorm (Wu and He 2018) by given statistics, then SiLU, in one pass over a band of rows.
+    """GroupNorm (Wu and He 2018) with given statistics, then SiLU, in one pass over a band of rows.
 
-    ``v = (x - mean) * rstd * weight + bias`` by channel, and ``v / (1 + exp(-v))`` of that. The statistics
-    are of the whole image and come from elsewhere, so that a band can be normalised as if all of it were
-    there. Computed in float32 (float64 for float64) and rounded once.
+    Per channel ``v = (x - mean) * rstd * weight + bias``, and the result is ``v / (1 + exp(-v))``. The
+    statistics are those of the whole image, so a band is normalised as if the whole image were there.
+    Computed in float32 (float64 for float64) and rounded once.
 
     Args:
-        x: ``[B, C, rows, W]``, float16, bfloat16, float32 or float64. Copied if the rows of a channel do not
-            follow each other in memory; any distance between channels and between batches will do.
-        mean: ``[B, G]`` float32 (float64 with float64), ``G`` a divisor of ``C``: of each group of channels.
+        x: ``[B, C, rows, W]``, float16, bfloat16, float32 or float64. Copied if the rows of a channel are
+            not contiguous; channels and batch entries may have any stride.
+        mean: ``[B, G]`` float32 (float64 with float64), one value for each group of channels; ``G`` divides ``C``.
         rstd: ``[B, G]``, as ``mean``: ``1 / sqrt(variance + eps)``.
         weight: ``[C]`` of the dtype of ``x``.
         bias: ``[C]`` of the dtype of ``x``.
-        silu: without it the result is ``v``.
+        silu: if False, the result is ``v``.
         out: where the result is written, of the shape and dtype of ``x`` with contiguous planes; a new
             tensor if None. It may be ``x`` itself, but must not overlap it otherwise.
-        impl: ``"reference"``, ``"native"`` or ``"triton"``; None picks the fastest there is.
+        impl: ``"reference"``, ``"native"`` or ``"triton"``; None picks the fastest one available.
 
     Returns:
         ``out``, without a gradient.

@@ -7,13 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
-from neighbor_cases import DEVICE, Case, cases, random_case, visible
+from neighbor_cases import DEVICE, Case, cases, random_case
 from tolerance import assert_close
 from torch import Tensor
 
-from tiledcore import ops, reference
-from tiledcore.geometry import neighbour_list
-from tiledcore.ops import dispatch
+from tiledcore import ops
+from tiledcore.ops import dispatch, reference
 
 IMPLS: tuple[ops.Impl, ...] = ("reference", "native", "sdpa", "triton")
 # Interpreted, NumPy warns of the NaNs that the tests put in, and of inf - inf where nothing is stored.
@@ -39,19 +38,6 @@ def dirty_memory(like: Tensor) -> None:
 @given(case=cases(torch.float64))
 def test_oracle_is_attention_under_a_mask(case: Case) -> None:
     torch.testing.assert_close(case.exact(), case.plain(), rtol=1e-12, atol=1e-12)
-
-
-@settings(max_examples=40)
-@given(case=cases(depths=(1,), regular=True))
-def test_windows_touch_the_neighbour_list(case: Case) -> None:
-    (H, W), (h, w) = case.geometry["canvas"], case.geometry["tile"]
-    indptr, indices = neighbour_list(H, W, (h, w), case.geometry["halo"], case.geometry["wrap"])
-    columns = -(-W // w)
-    tile_of = (torch.arange(H)[:, None] // h * columns + torch.arange(W) // w).flatten()
-    mask = visible(**case.geometry)
-    for tile in range(len(indptr) - 1):
-        seen = tile_of[mask[tile_of == tile].any(0)].unique().tolist()
-        assert seen == list(indices[indptr[tile] : indptr[tile + 1]])
 
 
 # ----------------------------------------------------------------------------- implementations
@@ -244,7 +230,7 @@ def test_opcheck(impl: ops.Impl) -> None:
     op = getattr(torch.ops.tiledcore, f"neighbor_attention_{impl}").default
     q, k, v = torch.randn(2, 20, 3 * 2 * 40, device=DEVICE).unflatten(2, (6, 40)).chunk(3, 2)
     text = torch.randn(2, 3, 2, 40, device=DEVICE)
-    rest = ((4, 5), (2, 3), (1, 1), (False, True), 0.2, "full", [], [])
+    rest = ((4, 5), (2, 3), (1, 1), (False, True), 0.2)
     torch.library.opcheck(op, (q, k, v, None, None, None, *rest))
     torch.library.opcheck(op, (q, k, v, None, text, text, *rest))
     torch.library.opcheck(op, (q, k, v, q + 1, text, text, *rest))
@@ -292,13 +278,7 @@ TEXT = torch.zeros(2, 6, 3, 8, device=DEVICE)
         ({"q": TOKENS[0]}, ValueError, r"q must have the shape \[B, tokens, heads, D\], got \(20, 3, 8\)"),
         ({"canvas": (4, 6)}, ValueError, r"canvas=\(4, 6\) has 24 tokens, but q has 20"),
         ({"canvas": (20,)}, ValueError, r"canvas=\(20,\) must be a \(y, x\) pair of ints of at least 1"),
-        (
-            {"tile": ((2, 3), 2)},
-            ValueError,
-            r"tile=\(\(2, 3\), 2\): the sizes along y must be ints of at least 1, 4 in all",
-        ),
-        ({"tile": (2, (5, 0))}, ValueError, "the sizes along x must be ints of at least 1, 5 in all"),
-        ({"tile": ((2, 2), 0)}, ValueError, "the size along x must be an int of at least 1"),
+        ({"tile": ((2, 2), 2)}, ValueError, r"tile=\(\(2, 2\), 2\) must be a \(y, x\) pair of ints"),
         ({"tile": (0, 2)}, ValueError, r"tile=\(0, 2\) must be a \(y, x\) pair of ints of at least 1"),
         ({"tile": 4}, ValueError, "tile=4 must be"),
         ({"halo": (1, -1)}, ValueError, r"halo=\(1, -1\) must be a \(y, x\) pair of ints of at least 0"),
@@ -317,9 +297,6 @@ TEXT = torch.zeros(2, 6, 3, 8, device=DEVICE)
         ({"global_k": TEXT, "global_v": TEXT, "global_q": TEXT}, ValueError, "global_q must be .* tokens=20"),
         ({"q": TOKENS[:0], "k": TOKENS[:0], "v": TOKENS[:0]}, ValueError, "no dimension 0"),
         ({"scale": float("nan")}, ValueError, "scale=nan must be finite"),
-        ({"precision": "fp8"}, ValueError, "precision='fp8' is not one of full, int8"),
-        ({"precision": "int8"}, TypeError, "precision='int8' needs q of float16 or bfloat16, got torch.float32"),
-        ({"precision": "int8", "impl": "sdpa"}, ValueError, "precision='int8' exists in impl='triton' alone"),
         ({"impl": "cuda"}, ValueError, "impl='cuda' is not one of reference, native, triton, sdpa"),
         ({name: TOKENS.double() for name in "qkv"} | {"impl": "native"}, TypeError, "impl='native' needs q of float16"),
     ],
@@ -334,14 +311,12 @@ def test_native_refuses_what_would_leave_its_memory() -> None:
     if reason := ops.unavailable("neighbor_attention", "native", torch.device("cpu")):
         pytest.skip(reason)
     op, q = torch.ops.tiledcore.neighbor_attention_native, TOKENS.cpu()
-    geometry = ((2, 2), (1, 1), (False, False), 1.0, "full", [], [])
+    geometry = ((2, 2), (1, 1), (False, False), 1.0)
     with pytest.raises(RuntimeError, match=r"q must be \[B, 24, heads, D\]"):
         op(q, q, q, None, None, None, (4, 6), *geometry)
     with pytest.raises(RuntimeError, match=r"v must be \[B, 20, heads, D\]"):
         op(q, q, q[:, 1:], None, None, None, (4, 5), *geometry)
     with pytest.raises(RuntimeError, match="canvas, tile, halo and wrap must be pairs"):
         op(q, q, q, None, None, None, (4, 5), (0, 2), *geometry[1:])
-    with pytest.raises(RuntimeError, match="rows must be sizes that add up to 4"):
-        op(q, q, q, None, None, None, (4, 5), *geometry[:-2], [3, 2], [])
     with pytest.raises(RuntimeError, match="global_k and global_v need each other"):
         op(q, q, q, None, q, None, (4, 5), *geometry)

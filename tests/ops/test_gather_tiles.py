@@ -10,8 +10,8 @@ from grids import Grid, grids, product
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiledcore import ops, reference
-from tiledcore.ops import dispatch
+from tiledcore import ops
+from tiledcore.ops import dispatch, reference
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -5,32 +5,26 @@ patches of queries of a tile share one.
 """
 
 from functools import lru_cache
-from itertools import accumulate, product
+from itertools import product
 
 import torch
 from torch import Tensor
 
 Pair = tuple[int, int]
-Extent = int | tuple[int, ...]
-"""Size of the tiles of one axis, the last as small as what is left; or the sizes of all of them."""
 
 SIDE_LIMIT = 1 << 15  # tokens: row and column of a patch share an int32
 
 
-def cut_axis(size: int, tile: Extent, halo: int, wrap: bool, patch: int, aligned: bool) -> list[list[Pair]]:
+def cut_axis(size: int, tile: int, halo: int, wrap: bool, patch: int) -> list[list[Pair]]:
     """For each tile of one axis the (start, length) of the patches of its window.
 
     A window that crosses the border of a wrapped axis is cut there first, so that no patch crosses
-    it; one that goes round the axis is the whole axis, once. ``aligned`` cuts at multiples of the
-    patch, so that every patch lies within one cell of a grid over the canvas; otherwise cuts are
-    counted from where the window starts, which leaves the fewest patches.
+    it; one that goes round the axis is the whole axis, once. Cuts are counted from where the window
+    starts, which leaves the fewest patches.
     """
     windows = []
-    ends = [min(start + tile, size) for start in range(0, size, tile)] if isinstance(tile, int) else accumulate(tile)
-    stop = 0
-    for end in ends:
-        low, high = stop - halo, end + halo
-        stop = end
+    for start in range(0, size, tile):
+        low, high = start - halo, min(start + tile, size) + halo
         if not wrap or high - low >= size:
             pieces = [(max(low, 0), min(high, size))] if not wrap else [(0, size)]
         elif low < 0:
@@ -41,9 +35,7 @@ def cut_axis(size: int, tile: Extent, halo: int, wrap: bool, patch: int, aligned
             pieces = [(low, high)]
         window = []
         for begin, last in pieces:
-            origin = begin // patch * patch if aligned else begin
-            for at in range(origin, last, patch):
-                window.append((max(at, begin), min(at + patch, last) - max(at, begin)))
+            window += [(at, min(patch, last - at)) for at in range(begin, last, patch)]
         windows.append(window)
     return windows
 
@@ -51,13 +43,12 @@ def cut_axis(size: int, tile: Extent, halo: int, wrap: bool, patch: int, aligned
 @lru_cache(maxsize=64)
 def patch_lists(
     canvas: Pair,
-    tile: tuple[Extent, Extent],
+    tile: Pair,
     halo: Pair,
     wrap: tuple[bool, bool],
     query_patch: Pair,
     key_patch: Pair,
     device: torch.device,
-    aligned: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The two lists that the kernel reads, on the device.
 
@@ -74,10 +65,10 @@ def patch_lists(
     """
     if max(canvas) > SIDE_LIMIT:
         raise ValueError(f"canvas={canvas} is longer than the Triton kernel's {SIDE_LIMIT} tokens a side")
-    key_rows, key_columns = (cut_axis(*axis, aligned) for axis in zip(canvas, tile, halo, wrap, key_patch, strict=True))
+    key_rows, key_columns = (cut_axis(*axis) for axis in zip(canvas, tile, halo, wrap, key_patch, strict=True))
     # Queries: no halo, and cut from the tile's corner.
     query_rows, query_columns = (
-        cut_axis(size, t, 0, False, patch, False) for size, t, patch in zip(canvas, tile, query_patch, strict=True)
+        cut_axis(size, t, 0, False, patch) for size, t, patch in zip(canvas, tile, query_patch, strict=True)
     )
     blocks, patches = list[tuple[int, ...]](), list[Pair]()
     for rows, window_rows in zip(query_rows, key_rows, strict=True):

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_close
 
-from tiledcore import ops, reference
-from tiledcore.ops import dispatch
+from tiledcore import ops
+from tiledcore.ops import dispatch, reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

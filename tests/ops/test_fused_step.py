@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tolerance import assert_close
 from torch import Tensor
 
-from tiledcore import ops, reference
-from tiledcore.ops import dispatch
+from tiledcore import ops
+from tiledcore.ops import dispatch, reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Interpreted, a block that juts out of the canvas divides 0 by 0 where nothing is stored.

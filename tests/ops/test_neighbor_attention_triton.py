@@ -1,4 +1,4 @@
-"""What the Triton kernels of neighbor_attention have of their own: lists of patches, variants, 8-bit scores."""
+"""What the Triton kernels of neighbor_attention have of their own: lists of patches and variants."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -10,19 +10,17 @@ from hypothesis import strategies as st
 from tolerance import assert_close
 from torch import Tensor
 
-from tiledcore import ops, reference
-from tiledcore.geometry import neighbour_list
+from tiledcore import ops
+from tiledcore.ops import reference
+from tiledcore.ops.neighbor_attention import TRITON_HEAD_DIM, _implementation
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if reason := ops.unavailable("neighbor_attention", "triton", DEVICE):
     pytest.skip(reason, allow_module_level=True)
 
-from tiledcore.kernels import neighbor_attention as full  # noqa: E402
-from tiledcore.kernels import neighbor_attention_int8 as int8  # noqa: E402
-from tiledcore.kernels.neighbor_config import HEAD_DIMS, Config, configuration, split  # noqa: E402
-from tiledcore.kernels.neighbor_patches import patch_lists  # noqa: E402
-
-from tiledcore.ops import attention  # noqa: E402
+from tiledcore.kernels import neighbor_attention as kernel  # noqa: E402
+from tiledcore.kernels.neighbor_attention_config import HEAD_DIMS, Config, configuration, split  # noqa: E402
+from tiledcore.kernels.neighbor_attention_patches import patch_lists  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")
 
@@ -35,11 +33,11 @@ def tokens(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
 
 
-def launch(config: Config, precision: str, tensors: dict[str, Tensor], geometry: tuple[Any, ...]) -> Tensor:
+def launch(config: Config, tensors: dict[str, Tensor], geometry: tuple[Any, ...]) -> Tensor:
     names = ("q", "k", "v", "global_q", "global_k", "global_v")
     D = tensors["q"].shape[-1]
     given = (tensors.get(name) for name in names)
-    return full.neighbor_attention(*given, *geometry, D**-0.5, precision, config)
+    return kernel.neighbor_attention(*given, *geometry, D**-0.5, config)
 
 
 def exact(tensors: dict[str, Tensor], geometry: tuple[Any, ...]) -> Tensor:
@@ -67,13 +65,13 @@ def window(size: int, tile: int, index: int, halo: int, wrap: bool) -> set[int]:
 @given(
     canvas=pairs, tile=pairs, halo=st.tuples(st.integers(0, 12), st.integers(0, 12)),
     wrap=st.tuples(st.booleans(), st.booleans()), query=st.sampled_from([(1, 2), (4, 4), (2, 8)]),
-    key=st.sampled_from([(2, 1), (4, 4), (2, 8)]), aligned=st.booleans(),
+    key=st.sampled_from([(2, 1), (4, 4), (2, 8)]),
 )  # fmt: skip
 def test_every_query_once_and_every_key_of_its_window_once(
     canvas: tuple[int, int], tile: tuple[int, int], halo: tuple[int, int], wrap: tuple[bool, bool],
-    query: tuple[int, int], key: tuple[int, int], aligned: bool,
+    query: tuple[int, int], key: tuple[int, int],
 ) -> None:  # fmt: skip
-    blocks, patches = patch_lists.__wrapped__(canvas, tile, halo, wrap, query, key, torch.device("cpu"), aligned)
+    blocks, patches = patch_lists.__wrapped__(canvas, tile, halo, wrap, query, key, torch.device("cpu"))
     assert blocks.dtype == patches.dtype == torch.int32
     seen_queries = list[tuple[int, int]]()
     for y, x, h, w, begin, whole, end, _ in blocks.tolist():
@@ -88,25 +86,10 @@ def test_every_query_once_and_every_key_of_its_window_once(
             (ky, kx), (rows, columns) = (divmod(packed, 1 << 16) for packed in (origin, extent))
             assert ky + rows <= canvas[0] and kx + columns <= canvas[1], "a patch crosses the border"
             assert ((rows, columns) == key) == (at < whole)
-            if aligned:
-                assert ky // key[0] == (ky + rows - 1) // key[0] and kx // key[1] == (kx + columns - 1) // key[1]
             keys += [(ky + i, kx + j) for i in range(rows) for j in range(columns)]
         rows_, columns_ = (window(*axis) for axis in zip(canvas, tile, index, halo, wrap, strict=True))
         assert sorted(keys) == sorted((i, j) for i in rows_ for j in columns_)
     assert sorted(seen_queries) == [(i, j) for i in range(canvas[0]) for j in range(canvas[1])]
-
-
-@given(canvas=pairs, halo=st.tuples(st.integers(0, 12), st.integers(0, 12)), wrap=st.booleans())
-def test_patches_as_large_as_tiles_are_the_neighbour_list(
-    canvas: tuple[int, int], halo: tuple[int, int], wrap: bool
-) -> None:
-    tile = (4, 2)
-    blocks, patches = patch_lists.__wrapped__(canvas, tile, halo, (wrap, wrap), tile, tile, torch.device("cpu"), True)
-    indptr, indices = neighbour_list(*canvas, tile, halo, wrap)
-    columns = -(-canvas[1] // tile[1])
-    for i, (_, _, _, _, begin, _, end, _) in enumerate(blocks.tolist()):
-        found = {(o >> 16) // tile[0] * columns + (o & 0xFFFF) // tile[1] for o, _ in patches[begin:end].tolist()}
-        assert found == set(indices[indptr[i] : indptr[i + 1]])
 
 
 def test_a_canvas_of_whole_patches_masks_nothing() -> None:
@@ -136,7 +119,7 @@ def test_every_path_of_the_kernel(unmasked: bool, dtype: torch.dtype, own_querie
     if own_queries:
         tensors["global_q"] = tokens(1, N, 2, 40, dtype=dtype, seed=9)
     config = SMALL._replace(unmasked=unmasked, chunk=16 if dtype == torch.float32 else 0)
-    result = launch(config, "full", tensors, GEOMETRY)
+    result = launch(config, tensors, GEOMETRY)
     assert_close(result, exact(tensors, GEOMETRY), plain(tensors, GEOMETRY))
 
 
@@ -146,22 +129,22 @@ def test_descriptors(dtype: torch.dtype, fused: bool) -> None:
     """As on Hopper; a patch of keys that a descriptor reads may lie anywhere."""
     parts = tokens(2, N, 3 * 2 * 64, dtype=dtype).chunk(3, -1)
     tensors = {n: (p if fused else p.contiguous()).unflatten(2, (2, 64)) for n, p in zip("qkv", parts, strict=True)}
-    result = launch(SMALL._replace(descriptors=True), "full", tensors, GEOMETRY)
+    result = launch(SMALL._replace(descriptors=True), tensors, GEOMETRY)
     assert_close(result, exact(tensors, GEOMETRY), plain(tensors, GEOMETRY))
 
 
 def test_descriptors_refuse_what_tma_cannot_read() -> None:
     t = tokens(1, N, 2, 64, dtype=torch.float16)
-    assert full._describe(t, (6, 9), (4, 4)) is not None
-    assert full._describe(t.expand(2, -1, -1, -1), (6, 9), (4, 4)) is None
-    assert full._describe(tokens(1, N, 2, 68, dtype=torch.float16)[..., :64], (6, 9), (4, 4)) is None
+    assert kernel._describe(t, (6, 9), (4, 4)) is not None
+    assert kernel._describe(t.expand(2, -1, -1, -1), (6, 9), (4, 4)) is None
+    assert kernel._describe(tokens(1, N, 2, 68, dtype=torch.float16)[..., :64], (6, 9), (4, 4)) is None
 
 
 def test_views_of_a_projection_are_not_copied() -> None:
     t = tokens(2, 12, 3 * 5 * 40).chunk(3, -1)[1].unflatten(2, (5, 40))
-    assert full.aligned(t, 8) is t
+    assert kernel.aligned(t, 8) is t
     odd = tokens(2, 12, 5, 41)[..., :40]
-    assert full.aligned(odd, 8) is not odd and torch.equal(full.aligned(odd, 8), odd)
+    assert kernel.aligned(odd, 8) is not odd and torch.equal(kernel.aligned(odd, 8), odd)
 
 
 def test_a_query_without_keys_becomes_zero(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,29 +152,27 @@ def test_a_query_without_keys_becomes_zero(monkeypatch: pytest.MonkeyPatch) -> N
     blocks, patches = patch_lists((4, 4), (4, 4), (0, 0), (False, False), (4, 4), (4, 4), DEVICE)
     empty = blocks.clone()
     empty[:, 5:7] = 0
-    monkeypatch.setattr(full, "patch_lists", lambda *_: (empty, patches))
+    monkeypatch.setattr(kernel, "patch_lists", lambda *_: (empty, patches))
     tensors = {name: tokens(1, 16, 1, 40) for name in "qkv"}
-    result = launch(SMALL, "full", tensors, ((4, 4), (4, 4), (0, 0), (False, False)))
+    result = launch(SMALL, tensors, ((4, 4), (4, 4), (0, 0), (False, False)))
     assert torch.equal(result, torch.zeros_like(result))
 
 
-@pytest.mark.parametrize("precision", ["full", "int8"])
-def test_a_negative_scale(precision: str) -> None:
+def test_a_negative_scale() -> None:
     tensors = {name: tokens(1, N, 1, 40, dtype=torch.float16, seed=i) for i, name in enumerate("qkv")}
     flipped = tensors | {"q": -tensors["q"]}
     names = [tensors.get(name) for name in ("q", "k", "v", "global_q", "global_k", "global_v")]
-    result = full.neighbor_attention(*names, *GEOMETRY, -(40**-0.5), precision, SMALL)
-    assert torch.equal(result, launch(SMALL, precision, flipped, GEOMETRY))
+    result = kernel.neighbor_attention(*names, *GEOMETRY, -(40**-0.5), SMALL)
+    assert torch.equal(result, launch(SMALL, flipped, GEOMETRY))
 
 
 @pytest.mark.parametrize("D", HEAD_DIMS)
 def test_the_table_has_every_head_dimension(D: int) -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for capability in (80, 86, 87, 89, 90, 100, 103, 110, 120, 121):
-            config = configuration("full", D, dtype, capability)
+            config = configuration(D, dtype, capability)
             assert 2**5 * config.warps <= 1024
     assert sum(split(D)) >= D and sum(split(D)) <= D * 1.2
-    assert sum(split(D, 32)) >= D and min(n for n in split(D, 32) if n) >= 32
 
 
 def test_too_many_channels_are_refused() -> None:
@@ -200,80 +181,8 @@ def test_too_many_channels_are_refused() -> None:
         ops.neighbor_attention(t, t, t, canvas=(2, 2), tile=(2, 2), halo=(0, 0), impl="triton")
 
 
-# --- 8-bit scores
-
-
-def realistic(outliers: float, own_queries: bool, G: int = 5, D: int = 64) -> dict[str, Tensor]:
-    """Normal tokens; ``outliers`` is the offset that a few channels of all keys have in common."""
-    tensors = {name: tokens(1, 576, 1, D, seed=i) for i, name in enumerate("qkv")}
-    tensors |= {f"global_{name}": tokens(1, G, 1, D, seed=7 + i) for i, name in enumerate("kv")}
-    if own_queries:
-        tensors["global_q"] = tokens(1, 576, 1, D, seed=9)
-    offset = torch.zeros(1, D, device=DEVICE)
-    offset[:, ::13] = outliers
-    return {name: (t + offset if name == "k" else t).half() for name, t in tensors.items()}
-
-
-def relative_error(result: Tensor, tensors: dict[str, Tensor], geometry: tuple[Any, ...]) -> float:
-    truth = exact(tensors, geometry)
-    return float((result.double() - truth).norm() / truth.norm())
-
-
-INT8_GEOMETRY = ((24, 24), (8, 16), (4, 8), (True, False))
-INT8 = Config((8, 8), (8, 8), 4, 2)
-
-
-@pytest.mark.parametrize("own_queries", [False, True])
-@pytest.mark.parametrize(
-    ("sharpness", "outliers", "allowed"), [(1, 0.0, 0.013), (3, 0.0, 0.025), (1, 20.0, 0.004), (3, 20.0, 0.016)]
-)
-def test_error_of_8_bits(sharpness: int, outliers: float, allowed: float, own_queries: bool) -> None:
-    """At most a third above what was measured when the figures in the docstring were written."""
-    tensors = realistic(outliers, own_queries)
-    tensors |= {name: t * sharpness for name, t in tensors.items() if name in ("q", "global_q")}
-    error = relative_error(launch(INT8, "int8", tensors, INT8_GEOMETRY), tensors, INT8_GEOMETRY)
-    assert 1e-4 < error < allowed  # below the lower bound the scores would not be in 8 bits
-
-
-def test_smoothing_is_what_makes_8_bits_bear_outliers(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = realistic(20.0, False)
-    smooth = relative_error(launch(INT8, "int8", tensors, INT8_GEOMETRY), tensors, INT8_GEOMETRY)
-    monkeypatch.setattr(int8, "mean_key", lambda k: torch.zeros_like(k[:, 0], dtype=torch.float32))
-    rough = relative_error(launch(INT8, "int8", tensors, INT8_GEOMETRY), tensors, INT8_GEOMETRY)
-    assert rough > 4 * smooth
-
-
-@pytest.mark.parametrize(
-    ("unmasked", "dtype", "D"), [(True, torch.float16, 80), (False, torch.float16, 40), (True, torch.bfloat16, 40)]
-)
-def test_8_bits_on_ragged_and_wrapped_canvases(unmasked: bool, dtype: torch.dtype, D: int) -> None:
-    tensors = {name: tokens(1, N, 1, D, dtype=dtype, seed=i) for i, name in enumerate("qkv")}
-    tensors |= {f"global_{name}": tokens(1, 9, 1, D, dtype=dtype, seed=7 + i) for i, name in enumerate("kv")}
-    result = launch(SMALL._replace(unmasked=unmasked), "int8", tensors, GEOMETRY)
-    assert result.dtype == dtype
-    assert relative_error(result, tensors, GEOMETRY) < 0.02
-
-
-def test_8_bit_keys_come_back_from_their_scales() -> None:
-    k = (tokens(2, 99, 3, 80) * 5 + 100).half()
-    k8, scales, mean = int8.quantise_keys(k, (9, 11), (4, 4))
-    assert k8.shape == (2, 99, 3, 96) and not k8[..., 80:].any()
-    y, x = torch.meshgrid(torch.arange(9), torch.arange(11), indexing="ij")
-    cell = (y // 4 * 3 + x // 4).flatten().to(DEVICE)
-    step = scales[:, :, cell].transpose(1, 2)[..., None]
-    error = (k8[..., :80] * step + mean[:, None] - k.float()).abs()
-    assert (error <= 0.501 * step).all()
-    assert (k8.view(2, 9, 11, 3, 96)[:, :4, :4].abs().amax((1, 2, 4)) == 127).all()
-
-
-def test_8_bits_of_32_are_refused() -> None:
-    t = tokens(1, 4, 1, 40)
-    with pytest.raises(TypeError, match=r"precision='int8' needs q of float16 or bfloat16, got torch\.float32"):
-        ops.neighbor_attention(t, t, t, canvas=(2, 2), tile=(2, 2), halo=(0, 0), precision="int8", impl="triton")
-
-
 def test_heads_too_wide_for_the_kernels_go_to_sdpa() -> None:
-    assert HEAD_DIMS[-1] == attention.TRITON_HEAD_DIM
+    assert HEAD_DIMS[-1] == TRITON_HEAD_DIM
     wide = SimpleNamespace(dtype=torch.float16, is_cuda=True, shape=(1, 4, 1, HEAD_DIMS[-1] + 8))
-    assert attention._implementation(wide, "full", None) == "sdpa"  # type: ignore[arg-type]
-    assert attention._implementation(wide, "full", "triton") == "triton"  # type: ignore[arg-type]
+    assert _implementation(wide, None) == "sdpa"  # type: ignore[arg-type]
+    assert _implementation(wide, "triton") == "triton"  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ HEAD_DIMS = (40, 64, 80, 96, 128, 160)
 DTYPES: dict[torch.dtype, str] = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 SCALARS = [
-    *("heads", "tokens", "H", "W", "G", "n_blocks", "factor", "cells_x", "cells"),
+    *("heads", "tokens", "W", "G", "n_blocks", "factor"),
     *(f"{tensor}_{dim}" for tensor in ("q", "k", "v", "gq", "gk", "gv") for dim in "bth"),
 ]
 """Arguments for whose values Triton compiles no variants, so that the ahead-of-time table is complete."""
@@ -87,29 +87,16 @@ _FLOAT = {
     D: _rows(*[_FLOAT_64] * 5) if D <= 64 else _rows(_FLOAT_32, _FLOAT_32, _FLOAT_90, _FLOAT_32, _FLOAT_32)
     for D in HEAD_DIMS
 }
-_INT8 = {
-    40: _rows(_half(_K64, 3), _half(_K64, 2), _half(_K128, 2), _half(_K64, 2), _half(_K64, 2)),
-    64: _rows(_half(_K64, 3), _half(_K64, 2), _half(_K128, 2), _half(_K64, 2), _half(_K64, 2)),
-    80: _rows(_half(_K32, 3), _half(_K32, 2), _half(_K64, 2), _half(_K64, 2), _half(_K32, 2)),
-    96: _rows(_half(_K32, 3), _half(_K32, 2), _half(_K64, 2), _half(_K64, 2), _half(_K32, 2)),
-    128: _rows(_half(_K32, 3), _half(_K32, 2), _half(_K64, 2), _half(_K64, 2), _half(_K16, 2, unmasked=False)),
-    160: _rows(
-        _half(_K16, 1, unmasked=False),
-        _half(_K16, 1, unmasked=False),
-        _half(_K32, 2),
-        Config(_K64, _K32, 4, 2, False),
-        _half(_K16, 1, unmasked=False),
-    ),
-}
 
 
-def split(D: int, least: int = 16) -> tuple[int, int]:
+def split(D: int) -> tuple[int, int]:
     """Two powers of two that hold a head dimension, the second may be 0.
 
     Padded to one power of two, 40, 80, 96 and 160 would spend 60, 60, 33 and 60 % more on matrix
     products; as 32 + 16, 64 + 16, 64 + 32 and 128 + 32 it is 20, 0, 0 and 0 %. 16 is the least depth
-    and width of a product in 16 bits, 32 the least depth in 8.
+    and width of a matrix product.
     """
+    least = 16
     whole = max(least, 1 << (D - 1).bit_length())
     first = whole // 2
     second = max(least, 1 << (D - first - 1).bit_length()) if first < D else 0
@@ -136,7 +123,7 @@ def capability_of(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def configuration(precision: str, D: int, dtype: torch.dtype, capability: int) -> Config:
+def configuration(D: int, dtype: torch.dtype, capability: int) -> Config:
     """The entry of the table.
 
     Raises:
@@ -145,14 +132,13 @@ def configuration(precision: str, D: int, dtype: torch.dtype, capability: int) -
     fitting = next((known for known in HEAD_DIMS if known >= D), None)
     if fitting is None:
         raise ValueError(f"q has {D} channels a head, but impl='triton' takes at most {HEAD_DIMS[-1]}: use impl='sdpa'")
-    table = _INT8 if precision == "int8" else _FLOAT if dtype == torch.float32 else _HALF
+    table = _FLOAT if dtype == torch.float32 else _HALF
     return table[fitting][architecture(capability)]
 
 
 def signature_of(kernel: Any, element: str, constants: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
     """The types of a kernel's arguments by name, and the pointers: torch aligns these to 16 bytes."""
     types = {"blocks": "*i32", "patches": "*i32", "factor": "fp32"}
-    types |= {"k8": "*i8", "k_scales": "*fp32", "k_mean": "*fp32"}
     types |= {name: "i32" for name in SCALARS if name != "factor"} | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, f"*{element}") for name in kernel.arg_names}
     return signature, [name for name, kind in signature.items() if kind.startswith("*") and name not in DESCRIPTORS]
