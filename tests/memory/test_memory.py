@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from allocator import allocated
 from tilings import CANVAS, moving, still
 from tiny import tiny_sdxl
 
-from bench.bench_memory import allocated
 from tiledcore import TiledPipeline, TilingConfig
 from tiledcore.cli.main import main
 from tiledcore.memory.architectures import architecture

@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scheduler_cases import diffusers_loop, network
 from solver_loop import run
 
-from bench.schedulers import diffusers_loop, network
 from tiledcore.schedulers.solver import LinearSolver, NotLinear, linear_solver
 
 
