@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 from tiledcore._diffusers import FUSABLE, takes_eta
-from tiledcore.ops.step import MAX_SLOTS
+from tiledcore.ops.fused_step import MAX_SLOTS
 from tiledcore.schedulers.solver import LinearSolver, NotLinear, linear_solver
 
 # Arguments of their calls that change the loop.

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdp
 
 from tiledcore import ops
 from tiledcore.geometry import Pair
-from tiledcore.ops.attention import _CHUNK_BYTES
+from tiledcore.ops.neighbor_attention import _CHUNK_BYTES
 
 _ATTENTION = {
     impl: getattr(torch.ops.tiledcore, f"neighbor_attention_{impl}")
