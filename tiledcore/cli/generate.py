@@ -24,7 +24,8 @@ from PIL import Image
 from tiledcore import __version__
 from tiledcore.cli.request import CommandError, check, check_size
 from tiledcore.geometry import TileGrid
-from tiledcore.io.images import FORMATS, save_image
+from tiledcore.io.files import FORMATS
+from tiledcore.io.images import save_image
 from tiledcore.io.writers import write_rows
 from tiledcore.models import EMBEDDED, call_defaults
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from tiledcore.geometry import TileGrid
-from tiledcore.io.images import check_target, load_image
+from tiledcore.io.files import check_target
+from tiledcore.io.images import load_image
 from tiledcore.io.preview import EVERY, Preview
 from tiledcore.models import EARTH, EMBEDDED
 

@@ -1,6 +1,6 @@
-"""A picture of any size as tiles of 256x256 px at halved sizes, as deep-zoom viewers ask for them.
+"""Deep zoom: a picture of any size as tiles of 256x256 px on several levels.
 
-Level 0 is the picture, and each further one half of the one before, down to a single tile.
+Level 0 is the picture; each next level has half the size, down to a single tile.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from tiledcore.io.files import check_regular
 from tiledcore.io.images import load_image
 from tiledcore.io.writers import TILE
 
@@ -22,16 +23,16 @@ TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 class Levels:
-    """The tiles of a picture. A context, which closes the file; tiles may be taken from several threads.
+    """The tiles of one picture, for several threads; a context manager that closes the file.
 
-    A TIFF whose pages are such levels already, as :func:`tiledcore.io.writers.write_rows` writes them, is never read
-    whole: a tile is one seek in the file. Any other picture is decoded once, and needs 5.3 bytes of memory per pixel.
+    A TIFF with these levels as its pages (:func:`tiledcore.io.writers.write_rows`) is never read whole. Any other
+    picture is decoded once and needs 5.3 bytes of memory per pixel.
 
     Args:
-        path: any image that Pillow knows.
+        path: any picture that Pillow opens.
 
     Raises:
-        OSError, ValueError, SyntaxError: it cannot be read, or is not an image.
+        OSError, ValueError, SyntaxError: it cannot be read, or is not a picture.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,6 +40,7 @@ class Levels:
         self._tiff: Any = None
         self._pages: list[Any] = []
         self._images: list[Image.Image] = []
+        check_regular(path)
         with path.open("rb") as file:
             tiff = file.read(4) in TIFF_MAGIC
         if tiff:
@@ -61,11 +63,11 @@ class Levels:
 
     @property
     def pyramid(self) -> bool:
-        """Whether tiles come from the file's own pages."""
+        """Whether tiles are read from the file's own pages."""
         return bool(self._pages)
 
     def tile(self, level: int, x: int, y: int) -> Pixels:
-        """The tile in column ``x`` and row ``y``: ``[h, w, 3]``, smaller than 256x256 at the right and lower border.
+        """The tile in column ``x`` and row ``y``: uint8 ``[h, w, 3]``, smaller than 256x256 at the last row and column.
 
         Raises:
             IndexError: there is no such tile.
@@ -87,7 +89,7 @@ class Levels:
             data = file.read(page.databytecounts[index])
         try:
             decoded = page.decode(data, index)[0]
-        except Exception as error:  # whichever a decompressor raises
+        except Exception as error:  # each decompressor has its own
             raise ValueError(f"tile ({x}, {y}) of level {level}: {error}") from error
         if decoded is None:
             raise ValueError(f"tile ({x}, {y}) of level {level}: there is nothing in the file")
@@ -106,7 +108,7 @@ class Levels:
 
 
 def _is_pyramid(pages: list[Any]) -> bool:
-    """Whether each page is RGB in tiles of our size, and half of the page before, down to one tile."""
+    """Whether each page is RGB in tiles of 256x256 and half the size of the page before, down to one tile."""
     above: tuple[int, int] | None = None
     for page in pages:
         size = (page.imagewidth, page.imagelength)

@@ -1,69 +1,127 @@
-"""Image files: written whole or not at all, PNG and TIFF with the settings that made them."""
+"""Pictures: read any that Pillow opens as 8-bit RGB, write them, and read the settings stored in them."""
 
 from __future__ import annotations
 
 import json
-import os
-import platform
-import re
-import zlib
+import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+import numpy as np
 from PIL import ExifTags, Image, ImageOps
-from PIL.PngImagePlugin import PngInfo
 
-#: Keyword of the PNG text chunk that holds the settings, as JSON. In a TIFF, the key in its description's JSON.
-CHUNK = "tiledcore"
+from tiledcore.io.files import FORMATS, check_regular, replacing
+from tiledcore.io.writers import CHUNK, png_texts, write_rows
 
-# Pillow's JPEG and WebP encoders take the image whole, at 4 bytes per pixel: up to 256 MiB.
-WHOLE_PIXELS = 8192 * 8192
-# By extension: Pillow's format, its options, and the longest side that the format can hold.
-FORMATS: dict[str, tuple[str, dict[str, Any], int]] = {
-    ".png": ("PNG", {}, 2**31 - 1),
-    ".jpg": ("JPEG", {"quality": 95}, 65_535),
-    ".jpeg": ("JPEG", {"quality": 95}, 65_535),
-    ".webp": ("WEBP", {"quality": 95}, 16_383),
-    ".tif": ("TIFF", {}, 2**31 - 1),
-    ".tiff": ("TIFF", {}, 2**31 - 1),
-}
+logger = logging.getLogger(__name__)
+
+MOST_PIXELS = 2**30
+"""Pixels of the largest picture that is read whole, 32768x32768: 3 GiB as RGB."""
 
 
-def check_target(path: Path, size: tuple[int, int]) -> None:
-    """Raise ValueError now if :func:`save_image` could not write ``size`` (width, height) later."""
-    if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"{path}: the extension must be one of {', '.join(FORMATS)}")
-    kind, _, longest = FORMATS[path.suffix.lower()]
-    if max(size) > longest:
-        raise ValueError(f"{path}: {kind} holds at most {longest} px a side, PNG and TIFF any size")
-    if kind not in ("PNG", "TIFF") and size[0] * size[1] > WHOLE_PIXELS:
-        raise ValueError(f"{path}: {kind} is only for up to 8192x8192 px, PNG and TIFF for any size")
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: there is no folder {path.parent}")
-    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise ValueError(f"{path}: cannot be written, it is a folder or lies in a protected one")
+class PictureError(ValueError):
+    """A picture that is read without fault but cannot be used; the message says why."""
+
+
+def load_image(path: Path) -> Image.Image:
+    """Read a picture as RGB, rotated as its EXIF data says. Of several frames or pages the first is read.
+
+    Raises:
+        OSError: not there, not an ordinary file, not a picture, or damaged.
+        PictureError: more than :data:`MOST_PIXELS`, or see :func:`to_rgb`.
+    """
+    with opened(path) as image:
+        return to_rgb(image, str(path))
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """The picture in a file as Pillow opens it, rotated as its EXIF data says; errors as in :func:`load_image`."""
+    check_regular(path)
+    with _any_size(), Image.open(path) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise PictureError(
+                f"{path}: is {image.width}x{image.height} px; pictures are read up to {MOST_PIXELS:,} px (32768x32768)"
+            )
+        if image.format in ("GIF", "PNG", "WEBP", "AVIF") and getattr(image, "is_animated", False):
+            logger.warning("%s: has several frames; the first one is used", path)
+        rotated = ImageOps.exif_transpose(image)
+        rotated.format = image.format  # a rotated copy has none
+        yield rotated
+
+
+def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
+    """A PIL picture of any mode as 8-bit RGB.
+
+    16 bits are scaled to 8. Floats are scaled from 0..1, or taken as they are where they go up to 255. Transparent
+    pixels are drawn on white, with a warning.
+
+    Args:
+        image: the picture.
+        name: what messages call it.
+
+    Raises:
+        PictureError: integers or floats outside of these ranges, so that white is not known.
+    """
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_eight_bits(image, name)).convert("RGB")
+    if is_transparent(image):
+        logger.warning("%s: has transparent pixels, which are drawn on white", name)
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, _plain(image).convert("RGBA")).convert("RGB")
+    if image.mode == "LAB":
+        from PIL import ImageCms
+
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        assert converted is not None  # None only in place
+        return converted
+    return _plain(image).convert("RGB")
+
+
+def is_transparent(image: Image.Image) -> bool:
+    """Whether a picture of any mode has pixels that are not opaque."""
+    if image.mode not in ("LA", "La", "PA", "RGBA", "RGBa") and "transparency" not in image.info:
+        return False
+    if image.mode.startswith("I") or image.mode == "F":  # Pillow cannot apply their transparent value
+        return False
+    return bool(np.asarray(_plain(image).convert("RGBA"))[..., 3].min() < 255)
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    """Modes with premultiplied alpha must become plain ones before any other conversion."""
+    return image.convert(image.mode.upper()) if image.mode in ("La", "RGBa") else image
+
+
+def _eight_bits(image: Image.Image, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Grey values of modes ``I``, ``I;16`` and ``F`` as uint8 ``[H, W]``."""
+    values = np.asarray(image).astype(np.float64)
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+    if image.mode == "F":
+        white = 1 if high <= 1 else 255
+    else:  # Pillow opens some 16-bit files as 32 bits
+        sixteen = image.mode != "I" or image.format in ("PNG", "PPM") or high > 255
+        white = 65535 if sixteen else 255
+    if not (low >= 0 and high <= white):  # also where one is not a number
+        raise PictureError(f"{name}: has values from {low:g} to {high:g}; convert it to 8 or 16 bits a channel first")
+    return np.asarray(np.rint(values * (255 / white)), np.uint8)
 
 
 def save_image(image: Image.Image, path: Path, metadata: dict[str, Any]) -> None:
-    """Write an image so that ``path`` is either untouched or complete, whatever happens meanwhile.
+    """Write a picture, and its settings into a PNG or TIFF; after an error ``path`` is as it was.
 
     Args:
-        image: the image.
+        image: the picture.
         path: its extension is one of ``FORMATS``.
-        metadata: stored in a PNG (with ``metadata["prompt"]`` as its standard description) or TIFF; the
-            other formats are written without.
+        metadata: of a PNG, ``metadata["prompt"]`` becomes the standard description too.
 
     Raises:
-        OSError: it could not be written; nothing is left behind.
+        OSError: it could not be written.
     """
     kind, options, _ = FORMATS[path.suffix.lower()]
     if kind == "TIFF":
-        import numpy as np
-
-        from tiledcore.io.writers import write_rows
-
         write_rows(path, image.size, iter([np.asarray(image.convert("RGB"))]), metadata)
         return
     if kind == "PNG":
@@ -72,73 +130,13 @@ def save_image(image: Image.Image, path: Path, metadata: dict[str, Any]) -> None
         image.save(file, format=kind, **options)
 
 
-def png_texts(metadata: dict[str, Any]) -> PngInfo:
-    """The text chunks of a PNG."""
-    info = PngInfo()
-    info.add_text(CHUNK, json.dumps(metadata))
-    info.add_text("Description", metadata["prompt"])
-    return info
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A new file, open to be written and read, that takes the place of ``path`` once it is complete.
-
-    Raises:
-        OSError: as writing raises it; then, or on any other error inside, ``path`` is as it was and
-            nothing else is left behind. What a killed process of this machine left of the same target is removed.
-    """
-    # In the same folder, for only within one file system a rename replaces a file in one go. Opened
-    # here rather than by tempfile, whose files only their owner may read.
-    target = zlib.crc32(f"{platform.node()}/{path.name}".encode(errors="surrogateescape"))
-    _remove_stale(path.parent, f".tiledcore-{target:08x}-")
-    temporary = path.with_name(f".tiledcore-{target:08x}-{os.getpid()}.tmp")
-    try:
-        with temporary.open("w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _remove_stale(folder: Path, start: str) -> None:
-    """Remove the temporary files of one target whose process is gone."""
-    if os.name != "posix":  # elsewhere the question whether a process lives may end it
-        return
-    name = re.compile(re.escape(start) + r"([1-9][0-9]{0,8})\.tmp")
-    with suppress(OSError):  # not ours, or a folder that cannot be listed: as good as without
-        for path in folder.iterdir():
-            if (found := name.fullmatch(path.name)) is not None:
-                try:
-                    os.kill(int(found[1]), 0)
-                except ProcessLookupError:
-                    path.unlink(missing_ok=True)
-                except PermissionError:  # it lives, and is another user's
-                    continue
-
-
-def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
-    return image.convert("RGB")
-
-
-def load_image(path: Path) -> Image.Image:
-    """Read an image of any size as RGB, turned as its EXIF says.
-
-    Raises:
-        OSError: it is not there, not an image that Pillow knows, or damaged.
-    """
-    with _any_size(), Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
-
-
 def read_metadata(path: Path) -> dict[str, Any] | None:
     """The settings that :func:`save_image` stored, or None where there are none.
 
     Raises:
-        OSError: it is not there, or not an image that Pillow knows.
+        OSError: not there, not an ordinary file, or not a picture.
     """
+    check_regular(path)
     with _any_size(), Image.open(path) as image:
         tagged = image.format == "TIFF"
         if tagged:
@@ -155,7 +153,7 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
 
 
 def readable(key: str, value: Any) -> str:
-    """A setting for people, on one line; ``key`` says what it is."""
+    """One setting as text on one line; ``key`` is its name."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -169,7 +167,7 @@ def readable(key: str, value: Any) -> str:
 
 @contextmanager
 def _any_size() -> Iterator[None]:
-    """Pillow refuses 16384x16384 as a decompression bomb; here that is an ordinary size."""
+    """Switch Pillow's limit of pixels off: to it 16384x16384 is an attack."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         yield

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiledcore.feature import Feature, Start
-from tiledcore.io.images import FORMATS, check_target, replacing
+from tiledcore.io.files import FORMATS, check_target, replacing
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a command's path is checked before that
     from torch import Tensor

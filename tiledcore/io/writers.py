@@ -1,8 +1,6 @@
-"""Image files from rows that come one band after the other: the whole image is never in memory.
+"""Write PNG and TIFF from bands of rows, so that the whole image is never in memory.
 
-PNG is packed here, for no kept library takes rows as they come: Pillow and imagecodecs want the whole image, and pypng
-walks through each row's bytes in Python. TIFF is written by tifffile, which takes an iterator of tiles and needs
-nothing but numpy; libvips writes the same file, but pulls its input from threads of its own, and is 15 MB of binary.
+PNG is encoded here, because Pillow and imagecodecs need the whole image and pypng is slow. TIFF is written by tifffile.
 """
 
 from __future__ import annotations
@@ -18,34 +16,37 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from tiledcore import __version__
-from tiledcore.io.images import CHUNK, FORMATS, png_texts, replacing
+from tiledcore.io.files import FORMATS, replacing
 
 Band = NDArray[np.uint8]
 
+CHUNK = "tiledcore"
+"""Keyword of the settings, which are JSON: of a PNG's text chunk, and in the JSON of a TIFF's description."""
 TILE = 256
 """Side of a TIFF's tiles. Its last level is not larger than one."""
 BUFFER = 1 << 24
-"""Bytes of tiles that tifffile may gather to compress them in threads; its default is 256 MiB."""
-LEVEL = 6  # zlib's own default: more costs twice the time for a per cent
+"""Bytes of tiles that tifffile may collect to compress them in threads; its default is 256 MiB."""
+LEVEL = 6  # zlib's default: a higher level takes twice the time and saves one per cent
 
 
 def write_rows(path: Path, size: tuple[int, int], bands: Iterator[Band], metadata: dict[str, Any]) -> None:
-    """Write an image so that ``path`` is either untouched or complete, whatever happens meanwhile.
+    """Write an image from bands of rows; after an error ``path`` is as it was.
 
-    A PNG and a TIFF hold a few hundred rows in memory at a time. JPEG and WebP are gathered first, in 4 bytes per
-    pixel: Pillow's encoders take them whole. A TIFF is a BigTIFF of RGB tiles, ``TILE`` on each side, deflated, with a
-    pyramid of reduced pages (each half of the one before, by 2x2 means), and the metadata in its description as JSON.
+    PNG and TIFF need a few hundred rows in memory at a time; JPEG and WebP the whole image, 4 bytes per pixel. A TIFF
+    is a BigTIFF of deflated RGB tiles of ``TILE`` px with a pyramid of reduced pages, each half of the one before by
+    means of 2x2 pixels. Its description holds the metadata as JSON.
 
     Args:
-        path: its extension is one of :data:`tiledcore.io.images.FORMATS`.
+        path: its extension is one of :data:`tiledcore.io.files.FORMATS`.
         size: width and height.
         bands: ``[rows, width, 3]`` uint8, any number of rows each, from top to bottom.
         metadata: stored in a PNG or TIFF.
 
     Raises:
-        OSError: it could not be written. Nothing is left behind, as after any error that ``bands`` raises.
+        OSError: it could not be written.
         ValueError: the bands do not add up to the size.
     """
     kind, options, _ = FORMATS[path.suffix.lower()]
@@ -63,6 +64,14 @@ def write_rows(path: Path, size: tuple[int, int], bands: Iterator[Band], metadat
             image.save(file, format=kind, **options)
 
 
+def png_texts(metadata: dict[str, Any]) -> PngInfo:
+    """The text chunks of a PNG."""
+    info = PngInfo()
+    info.add_text(CHUNK, json.dumps(metadata))
+    info.add_text("Description", metadata["prompt"])
+    return info
+
+
 def _checked(bands: Iterator[Band], size: tuple[int, int]) -> Iterator[Band]:
     width, height = size
     rows = 0
@@ -76,7 +85,7 @@ def _checked(bands: Iterator[Band], size: tuple[int, int]) -> Iterator[Band]:
 
 
 def _rebanded(bands: Iterator[Band], rows: int) -> Iterator[Band]:
-    """The same rows in bands of ``rows``; the last may have fewer."""
+    """The same rows in bands of ``rows``; the last one may have fewer."""
     held: list[Band] = []
     count = 0
     for band in bands:
@@ -108,8 +117,8 @@ def _write_png(file: IO[bytes], size: tuple[int, int], bands: Iterator[Band], me
     above = np.zeros((1, 3 * size[0]), np.uint8)
     for band in _rebanded(bands, 64):  # 64 rows of 16384 px are 3 MiB
         lines = band.reshape(len(band), -1)
-        # Every line as its difference to the one above, modulo 256. On the embedded model's images this alone gives
-        # smaller files than choosing among the five filters line by line, as most encoders do.
+        # Filter 2: each line minus the one above, modulo 256. On the embedded model's images the files are smaller
+        # than with a filter chosen for each line.
         packed = np.empty((len(lines), 1 + lines.shape[1]), np.uint8)
         packed[:, 0] = 2
         np.subtract(lines[:1], above, out=packed[:1, 1:])
@@ -128,10 +137,10 @@ def _write_png(file: IO[bytes], size: tuple[int, int], bands: Iterator[Band], me
 def _write_tiff(
     file: IO[bytes], size: tuple[int, int], bands: Iterator[Band], metadata: dict[str, Any], folder: Path
 ) -> None:
-    """The levels are pages, largest first, as libtiff, GDAL, OpenSlide and libvips all read them.
+    """Write the levels as pages, largest first, as libtiff, GDAL, OpenSlide and libvips read them.
 
-    While a level is written, the next one goes into a spool beside the target, a quarter of its bytes; the spools have
-    no names, so that nothing is left of them even if the process is killed.
+    While one level is written, the next goes into a temporary file in ``folder``. It has no name, so that nothing is
+    left of it if the process is killed.
     """
     import tifffile
 
@@ -173,7 +182,7 @@ def _write_tiff(
 
 
 def _tiles(bands: Iterator[Band], below: IO[bytes] | None) -> Iterator[Band]:
-    """Tiles row by row; the halved image goes to ``below`` on the way."""
+    """Tiles row by row; also writes the halved image to ``below``."""
     for band in _rebanded(bands, TILE):
         if below is not None:
             below.write(halved(band).tobytes())
@@ -189,7 +198,7 @@ def _spooled(spool: IO[bytes], width: int, height: int) -> Iterator[Band]:
 
 
 def halved(band: Band) -> Band:
-    """``[h, w, 3]`` -> half of it, rounded up: means of 2x2 pixels, rounded half up; odd ends are repeated."""
+    """``[h, w, 3]`` -> ``[ceil(h/2), ceil(w/2), 3]``: means of 2x2 pixels, rounded half up; odd ends are repeated."""
     if band.shape[0] % 2 or band.shape[1] % 2:
         band = np.pad(band, [(0, band.shape[0] % 2), (0, band.shape[1] % 2), (0, 0)], mode="edge")
     total = band[0::2, 0::2].astype(np.uint16)
