@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bench import timing
 from tiledcore.vae import exact as bands
-from tiledcore.vae.plan import LiveBytes
+from tiledcore.vae.live_bytes import LiveBytes
 
 SDXL = {
     "block_out_channels": (128, 256, 512, 512),

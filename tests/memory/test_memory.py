@@ -14,7 +14,8 @@ from tiledcore.cli.main import main
 from tiledcore.memory.architectures import architecture
 from tiledcore.memory.planner import SAFETY, DoesNotFit, Planner, plan
 from tiledcore.memory.prediction import Predictor, parse_bytes
-from tiledcore.memory.simulation import LiveBytes, attention_pairs
+from tiledcore.memory.simulation import attention_pairs
+from tiledcore.vae.live_bytes import LiveBytes
 
 GIB = 2**30
 WAYS = {"tiles": still(overlap=4, tile_batch=2), "canvas": CANVAS}

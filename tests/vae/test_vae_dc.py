@@ -15,9 +15,9 @@ from tiny_transformers import call, tiny_sana
 
 from tiledcore import TiledPipeline
 from tiledcore.vae import exact as bands
-from tiledcore.vae.bands import UnsupportedError
-from tiledcore.vae.bands_attention import LinearSums
-from tiledcore.vae.plan import LiveBytes
+from tiledcore.vae.attention import LinearSums
+from tiledcore.vae.bands import Extent, UnsupportedError
+from tiledcore.vae.live_bytes import LiveBytes
 from tiledcore.vae.stores import Given
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -144,11 +144,11 @@ def test_the_form_of_the_attention_is_diffusers_own(pixels: int, monkeypatch: py
     x = torch.randn(1, 16, pixels, 1, device=DEVICE)
     with torch.no_grad():
         attention(x)
-    layers = bands._program(vae, "decode")
+    layers = bands.program(vae, "decode")
     (sums,) = (
         r for layer in layers for r in layer.reductions if isinstance(r, LinearSums) and r.attention is attention
     )
-    sums.start(bands.Extent(1, (16,), pixels, 1))
+    sums.start(Extent(1, (16,), pixels, 1))
     assert kinds == ["linear" if sums.linear else "quadratic"]
 
 
@@ -158,7 +158,7 @@ def test_sums_over_bands_are_those_of_all_pixels() -> None:
     attention = vae.decoder.up_blocks[3][0].attn
     rows = torch.randn(2, 3 * 16, 23, 5, device=DEVICE) + torch.linspace(-3, 40, 23, device=DEVICE)[:, None]
     sums = LinearSums(attention, ())
-    sums.start(bands.Extent(2, (48,), 23, 5))
+    sums.start(Extent(2, (48,), 23, 5))
     for part in rows.split([1, 4, 11, 7], 2):
         sums.update(part)
     expected = torch.zeros(2, 4, HEAD + 1, HEAD, dtype=torch.float64, device=DEVICE)
@@ -176,14 +176,14 @@ def test_wherever_the_inputs_of_attention_are_kept_the_image_is_the_same(directi
     vae = build("sana")
     given = given_for(vae, direction, 9, 7)
     exact = whole(vae, given, direction)
-    layers = bands._program(vae, direction)
+    layers = bands.program(vae, direction)
     waits = [i for i, layer in enumerate(layers) if layer.reductions]
     assert len(waits) == 3
     for kinds in ((None, None, None), ("host", "device", None), (None, "device", "host"), ("device",) * 3):
         stores: list[Any] = [None] * len(layers)
         for i, kind in zip(waits, kinds, strict=True):
             stores[i] = kind
-        rows = list(bands._run(layers, Given(given, DEVICE, vae.dtype), stores, 16))
+        rows = list(bands.run(layers, Given(given, DEVICE, vae.dtype), stores, 16))
         assert relative(torch.cat(rows, 2), exact) <= 1e-5, kinds
 
 

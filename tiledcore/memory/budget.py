@@ -19,7 +19,7 @@ from tiledcore.loop.report import Report
 from tiledcore.memory.architectures import architecture
 from tiledcore.memory.planner import SAFETY, Plan, Planner
 from tiledcore.memory.prediction import Predictor, parse_bytes, show_bytes
-from tiledcore.memory.simulation import LiveBytes
+from tiledcore.vae.live_bytes import LiveBytes
 
 logger = logging.getLogger(__name__)
 

@@ -1,8 +1,6 @@
-"""Peak memory of an image, predicted before it is spent; :mod:`tiledcore.memory.planner` makes plans of it.
+"""Predict the peak memory of making an image, by running the real code on fake tensors.
 
-Each phase of a pipeline's call is executed on fake tensors (``simulation``) by the very code that runs
-it: text encoders, the network behind ``TileDenoiser`` or canvas attention, the fused step on
-the engine's buffers, and the VAE.
+The phases of a call are text encoders, network (in tiles or over the whole canvas), fused step and VAE.
 """
 
 from __future__ import annotations
@@ -26,15 +24,14 @@ from tiledcore.memory.simulation import Simulated, build, simulated
 from tiledcore.tiles.denoiser import TileDenoiser
 from tiledcore.tiles.fade import Fade
 from tiledcore.tiles.families import FAMILIES, Family
-from tiledcore.vae import plan as vae_plan
-from tiledcore.vae.bands import Extent
-from tiledcore.vae.exact import _count, _program, _shadow
-from tiledcore.vae.plan import Plan as BandPlan
+from tiledcore.vae.exact import counted
+from tiledcore.vae.plan import BANDS, BandPlan, Search, machine
+from tiledcore.vae.program import program
 
 COUNTED = 128 * 128
-"""Latent pixels up to which a decode in bands is simulated."""
+"""Up to so many latent pixels a decode in bands is simulated, and not only estimated."""
 SLOTS = 2
-"""Canvases of scheduler state that are counted: what a multistep scheduler of the second order keeps."""
+"""Canvases of scheduler state that are counted: those of a second-order multistep scheduler."""
 UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
     f"{letter}ib": 2 ** (10 * power) for power, letter in enumerate("kmgt", 1)
 }
@@ -75,12 +72,12 @@ class Phase:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The network on one canvas, and the step after it: bytes without the network's weights."""
+    """The network on one canvas, and the step after it: bytes, without the network's weights."""
 
     network: int
     step: int
     kept: int
-    """What is still there when the image is decoded: the engine's buffers."""
+    """The engine's buffers, which are still there when the image is decoded."""
     flops: int
     tiles: int
     area_factor: float
@@ -99,12 +96,7 @@ class Decode:
 
 
 class Predictor:
-    """Predicts the phases of one model; modules are made once, and results are kept.
-
-    Args:
-        model: what it consists of.
-        device: ``"cuda"`` or ``"cpu"``: decides the implementations that are counted.
-    """
+    """Predicts the phases of one model on ``"cuda"`` or ``"cpu"``; modules and results are kept."""
 
     def __init__(self, model: Architecture, device: str) -> None:
         self.model, self.device = model, device
@@ -122,11 +114,11 @@ class Predictor:
         return next(part for part in self.model.parts if part.role == role)
 
     def weights(self, role: str) -> int:
-        """Bytes of a module's weights: the real one's, where there is one."""
+        """Bytes of a module's weights: of the real module, if there is one."""
         part, module = self.part(role), self.module(role)
         if part.weight_bytes is not None:
             return part.weight_bytes
-        # transformers loads some of T5's layers in float32 where float16 is asked for.
+        # With float16, transformers loads some of T5's layers in float32.
         kept = getattr(module, "_keep_in_fp32_modules", None) or () if part.dtype == torch.float16 else ()
         twice = sum(p.nbytes for name, p in module.named_parameters() if set(kept) & set(name.split(".")))
         return _weights(module) + twice
@@ -150,7 +142,7 @@ class Predictor:
         family = next(f for f in FAMILIES if f.model.__name__ == self.model.network.kind)
         patch = family.patch(network)
         tile = config.tile or self.model.native
-        height, width = (tile, tile) if isinstance(tile, int) else tile
+        height, width = both(tile)
         found = []
         for timestep in (999, 500, 1) if config.moving else (999,):
             denoiser = TileDenoiser(
@@ -187,7 +179,7 @@ class Predictor:
         branches: int,
         timestep: float,
     ) -> Evaluation:
-        """What :meth:`tiledcore.loop.engine.Engine.run_step` does, on buffers as the engine's and the pipeline's."""
+        """What :meth:`tiledcore.loop.engine.Engine.run_step` does, on buffers like those of engine and pipeline."""
         weights, dtype = _weights(network), self.model.network.dtype
         channels = network.config.in_channels
         latents = torch.empty(images, channels, *size, dtype=dtype)
@@ -200,7 +192,7 @@ class Predictor:
         total = 0
 
         def forward(tiles: Tensor, timestep: Any, **given: Any) -> tuple[Tensor]:
-            """The network, once for each shape: all tile batches of one shape take the same."""
+            """The network; run only once per shape, since all tile batches of one shape take the same."""
             nonlocal total
             shape = tuple(tiles.shape)
             if shape in flops:
@@ -217,7 +209,7 @@ class Predictor:
         denoiser.place(size, timestep, latents.device)
         tiling = denoiser.tiling(*size, timestep)
         if denoiser.config.mode == "tiles" and len(tiling) > 1:
-            # In a run the second batch is the first one to have the tiles' buffer beside it.
+            # In a run the buffer exists from the second batch on.
             count, height, width = _buffer_size(tiling)
             denoiser._buffer((count * images * branches, predicted, height, width), latents)
         times = torch.zeros(() if family.sample == "sample" else images * branches, dtype=dtype)
@@ -263,13 +255,9 @@ class Predictor:
         )
 
     def _decode(self, canvas: Pair, images: int, room: int | None) -> Decode:
-        """Decoding latents of (height, width) pixels and turning the result into a picture, VAE weights included.
+        """Decode latents of (height, width) and make a picture of them, VAE weights included.
 
-        Args:
-            canvas: size of the latents.
-            images: how many.
-            room: None: the whole image at once. Otherwise in exact row bands (``exact``) that fit so many
-                bytes beside :attr:`Decode.base`; those that need least, where none fit.
+        ``room``: None decodes the whole image at once; else in bands, as for :func:`vae_peak`.
         """
         part = self.model.vae
         upcast = self.model.upcasts_vae and part.dtype == torch.float16
@@ -291,35 +279,23 @@ class Predictor:
 
 
 def vae_peak(vae: Any, latents: tuple[int, ...], room: int) -> BandPlan:
-    """Exact decoding in row bands within so many bytes beside weights, latents and image, or in the fewest.
+    """Exact decoding in bands within ``room`` bytes beside weights, latents and image; if nothing fits, in the least.
 
-    Planned without host memory, which a CUDA device may use in addition, to compute less twice. Of images above
-    :data:`COUNTED` the peak is the planner's upper bound; to count it by simulation takes minutes.
-
-    Args:
-        vae: an ``AutoencoderKL``, of fake weights or real ones.
-        latents: shape ``[B, C, H, W]``.
-        room: bytes.
+    Without host memory, which a CUDA device may use in addition to compute less twice. Above :data:`COUNTED` latent
+    pixels the peak is an upper bound, because counting takes minutes.
 
     Raises:
         TypeError: the autoencoder has parts that cannot be computed in bands.
     """
-    batch, channels, height, width = latents
-    layers, given = _program(vae, "decode"), Extent(batch, (channels,), height, width)
-    item, cpu = vae.dtype.itemsize, vae_plan.machine(torch.device("cpu"), vae.dtype)
+    layers, cpu = program(vae, "decode"), machine(torch.device("cpu"), vae.dtype)
+    searches = [Search(layers, latents, vae.dtype.itemsize, rows, cpu) for rows in BANDS]
 
-    def choose(room: int) -> list[BandPlan]:
-        found = ((rows, vae_plan.choose(layers, given, item, rows, room, cpu)) for rows in vae_plan.BANDS)
-        return [
-            BandPlan(rows, stores, bound, seconds, vae_plan.recomputed(layers, given, stores))
-            for rows, (stores, seconds, bound) in ((rows, one) for rows, one in found if one is not None)
-        ]
+    def within(budget: int) -> list[BandPlan]:
+        return [found for search in searches if (found := search.plan(budget)) is not None]
 
-    plans = choose(room) or choose(vae_plan.least(layers, given, item, vae_plan.BANDS[-1], cpu))
-    best = min(plans, key=lambda plan: plan.seconds)
-    if height * width <= COUNTED:
-        shadow = _program(_shadow(vae, vae.dtype), "decode")
-        best = replace(best, peak_bytes=_count(shadow, latents, vae.dtype, best.stores, best.band_px))
+    best = min(within(room) or within(searches[-1].least()), key=lambda plan: plan.seconds)
+    if latents[2] * latents[3] <= COUNTED:
+        best = replace(best, peak_bytes=counted(vae, latents, best))
     return best
 
 

@@ -1,10 +1,9 @@
-"""Layers over a stream of row bands: each gives exactly the rows that it would give for the whole image.
+"""Network layers that work on an image a band of rows at a time and give the same result as for the whole image.
 
-A layer takes bands of consecutive rows from above and yields bands of its own output, top to bottom. A
-convolution keeps the few input rows that its next output rows need too, so that no row is computed twice
-and none is padded inside the image. Residual paths travel with their band, delayed as the convolutions
-delay the main path. What depends on all rows (the statistics of a GroupNorm, the keys of an attention)
-is a reduction: a pass over the layer's input that is done before its first output.
+A layer takes bands of consecutive rows and yields bands of its output, top to bottom. A convolution keeps the few
+input rows that its next band needs too, so no row is computed twice and only the image's own border is padded.
+A residual travels with its band. What depends on all rows (GroupNorm's statistics, the keys of an attention) is a
+reduction: a pass over the layer's input that ends before the layer's first output.
 """
 
 from __future__ import annotations
@@ -21,18 +20,25 @@ from tiledcore import ops
 
 
 class UnsupportedError(TypeError):
-    """A part of a network whose rows cannot be computed in bands here."""
+    """A part of a network cannot be computed in bands here."""
 
 
 def unknown(module: Any) -> UnsupportedError:
     return UnsupportedError(f"{type(module).__name__} is not known to be computable in bands")
 
 
+def known(module: Any, *kinds: type) -> Any:
+    """The module itself, if it is exactly of one of these classes; else an UnsupportedError."""
+    if type(module) not in kinds:
+        raise unknown(module)
+    return module
+
+
 @dataclass
 class Band:
-    """Consecutive rows ``[B, C, rows, W]``: the main path's, then those of the residuals that wait.
+    """Consecutive rows ``[B, C, rows, W]``: of the main path, then of each residual that waits.
 
-    Who receives a band empties it, so that a tensor is freed when its last reader is done with it.
+    Who receives a band empties it, so that each tensor is freed after its last use.
     """
 
     tensors: list[Tensor]
@@ -44,7 +50,7 @@ Stream = Iterator[Band]
 
 @dataclass(frozen=True)
 class Extent:
-    """The whole image between two layers: the channels of each path, height and width, and the batch."""
+    """Size of the whole image between two layers; ``channels`` has one entry per path."""
 
     batch: int
     channels: tuple[int, ...]
@@ -57,11 +63,10 @@ class Extent:
 
 
 class Reduction:
-    """A pass over the rows of a layer's input that must be complete before the layer's first output.
+    """A pass over all rows of a layer's input, needed before the layer's first output.
 
     Attributes:
-        through: layers that the rows pass on their way here, of this pass alone: what is reduced may be wider than
-            what the next pass starts from.
+        through: layers that only this pass sends its rows through first.
     """
 
     through: Sequence[Layer] = ()
@@ -75,15 +80,11 @@ class Reduction:
     def free(self) -> None:
         """Drop what is large, after the last pass through the layer."""
 
-    def elements(self, extent: Extent) -> int:
-        """What is kept until :meth:`free`, in elements of the activations' dtype."""
-        return 0
-
 
 class Statistics(Reduction):
-    """Mean and variance of each group of channels, merged over bands (Chan, Golub and LeVeque 1979).
+    """GroupNorm's mean and variance, merged over bands (Chan, Golub and LeVeque 1979).
 
-    A band's own are in float32, two passes in one by Welford; they are merged in float64.
+    Those of a band are computed in float32 and merged in float64.
     """
 
     def __init__(self, norm: nn.GroupNorm) -> None:
@@ -124,13 +125,13 @@ class Statistics(Reduction):
 
 
 class Layer:
-    """One step of a program; the base is the identity.
+    """One layer. A subclass overrides :meth:`change` if it treats each band alone, else :meth:`run`.
 
     Attributes:
-        reductions: passes over this layer's input, each after the one before.
+        reductions: passes over the input that come first, in this order.
         upsample: output rows per input row, where there are more.
         divides: the input's height and width must be multiples of it.
-        delay: rows of the input that wait for those below them, so that the last band has as many more.
+        delay: input rows that wait for the rows below them, so that the last band is that much larger.
     """
 
     reductions: Sequence[Reduction] = ()
@@ -139,30 +140,33 @@ class Layer:
     delay: int = 0
 
     def run(self, source: Stream) -> Stream:
-        return source
+        for band in source:
+            self.change(band)
+            yield band
+
+    def change(self, band: Band) -> None:
+        """Replace the tensors of a band by the output."""
 
     def after(self, extent: Extent) -> Extent:
         """The extent of the output."""
         return extent
 
     def flops(self, extent: Extent) -> float:
-        """Of the whole image, a product and its sum counted as two."""
+        """For the whole image; a multiply-add counts as two."""
         return 0.0
 
     def held(self, extent: Extent) -> int:
-        """Elements that stay here from one band to the next."""
+        """Elements kept from one band to the next."""
         return 0
 
     def work(self, extent: Extent, rows: int) -> int:
-        """Elements alive at once while ``rows`` input rows pass, input and output included: an upper bound."""
-        after = self.after(extent)
-        return rows * extent.row() + rows * self.upsample * after.row()
+        """An upper bound of the elements alive while ``rows`` input rows pass, input and output included."""
+        return rows * extent.row() + rows * self.upsample * self.after(extent).row()
 
 
 def convolution(conv: Any) -> nn.Conv2d:
-    """The module itself, if it is a convolution that :class:`Conv` computes."""
-    if type(conv) is not nn.Conv2d:
-        raise unknown(conv)
+    """The module itself, if :class:`Conv` can compute it; else an UnsupportedError."""
+    known(conv, nn.Conv2d)
     plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str) and set(conv.dilation) == {1}
     if not plain or conv.kernel_size[0] < conv.stride[0]:
         raise UnsupportedError(f"{conv} is dilated, not padded with zeros, or skips rows")
@@ -170,17 +174,16 @@ def convolution(conv: Any) -> nn.Conv2d:
 
 
 class Conv(Layer):
-    """A convolution, with what comes before it written straight into its window of rows.
+    """A convolution with what comes just before it: norm and SiLU, or upsampling.
 
-    Where it changes the size, by ``upsample`` or its stride, the paths that wait come along by pixel shuffle or
-    unshuffle, which loses nothing: their channels change with the size.
+    Where it changes the image's size, the residuals that wait follow by pixel shuffle or unshuffle.
 
     Args:
         conv: zero-padded, without dilation.
-        statistics: normalise the input first, ...
-        silu: ... and apply SiLU to that.
+        statistics: normalise the input first.
         upsample: repeat each input pixel so many times along both axes first.
         pad: zeros (top, bottom, left, right) instead of the convolution's own.
+        reduce: whether the statistics' pass belongs to this layer, and not to an earlier one.
     """
 
     def __init__(
@@ -188,12 +191,11 @@ class Conv(Layer):
         conv: nn.Conv2d,
         *,
         statistics: Statistics | None = None,
-        silu: bool = True,
         upsample: int = 1,
         pad: tuple[int, int, int, int] | None = None,
         reduce: bool = True,
     ) -> None:
-        self.conv, self.statistics, self.silu, self.upsample = conv, statistics, silu, upsample
+        self.conv, self.statistics, self.upsample = conv, statistics, upsample
         y, x = int(conv.padding[0]), int(conv.padding[1])
         self.pad = (y, y, x, x) if pad is None else pad
         self.kernel, self.stride = conv.kernel_size[0], conv.stride[0]
@@ -213,7 +215,7 @@ class Conv(Layer):
             rows = (window.shape[2] - self.kernel) // stride + 1
             if rows < 1:
                 held = window
-                waiting = [_join(old, new) for old, new in _pairs(waiting, band.tensors)]
+                waiting = list(joined(waiting, band.tensors))
                 band.tensors.clear()
                 del window
                 continue
@@ -226,7 +228,7 @@ class Conv(Layer):
             skips = _pairs(waiting, band.tensors)
             band.tensors.clear()
             waiting = []
-            while skips:
+            while skips:  # one at a time, so that each is freed before the next is copied
                 both = _join(*skips.pop(0))
                 done = both[:, :, : rows * stride]
                 result.tensors.append(F.pixel_unshuffle(done, stride) if stride > 1 else done)
@@ -235,11 +237,10 @@ class Conv(Layer):
             yield result
 
     def _window(self, tensors: list[Tensor], held: Tensor | None, first: bool, last: bool) -> Tensor:
-        """The held rows and the band's own, prepared for the convolution; takes the band's main path."""
+        """The held rows and the band's own, ready for the convolution; takes the main path out of ``tensors``."""
         top, bottom, left, right = self.pad
         x = tensors.pop(0)
-        plain = self.statistics is None and self.upsample == 1
-        if self.kernel == 1 and plain:
+        if self.kernel == 1 and self.statistics is None and self.upsample == 1:
             return x
         B, C, rows, W = x.shape
         rows, W = rows * self.upsample, W * self.upsample
@@ -259,7 +260,7 @@ class Conv(Layer):
             body[..., sides[0] + W :].zero_()
             body = body[..., sides[0] : sides[0] + W]
         if self.statistics is not None:
-            self.statistics.apply(x, self.silu, out=body)
+            self.statistics.apply(x, silu=True, out=body)
         elif self.upsample > 1:
             n = self.upsample
             body.unflatten(3, (-1, n)).unflatten(2, (-1, n)).copy_(x[:, :, :, None, :, None])
@@ -287,14 +288,13 @@ class Conv(Layer):
         return (self.kernel - 1) * wide.row(0) + self.delay * (extent.row() - extent.row(0))
 
     def work(self, extent: Extent, rows: int) -> int:
-        after = self.after(extent)
         window = (rows * self.upsample + self.kernel - 1) * self.upsample * extent.row(0)
-        out = (rows * self.upsample // self.stride + 1) * after.row(0)
+        out = (rows * self.upsample // self.stride + 1) * self.after(extent).row(0)
         skips = (rows + self.delay) * (extent.row() - extent.row(0))
         return max(rows * extent.row(0) + window, window + out) + skips
 
 
-def _pairs(waiting: list[Tensor | None], new: Sequence[Tensor]) -> list[tuple[Tensor | None, Tensor]]:
+def _pairs(waiting: Sequence[Tensor | None], new: Sequence[Tensor]) -> list[tuple[Tensor | None, Tensor]]:
     return list(zip(waiting or [None] * len(new), new, strict=True))
 
 
@@ -302,13 +302,13 @@ def _join(old: Tensor | None, new: Tensor) -> Tensor:
     return new if old is None else torch.cat([old, new], 2)
 
 
-def joined(waiting: Sequence[Tensor], new: Sequence[Tensor]) -> list[Tensor]:
-    """Each path's rows behind those that wait, if there are any."""
-    return [_join(old, rows) for old, rows in _pairs(list(waiting), new)]
+def joined(waiting: Sequence[Tensor | None], new: Sequence[Tensor]) -> list[Tensor]:
+    """Each path's rows below those that wait, if there are any."""
+    return [_join(old, rows) for old, rows in _pairs(waiting, new)]
 
 
 class Shortcut(Protocol):
-    """What a residual's waiting path goes through, pixel by pixel: a 1x1 convolution, or less than that."""
+    """What a residual goes through, pixel by pixel: a 1x1 convolution or something simpler."""
 
     @property
     def out_channels(self) -> int: ...
@@ -323,20 +323,18 @@ def _shortcut_flops(shortcut: Shortcut | None, extent: Extent, path: int) -> flo
 
 
 class Save(Layer):
-    """Start a residual: the main path goes on, and a copy of it waits for :class:`Add`.
+    """Start a residual: a copy of the main path waits for :class:`Add`.
 
     Args:
-        shortcut: on the path that waits; here where that makes it smaller.
-        reductions: of the layer that comes next, here because its input is one path yet, and not two.
+        shortcut: applied to the copy; here where it makes the copy smaller.
+        reductions: those of the next layer, done here because there is only one path to keep yet.
     """
 
     def __init__(self, shortcut: Shortcut | None = None, reductions: Sequence[Reduction] = ()) -> None:
         self.shortcut, self.reductions = shortcut, reductions
 
-    def run(self, source: Stream) -> Stream:
-        for band in source:
-            band.tensors.append(band.tensors[0] if self.shortcut is None else self.shortcut(band.tensors[0]))
-            yield band
+    def change(self, band: Band) -> None:
+        band.tensors.append(band.tensors[0] if self.shortcut is None else self.shortcut(band.tensors[0]))
 
     def after(self, extent: Extent) -> Extent:
         channels = extent.channels[0] if self.shortcut is None else self.shortcut.out_channels
@@ -347,22 +345,18 @@ class Save(Layer):
 
 
 class Add(Layer):
-    """End a residual: ``(main + shortcut(saved)) / scale``, written over the main path."""
+    """End a residual: ``(main + shortcut(saved)) / scale``, in place of the main path."""
 
     def __init__(self, shortcut: Shortcut | None = None, scale: float = 1.0) -> None:
         self.shortcut, self.scale = shortcut, scale
 
-    def run(self, source: Stream) -> Stream:
-        for band in source:
-            saved = band.tensors.pop()
-            if self.shortcut is not None:
-                saved = self.shortcut(saved)
-            # A convolution's fresh output is all that ever comes here.
-            band.tensors[-1].add_(saved)
-            del saved
-            if self.scale != 1.0:
-                band.tensors[-1].div_(self.scale)
-            yield band
+    def change(self, band: Band) -> None:
+        saved = band.tensors.pop()
+        if self.shortcut is not None:
+            saved = self.shortcut(saved)
+        band.tensors[-1].add_(saved)  # always the new output of a convolution, which nobody else reads
+        if self.scale != 1.0:
+            band.tensors[-1].div_(self.scale)
 
     def after(self, extent: Extent) -> Extent:
         return replace(extent, channels=extent.channels[:-1])
@@ -372,22 +366,23 @@ class Add(Layer):
 
 
 class Pointwise(Layer):
-    """A function of each element of the main path alone."""
+    """A function of each pixel of the main path."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         self.function = function
 
-    def run(self, source: Stream) -> Stream:
-        for band in source:
-            band.tensors[0] = self.function(band.tensors[0])
-            yield band
+    def change(self, band: Band) -> None:
+        band.tensors[0] = self.function(band.tensors[0])
+
+
+def activation(module: Any) -> Layer:
+    return Pointwise(known(module, nn.ReLU, nn.SiLU, nn.GELU, nn.Mish))
 
 
 def split(source: Stream, rows: int) -> Stream:
     """Cut bands into pieces of at most so many rows."""
     for band in source:
-        total = band.tensors[0].shape[2]
-        starts = range(0, total, rows)
+        starts = range(0, band.tensors[0].shape[2], rows)
         for start in starts:
             piece = Band([t[:, :, start : start + rows] for t in band.tensors], band.last and start == starts[-1])
             if start == starts[-1]:

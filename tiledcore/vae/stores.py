@@ -14,7 +14,7 @@ from tiledcore.vae.bands import Band, Stream, split
 
 
 class Given:
-    """The tensor that a program starts from; its bands go to the device one at a time."""
+    """The tensor that everything starts from; its bands go to the device one at a time."""
 
     def __init__(self, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> None:
         self.tensor, self.device, self.dtype = tensor, device, dtype
@@ -47,8 +47,7 @@ class OnDevice:
 
 
 class OnHost:
-    """Bands in pinned host memory. On CUDA the copies run on a stream of their own: a band is written while
-    the next is computed, and read while the one before it is used."""
+    """Bands in pinned host memory, copied on a CUDA stream of their own while the next band is computed."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
@@ -71,13 +70,13 @@ class OnHost:
         host: list[Any] = []
         with self._beside():
             for tensor in band.tensors:
-                if tensor.device.type == "meta":  # a count of device memory: the host's is not in it
+                if tensor.device.type == "meta":  # a count of device memory, without the host's
                     host.append(tensor.shape)
                     continue
                 target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.cuda)
                 host.append(target.copy_(tensor, non_blocking=True))
         self.bands.append((host, band.last))
-        # Device memory of a band is free only after its copy: no more than two may wait.
+        # A band's device memory is free only after its copy, so no more than two may wait.
         self.writes.append((list(band.tensors), None if self.stream is None else self.stream.record_event()))
         if len(self.writes) > 2:
             self._wait()
@@ -96,6 +95,7 @@ class OnHost:
         return tensors, self.stream.record_event() if self.stream is not None else None
 
     def read(self, rows: int, consume: bool) -> Stream:
+        """As :meth:`OnDevice.read`; the next band is loaded while one is used."""
         while self.writes:
             self._wait()
         source = (self.bands.popleft() for _ in range(len(self.bands))) if consume else iter(self.bands)

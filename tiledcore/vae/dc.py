@@ -1,7 +1,7 @@
-"""``AutoencoderDC`` (DC-AE: Chen et al. 2025) as a program of :mod:`tiledcore.vae.bands`; Sana's autoencoder.
+"""The layers of diffusers' ``AutoencoderDC`` (DC-AE: Chen et al. 2025), Sana's autoencoder.
 
-All of it is local but its linear attention, whose sums over the image are a pass of their own. Sizes change by pixel
-shuffle, beside which a shortcut repeats channels or takes their means.
+Only its linear attention needs the whole image. Sizes change by pixel shuffle; the shortcut beside it repeats
+channels or takes their mean.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.sana_transformer import GLUMBConv
 from torch import Tensor, nn
 
+from tiledcore.vae.attention import LinearAttention, LinearSums, Project, Scales
 from tiledcore.vae.bands import (
     Add,
+    Band,
     Conv,
     Extent,
     Layer,
@@ -28,18 +30,19 @@ from tiledcore.vae.bands import (
     Save,
     Stream,
     UnsupportedError,
+    activation,
     convolution,
     joined,
+    known,
     unknown,
 )
-from tiledcore.vae.bands_attention import LinearAttention, LinearSums, Project, Scales
 
-FACTOR = 2  # by which each block that changes the size does
+FACTOR = 2  # each block that changes the height and width does so by this
 
 
 @dataclass(frozen=True)
 class Repeat:
-    """A shortcut to more channels: each so many times in a row."""
+    """A shortcut to more channels: each channel so many times."""
 
     times: int
     out_channels: int
@@ -50,7 +53,7 @@ class Repeat:
 
 @dataclass(frozen=True)
 class Mean:
-    """A shortcut to fewer channels: the mean of so many in a row."""
+    """A shortcut to fewer channels: the mean of each group of so many."""
 
     of: int
     out_channels: int
@@ -60,14 +63,12 @@ class Mean:
 
 
 class Shuffle(Layer):
-    """Channels become pixels: twice the height and width, a quarter of the channels, of all paths."""
+    """Channels become pixels, on all paths: twice the height and width, a quarter of the channels."""
 
     upsample = FACTOR
 
-    def run(self, source: Stream) -> Stream:
-        for band in source:
-            band.tensors[:] = [F.pixel_shuffle(t, FACTOR) for t in band.tensors]
-            yield band
+    def change(self, band: Band) -> None:
+        band.tensors[:] = [F.pixel_shuffle(t, FACTOR) for t in band.tensors]
 
     def after(self, extent: Extent) -> Extent:
         channels = tuple(c // FACTOR**2 for c in extent.channels)
@@ -75,7 +76,7 @@ class Shuffle(Layer):
 
 
 class Unshuffle(Layer):
-    """Pixels become channels, of all paths: the inverse of :class:`Shuffle`. An odd row waits for the next band."""
+    """The inverse of :class:`Shuffle`. An odd row waits for the next band."""
 
     divides = FACTOR
     delay = FACTOR - 1
@@ -103,21 +104,18 @@ class Unshuffle(Layer):
 
 
 class Gate(Layer):
-    """The first half of the channels times SiLU of the second; over the input, which must be a layer's own."""
+    """The first half of the channels times SiLU of the second half, in place."""
 
-    def run(self, source: Stream) -> Stream:
-        for band in source:
-            value, gate = band.tensors[0].chunk(2, 1)
-            band.tensors[0] = value.mul_(F.silu(gate, inplace=True))
-            del value, gate
-            yield band
+    def change(self, band: Band) -> None:
+        value, gate = band.tensors[0].chunk(2, 1)
+        band.tensors[0] = value.mul_(F.silu(gate, inplace=True))
 
     def after(self, extent: Extent) -> Extent:
         return replace(extent, channels=(extent.channels[0] // 2, *extent.channels[1:]))
 
 
 def _rms(norm: Any, x: Tensor) -> Tensor:
-    """RMSNorm over the channels of each pixel; over the input, which must be a layer's own."""
+    """RMSNorm over the channels of each pixel, in place."""
     wide = torch.promote_types(x.dtype, torch.float32)
     size = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide)
     x.mul_(size.square_().div_(x.shape[1]).add_(norm.eps).rsqrt_())
@@ -126,9 +124,6 @@ def _rms(norm: Any, x: Tensor) -> Tensor:
     if norm.bias is not None:
         x.add_(norm.bias[:, None, None])
     return x
-
-
-# ----------------------------------------------------------------------------- programs
 
 
 def decoder(network: Any) -> list[Layer]:
@@ -150,13 +145,6 @@ def encoder(network: Any) -> list[Layer]:
     return [*layers, *_shortened(convolution(network.conv_out), network.out_shortcut)]
 
 
-def activation(module: Any) -> Layer:
-    """A function of each element alone."""
-    if type(module) not in (nn.ReLU, nn.SiLU, nn.GELU, nn.Mish):
-        raise unknown(module)
-    return Pointwise(module)
-
-
 def _norm(norm: Any) -> Layer:
     if type(norm) is RMSNorm:
         return Pointwise(partial(_rms, norm))
@@ -168,7 +156,7 @@ def _norm(norm: Any) -> Layer:
 
 
 def _shortened(conv: nn.Conv2d, shortcut: bool) -> list[Layer]:
-    """The convolution between latents and the widest blocks."""
+    """The convolution next to the latents."""
     if not shortcut:
         return [Conv(conv)]
     narrow, wide = sorted((conv.in_channels, conv.out_channels))
@@ -195,10 +183,10 @@ def _up(block: Any) -> list[Layer]:
         if block.interpolation_mode != "nearest":
             raise UnsupportedError(f"a DCUpBlock2d interpolates with {block.interpolation_mode!r}, not 'nearest'")
         layers: list[Layer] = [Conv(conv, upsample=FACTOR)]
-        # It is repeated before it comes along to the larger size: there a shuffle is all that is left of the shortcut.
+        # Repeated here, before Conv carries it to the larger size by pixel shuffle.
         wide = conv.out_channels * FACTOR**2
         return [Save(Repeat(block.repeats, wide)), *layers, Add()] if block.shortcut else layers
-    # Both paths end in the same shuffle, so one behind their sum will do.
+    # Both paths end in the same shuffle, so one after their sum is enough.
     both = [Save(), Conv(conv), Add(Repeat(block.repeats, conv.out_channels))] if block.shortcut else [Conv(conv)]
     return [*both, Shuffle()]
 
@@ -212,19 +200,15 @@ def _down(block: Any) -> list[Layer]:
     if not block.shortcut:
         return layers
     if not block.downsample:
-        conv.divides = FACTOR  # for what waits beside it
+        conv.divides = FACTOR  # the residual is unshuffled
     return [Save(), *layers, Add(Mean(block.group_size, channels))]
 
 
 def _attention(attention: Any) -> list[Layer]:
-    if type(attention) is not SanaMultiscaleLinearAttention:
-        raise unknown(attention)
-    if type(attention.processor) is not SanaMultiscaleAttnProcessor2_0:
-        raise unknown(attention.processor)
-    linear = (attention.to_q, attention.to_k, attention.to_v, attention.to_out)
-    for layer in linear:
-        if type(layer) is not nn.Linear:
-            raise unknown(layer)
+    known(attention, SanaMultiscaleLinearAttention)
+    known(attention.processor, SanaMultiscaleAttnProcessor2_0)
+    for layer in (attention.to_q, attention.to_k, attention.to_v, attention.to_out):
+        known(layer, nn.Linear)
     if type(attention.nonlinearity) is not nn.ReLU or not attention.residual_connection:
         raise UnsupportedError("a linear attention is without ReLU or its residual connection")
     scales = list(attention.to_qkv_multiscale)

@@ -1,14 +1,12 @@
-"""diffusers' autoencoders as programs of :mod:`tiledcore.vae.bands`, built from their own modules and weights."""
+"""The layers of diffusers' ``AutoencoderKL`` and ``AutoencoderTiny``, with their own modules and weights."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from diffusers.models.attention_processor import Attention as DiffusersAttention
-from diffusers.models.autoencoders import autoencoder_dc as dc
-from diffusers.models.autoencoders.vae import Decoder, DecoderTiny, Encoder, EncoderTiny
+from diffusers.models.autoencoders.vae import DecoderTiny
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_blocks import (
@@ -20,7 +18,7 @@ from diffusers.models.unets.unet_2d_blocks import (
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from tiledcore.vae import autoencoder_dc
+from tiledcore.vae.attention import Attention
 from tiledcore.vae.bands import (
     Add,
     Conv,
@@ -29,49 +27,11 @@ from tiledcore.vae.bands import (
     Save,
     Statistics,
     UnsupportedError,
+    activation,
     convolution,
+    known,
     unknown,
 )
-from tiledcore.vae.bands_attention import Attention
-
-
-def unsupported(vae: Any) -> str | None:
-    """Why an autoencoder cannot run in exact bands, or None where it can."""
-    if type(vae) not in (AutoencoderKL, AutoencoderTiny, AutoencoderDC):
-        return f"{type(vae).__name__} is none of AutoencoderKL, AutoencoderTiny and AutoencoderDC"
-    try:
-        layers_of(vae.decoder)
-        layers_of(vae.encoder)
-    except UnsupportedError as error:
-        return str(error)
-    return None
-
-
-def layers_of(network: Any) -> list[Layer]:
-    """The program of an encoder or decoder.
-
-    Args:
-        network: ``vae.encoder`` or ``vae.decoder`` of a supported autoencoder.
-
-    Raises:
-        UnsupportedError: a part of it is not known, or has hooks that bands would pass by.
-    """
-    for name, module in network.named_modules():
-        hooked = module._forward_hooks or module._forward_pre_hooks
-        if name and (hooked or hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")):
-            raise UnsupportedError(f"{name} has a hook (sequential or group offload?), which bands would pass by")
-    kind = type(network)
-    if kind is Decoder:
-        return _decoder(network)
-    if kind is Encoder:
-        return _encoder(network)
-    if kind in (DecoderTiny, EncoderTiny):
-        return _tiny(network)
-    if kind is dc.Decoder:
-        return autoencoder_dc.decoder(network)
-    if kind is dc.Encoder:
-        return autoencoder_dc.encoder(network)
-    raise unknown(network)
 
 
 def _statistics(norm: Any) -> Statistics:
@@ -80,28 +40,24 @@ def _statistics(norm: Any) -> Statistics:
     return Statistics(norm)
 
 
-def _decoder(decoder: Any) -> list[Layer]:
+def decoder(decoder: Any) -> list[Layer]:
     layers: list[Layer] = [Conv(convolution(decoder.conv_in)), *_middle(decoder.mid_block)]
     for block in decoder.up_blocks:
-        if type(block) is not UpDecoderBlock2D:
-            raise unknown(block)
-        for resnet in block.resnets:
+        for resnet in known(block, UpDecoderBlock2D).resnets:
             layers += _resnet(resnet)
         for upsampler in block.upsamplers or ():
-            if type(upsampler) is not Upsample2D or upsampler.norm is not None or not upsampler.interpolate:
-                raise unknown(upsampler)
-            if upsampler.use_conv_transpose or not upsampler.use_conv or upsampler.name != "conv":
+            known(upsampler, Upsample2D)
+            transposed = upsampler.use_conv_transpose or not upsampler.interpolate
+            if transposed or upsampler.norm is not None or not upsampler.use_conv or upsampler.name != "conv":
                 raise unknown(upsampler)
             layers.append(Conv(convolution(upsampler.conv), upsample=2))
     return [*layers, *_output(decoder)]
 
 
-def _encoder(encoder: Any) -> list[Layer]:
+def encoder(encoder: Any) -> list[Layer]:
     layers: list[Layer] = [Conv(convolution(encoder.conv_in))]
     for block in encoder.down_blocks:
-        if type(block) is not DownEncoderBlock2D:
-            raise unknown(block)
-        for resnet in block.resnets:
+        for resnet in known(block, DownEncoderBlock2D).resnets:
             layers += _resnet(resnet)
         for downsampler in block.downsamplers or ():
             if type(downsampler) is not Downsample2D or downsampler.norm is not None or not downsampler.use_conv:
@@ -112,15 +68,12 @@ def _encoder(encoder: Any) -> list[Layer]:
 
 
 def _output(network: Any) -> list[Layer]:
-    if type(network.conv_act) is not nn.SiLU:
-        raise unknown(network.conv_act)
+    known(network.conv_act, nn.SiLU)
     return [Conv(convolution(network.conv_out), statistics=_statistics(network.conv_norm_out))]
 
 
 def _middle(block: Any) -> list[Layer]:
-    if type(block) is not UNetMidBlock2D:
-        raise unknown(block)
-    layers = _resnet(block.resnets[0])
+    layers = _resnet(known(block, UNetMidBlock2D).resnets[0])
     for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
         if attention is not None:
             layers += _attention(attention)
@@ -129,9 +82,9 @@ def _middle(block: Any) -> list[Layer]:
 
 
 def _attention(attention: Any) -> list[Layer]:
-    linear = (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0])
-    if type(attention) is not DiffusersAttention or any(type(layer) is not nn.Linear for layer in linear):
-        raise unknown(attention)
+    known(attention, DiffusersAttention)
+    for layer in (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]):
+        known(layer, nn.Linear)
     if any(getattr(attention, name) is not None for name in ("spatial_norm", "norm_q", "norm_k")):
         raise UnsupportedError("the middle block's attention has a norm of queries, of keys, or in space")
     _statistics(attention.group_norm)
@@ -147,7 +100,7 @@ def _resnet(block: Any) -> list[Layer]:
         raise UnsupportedError("a residual block drops out; call vae.eval()")
     first, second = _statistics(block.norm1), _statistics(block.norm2)
     shortcut = None if block.conv_shortcut is None else convolution(block.conv_shortcut)
-    # The path that waits is the larger part of what is kept: the shortcut comes where it makes that smaller.
+    # The residual that waits takes the most memory, so the shortcut goes where it makes that smaller.
     early = shortcut is not None and shortcut.out_channels <= shortcut.in_channels
     return [
         Save(shortcut if early else None, [first]),
@@ -157,7 +110,7 @@ def _resnet(block: Any) -> list[Layer]:
     ]
 
 
-def _tiny(network: Any) -> list[Layer]:
+def tiny(network: Any) -> list[Layer]:
     decodes = type(network) is DecoderTiny
     layers: list[Layer] = [Pointwise(_to_decoder if decodes else _to_encoder)]
     upsample = 1
@@ -179,12 +132,10 @@ def _tiny(network: Any) -> list[Layer]:
 
 
 def _step(module: Any) -> Layer:
-    if type(module) is nn.Conv2d:
-        return Conv(convolution(module))
-    return autoencoder_dc.activation(module)
+    return Conv(convolution(module)) if type(module) is nn.Conv2d else activation(module)
 
 
-# What DecoderTiny and EncoderTiny do around their layers.
+# What the forward of DecoderTiny and EncoderTiny does around their layers.
 def _to_decoder(x: Tensor) -> Tensor:
     return torch.tanh(x / 3) * 3
 

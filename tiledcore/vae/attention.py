@@ -1,4 +1,4 @@
-"""Attention between all pixels of an autoencoder's layer, a band of queries at a time."""
+"""An autoencoder's attention between all pixels of an image, for one band of rows at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tiledcore.vae.bands import Conv, Extent, Layer, Reduction, Statistics, Stream
+from tiledcore.vae.bands import Band, Conv, Extent, Layer, Reduction, Statistics
 
 
 class KeysAndValues(Reduction):
@@ -26,12 +26,12 @@ class KeysAndValues(Reduction):
 
     def update(self, rows: Tensor) -> None:
         tokens = self.statistics.apply(rows, silu=False).flatten(2).transpose(1, 2)
-        for name, projection in (("keys", self.attention.to_k), ("values", self.attention.to_v)):
-            projected = projection(tokens)
-            if getattr(self, name) is None:
-                setattr(self, name, projected.new_empty(rows.shape[0], self.pixels, projected.shape[2]))
-            getattr(self, name)[:, self.filled : self.filled + tokens.shape[1]] = projected
-        self.filled += tokens.shape[1]
+        keys, values = self.attention.to_k(tokens), self.attention.to_v(tokens)
+        if self.keys is None or self.values is None:
+            self.keys, self.values = (t.new_empty(t.shape[0], self.pixels, t.shape[2]) for t in (keys, values))
+        place = slice(self.filled, self.filled + tokens.shape[1])
+        self.keys[:, place], self.values[:, place] = keys, values
+        self.filled = place.stop
 
     def free(self) -> None:
         self.keys = self.values = None
@@ -41,37 +41,30 @@ class KeysAndValues(Reduction):
 
 
 class Attention(Layer):
-    """Global self-attention of a VAE's middle block: the queries of a band against the keys of all rows.
-
-    torch's attention keeps no scores (Rabe and Staats 2021, Dao et al. 2022), so a band of queries costs
-    memory for itself alone.
-    """
+    """Self-attention of a VAE's middle block: the queries of a band against the keys of all rows."""
 
     def __init__(self, attention: Any) -> None:
         self.attention, self.statistics = attention, Statistics(attention.group_norm)
         self.memory = KeysAndValues(attention, self.statistics)
         self.reductions = [self.statistics, self.memory]
 
-    def run(self, source: Stream) -> Stream:
-        for band in source:
-            band.tensors.append(self._attend(band.tensors.pop()))
-            yield band
-
-    def _attend(self, rows: Tensor) -> Tensor:
+    def change(self, band: Band) -> None:
         attention, heads = self.attention, self.attention.heads
         assert self.memory.keys is not None and self.memory.values is not None
+        rows = band.tensors.pop()
         tokens = self.statistics.apply(rows, silu=False).flatten(2).transpose(1, 2)
         q, k, v = (
             t.unflatten(2, (heads, -1)).transpose(1, 2)
             for t in (attention.to_q(tokens), self.memory.keys, self.memory.values)
         )
-        # Where there is no data, torch would take its fallback that keeps the scores.
+        # On meta tensors torch would take its fallback, which keeps all scores; the real kernels do not.
         attended = torch.empty_like(q) if q.is_meta else F.scaled_dot_product_attention(q, k, v)
         attended = attended.transpose(1, 2).flatten(2)
         out = attention.to_out[0](attended).transpose(1, 2).unflatten(2, rows.shape[2:])
         if attention.residual_connection:
             out = out + rows
-        return out if attention.rescale_output_factor == 1 else out / attention.rescale_output_factor
+        factor = attention.rescale_output_factor
+        band.tensors.append(out if factor == 1 else out / factor)
 
     def flops(self, extent: Extent) -> float:
         pixels, inner = extent.height * extent.width, self.attention.to_q.out_features
@@ -81,21 +74,15 @@ class Attention(Layer):
         return 5 * rows * extent.row()
 
 
-# ----------------------------------------------------------------------------- linear attention
-
-
 class Project(Layer):
-    """Queries, keys and values of each pixel, ``3 * inner`` channels in this order."""
+    """Queries, keys and values of each pixel: ``3 * inner`` channels, in this order."""
 
     def __init__(self, attention: Any) -> None:
         self.projections = (attention.to_q, attention.to_k, attention.to_v)
 
-    def run(self, source: Stream) -> Stream:
-        for band in source:
-            pixels = band.tensors[0].movedim(1, -1)
-            band.tensors[0] = torch.cat([projection(pixels) for projection in self.projections], 3).movedim(-1, 1)
-            del pixels
-            yield band
+    def change(self, band: Band) -> None:
+        pixels = band.tensors[0].movedim(1, -1)
+        band.tensors[0] = torch.cat([projection(pixels) for projection in self.projections], 3).movedim(-1, 1)
 
     def after(self, extent: Extent) -> Extent:
         return replace(extent, channels=(sum(p.out_features for p in self.projections), *extent.channels[1:]))
@@ -108,10 +95,10 @@ class Project(Layer):
 
 
 class Scales(Conv):
-    """The input and, behind it along the channels, what an attention's projections make of a pixel's surroundings.
+    """The input, and after it along the channels the same seen at several scales.
 
     Args:
-        projections: of a depthwise convolution ``proj_in`` and a 1x1 one ``proj_out``; sizes may differ, all are odd.
+        projections: each a depthwise convolution ``proj_in`` of odd size and a 1x1 convolution ``proj_out``.
     """
 
     def __init__(self, projections: Sequence[Any]) -> None:
@@ -137,20 +124,20 @@ class Scales(Conv):
         return 2.0 * extent.height * extent.row(0) * weights
 
     def work(self, extent: Extent, rows: int) -> int:
-        # The input or its window, one path through a depthwise convolution, all that is joined, and that joined.
+        # The window, the output of one depthwise convolution, all parts of the result, and the result.
         paths = 1 + 1 + 2 * len(self.projections) + 1
         return (rows + self.kernel - 1) * (paths * extent.row(0) + extent.row() - extent.row(0))
 
 
 class LinearSums(Reduction):
-    """Sums over all pixels of ``value keyᵀ`` and of ``key``, which are all that linear attention needs of them.
+    """Sums of ``value keyᵀ`` and of ``key`` over all pixels: all that linear attention needs.
 
-    A band's own are in float32, as diffusers has them; they are added up in float64. With no more pixels than a head
-    has channels diffusers attends to each pixel instead; then these keys and values are kept.
+    Float32 within a band, as in diffusers, and float64 between bands. If the image has no more pixels than a head has
+    channels, diffusers uses plain attention instead; then all keys and values are kept.
 
     Args:
         attention: a ``SanaMultiscaleLinearAttention``.
-        through: layers that make its queries, keys and values of the input.
+        through: layers that compute its queries, keys and values.
     """
 
     def __init__(self, attention: Any, through: Sequence[Layer]) -> None:
@@ -186,21 +173,16 @@ class LinearSums(Reduction):
 
 
 class LinearAttention(Layer):
-    """ReLU linear attention at several scales (EfficientViT: Cai et al. 2023; used in DC-AE: Chen et al. 2025).
+    """ReLU linear attention at several scales (EfficientViT: Cai et al. 2023).
 
-    Its input are the queries, keys and values that ``sums`` went through, too.
+    The input is the queries, keys and values, from the same layers as ``sums.through``.
     """
 
     def __init__(self, attention: Any, sums: LinearSums) -> None:
         self.attention, self.sums = attention, sums
 
-    def run(self, source: Stream) -> Stream:
-        for band in source:
-            band.tensors[0] = self._attend(band.tensors[0])
-            yield band
-
-    def _attend(self, rows: Tensor) -> Tensor:
-        attention, sums = self.attention, self.sums
+    def change(self, band: Band) -> None:
+        attention, sums, rows = self.attention, self.sums, band.tensors[0]
         queries = sums.part(rows, 0)
         if sums.linear:
             assert sums.scores is not None
@@ -210,7 +192,7 @@ class LinearAttention(Layer):
         else:
             attended = attention.apply_quadratic_attention(queries, sums.keys, sums.values)
         attended = attended.flatten(1, 2).unflatten(2, rows.shape[2:])
-        return attention.to_out(attended.movedim(1, -1)).movedim(-1, 1)
+        band.tensors[0] = attention.to_out(attended.movedim(1, -1)).movedim(-1, 1)
 
     def after(self, extent: Extent) -> Extent:
         return replace(extent, channels=(self.attention.to_out.out_features, *extent.channels[1:]))
@@ -221,5 +203,5 @@ class LinearAttention(Layer):
         return extent.batch * extent.height * extent.width * per_pixel
 
     def work(self, extent: Extent, rows: int) -> int:
-        # Queries and what is attended in float32: two thirds of the input's channels, of twice its size at most.
+        # Queries and result: two thirds of the input's channels, in float32, so at most twice the input's bytes each.
         return rows * (extent.row() + 2 * extent.row(0))
