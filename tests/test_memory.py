@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from allocator import allocated
 from tiny import tiny_sdxl
 
-from bench.bench_memory import allocated
 from tiledcore import TiledPipeline, TilingConfig
 from tiledcore.architectures import architecture
 from tiledcore.cli import main

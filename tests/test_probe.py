@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scheduler_cases import diffusers_loop, network
 
-from bench.schedulers import diffusers_loop, network
 from tiledcore.solver import LinearSolver, NotLinear, linear_solver, run
 
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from scheduler_cases import FALLBACK, LINEAR, Case, Result, diffusers_loop, measure, network
 
-from bench import schedulers as bench
-from bench.schedulers import FALLBACK, LINEAR, Case, Result, diffusers_loop, measure, network
 from tiledcore import probe
 from tiledcore import solver as solver_module
 from tiledcore.solver import LinearSolver, NotLinear, linear_solver, run, step
@@ -254,18 +253,6 @@ def test_importing_it_needs_no_diffusers() -> None:
         imported |= {str(node.module) for node in body if isinstance(node, ast.ImportFrom)}
         assert not {name for name in imported if name.split(".")[0] in ("diffusers", "transformers", "triton")}
         assert {name for name in imported if name.startswith("tiledcore")} <= {"tiledcore.probe"}
-
-
-def test_the_command_prints_a_row_for_each(capsys: pytest.CaptureFixture[str], monkeypatch: Any, tmp_path: Any) -> None:
-    monkeypatch.setattr(bench, "LINEAR", (CASES["Euler"],))
-    monkeypatch.setattr(bench, "FALLBACK", (CASES["DDIM, clip_sample"],))
-    bench.main(["--steps", "3", "--out", str(tmp_path / "page.md")])
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[2].startswith("| Euler | fused | 1 | 1 |")
-    assert printed[3].startswith("| DDIM, clip_sample | own step: evaluation 0 departs")
-    page = (tmp_path / "page.md").read_text(encoding="utf-8")
-    assert page.endswith("\n".join(printed) + "\n") and "3 steps" in page
-    assert {line.count("|") for line in printed} == {11}
 
 
 def test_the_stand_in_is_not_linear() -> None:

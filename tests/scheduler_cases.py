@@ -1,15 +1,9 @@
-"""Which diffusers schedulers are fused, and how close the table is to the scheduler's own loop.
+"""Schedulers of diffusers and settings to try, and how close a linear solver is to the scheduler's own loop."""
 
-python -m bench.schedulers                          the table, on the screen
-python -m bench.schedulers --out docs/schedulers.md   and in the docs
-"""
-
-import argparse
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -18,7 +12,6 @@ from torch import Tensor
 
 from tiledcore.solver import LinearSolver, NotLinear, linear_solver, run
 
-STEPS = (5, 20, 50)
 STRENGTH = 0.6
 SHAPE = (2, 4, 6, 6)
 SD: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -136,7 +129,6 @@ class Result:
         solver: the table that ran.
         fp32: table against diffusers' loop, both in float32.
         fp64: the same in float64 throughout (see :func:`uncast`).
-        fp64_cast: table in float64 against diffusers' loop with float64 inputs, as it is.
         rounding: the table in float32 against itself in float64.
         rounding_diffusers: diffusers' loop in float32 against itself in float64 throughout.
     """
@@ -144,7 +136,6 @@ class Result:
     solver: LinearSolver
     fp32: float
     fp64: float
-    fp64_cast: float
     rounding: float
     rounding_diffusers: float
 
@@ -235,75 +226,6 @@ def measure(case: Case, steps: int, image_to_image: bool) -> Result | NotLinear:
         solver,
         fp32=error(ours32, theirs32),
         fp64=error(ours64, theirs64),
-        fp64_cast=error(ours(torch.float64), theirs(torch.float64)),
         rounding=error(ours32, ours64),
         rounding_diffusers=error(theirs32, theirs64),
     )
-
-
-def row(case: Case, steps: tuple[int, ...]) -> str:
-    """One line of the table: the largest error over all numbers of steps and both ways to start."""
-    try:
-        results = [measure(case, n, image) for n in steps for image in (False, True)]
-    except ImportError:
-        return f"| {case.name} | not tried: diffusers needs a package for it | | | | | | | | |"
-    done = [result for result in results if isinstance(result, Result)]
-    if len(done) < len(results):
-        reason = next(result.reason for result in results if isinstance(result, NotLinear))
-        return f"| {case.name} | own step: {reason} | | | | | | | | |"
-    slots = max(result.solver.slots for result in done)
-    written = max(len(result.solver.writes(i)) for result in done for i in range(len(result.solver)))
-    noise = "yes" if any(done[-1].solver.uses_noise) else ""
-
-    def worst(name: str) -> str:
-        return f"{max(getattr(result, name) for result in done):.0e}"
-
-    figures = " | ".join(map(worst, ("fp32", "rounding", "rounding_diffusers", "fp64", "fp64_cast")))
-    return f"| {case.name} | fused | {slots} | {written} | {noise} | {figures} |"
-
-
-HEADER = """\
-| scheduler | step | slots | written | noise | float32 | our rounding | diffusers' rounding | float64 | as it is |
-|---|---|---|---|---|---|---|---|---|---|"""
-
-INTRODUCTION = """\
-# Schedulers: which are fused
-
-Printed by `python -m bench.schedulers`; diffusers {diffusers}, torch {torch}. `tiledcore.solver` reads a scheduler's
-coefficients off the scheduler itself, so the list is what was tried, and not what is known to the code.
-
-- *slots*: canvas-sized buffers, the sample included. *written*: of these, the most that one evaluation changes.
-- *float32*: latents after the loop against diffusers' own loop, same seed; largest difference ÷ largest latent; the
-  worst of {steps} steps, each as text-to-image and as image-to-image at strength {strength}. The network is a nonlinear
-  stand-in. *our rounding*, *diffusers' rounding*: each of the two against itself in float64.
-- *float64*: the same comparison in float64 throughout. Some schedulers cast samples to float32 inside `step`, or draw
-  float32 noise and scale it: *float64* leaves that out of diffusers' loop; *as it is* keeps it in, and shows its
-  rounding.
-- In both loops the scheduler computes its scalars in its own precision, mostly float32.
-- *own step*: the reason why there is no table. The pipeline then calls the scheduler's `step`.
-"""
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS))
-    parser.add_argument("--out", type=Path, help="also write the page")
-    args = parser.parse_args(argv)
-    import diffusers
-
-    diffusers.utils.logging.set_verbosity_error()
-    lines = [HEADER]
-    print(HEADER)
-    for case in LINEAR + FALLBACK:
-        lines.append(row(case, tuple(args.steps)))
-        print(lines[-1], flush=True)
-    if args.out is not None:
-        steps = ", ".join(map(str, args.steps))
-        page = INTRODUCTION.format(
-            diffusers=diffusers.__version__, torch=torch.__version__, steps=steps, strength=STRENGTH
-        )
-        args.out.write_text(page + "\n" + "\n".join(lines) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
