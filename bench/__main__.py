@@ -31,7 +31,6 @@ def parsed(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Na
     run.add_argument("--seconds", type=float, help="of timing for each case; default 10, with --quick 1")
     run.add_argument("--rounds", type=int, help="turns of each provider; default 10, with --quick 5")
     run.add_argument("--json", type=Path)
-    run.add_argument("--markdown", type=Path)
     two = commands.add_parser("compare", help="two files of `run --json`")
     two.add_argument("before", type=Path)
     two.add_argument("after", type=Path)
@@ -48,8 +47,6 @@ def run_cases(args: argparse.Namespace) -> int:
     print(f"\n{len({row['case'] for row in results['results']})} cases in {results['took_seconds']} s")
     if args.json:
         args.json.write_text(suite.dumps(results))
-    if args.markdown:
-        args.markdown.write_text(suite.markdown(results) + "\n")
     return int(any("wrong" in row for row in results["results"]))
 
 

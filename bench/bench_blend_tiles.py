@@ -12,7 +12,7 @@ from torch import Tensor
 from bench.case import Case, Ready, implementations
 from bench.measure import Run
 from tiledcore import ops
-from tiledcore.reference import axis_weights
+from tiledcore.ops.reference import axis_weights
 
 CASES = [(512, 128, 64, 4), (1024, 128, 96, 4), (512, 64, 48, 16)]
 """Canvas side, tile side, stride, channels; in latent pixels."""

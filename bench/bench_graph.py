@@ -37,7 +37,7 @@ def prepare(tile: int, device: torch.device, dtype: torch.dtype) -> Ready:
         result: Tensor = wrapped(generator=torch.Generator().manual_seed(0), **call).images
         return result
 
-    tiling = TilingConfig(tile=tile, tile_batch=4)
+    tiling = TilingConfig(tile=tile)
     runs: dict[str, Run] = {
         name: partial(run, TiledPipeline.from_pipe(pipe, tiling=tiling, cuda_graph=name == "graph"))
         for name in ("eager", "graph")

@@ -83,8 +83,6 @@ def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
-# ----------------------------------------------------------------------------- FlexAttention
-
 PATCH = (8, 16)  # FlexAttention's blocks of 128 tokens, as patches of the canvas
 
 

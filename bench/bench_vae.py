@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench.case import Case, Ready
 from bench.measure import Run
-from tiledcore.vae import decode, encode
+from tiledcore.vae.exact import decode, encode
 
 SDXL = {
     "block_out_channels": (128, 256, 512, 512),

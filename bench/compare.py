@@ -52,11 +52,7 @@ def compare(before: Results, after: Results) -> tuple[list[Change], list[str]]:
 
 
 def load(path: Path) -> Results:
-    """A file of ``python -m bench run --json``.
-
-    Raises:
-        ValueError: it is another file.
-    """
+    """A file of ``python -m bench run --json``; ValueError if it is another one."""
     data = json.loads(path.read_text())
     if not isinstance(data, dict) or not any("samples" in row for row in data.get("results", ())):
         raise ValueError(f"{path}: not written by `python -m bench run --json`")

@@ -28,12 +28,6 @@ def spectrum(side: int, cutoff: float = 48.0) -> Floats:
     return power / power.mean()
 
 
-def fields(power: Floats, count: int, seed: int) -> Floats:
-    """``[count, side, side]``: exact samples of the field."""
-    noise = np.random.default_rng(seed).standard_normal((count, *power.shape))
-    return np.fft.ifft2(np.fft.fft2(noise) * np.sqrt(power)).real
-
-
 class IdealDenoiser:
     """The conditional mean of the noise minus the field, what flow matching predicts, for tiles of any size.
 

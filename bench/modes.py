@@ -16,7 +16,6 @@ Times are for one denoising step of the whole canvas with guidance, without deco
 import argparse
 import json
 from functools import partial
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
@@ -26,10 +25,10 @@ from PIL import Image
 
 from bench import measure, study
 from bench.study import PX, Figures, Key
-from tiledcore import TiledPipeline, TileGrid, TilingConfig
-from tiledcore.families import network_of
+from tiledcore import Motion, TiledPipeline, TileGrid, TilingConfig
 from tiledcore.models import call_defaults
 from tiledcore.models.architecture import NATIVE
+from tiledcore.tiles.families import network_of
 
 PROMPTS = ["topographic map of a rugged coast", "satellite view of desert", "relief map of mountains"]
 RAMP = "25 % ramp"
@@ -45,25 +44,29 @@ COLUMNS = {
 }
 
 
-def ways(tile: int) -> dict[str, dict[str, Any]]:
-    """Arguments of TilingConfig for each row of the table."""
+def ways(tile: int) -> dict[str, TilingConfig]:
+    """The rows of the table."""
+
+    def moving(blend_first: int = 0, blend_last: int = 0, fade: int = 0) -> TilingConfig:
+        return TilingConfig(tile=tile, motion=Motion(blend_first, blend_last, fade))
+
     fade = tile * 3 // 16
     return {
-        "no overlap": {"overlap": 0, "window": "core"},
-        "12 % ramp": {"overlap": tile // 8},
-        "25 % ramp": {"overlap": tile // 4},
-        "50 % ramp": {"overlap": tile // 2},
-        "50 % mean": {"overlap": tile // 2, "window": "mean"},
-        "shift": {"shift": True},
-        "shift, last 3 blended": {"shift": True, "blend_steps": 3},
-        "shift, fading": {"shift": True, "fade": fade},
-        "shift, fading, last step blended": {"shift": True, "fade": fade, "blend_steps": 1},
-        "shift, fading, first 2 and last blended": {"shift": True, "fade": fade, "blend_first": 2, "blend_steps": 1},
-        "canvas, halo 0": {"mode": "canvas", "halo": 0},
-        "canvas, halo half": {"mode": "canvas", "halo": tile // 2},
-        "canvas, halo whole": {"mode": "canvas", "halo": tile},
+        "no overlap": TilingConfig(tile=tile, overlap=0, window="core"),
+        "12 % ramp": TilingConfig(tile=tile, overlap=tile // 8),
+        "25 % ramp": TilingConfig(tile=tile, overlap=tile // 4),
+        "50 % ramp": TilingConfig(tile=tile, overlap=tile // 2),
+        "50 % mean": TilingConfig(tile=tile, overlap=tile // 2, window="mean"),
+        "shift": moving(),
+        "shift, last 3 blended": moving(blend_last=3),
+        "shift, fading": moving(fade=fade),
+        "shift, fading, last step blended": moving(blend_last=1, fade=fade),
+        "shift, fading, first 2 and last blended": moving(blend_first=2, blend_last=1, fade=fade),
+        "canvas, halo 0": TilingConfig(tile=tile, mode="canvas", halo=0),
+        "canvas, halo half": TilingConfig(tile=tile, mode="canvas", halo=tile // 2),
+        "canvas, halo whole": TilingConfig(tile=tile, mode="canvas", halo=tile),
         # Each tile sees as much as the network was trained on, and no distance that it was not.
-        "canvas, native windows": {"mode": "canvas", "tile": tile // 4, "halo": tile * 3 // 8},
+        "canvas, native windows": TilingConfig(tile=tile // 4, mode="canvas", halo=tile * 3 // 8),
     }
 
 
@@ -75,15 +78,18 @@ def period(pipe: Any) -> int:
 
 def meeting_lines(config: TilingConfig, size: int, steps: int) -> tuple[list[int], list[int]]:
     """The y and the x lines on which tiles meet, in image pixels."""
-    grid = config.grid(size // PX, size // PX, NATIVE)
-    if config.mode == "tiles" and grid.overlap != (0, 0) and not config.shift:
-        found = [set(lines) for lines in grid.lines]
-    else:
+    grid, motion = config.grid(size // PX, size // PX, NATIVE), config.moving
+    if motion:
         parts = TileGrid(grid.height, grid.width, grid.tile_size, wrap=grid.wrap)
-        moved = parts.shifted(steps - 1 - config.blend_steps, config.seed) if config.shift else parts.partition()
+        moved = parts.shifted(steps - 1 - motion.blend_last, motion.seed)
         found = [{start for start, _ in axis if start} for axis in (moved.rows, moved.cols)]
-        if config.blend_steps:
+        if motion.blend_last:
             found = [starts | set(lines) for starts, lines in zip(found, grid.lines, strict=True)]
+    elif config.mode == "canvas" or grid.overlap == (0, 0):
+        sides = zip((grid.height, grid.width), grid.tile_size, strict=True)
+        found = [set(range(tile, side, tile)) for side, tile in sides]
+    else:
+        found = [set(lines) for lines in grid.lines]
     y, x = ([PX * line for line in sorted(lines)] for lines in found)
     return y, x
 
@@ -150,30 +156,18 @@ def judged(
     return found, floors
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="earth", help="earth or earth-flux")
-    parser.add_argument("--size", type=int, default=2048, help="px")
-    parser.add_argument("--tile", type=int, default=NATIVE, help="latent pixels")
-    parser.add_argument("--prompts", nargs="+", default=PROMPTS)
-    parser.add_argument("--seeds", type=int, default=1, help="images of each prompt")
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--only", nargs="+", choices=ways(NATIVE), help="names of ways", metavar="WAY")
-    parser.add_argument("--rounds", type=int, default=1, help="of timing; 0: keep the times of an earlier --json")
-    parser.add_argument("--work", type=Path, default=Path("runs/modes"), help="images are kept there")
-    parser.add_argument("--cached", action="store_true", help="make no image")
-    parser.add_argument("--json", type=Path)
-    return parser.parse_args()
-
-
 def main() -> None:
-    args = arguments()
+    parser = study.parser(__doc__, 8, PROMPTS, "runs/modes")
+    parser.add_argument("--model", default="earth", help="earth or earth-flux")
+    parser.add_argument("--tile", type=int, default=NATIVE, help="latent pixels")
+    parser.add_argument("--rounds", type=int, default=1, help="of timing; 0: keep the times of an earlier --json")
+    parser.add_argument("--cached", action="store_true", help="make no image")
+    args = parser.parse_args()
     Image.MAX_IMAGE_PIXELS = None
     pipe = TiledPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
     call = call_defaults(args.model) | {"num_inference_steps": args.steps}
-    every = {name: TilingConfig(**({"tile": args.tile} | way)) for name, way in ways(args.tile).items()}
-    chosen = {name: config for name, config in every.items() if name in (args.only or every)}
+    chosen = {name: way for name, way in ways(args.tile).items() if name in (args.only or [name])}
     old = json.loads(args.json.read_text()) if not args.rounds and args.json and args.json.exists() else {}
     seconds = {row["name"]: row.get("seconds") for row in old.get("rows", ())}
     if args.rounds:

@@ -3,7 +3,7 @@
     python -m bench.oracle [--fields 8] [--seeds 4] [--json bench/results/oracle.json]
 
 The field and its denoiser are in bench/gaussian.py. The denoiser has no error, so all errors are those of the tiling.
-Tiles are gathered, denoised and blended by the engine's own code: :class:`~tiledcore.denoiser.TileDenoiser`, and
+Tiles are gathered, denoised and blended by the engine's own code: :class:`~tiledcore.tiles.denoiser.TileDenoiser`, and
 :func:`~tiledcore.ops.fused_step` with the table of diffusers' flow-matching scheduler.
 
 - seam: mean |difference| across the lines on which tiles start or end (with a hard crop: on which cores meet), over
@@ -32,9 +32,9 @@ from torch import Tensor
 
 from bench import measure
 from bench.gaussian import Floats, IdealDenoiser, spectrum
-from tiledcore import TilingConfig, ops
-from tiledcore.denoiser import TileDenoiser
-from tiledcore.solver import LinearSolver, linear_solver
+from tiledcore import Execution, Motion, TilingConfig, ops
+from tiledcore.schedulers.solver import LinearSolver, linear_solver
+from tiledcore.tiles.denoiser import TileDenoiser
 
 SIDE, TILE, STEPS = 160, 32, 40
 SHIFT = 3.0
@@ -70,7 +70,7 @@ def rows(tile: int = TILE) -> list[Row]:
         Row("50 % overlap, ramp of 8", {"overlap": half, "ramp": tile // 4}),
         Row("window 32, core 20 kept", {"overlap": tile * 3 // 8, "window": "core"}, None, 1.00, 0.80),
         Row("window 32, core 16 kept", {"overlap": half, "window": "core"}, None, 1.00, 0.82),
-        Row("no overlap, shifted at random (SpotDiffusion)", {"shift": True}, None, 1.00, 0.58),
+        Row("no overlap, shifted at random (SpotDiffusion)", {"motion": Motion(0, 0, 0)}, None, 1.00, 0.58),
         Row("canvas mode: core 32 sees 8", context(tile, tile // 4), 1.0, 1.00, 0.84),
         Row("canvas mode: core 32 sees 16", context(tile, half), 1.0, 1.00, 0.86),
         Row("canvas mode: core 16 sees 8", context(half, tile // 4), 1.0, 1.00, 0.82),
@@ -94,8 +94,8 @@ def sample(
     assert isinstance(solver, LinearSolver), solver
     solver, side = solver.to(noise.device, torch.float64), noise.shape[-1]
     asked = {"tile": side} if tiling is None else {"tile": tile, "wrap": True} | tiling
-    config = TilingConfig(**asked, tile_batch=64)
-    denoiser = TileDenoiser(config, tile, pixels=1)
+    config = TilingConfig(**asked)
+    denoiser = TileDenoiser(config, Execution(tile_batch=64), tile, pixels=1)
     state = torch.cat([noise[None], noise.new_zeros(solver.slots - 1, *noise.shape)])
     model_input, step = state[0] * solver.input_scale[0], torch.zeros(1, dtype=torch.int64)
     for timestep in solver.timesteps:
@@ -136,7 +136,7 @@ def low_power(images: Floats, noise: Floats, power: Floats, cycles: float = 4.0)
 
 def tile_lines(tiling: dict[str, Any] | None, side: int, tile: int) -> set[int]:
     """Where to look for seams: where the blend's weights have an edge."""
-    fixed = {} if tiling is None or tiling.get("shift") else tiling
+    fixed = {} if tiling is None or "motion" in tiling else tiling
     grid = TilingConfig(**({"tile": tile, "wrap": True, "overlap": 0} | fixed)).grid(side, side, tile)
     if fixed.get("window") == "core":
         return {start for start, _ in grid.core_rows}
@@ -150,7 +150,7 @@ def measured(row: Row, side: int, tile: int, count: int, steps: int, seed: int =
     noise = torch.randn(count, 1, side, side, generator=generator, dtype=torch.float64)
     fields = sample(IdealDenoiser(power), noise, row.tiling, tile, steps)[:, 0].numpy()
     config = TilingConfig(**({"tile": tile, "wrap": True} | (row.tiling or {})))
-    area = 1.0 if config.shift else config.grid(side, side, tile).area_factor
+    area = 1.0 if config.moving else config.grid(side, side, tile).area_factor
     return {
         "name": row.name,
         "area_factor": area if row.area_factor is None else row.area_factor,

@@ -36,7 +36,7 @@ from bench.peers import methods
 from bench.peers.model import Model, counted, starts
 from bench.quality import Pixels, likeness, tone_step
 from bench.study import PX, Figures
-from tiledcore import TiledPipeline, TilingConfig
+from tiledcore import Motion, TiledPipeline, TilingConfig
 from tiledcore.models import call_defaults
 
 Denoise = Callable[[Any, Tensor, str, dict[str, Any]], Tensor]
@@ -61,8 +61,8 @@ def tiledcore_ways(tile: int) -> dict[str, TilingConfig]:
     return {
         "tiledcore, 25 % ramp": TilingConfig(tile=tile, overlap=tile // 4),
         "tiledcore, 12 % ramp": TilingConfig(tile=tile),
-        "tiledcore, shift": TilingConfig(tile=tile, shift=True),
-        "tiledcore, default": TilingConfig(tile=tile, shift=True, blend_first=2, blend_steps=1, fade=tile * 3 // 16),
+        "tiledcore, shift": TilingConfig(tile=tile, motion=Motion(0, 0, 0)),
+        "tiledcore, default": TilingConfig(tile=tile, motion="moving"),
         "tiledcore, canvas, halo half": TilingConfig(tile=tile, mode="canvas"),
     }
 
@@ -106,7 +106,7 @@ def lines(name: str, stride: int, side: int, tile: int) -> list[int]:
     """Latent lines along one axis on which windows start or end."""
     if not stride:
         config = tiledcore_ways(tile)[name]
-        if not config.shift:
+        if not config.moving:
             return list(config.grid(side, side, tile).lines[0])
         stride = tile
     window = 64 if name.startswith("diffusers") else tile
@@ -192,19 +192,6 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
     return text
 
 
-def arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=1024, help="px, a multiple of 256")
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--seeds", type=int, default=1, help="images of each prompt")
-    parser.add_argument("--prompts", nargs="+", default=["relief map of a rugged coast"])
-    parser.add_argument("--only", nargs="+", help="names of ways")
-    parser.add_argument("--work", type=Path, default=Path("runs/peers"))
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser, parser.parse_args(argv)
-
-
 def judged(
     pipe: Any, chosen: dict[str, tuple[Denoise, int]], args: argparse.Namespace, tile: int, call: dict[str, Any]
 ) -> tuple[dict[str, list[Figures]], list[Figures]]:
@@ -228,7 +215,10 @@ def judged(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser, args = arguments(argv)
+    parser = study.parser(__doc__, 8, ["relief map of a rugged coast"], "runs/peers")
+    parser.set_defaults(size=1024)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
     Image.MAX_IMAGE_PIXELS = None
     pipe = TiledPipeline.from_pretrained("earth").pipe.to(args.device)
     pipe.set_progress_bar_config(disable=True)

@@ -27,14 +27,12 @@ CAPABILITIES = (80, 86, 89, 90, 100, 120)
 Job = tuple[str, int, int]
 
 
-def jobs(only: str = "") -> list[Job]:
+def jobs() -> list[Job]:
     """(module, place in its configurations, capability) of all there is to compile."""
     import tiledcore.kernels
 
     found = []
     for info in pkgutil.iter_modules(tiledcore.kernels.__path__):
-        if only not in info.name:
-            continue
         module = importlib.import_module(f"tiledcore.kernels.{info.name}")
         if hasattr(module, "aot_configurations"):
             for i, (_, _, _, _, *options) in enumerate(module.aot_configurations()):
@@ -113,11 +111,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, help="a Markdown file for the table")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
-    parser.add_argument("--only", default="", help="only kernels in files whose name contains this")
-    parser.add_argument("--processes", type=int, default=min(4, os.cpu_count() or 1))
     arguments = parser.parse_args()
-    with Pool(arguments.processes) as pool:
-        rows = pool.map(compile_one, jobs(arguments.only), chunksize=1)
+    with Pool(min(4, os.cpu_count() or 1)) as pool:
+        rows = pool.map(compile_one, jobs(), chunksize=1)
     if arguments.json:
         print(json.dumps(rows))
         return

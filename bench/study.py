@@ -14,6 +14,7 @@ The last two are also given for one half of the native samples against the other
 windows and samples, chance alone moved the patch distance of single images by up to 0.02.
 """
 
+import argparse
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,19 @@ PX = 8  # image pixels per latent pixel
 Figures = dict[str, float]
 Key = tuple[str, int]
 """Prompt and seed of an image."""
+
+
+def parser(doc: str | None, steps: int, prompts: list[str], work: str) -> argparse.ArgumentParser:
+    """The arguments that studies share."""
+    result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--size", type=int, default=2048, help="px")
+    result.add_argument("--steps", type=int, default=steps)
+    result.add_argument("--seeds", type=int, default=1, help="images of each prompt")
+    result.add_argument("--prompts", nargs="+", default=prompts)
+    result.add_argument("--only", nargs="+", help="names of ways")
+    result.add_argument("--work", type=Path, default=Path(work), help="images are kept there")
+    result.add_argument("--json", type=Path)
+    return result
 
 
 def generate(pipe: Any, prompt: str, size: int, seed: int, tiling: TilingConfig, **call: Any) -> Any:

@@ -115,14 +115,13 @@ Attend<F> best() {
   return baseline::attend<F>;
 }
 
-// `sizes` are those of all tiles of the axis; empty where each is of `tile`, but the last.
-std::vector<Span> spans(
-    int64_t size, int64_t tile, int64_t halo, bool wrap, const std::vector<int64_t>& sizes) {
+// Each tile is as long as `tile`, the last one as short as what is left.
+std::vector<Span> spans(int64_t size, int64_t tile, int64_t halo, bool wrap) {
   tile = std::min(tile, size);
   halo = std::min(halo, size);
   std::vector<Span> result;
-  for (int64_t start = 0, extent = 0; start < size; start += extent) {
-    extent = sizes.empty() ? std::min(tile, size - start) : sizes[result.size()];
+  for (int64_t start = 0; start < size; start += tile) {
+    const int64_t extent = std::min(tile, size - start);
     int64_t low = start - halo, high = start + extent + halo;
     if (!wrap || high - low >= size) {  // a key that wrapping reaches from both sides counts once
       low = wrap ? 0 : std::max<int64_t>(low, 0);
@@ -188,31 +187,18 @@ Tensor checked(const char* name, const Tensor& tensor, const Tensor& q, int64_t 
   return tensor.stride(3) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
-void check_sizes(const char* name, const std::vector<int64_t>& sizes, int64_t size) {
-  int64_t left = size;
-  for (const int64_t extent : sizes) {
-    STD_TORCH_CHECK(extent >= 1 && extent <= left, name, " must be sizes that add up to ", size);
-    left -= extent;
-  }
-  STD_TORCH_CHECK(sizes.empty() || left == 0, name, " must be sizes that add up to ", size);
-}
-
 }  // namespace
 
 Tensor neighbor_attention_cpu(
     const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, std::optional<Tensor> global_q_in,
     std::optional<Tensor> global_k_in, std::optional<Tensor> global_v_in,
     std::vector<int64_t> canvas, std::vector<int64_t> tile, std::vector<int64_t> halo,
-    std::vector<bool> wrap, double scale, std::string precision, std::vector<int64_t> rows,
-    std::vector<int64_t> columns) {
+    std::vector<bool> wrap, double scale) {
   STD_TORCH_CHECK(
       canvas.size() == 2 && tile.size() == 2 && halo.size() == 2 && wrap.size() == 2 &&
           canvas[0] >= 1 && canvas[1] >= 1 && tile[0] >= 1 && tile[1] >= 1 && halo[0] >= 0 &&
           halo[1] >= 0,
       "canvas, tile, halo and wrap must be pairs; canvas and tile at least 1, halo at least 0");
-  check_sizes("rows", rows, canvas[0]);
-  check_sizes("columns", columns, canvas[1]);
-  STD_TORCH_CHECK(precision == "full", "precision must be full, got ", precision);
   STD_TORCH_CHECK(q_in.dim() == 4, "q must be [B, H * W, heads, D]");
   STD_TORCH_CHECK(
       global_k_in.has_value() == global_v_in.has_value(), "global_k and global_v need each other");
@@ -234,8 +220,8 @@ Tensor neighbor_attention_cpu(
       p.global_q = strided(*global_q);
     }
   }
-  const std::vector<Span> down = spans(p.H, tile[0], halo[0], wrap[0], rows);
-  const std::vector<Span> across = spans(p.W, tile[1], halo[1], wrap[1], columns);
+  const std::vector<Span> down = spans(p.H, tile[0], halo[0], wrap[0]);
+  const std::vector<Span> across = spans(p.W, tile[1], halo[1], wrap[1]);
   switch (q.scalar_type()) {
     case ScalarType::Float:
       run<F32>(p, down, across);

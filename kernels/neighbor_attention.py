@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import INTERPRETED
-from .neighbor_config import (
+from .neighbor_attention_config import (
     CAPABILITIES,
     DTYPES,
     HEAD_DIMS,
@@ -32,7 +32,7 @@ from .neighbor_config import (
     split,
     vector_of,
 )
-from .neighbor_patches import Extent, patch_lists
+from .neighbor_attention_patches import patch_lists
 
 OFFSET_LIMIT = 1 << 31  # elements within a patch
 LOG2_E = 1 / math.log(2)
@@ -266,23 +266,18 @@ def neighbor_attention(
     global_k: Tensor | None,
     global_v: Tensor | None,
     canvas: tuple[int, int],
-    tile: tuple[Extent, Extent],
+    tile: tuple[int, int],
     halo: tuple[int, int],
     wrap: tuple[bool, bool],
     scale: float,
-    precision: str,
     config: Config | None = None,
 ) -> Tensor:
     """Launch the kernel; arguments as in :func:`tiledcore.ops.neighbor_attention`, already checked.
 
     ``config`` replaces the table's, for tests and measurements.
     """
-    if precision == "int8":
-        from .neighbor_attention_int8 import neighbor_attention_int8
-
-        return neighbor_attention_int8(q, k, v, global_q, global_k, global_v, canvas, tile, halo, wrap, scale, config)
     B, N, heads, D = q.shape
-    config = config or configuration("full", D, q.dtype, capability_of(q.device))
+    config = config or configuration(D, q.dtype, capability_of(q.device))
     vector = vector_of(D)
     G = 0 if global_k is None else global_k.shape[1]
     if scale < 0:  # the kernel takes the maximum before it scales
@@ -339,7 +334,7 @@ def aot_configurations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], 
         for D in HEAD_DIMS:
             variants: dict[Config, list[int]] = {}
             for capability in CAPABILITIES:
-                config = configuration("full", D, dtype, capability)
+                config = configuration(D, dtype, capability)
                 variants.setdefault(config._replace(descriptors=False), []).append(capability)
                 if config.descriptors:
                     variants.setdefault(config, []).append(capability)

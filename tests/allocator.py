@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from tiledcore.labels import LABELS, PREFIX
+from tiledcore.utils import LABELS, PREFIX
 
 Call = dict[str, Any]
 MARKS = {PREFIX + name for name in LABELS}  # around operations, but none

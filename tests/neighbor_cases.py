@@ -1,14 +1,14 @@
 """Problems for neighbor_attention's tests, drawn or random, and plain attention under a mask to compare with."""
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tiledcore import ops, reference
+from tiledcore import ops
+from tiledcore.ops import reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -43,18 +43,13 @@ class Case:
         return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(3), values)
 
 
-def visible(canvas: tuple[int, int], tile: tuple[Any, Any], halo: tuple[int, int], wrap: tuple[bool, bool]) -> Tensor:
+def visible(canvas: tuple[int, int], tile: tuple[int, int], halo: tuple[int, int], wrap: tuple[bool, bool]) -> Tensor:
     """``[N, N]``: which keys each query sees, from distances to the query's tile."""
     axes = []
     for size, extent, reach, around in zip(canvas, tile, halo, wrap, strict=True):
         at = torch.arange(size)
-        if isinstance(extent, int):
-            first = at // extent * extent
-            last = (first + extent - 1).clamp(max=size - 1)
-        else:
-            sizes = torch.tensor(extent)
-            last = (sizes.cumsum(0) - 1).repeat_interleave(sizes)
-            first = last + 1 - sizes.repeat_interleave(sizes)
+        first = at // extent * extent
+        last = (first + extent - 1).clamp(max=size - 1)
         before, after = first[:, None] - at, at - last[:, None]
         if around:  # the way to the tile on either side of the circle
             away = torch.minimum(before % size, after % size)
@@ -85,26 +80,15 @@ LAYOUTS = ("contiguous", "fused", "heads first", "last strided")
 
 
 @st.composite
-def extents(draw: st.DrawFn, size: int) -> int | tuple[int, ...]:
-    """The tiles of an axis: their size, or all their sizes."""
-    if draw(st.booleans()):
-        return draw(st.integers(1, size + 2))
-    lines = sorted({0, size, *draw(st.lists(st.integers(1, size), max_size=3))})
-    return tuple(b - a for a, b in pairwise(lines))
-
-
-@st.composite
 def cases(
     draw: st.DrawFn,
     dtype: torch.dtype = torch.float32,
     most: int = 11,
     depths: tuple[int, ...] = (1, 3, 8, 17, 40, 64, 80),
     layouts: tuple[str, ...] = LAYOUTS,
-    regular: bool = False,
 ) -> Case:
     pair = lambda low, high: st.tuples(st.integers(low, high), st.integers(low, high))  # noqa: E731
-    canvas, halo = draw(pair(1, most)), draw(pair(0, most + 3))
-    tile = tuple(draw(st.integers(1, most + 2) if regular else extents(n)) for n in canvas)
+    canvas, tile, halo = draw(pair(1, most)), draw(pair(1, most + 2)), draw(pair(0, most + 3))
     wrap = draw(st.tuples(st.booleans(), st.booleans()))
     B, heads, D = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.sampled_from(depths))
     G, own_queries = draw(st.integers(0, 4)), draw(st.booleans())

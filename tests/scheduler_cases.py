@@ -8,9 +8,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from solver_loop import run
 from torch import Tensor
 
-from tiledcore.solver import LinearSolver, NotLinear, linear_solver, run
+from tiledcore.schedulers.solver import LinearSolver, NotLinear, linear_solver
 
 STRENGTH = 0.6
 SHAPE = (2, 4, 6, 6)

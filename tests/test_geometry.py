@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiledcore.geometry import TileGrid, Tiling, neighbour_list
+from tiledcore.geometry import TileGrid, Tiling
 
 sizes = st.integers(1, 70)
 wraps = st.tuples(st.booleans(), st.booleans())
@@ -179,45 +179,6 @@ def test_lines_are_in_every_place_before_they_are_in_one_again(seed: int, wrap: 
         assert len(set(places)) == 8 and places[8] == places[0]
 
 
-@given(
-    st.integers(1, 40),
-    st.integers(1, 40),
-    st.tuples(st.integers(1, 12), st.integers(1, 12)),
-    st.tuples(st.integers(0, 50), st.integers(0, 14)),
-    wraps,
-)
-def test_neighbour_list_matches_brute_force(
-    height: int, width: int, tile: tuple[int, int], halo: tuple[int, int], wrap: tuple[bool, bool]
-) -> None:
-    indptr, indices = neighbour_list(height, width, tile, halo, wrap)
-    columns = ceil(width / tile[1])
-    count = ceil(height / tile[0]) * columns
-    assert len(indptr) == count + 1 and indptr[0] == 0 and indptr[-1] == len(indices)
-
-    def touched(size: int, t: int, index: int, reach: int, wraps: bool) -> set[int]:
-        low, high = index * t - reach, min((index + 1) * t, size) + reach
-        if wraps:
-            return {p % size // t for p in range(low, high)}
-        return {p // t for p in range(low, high) if 0 <= p < size}
-
-    for i in range(count):
-        rows = touched(height, tile[0], i // columns, halo[0], wrap[0])
-        cols = touched(width, tile[1], i % columns, halo[1], wrap[1])
-        expected = sorted(y * columns + x for y in rows for x in cols)
-        assert list(indices[indptr[i] : indptr[i + 1]]) == expected
-        assert i in expected
-
-
-@given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 16), st.integers(0, 20), wraps)
-def test_neighbour_lists_are_symmetric_on_equal_tiles(
-    rows: int, cols: int, tile: int, halo: int, wrap: tuple[bool, bool]
-) -> None:
-    rows, cols = 1 + rows % 6, 1 + cols % 6
-    indptr, indices = neighbour_list(rows * tile, cols * tile, tile, halo, wrap)
-    lists = [set(indices[a:b]) for a, b in pairwise(indptr)]
-    assert all(i in lists[j] for i, found in enumerate(lists) for j in found)
-
-
 def test_canvas_smaller_than_tile() -> None:
     grid = TileGrid(20, 64, 32, 16)
     assert grid.tile_size == (20, 32) and grid.rows == (0,) and grid.overlap == (10, 16)
@@ -259,10 +220,6 @@ def test_impossible_grids(arguments: dict[str, Any], message: str) -> None:
         TileGrid(**{"height": 64, "width": 64, "tile": 32, **arguments})
 
 
-def test_impossible_shift_and_neighbour_list() -> None:
+def test_impossible_shift() -> None:
     with pytest.raises(ValueError, match=r"overlap=\(8, 8\) cannot be shifted"):
         TileGrid(64, 64, 32, 8).shifted(0, 0)
-    with pytest.raises(ValueError, match=r"halo=-1 must be an int of at least 0"):
-        neighbour_list(64, 64, 32, -1)
-    with pytest.raises(ValueError, match=r"tile=0 must be"):
-        neighbour_list(64, 64, 0, 1)

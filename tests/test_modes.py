@@ -1,10 +1,10 @@
 """Where the tiles of a way meet, and how ways are compared."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tilings import canvas_mode, moving, still
 
 from bench import modes, study
 from tiledcore import TilingConfig
@@ -15,22 +15,21 @@ def lines(config: TilingConfig, steps: int = 8) -> list[set[int]]:
 
 
 def test_lines_are_those_of_the_last_step_that_moves_and_of_the_blended_ones() -> None:
-    moving = TilingConfig(tile=32, shift=True)
-    plain = lines(TilingConfig(tile=32, overlap=4))
-    assert lines(TilingConfig(tile=32, overlap=0)) == [{256, 512, 768}] * 2
-    assert lines(TilingConfig(tile=32, mode="canvas")) == [{256, 512, 768}] * 2
-    assert lines(TilingConfig(tile=32, overlap=8))[0] >= {192, 256, 384}
-    assert lines(TilingConfig(tile=32)) == plain
-    blended = lines(replace(moving, blend_steps=2))
+    plain = lines(still(32, overlap=4))
+    assert lines(still(32, overlap=0)) == [{256, 512, 768}] * 2
+    assert lines(canvas_mode(32)) == [{256, 512, 768}] * 2
+    assert lines(still(32, overlap=8))[0] >= {192, 256, 384}
+    assert lines(still(32)) == plain
+    blended = lines(moving(32, blend_last=2))
     assert blended[0] > plain[0] and blended[1] > plain[1]
     # With fewer steps left, the last step that moves is another one.
-    assert lines(replace(moving, blend_steps=1)) != blended != lines(moving)
+    assert lines(moving(32, blend_last=1)) != blended != lines(moving(32))
     assert all(line % 8 == 0 and 0 < line < 1024 for axis in blended for line in axis)
 
 
 def test_every_way_is_a_tiling() -> None:
     for name, way in modes.ways(32).items():
-        assert lines(TilingConfig(**({"tile": 32} | way))), name
+        assert all(lines(way)), name
 
 
 def test_a_way_is_compared_with_the_ramp_on_the_images_that_both_have() -> None:

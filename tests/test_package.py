@@ -53,4 +53,4 @@ def test_public_names_resolve() -> None:
 
 def test_demo_command_is_registered() -> None:
     (entry,) = importlib.metadata.entry_points(group="console_scripts", name="tiledcore")
-    assert entry.value == "tiledcore.cli:main"
+    assert entry.value == "tiledcore.cli.main:main"

@@ -11,9 +11,9 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from tiny import tiny_sd
 
-from tiledcore import images
-from tiledcore.cli import main
-from tiledcore.denoiser import TileDenoiser
+from tiledcore.cli.main import main
+from tiledcore.io import images
+from tiledcore.tiles.denoiser import TileDenoiser
 
 FAST = ["--steps", "2", "--size", "192x160", "--seed", "5", "--device", "cpu"]
 SCENE = '[[region]]\nprompt = "ice"\nbox = [0, 0, 96, 160]\nfeather = 16\nseed = 4\n'

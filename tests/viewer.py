@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tiledcore.deepzoom import Levels
-from tiledcore.images import read_metadata, save_image
-from tiledcore.view import Server, describe, leaflet_files
+from tiledcore.cli.view import Server, describe, leaflet_files
+from tiledcore.io.deepzoom import Levels
+from tiledcore.io.images import read_metadata, save_image
 
 METADATA: dict[str, Any] = {
     "prompt": "a coast <b>from</b> above",

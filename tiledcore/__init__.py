@@ -8,21 +8,25 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "Joint": "tiledcore.joints",
-    "Preview": "tiledcore.preview",
-    "Pull": "tiledcore.pull",
-    "Region": "tiledcore.regions",
-    "Stage": "tiledcore.stage_plan",
-    "Staging": "tiledcore.stage_plan",
+    "Execution": "tiledcore.config",
+    "Joint": "tiledcore.compose.connected",
+    "Motion": "tiledcore.config",
+    "Preview": "tiledcore.io.preview",
+    "Pull": "tiledcore.schedulers.pull",
+    "Region": "tiledcore.compose.regions",
+    "Stage": "tiledcore.compose.stage_plan",
+    "Staging": "tiledcore.compose.stage_plan",
     "TileGrid": "tiledcore.geometry",
     "TiledPipeline": "tiledcore.pipeline",
     "TilingConfig": "tiledcore.config",
-    "apply_tiling": "tiledcore.tiling",
-    "connected": "tiledcore.joints",
-    "remove_tiling": "tiledcore.tiling",
+    "apply_tiling": "tiledcore.hook",
+    "connected": "tiledcore.compose.connected",
+    "remove_tiling": "tiledcore.hook",
 }
 __all__ = [
+    "Execution",
     "Joint",
+    "Motion",
     "Preview",
     "Pull",
     "Region",
@@ -38,15 +42,15 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from tiledcore.config import TilingConfig
+    from tiledcore.compose.connected import Joint, connected
+    from tiledcore.compose.regions import Region
+    from tiledcore.compose.stage_plan import Stage, Staging
+    from tiledcore.config import Execution, Motion, TilingConfig
     from tiledcore.geometry import TileGrid
-    from tiledcore.joints import Joint, connected
+    from tiledcore.hook import apply_tiling, remove_tiling
+    from tiledcore.io.preview import Preview
     from tiledcore.pipeline import TiledPipeline
-    from tiledcore.preview import Preview
-    from tiledcore.pull import Pull
-    from tiledcore.regions import Region
-    from tiledcore.stage_plan import Stage, Staging
-    from tiledcore.tiling import apply_tiling, remove_tiling
+    from tiledcore.schedulers.pull import Pull
 
 
 def __getattr__(name: str) -> Any:

@@ -1,126 +1,169 @@
-"""TilingConfig: how a canvas is cut into tiles and put together again."""
+"""TilingConfig: how a canvas is cut into tiles and put together again. Execution: how that is computed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from tiledcore import ops
-from tiledcore.geometry import TileGrid, both
+from tiledcore import ops, validate
+from tiledcore.geometry import Pair, TileGrid, both
 
 
 @dataclass(frozen=True)
-class TilingConfig:
-    """How the canvas is cut into tiles and put together again. Sizes are latent pixels.
+class Motion:
+    """How tiles move: in each step the canvas is cut at other lines, and no pixel is evaluated twice.
 
-    Where a pipeline packs latents into tokens (FLUX, Qwen-Image), tiles consist of whole tokens: then
-    ``tile`` and ``overlap`` must be multiples of a token's side, 2, and a ramp is rounded up to one.
+    SpotDiffusion (Frolov et al. 2024), with two additions: some steps overlap in place, and near its lines a
+    prediction fades into that of the step before (:mod:`tiledcore.tiles.fade`).
 
     Args:
-        tile: side of a tile, or (height, width). Default: the size that the model was trained at.
-        overlap: pixels shared by two adjacent tiles, or (y, x). Default: an eighth of the tile; 0 with ``shift``.
-        window: how overlapping predictions are blended, see :func:`tiledcore.ops.blend_tiles`.
-        ramp: width of the transition between two tiles for ``window="ramp"``. Default: the smaller overlap.
-        shift: partition the canvas anew in every step instead of overlapping
-            (SpotDiffusion, Frolov et al. 2024).
-        blend_steps: with ``shift``: the last so many steps take the plain grid of overlapping tiles instead, since
-            no step comes after them to heal the seams of a partition. ``overlap`` is that of these steps.
-        blend_first: with ``shift``: the first so many steps do, too. Tiles that keep their places while the composition
-            arises each compose a picture of their own, as the network was trained to. A call of a
-            :class:`~tiledcore.TiledPipeline` that starts from an image blends so many more of its last steps instead.
-        fade: with ``shift``: on each side of a line so many pixels in which a prediction is faded into that of the step
-            before, whose lines lay elsewhere, see :mod:`tiledcore.fade`; at most a quarter of a tile, 0 is none. Only
-            :class:`~tiledcore.TiledPipeline` does it, which knows both steps.
-        mode: ``"tiles"``: a batch of windows through the unmodified model. ``"canvas"``: the network runs once over
-            the whole canvas, and its self-attention is that of tiles to their neighbours
-            (:mod:`tiledcore.attention`); nothing is evaluated twice.
-        halo: latent pixels that a tile's self-attention sees of its neighbours on each side. For ``"canvas"`` the
-            default is half a tile. For ``"tiles"`` it is none; with one, tiles do not overlap, and all tiles of a
-            step are in the network at the same time (:mod:`tiledcore.exchange`): this takes the memory of
-            canvas mode, and ``tile_batch`` does not apply.
-        global_tokens: for ``"canvas"``: size of a thumbnail of the canvas that every tile sees too; 0 is none.
-        guidance_batch: for ``"canvas"``, and for tiles with a halo: both guidance branches at once, or, to save
-            memory, one after the other.
-        wrap: the canvas is a torus: bool, or (along y, along x).
-        tile_batch: tiles per network evaluation; bounds the memory.
-        seed: of the random shifts.
-        impl: implementation of gather and blend, see :mod:`tiledcore.ops`.
+        blend_first: the first so many steps overlap in place: tiles that do not move compose better. A call that
+            starts from an image blends so many more of its last steps instead.
+        blend_last: the last so many steps overlap in place, since no step comes after them to heal a seam.
+        fade: width in latent pixels on each side of a line; at most a quarter of a tile, 0 is none. Default: 3/16 of
+            the model's own size, and none where the scheduler or the pipeline cannot fade.
+        seed: of the places of the lines.
 
     Raises:
         ValueError: names the argument, its value and what is valid.
     """
 
-    tile: int | tuple[int, int] | None = None
-    overlap: int | tuple[int, int] | None = None
-    window: ops.Window = "ramp"
-    ramp: int | None = None
-    shift: bool = False
-    wrap: bool | tuple[bool, bool] = False
-    tile_batch: int = 4
+    blend_first: int = 2
+    blend_last: int = 1
+    fade: int | None = None
     seed: int = 0
-    impl: ops.Impl | None = None
-    mode: Literal["tiles", "canvas"] = "tiles"
-    halo: int | tuple[int, int] | None = None
-    global_tokens: int = 0
-    guidance_batch: bool = True
-    blend_steps: int = 0
-    fade: int = 0
-    blend_first: int = 0
 
     def __post_init__(self) -> None:
-        if self.mode not in ("tiles", "canvas"):
-            raise ValueError(f"mode={self.mode!r}: must be one of tiles, canvas")
-        if self.mode == "canvas" and (self.shift or self.overlap not in (None, 0, (0, 0))):
-            raise ValueError(f"mode='canvas' has neither overlap={self.overlap} nor shift={self.shift}: leave them out")
-        if self.mode == "tiles" and self.global_tokens:
-            raise ValueError(f"global_tokens={self.global_tokens}: only for mode='canvas'")
-        for name, without in (
-            ("blend_steps", "every step is blended"),
-            ("blend_first", "every step is blended"),
-            ("fade", "tiles do not move"),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name}={value!r}: must be an int of at least 0")
-            if value and not self.shift:
-                raise ValueError(f"{name}={value}: only with shift=True; without it {without}")
-        if self.window not in ops.WINDOWS:
-            raise ValueError(f"window={self.window!r}: must be one of {', '.join(ops.WINDOWS)}")
-        if self.tile_batch < 1:
-            raise ValueError(f"tile_batch={self.tile_batch}: must be at least 1")
-        if self.ramp is not None and self.ramp < 1:
-            raise ValueError(f"ramp={self.ramp}: must be at least 1 (1 is a hard crop to the core)")
-        if self.shift and not self.blended_steps and self.overlap not in (None, 0, (0, 0)):
+        for name in ("blend_first", "blend_last"):
+            validate.integer(name, getattr(self, name), 0)
+        if self.fade is not None:
+            validate.integer("fade", self.fade, 0)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed={self.seed!r} must be an int")
+
+    @property
+    def blended(self) -> int:
+        """How many steps of a call overlap in place."""
+        return self.blend_first + self.blend_last
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How an evaluation is computed; the image is the same up to rounding.
+
+    Args:
+        tile_batch: tiles per call of the network; bounds the memory.
+        guidance_batch: canvas mode: both guidance branches at once, or, to save memory, one after the other.
+        impl: implementation of the ops, see :mod:`tiledcore.ops`; None picks the fastest.
+    """
+
+    tile_batch: int = 4
+    guidance_batch: bool = True
+    impl: ops.Impl | None = None
+
+    def __post_init__(self) -> None:
+        validate.integer("tile_batch", self.tile_batch, 1)
+        validate.flag("guidance_batch", self.guidance_batch)
+        validate.choice("impl", self.impl, (None, "reference", "native", "triton", "sdpa"))
+
+
+@dataclass(frozen=True)
+class TilingConfig:
+    """How the canvas is cut into tiles and put together again. Sizes are latent pixels, pairs are (y, x).
+
+    Where a pipeline packs latents into tokens (FLUX, Qwen-Image), ``tile`` and ``overlap`` must be multiples of a
+    token's side, 2, and a ramp is rounded up to one.
+
+    Args:
+        mode: ``"tiles"``: batches of tiles go through the network. ``"canvas"``: the network runs once over the whole
+            canvas, and a token attends to its own tile and a halo around it.
+        tile: side of a tile, or a pair. Default: the size that the model was trained at.
+        overlap: what adjacent tiles share at least, or a pair; a fraction below 1 is one of the tile. Default: 1/8.
+        window: how overlapping predictions are blended, see :func:`tiledcore.ops.blend_tiles`.
+        ramp: width of the transition between two tiles, for ``window="ramp"``. Default: the smaller overlap.
+        motion: ``"still"``: tiles keep their places. ``"moving"``: they move from step to step, see :class:`Motion`,
+            which also can be given.
+        wrap: the canvas is a torus: bool, or a pair of them.
+        halo: canvas mode: what a tile's attention sees of its neighbours on each side, or a pair. Default: half a tile.
+
+    Raises:
+        ValueError: names the argument, its value and what is valid.
+    """
+
+    mode: Literal["tiles", "canvas"] = "tiles"
+    tile: int | Pair | None = None
+    overlap: int | float | Pair | None = None
+    window: ops.Window = "ramp"
+    ramp: int | None = None
+    motion: Literal["still", "moving"] | Motion = "still"
+    wrap: bool | tuple[bool, bool] = False
+    halo: int | Pair | None = None
+
+    @classmethod
+    def fast(cls) -> TilingConfig:
+        """Tiles that move: no pixel is evaluated twice, but in three blended steps."""
+        return cls(motion="moving")
+
+    @classmethod
+    def best(cls) -> TilingConfig:
+        """Tiles in place that overlap by a quarter, blended by a ramp: about 1.8 times the work of moving ones."""
+        return cls(overlap=0.25)
+
+    def __post_init__(self) -> None:
+        validate.choice("mode", self.mode, ("tiles", "canvas"))
+        if not isinstance(self.motion, Motion):
+            validate.choice("motion", self.motion, ("still", "moving"))
+        validate.choice("window", self.window, ops.WINDOWS)
+        validate.flags("wrap", self.wrap)
+        if self.tile is not None:
+            validate.pair("tile", self.tile, 1)
+        if isinstance(self.overlap, float):
+            validate.real("overlap", self.overlap, 0, 0.99)
+        elif self.overlap is not None:
+            validate.pair("overlap", self.overlap, 0)
+        if self.ramp is not None:  # 1 is a hard crop to the core
+            validate.integer("ramp", self.ramp, 1)
+        if self.halo is not None:
+            validate.pair("halo", self.halo, 0)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        overlaps = self.overlap not in (None, 0, (0, 0))
+        if self.mode == "canvas" and (self.moving or overlaps):
             raise ValueError(
-                f"overlap={self.overlap}: shift=True replaces the overlap; give 0 or nothing, or blend_steps"
+                f"mode='canvas' has neither overlap={self.overlap} nor motion={self.motion!r}: leave them out"
             )
-        if self.exchanges and not self.blended_steps and self.overlap not in (None, 0, (0, 0)):
-            raise ValueError(f"overlap={self.overlap}: tiles with halo={self.halo} do not overlap; give 0 or nothing")
+        if self.mode == "tiles" and self.halo is not None:
+            raise ValueError(f"halo={self.halo!r}: only for mode='canvas'")
+        if self.moving and not self.moving.blended and overlaps:
+            raise ValueError(
+                f"overlap={self.overlap}: tiles that always move do not overlap; leave it out, or blend some steps"
+            )
         if self.tile is not None:  # the geometry's own checks, at once rather than in the first step
             self.grid(1, 1, native=1)
 
     @property
-    def exchanges(self) -> bool:
-        """Whether tiles exchange halos."""
-        return self.mode == "tiles" and self.halo is not None
-
-    @property
-    def blended_steps(self) -> int:
-        """How many of a call's steps have overlapping tiles among others that move."""
-        return self.blend_first + self.blend_steps
+    def moving(self) -> Motion | None:
+        """How tiles move; None where they do not."""
+        if isinstance(self.motion, Motion):
+            return self.motion
+        return Motion() if self.motion == "moving" else None
 
     def refining(self) -> TilingConfig:
-        """The same for a run that starts from an image."""
-        return replace(self, blend_first=0, blend_steps=self.blended_steps)
+        """The same for a call that starts from an image: its composition is there, so only last steps are blended."""
+        motion = self.moving
+        if motion is None:
+            return self
+        return replace(self, motion=replace(motion, blend_first=0, blend_last=motion.blended))
 
     def area_factor(self, grid: TileGrid, steps: int) -> float:
         """Tile area evaluated over canvas area, the mean of so many steps; ``grid`` is :meth:`grid`'s."""
         if self.mode == "canvas":
             return 1.0
-        share = min(1.0, self.blended_steps / steps) if self.shift or self.exchanges else 1.0
+        share = 1.0 if self.moving is None else min(1.0, self.moving.blended / steps)
         return 1.0 + share * (grid.area_factor - 1.0)
 
-    def grid(self, height: int, width: int, native: int | tuple[int, int], unit: int = 1) -> TileGrid:
+    def grid(self, height: int, width: int, native: int | Pair, unit: int = 1) -> TileGrid:
         """The tiles of a canvas.
 
         Args:
@@ -130,26 +173,26 @@ class TilingConfig:
             unit: latent pixels per pixel of the grid, along each axis: a token's side for packed latents.
 
         Returns:
-            The grid, in units; with ``blend_steps`` or ``blend_first``, that of those steps.
+            The grid, in units; of tiles that move, that of the blended steps.
 
         Raises:
             ValueError: a size is no multiple of the unit, or :class:`~tiledcore.geometry.TileGrid` refuses it.
         """
         tile = both(native if self.tile is None else self.tile)
-        h, w = tile
-        blends = self.blended_steps or not (self.shift or self.exchanges or self.mode == "canvas")
-        default = (h // 8 // unit * unit, w // 8 // unit * unit) if blends else (0, 0)
-        overlap = default if self.overlap is None else both(self.overlap)
+        overlap = self._overlap(tile, unit)
         grid = TileGrid(height, width, tile=tile, overlap=overlap, wrap=self.wrap)
         if unit == 1:
             return grid
         for name, size in (("canvas", (height, width)), ("tile", tile), ("overlap", overlap)):
             if any(n % unit for n in size):
                 raise ValueError(f"{name}={size}: must be multiples of {unit}, the latent pixels per token")
-        return TileGrid(
-            height // unit,
-            width // unit,
-            tile=(h // unit, w // unit),
-            overlap=(overlap[0] // unit, overlap[1] // unit),
-            wrap=self.wrap,
-        )
+        down = [(y // unit, x // unit) for y, x in (tile, overlap)]
+        return TileGrid(height // unit, width // unit, tile=down[0], overlap=down[1], wrap=self.wrap)
+
+    def _overlap(self, tile: Pair, unit: int) -> Pair:
+        if self.overlap is not None and not isinstance(self.overlap, float):
+            return both(self.overlap)
+        blends = self.mode == "tiles" and (self.moving is None or self.moving.blended > 0)
+        share = 1 / 8 if self.overlap is None else self.overlap
+        y, x = (int(side * share) // unit * unit if blends else 0 for side in tile)
+        return y, x

@@ -11,13 +11,14 @@ is moved at random in each step: Frolov et al., SpotDiffusion, 2024.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from random import Random
 from typing import TypeVar
 
-Pair = tuple[int, int]
+from tiledcore import validate
+
+Pair = validate.Pair
 T = TypeVar("T", int, bool)
 
 
@@ -145,15 +146,15 @@ class TileGrid(Tiling):
         overlap: int | Pair = 0,
         wrap: bool | tuple[bool, bool] = (False, False),
     ) -> None:
-        canvas = (_integer("height", height, 1), _integer("width", width, 1))
-        tiles = _pair("tile", tile, 1)
-        overlaps = _pair("overlap", overlap, 0)
+        canvas = (validate.integer("height", height, 1), validate.integer("width", width, 1))
+        tiles = validate.pair("tile", tile, 1)
+        overlaps = validate.pair("overlap", overlap, 0)
         for axis, t, o in zip("yx", tiles, overlaps, strict=True):
             if o >= t:
                 raise ValueError(
                     f"overlap={overlap!r} must be smaller than tile={tile!r} on both axes: at most {t - 1} along {axis}"
                 )
-        wraps = _wrap(wrap)
+        wraps = validate.flags("wrap", wrap)
         fitted = [
             (t, o) if t <= size else (size, min(o, size // 2))
             for size, t, o in zip(canvas, tiles, overlaps, strict=True)
@@ -168,14 +169,6 @@ class TileGrid(Tiling):
             rows=_spread(canvas[0], h, overlap_y, wraps[0]),
             cols=_spread(canvas[1], w, overlap_x, wraps[1]),
         )
-
-    def partition(self) -> Partition:
-        """The canvas cut into tiles that share no pixel, always at the same lines: those of :meth:`shifted` unmoved.
-
-        Raises:
-            ValueError: if the grid has an overlap.
-        """
-        return self._partition(0.0, 0.0)
 
     def shifted(self, step: int, seed: int) -> Partition:
         """A partition of the canvas whose lines lie elsewhere in every step (SpotDiffusion).
@@ -196,48 +189,13 @@ class TileGrid(Tiling):
         # Seeding with a string hashes it by SHA-512, so neighbouring seeds are unrelated; random()
         # is the one method whose values Python promises to keep between versions.
         random = Random(str(seed))
-        y, x = ((random.random() + step * 3 / 8) % 1 for _ in range(2))
-        return self._partition(y, x)
-
-    def _partition(self, *moved: float) -> Partition:
         if self.overlap != (0, 0):
             raise ValueError(f"overlap={self.overlap!r} cannot be shifted: only a grid with overlap=0 can")
+        moved = [(random.random() + step * 3 / 8) % 1 for _ in range(2)]
         rows, cols = (
             _moved(*axis) for axis in zip((self.height, self.width), self.tile_size, self.wrap, moved, strict=True)
         )
         return Partition(self.height, self.width, rows, cols)
-
-
-def neighbour_list(
-    height: int,
-    width: int,
-    tile: int | Pair,
-    halo: int | Pair,
-    wrap: bool | tuple[bool, bool] = (False, False),
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Which tiles each tile may attend to, in CSR form.
-
-    The tiles are the regular partition of the canvas into ``ceil(height / tile_y)`` rows and
-    ``ceil(width / tile_x)`` columns, numbered row-major; those of the last row and column are as
-    small as what is left. Tile ``i`` widened by ``halo`` on each side (clipped at an open border)
-    touches the tiles ``indices[indptr[i]:indptr[i + 1]]``: ascending, ``i`` among them, none
-    twice even where wrapping reaches a tile from both sides.
-
-    Returns:
-        ``(indptr, indices)``, of lengths ``tiles + 1`` and ``indptr[-1]``.
-
-    Raises:
-        ValueError: naming the argument, its value and what would be valid.
-    """
-    canvas = (_integer("height", height, 1), _integer("width", width, 1))
-    tiles, halos, wraps = _pair("tile", tile, 1), _pair("halo", halo, 0), _wrap(wrap)
-    rows, cols = (_reach(*axis) for axis in zip(canvas, tiles, halos, wraps, strict=True))
-    indptr, indices = [0], list[int]()
-    for row in rows:
-        for col in cols:
-            indices.extend(y * len(cols) + x for y in row for x in col)
-            indptr.append(len(indices))
-    return tuple(indptr), tuple(indices)
 
 
 def _spread(size: int, tile: int, overlap: int, wrap: bool) -> tuple[int, ...]:
@@ -289,45 +247,5 @@ def _lines(size: int, tile: int, wrap: bool, offsets: tuple[int, ...], cores: tu
     return tuple(sorted(lines if wrap else lines - {0}))
 
 
-def _reach(size: int, tile: int, halo: int, wrap: bool) -> list[list[int]]:
-    """For each tile of one axis, the tiles that it touches when widened by ``halo``."""
-
-    def touched(start: int, stop: int) -> Iterable[int]:
-        return range(start // tile, _ceil_div(stop, tile))
-
-    result = []
-    for start in range(0, size, tile):
-        low, high = start - halo, min(start + tile, size) + halo
-        reached = set(touched(max(low, 0), min(high, size)))
-        if wrap and low < 0:
-            reached.update(touched(max(low + size, 0), size))
-        if wrap and high > size:
-            reached.update(touched(0, min(high - size, size)))
-        result.append(sorted(reached))
-    return result
-
-
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def _integer(name: str, value: object, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r} must be an int of at least {least}")
-    return value
-
-
-def _pair(name: str, value: object, least: int) -> Pair:
-    both = value if isinstance(value, tuple | list) else (value, value)
-    valid = [v for v in both if isinstance(v, int) and not isinstance(v, bool) and v >= least]
-    if len(both) != 2 or len(valid) != 2:
-        raise ValueError(f"{name}={value!r} must be an int of at least {least}, or a (y, x) pair of them")
-    return valid[0], valid[1]
-
-
-def _wrap(value: object) -> tuple[bool, bool]:
-    both = value if isinstance(value, tuple | list) else (value, value)
-    valid = [v for v in both if isinstance(v, bool)]
-    if len(both) != 2 or len(valid) != 2:
-        raise ValueError(f"wrap={value!r} must be a bool, or a (y, x) pair of bools")
-    return valid[0], valid[1]

@@ -7,6 +7,8 @@ from typing import Any
 EARTH = Path(__file__).parent / "earth"
 #: Its transformer sibling, FLUX-format. It has no autoencoder of its own: it shares that of EARTH.
 EARTH_FLUX = Path(__file__).parent / "earth_flux"
+#: Side of the pictures that both were trained at, in latent pixels: 256 px.
+NATIVE = 32
 EMBEDDED = {"earth": EARTH, "earth-flux": EARTH_FLUX}
 
 _STEPS, _GUIDANCE = 12, 3.0

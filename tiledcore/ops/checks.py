@@ -1,4 +1,4 @@
-"""What gather_tiles, blend_tiles and fused_step check of their arguments alike."""
+"""Checks of arguments that several ops share."""
 
 from collections.abc import Sequence
 from functools import lru_cache

@@ -1,0 +1,373 @@
+"""The command where it does what it is told: images, their settings, help."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from PIL import Image
+from tilings import moving, still
+from tiny import tiny_sdxl
+from tiny_command import FAST, SCENE, error, generate, pixels, saved_model, spied_denoiser, stored, verbosity_put_back
+
+from tiledcore import TiledPipeline, TilingConfig, ops
+from tiledcore.cli import generate as command
+from tiledcore.cli import main as cli
+from tiledcore.cli.main import main
+from tiledcore.io import images
+from tiledcore.models import EMBEDDED
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return saved_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    with verbosity_put_back():
+        yield tmp_path
+
+
+# ----------------------------------------------------------------------------- what it writes
+
+
+def test_an_image_with_its_settings(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(model, "--negative-prompt", "ice", "--tile", "16", "--overlap", "4") == 0
+    with Image.open("a.png") as image:
+        assert (image.size, image.mode, image.format) == ((192, 160), "RGB", "PNG")
+        assert image.info["Description"] == "a coast"
+        assert json.loads(image.info["tiledcore"]) == stored()
+    assert stored() == {
+        "prompt": "a coast",
+        "negative_prompt": "ice",
+        "seed": 5,
+        "model": model,
+        "size": [192, 160],
+        "steps": 2,
+        "guidance": 7.5,  # the pipeline's own default
+        "scheduler": "ddim",
+        "device": "cpu",
+        "dtype": "fp32",
+        "version": "0.1.0",
+        "tiling": {
+            "mode": "tiles",
+            "tile": [16, 16],
+            "overlap": [4, 4],
+            "halo": None,
+            "window": "ramp",
+            "ramp": 4,
+            "shift": False,
+            "blend_steps": 0,
+            "blend_first": 0,
+            "fade": 0,
+            "wrap": [False, False],
+            "tiles": 4,
+            "area_factor": round(4 * 16 * 16 / (24 * 20), 4),
+            "lines_y": [8 * y for y in (4, 10, 16)],
+            "lines_x": [8 * x for x in (8, 12, 16)],
+            "period": 8,
+        },
+    }
+    assert os.listdir() == ["a.png"]
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "decoding" in err.splitlines()
+    last = r"a\.png: 192x160, seed 5, 4 tiles, area factor 2\.13, \d+\.\d s"
+    assert re.fullmatch(last, err.splitlines()[-1])
+
+
+def test_the_image_is_the_librarys(model: str) -> None:
+    assert generate(model, "--overlap", "4", "--window", "gaussian", "--wrap", "x") == 0
+    tiling = TilingConfig(overlap=4, window="gaussian", wrap=(False, True))
+    expected = TiledPipeline.from_pretrained(model, tiling=tiling)(
+        "a coast",
+        width=192,
+        height=160,
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(5),
+    )
+    assert pixels() == expected.images[0].tobytes()
+    assert stored()["tiling"]["wrap"] == [False, True]
+    assert stored()["tiling"]["ramp"] is None
+
+
+def test_a_seed_means_one_image(model: str) -> None:
+    for out, seed in (("a.png", "5"), ("b.png", "5"), ("c.png", "6")):
+        assert generate(model, "--seed", seed, out=out) == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    assert pixels("a.png") != pixels("c.png")
+
+
+def test_a_random_seed_is_printed_and_makes_the_image_again(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["generate", "a coast", "--model", model, "--steps", "2", "--size", "136x64"]
+    assert main([*args, "--out", "a.png"]) == 0
+    seed = stored()["seed"]
+    assert f"a.png: 136x64, seed {seed}, " in capsys.readouterr().err
+    assert main([*args, "--out", "b.png", "--seed", str(seed)]) == 0
+    assert pixels("a.png") == pixels("b.png")
+    assert main([*args, "--out", "c.png"]) == 0
+    assert stored("c.png")["seed"] != seed
+
+
+def test_canvas_mode(model: str) -> None:
+    assert generate(model, "--mode", "canvas", "--tile", "8", "--halo", "4") == 0
+    tiling = stored()["tiling"]
+    assert (tiling["mode"], tiling["halo"], tiling["area_factor"]) == ("canvas", [4, 4], 1.0)
+    assert tiling["lines_y"] == [64, 128] and tiling["lines_x"] == [64, 128]
+
+
+def test_a_halo_is_of_canvas_mode(model: str) -> None:
+    assert generate(model, "--halo", "4") == 2
+
+
+def test_shifted_tiles_whose_last_step_is_blended(model: str) -> None:
+    assert generate(model, "--tile", "8", "--shift", "--blend-steps", "1", "--overlap", "2") == 0
+    tiling = stored()["tiling"]
+    grid = still(tile=8, overlap=2).grid(20, 24, 16)
+    assert (tiling["blend_steps"], tiling["window"], tiling["ramp"]) == (1, "ramp", 2)
+    assert tiling["lines_y"] == [8 * y for y in grid.lines[0]]
+    assert tiling["area_factor"] == pytest.approx((1 + grid.area_factor) / 2, abs=1e-4)  # of two steps
+    assert generate(model, "--blend-steps", "1") == 2
+
+
+def test_shifted_tiles(model: str) -> None:
+    assert generate(model, "--shift", "--tile", "8x16", "--tile-batch", "2") == 0
+    tiling = stored()["tiling"]
+    assert (tiling["shift"], tiling["overlap"], tiling["tile"]) == (True, [0, 0], [8, 16])
+    assert (tiling["tiles"], tiling["area_factor"], tiling["window"]) == (3 * 2, 1.0, None)
+    grid = moving(tile=(8, 16)).grid(20, 24, 16)
+    assert tiling["lines_y"] == [8 * y for y in grid.lines[0]]
+
+
+def test_regions_of_a_scene_file(model: str, here: Path) -> None:
+    (here / "scene.toml").write_text(SCENE)
+    assert generate(model) == 0
+    plain = pixels()
+    assert generate(model, "--regions", "scene.toml", "--tile", "16") == 0
+    assert pixels() != plain
+    region = {"prompt": "ice", "box": [0, 0, 96, 160], "weight": 1.0, "feather": 16, "seed": 4}
+    assert stored()["regions"] == [region]
+
+
+def test_the_settings_say_where_a_mask_lies(model: str, here: Path) -> None:
+    mask = Image.new("L", (192, 160))
+    mask.paste(255, (30, 40, 90, 100))
+    mask.save("lake.png")
+    (here / "scene.toml").write_text('[[region]]\nprompt = "ice"\nmask = "lake.png"\nfeather = 16\n')
+    assert generate(model, "--regions", "scene.toml", "--tile", "16") == 0
+    (region,) = stored()["regions"]
+    assert (region["mask"], region["bounds"]) == ("lake.png", [30, 40, 90, 100])
+
+
+@pytest.mark.parametrize("extension", ["jpg", "jpeg", "webp", "PNG", "tif"])
+def test_formats(model: str, extension: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = f"a.{extension}"
+    assert generate(model, out=out) == 0
+    assert f"{out}: without its settings" in capsys.readouterr().err or extension in ("PNG", "tif")
+    with Image.open(out) as image:
+        kind = {"jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP", "PNG": "PNG", "tif": "TIFF"}[extension]
+        assert (image.format, image.size) == (kind, (192, 160))
+    assert main(["info", out]) == (0 if extension in ("PNG", "tif") else 2)
+
+
+def test_an_existing_image_is_replaced_with_ordinary_permissions(model: str) -> None:
+    Path("a.png").write_text("old")
+    assert generate(model) == 0
+    umask = os.umask(0)
+    os.umask(umask)
+    assert Path("a.png").stat().st_mode & 0o777 == 0o666 & ~umask
+    assert stored()["seed"] == 5
+
+
+def test_from_an_image(model: str) -> None:
+    Image.effect_noise((205, 131), 60).save("start.png")
+    args = ["generate", "a coast", "--model", model, "--steps", "4", "--seed", "1"]
+    start = ["--init-image", "start.png"]
+    assert main([*args, *start, "--out", "a.png"]) == 0
+    assert stored()["size"] == [200, 128]
+    assert (stored()["init_image"], stored()["strength"]) == ("start.png", command.STRENGTH)
+    for out, more in (("b.png", ["--strength", "0.3"]), ("c.png", ["--size", "136x264"])):
+        assert main([*args, *start, *more, "--out", out]) == 0
+    assert stored("b.png")["strength"] == 0.3
+    assert pixels("b.png") != pixels("a.png")
+    assert stored("c.png")["size"] == [136, 264]
+    assert main([*args, "--size", "200x128", "--out", "d.png"]) == 0
+    assert "strength" not in stored("d.png")
+
+
+def test_stages(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--stages", "auto", "--size", "256x256", "--steps", "4", "--strength", "0.5", "--shift"]
+    assert generate(model, *args) == 0
+    err = capsys.readouterr().err
+    assert "stage 1: 128x128, 4 steps, 1 tiles\nstage 2: 256x256, 2 steps from strength 0.5, 4 tiles" in err
+    assert "all stages: 1.5 x the floor of the last one's steps" in err  # (4 / 4 + 2) / 2
+    assert stored()["stages"] == ["128x128, 4 steps, 1 tiles", "256x256, 2 steps from strength 0.5, 4 tiles"]
+    expected = TiledPipeline.from_pretrained(model, tiling=TilingConfig(shift=True, seed=5), stages="auto")(
+        "a coast",
+        width=256,
+        height=256,
+        num_inference_steps=4,
+        strength=0.5,
+        generator=torch.Generator().manual_seed(5),
+    )
+    assert pixels() == expected.images[0].tobytes()
+    assert generate(model, *args[2:6], "--stages", "4", "--size", "512x512", out="b.png") == 0
+    assert [line.split(",")[0] for line in stored("b.png")["stages"]] == ["128x128", "512x512"]
+
+
+def test_an_image_four_times_as_large_in_its_colours(model: str) -> None:
+    Image.new("RGB", (61, 40), (200, 100, 50)).save("start.png")
+    start = ["generate", "a coast", "--model", model, "--steps", "2", "--init-image", "start.png", "--size", "4x"]
+    assert main([*start, "--keep-colour", "--stages", "auto", "--out", "a.png"]) == 0
+    assert main([*start, "--keep-colour", "--out", "b.png"]) == 0
+    for path in ("a.png", "b.png"):
+        assert stored(path)["size"] == [240, 160]
+        with Image.open(path) as image:
+            mean = image.convert("RGB").resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
+            assert mean == pytest.approx((200, 100, 50), abs=4)
+
+
+def test_a_mask(model: str) -> None:
+    start = Image.effect_noise((192, 160), 60).convert("RGB")
+    start.save("start.png")
+    mask = Image.new("L", (192, 160))
+    mask.paste(255, (96, 0, 192, 160))
+    mask.save("mask.png")
+    assert generate(model, "--init-image", "start.png", "--mask", "mask.png", "--strength", "1") == 0
+    with Image.open("a.png") as image:
+        left = image.crop((0, 0, 96, 160))
+        assert left.tobytes() == start.crop((0, 0, 96, 160)).tobytes()
+        assert image.crop((96, 0, 192, 160)).tobytes() != start.crop((96, 0, 192, 160)).tobytes()
+
+
+def test_sdxl(tmp_path: Path) -> None:
+    tiny_sdxl().save_pretrained(tmp_path / "xl")
+    assert generate("xl", "--scheduler", "unipc") == 0
+    assert (stored()["guidance"], stored()["scheduler"]) == (5.0, "unipc")
+    Image.effect_noise((192, 160), 60).save("start.png")
+    assert generate("xl", "--init-image", "start.png", "--strength", "1", out="b.png") == 0
+    assert pixels("a.png") != pixels("b.png")
+
+
+def test_the_embedded_model_has_its_own_defaults(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EMBEDDED, "earth", Path(model))
+    monkeypatch.setattr("tiledcore.pipeline.EARTH", Path(model))
+    args = ["generate", "a coast", "--size", "64x64", "--out", "a.png"]
+    assert main(args) == 0
+    assert stored()["model"] == "earth"
+    assert stored()["steps"] == 12
+    assert stored()["guidance"] == 3.0
+    assert main([*args, "--steps", "3", "--guidance", "0"]) == 0
+    assert (stored()["steps"], stored()["guidance"]) == (3, 0)
+
+
+@pytest.mark.parametrize("name", command.SCHEDULERS)
+def test_a_scheduler_keeps_the_models_conventions(
+    model: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[Any] = []
+    spied_denoiser(monkeypatch, lambda: None)
+    run = TiledPipeline.__call__
+
+    def spy(self: TiledPipeline, *args: Any, **kwargs: Any) -> Any:
+        seen.append(self.scheduler)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(TiledPipeline, "__call__", spy)
+    assert generate(model, "--scheduler", name, "--size", "64x64", "--steps", "4") == 0
+    assert stored()["scheduler"] == name
+    (scheduler,) = seen
+    assert type(scheduler) is getattr(diffusers, command.SCHEDULERS[name])
+    assert scheduler.config.prediction_type == "v_prediction"
+    err = capsys.readouterr().err
+    for key, value in (("timestep_spacing", "trailing"), ("rescale_betas_zero_snr", True)):
+        assert scheduler.config[key] == value
+        native = key in getattr(diffusers, command.SCHEDULERS[name])().config
+        assert native != (f"{key}={value}" in err)
+
+
+def test_a_prompt_that_is_cut_off_is_reported(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--model", model, "--out", "a.png", *FAST]
+    assert main(["generate", "a very long prompt " * 5, *args]) == 0
+    assert "of which the model reads the first 40" in capsys.readouterr().err
+
+
+def test_how_tiles_meet_is_the_models_own_unless_said(model: str) -> None:
+    def meet() -> tuple[Any, ...]:
+        return tuple(stored()["tiling"][name] for name in ("tile", "overlap", "shift", "blend_steps", "fade", "mode"))
+
+    assert generate(model, "--tile", "16") == 0
+    assert meet() == ([16, 16], [2, 2], True, 1, 3, "tiles")
+    assert generate(model, "--tile", "16", "--overlap", "4") == 0
+    assert meet() == ([16, 16], [4, 4], False, 0, 0, "tiles")
+    assert generate(model, "--tile", "16", "--window", "mean") == 0
+    assert meet() == ([16, 16], [2, 2], False, 0, 0, "tiles")
+    assert generate(model, "--tile", "16", "--mode", "canvas") == 0
+    assert meet() == ([16, 16], [0, 0], False, 0, 0, "canvas")
+
+
+# ----------------------------------------------------------------------------- info
+
+
+def test_info(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(model, "--tile", "16x8", "--wrap", "xy") == 0
+    capsys.readouterr()
+    assert main(["info", "a.png", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == stored()
+    assert main(["info", "a.png"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    rows = dict(re.split(r" {2,}", line, maxsplit=1) for line in out.splitlines())
+    assert rows["prompt"] == "a coast"
+    assert rows["negative prompt"] == "-"
+    assert rows["size"] == "192x160"
+    assert (rows["tile"], rows["wrap"], rows["shift"]) == ("16x8", "xy", "yes")
+    assert rows["lines x"] == " ".join(map(str, stored()["tiling"]["lines_x"]))
+
+
+def test_info_shows_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    metadata = {"prompt": "a\x1b[31m\ncoast é"}
+    images.save_image(Image.new("RGB", (8, 8)), Path("a.png"), metadata)
+    assert stored() == metadata
+    assert main(["info", "a.png"]) == 0
+    assert capsys.readouterr().out == f"{'prompt':<18}a [31m coast é\n"
+
+
+# ----------------------------------------------------------------------------- the parser
+
+
+def test_argument_errors_and_help_import_nothing_heavy(tmp_path: Path) -> None:
+    code = (
+        "import sys; from tiledcore.cli.main import main\n"
+        "assert main(['generate', 'x', '--out', 'a.gif', '--model', 'a/b']) == 2\n"
+        "assert main(['generate', 'x', '--out', 'a.png', '--size', '9x9', '--model', 'a/b']) == 2\n"
+        "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)\n"
+        "main(['generate', '--help'])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "WIDTHxHEIGHT" in result.stdout
+
+
+def test_the_choices_are_the_librarys() -> None:
+    assert set(cli.WINDOWS) == set(ops.WINDOWS)
+    assert all(hasattr(torch, name) for name in command.DTYPES.values())
+
+
+def test_a_command_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "required: COMMAND" in error(capsys)
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == "tiledcore 0.1.0\n"

@@ -1,0 +1,258 @@
+"""Regions in tiny pipelines of the real classes, and on the embedded model."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline
+from PIL import Image
+from tilings import CANVAS, MOVING, canvas_mode, still
+from tiny import tiny_sd, tiny_sdxl
+from tiny_transformers import build, call, tiny_flux, tiny_pixart_sigma, tiny_sd3, tiny_z_image
+from torch import Tensor
+
+from tiledcore import Region, TiledPipeline, TilingConfig, apply_tiling
+from tiledcore.compose.regions import region_weights
+from tiledcore.hook import regional
+from tiledcore.tiles.denoiser import TileDenoiser
+
+SIDE = 208
+BOX = (64, 80, 160, 144)
+CONFIGS = {
+    "tiles": still(overlap=4, tile_batch=3),
+    "wrap": still(overlap=4, wrap=True),
+    "shift": MOVING,
+    "one tile": still(tile=32),
+}
+TILES = CONFIGS["tiles"]
+
+
+def generate(pipe: Any, tiling: TilingConfig, regions: Any = None, prompt: str = "a cat", **kwargs: Any) -> Tensor:
+    wrapped = TiledPipeline.from_pipe(pipe, tiling=tiling, fused=kwargs.pop("fused", True))
+    pipe.set_progress_bar_config(disable=True)
+    arguments: dict[str, Any] = {"height": SIDE, "width": SIDE, "num_inference_steps": 2, "output_type": "latent"}
+    generator = torch.Generator().manual_seed(0)
+    return wrapped(prompt, generator=generator, regions=regions, **(arguments | kwargs)).images
+
+
+def assert_close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+
+
+@pytest.fixture(params=[tiny_sd, tiny_sdxl, tiny_flux, tiny_sd3, tiny_pixart_sigma])
+def pipe(request: pytest.FixtureRequest) -> Any:
+    return request.param()
+
+
+def test_a_region_that_is_the_canvas_is_the_image_of_its_prompt(pipe: Any) -> None:
+    whole = [Region("the ocean", box=(0, 0, SIDE, SIDE), feather=48)]
+    assert_close(generate(pipe, TILES, whole), generate(pipe, TILES, prompt="the ocean"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_region_with_the_global_prompt_changes_nothing(name: str) -> None:
+    pipe, tiling = tiny_sd(), CONFIGS[name]
+    assert_close(generate(pipe, tiling, [Region("a cat", box=BOX)]), generate(pipe, tiling))
+    assert not torch.allclose(generate(pipe, tiling, [Region("ice", box=BOX)]), generate(pipe, tiling), atol=1e-2)
+
+
+def test_fused_or_not_is_the_same(pipe: Any) -> None:
+    regions = [Region("the ocean", box=BOX, seed=3), Region("ice", box=(0, 0, 64, SIDE), weight=0.5)]
+    fused = generate(pipe, TILES, regions)
+    assert_close(fused, generate(pipe, TILES, regions, fused=False))
+    assert not torch.allclose(fused, generate(pipe, TILES), atol=1e-2)
+
+
+def test_the_prediction_is_that_of_each_prompt_alone_mixed_by_the_shares() -> None:
+    """One step of DDIM is affine in the prediction: what is mixed can be read off the latents."""
+    pipe, tiling = tiny_sd(), CONFIGS["one tile"]
+    regions = [Region("the ocean", box=BOX, feather=40), Region("ice", box=(0, 0, 120, 120), weight=0.7)]
+    step: dict[str, Any] = {"num_inference_steps": 1}
+    alone = [generate(pipe, tiling, prompt=p, **step) for p in ("a cat", "the ocean", "ice")]
+    shares = region_weights(regions, (SIDE // 8, SIDE // 8), 8, (False, False))
+    expected = sum(share * image for share, image in zip(shares, alone, strict=True))
+    assert_close(generate(pipe, tiling, regions, **step), torch.as_tensor(expected))
+
+
+@pytest.mark.parametrize(("seed", "count"), [(None, 5), (4, 4)])
+def test_only_the_prompts_of_a_tile_are_evaluated(
+    seed: int | None, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluated: list[int] = []
+    network = TileDenoiser._network
+
+    def spy(forward: Any, inputs: Tensor, **kwargs: Any) -> Tensor:
+        evaluated.append(len(inputs) // 2)  # both guidance branches
+        return network(forward, inputs, **kwargs)
+
+    monkeypatch.setattr(TileDenoiser, "_network", staticmethod(spy))
+    # Four tiles: one is the first region's alone, two have the global prompt alone, and one is shared; or else, where
+    # the second region has a seed, tile and all, its own.
+    box = (128, 0, 192, 64) if seed is None else (128, 0, 256, 128)
+    regions = [Region("the ocean", box=(0, 0, 128, 128), feather=0), Region("ice", box=box, feather=0, seed=seed)]
+    pipe = TiledPipeline.from_pipe(tiny_sd(), tiling=still(overlap=0))
+    pipe.set_progress_bar_config(disable=True)
+    pipe("a cat", regions=regions, num_inference_steps=1, height=256, width=256, output_type="latent")
+    assert sum(evaluated) == count
+    assert pipe.report is not None and pipe.report.region_tiles == count
+
+
+@pytest.mark.parametrize("name", ["tiles", "wrap", "shift"])
+def test_a_region_with_a_seed_can_be_moved_without_changing(name: str) -> None:
+    """Its tiles see nothing else here: the box is whole tiles, without a feather."""
+    pipe, side = tiny_sd(), 20  # two tiles that share 12 latent pixels
+    config = CONFIGS[name]
+
+    def content(x: int, y: int, seed: int | None) -> Tensor:
+        box = (8 * x, 8 * y, 8 * (x + side), 8 * (y + side))
+        region = Region("the ocean", box=box, feather=0, seed=seed)
+        image = generate(pipe, config, [region], height=240, width=248)
+        return image.roll((-y, -x), (2, 3))[:, :, :side, :side]
+
+    here = content(2, 3, seed=1)
+    assert_close(content(9, 7, seed=1), here)
+    assert not torch.allclose(content(9, 7, seed=None), content(2, 3, seed=None), atol=1e-2)
+    if name == "wrap":
+        assert_close(content(20, 25, seed=1), here)
+
+
+def test_a_batch_of_prompts_and_images() -> None:
+    pipe, regions = tiny_sd(), [Region("the ocean", box=BOX, seed=2)]
+
+    def run(prompts: list[str], seeds: list[int], **kwargs: Any) -> Tensor:
+        wrapped = TiledPipeline.from_pipe(pipe, tiling=TILES)
+        generator = [torch.Generator().manual_seed(seed) for seed in seeds]
+        arguments: dict[str, Any] = {"height": 192, "width": 208, "num_inference_steps": 2, "output_type": "latent"}
+        return wrapped(prompts, generator=generator, regions=regions, **(arguments | kwargs)).images
+
+    pipe.set_progress_bar_config(disable=True)
+    both = run(["a cat", "ice"], [1, 2])
+    assert both.shape == (2, 4, 24, 26)
+    assert not torch.equal(both[0], both[1])
+    assert run(["a cat", "ice"], [1, 2, 3, 4], num_images_per_prompt=2).shape == (4, 4, 24, 26)
+    # The second image has its own part of each seed's noise, the first is what it is alone.
+    assert_close(both[:1], run(["a cat"], [1]))
+
+
+def test_a_negative_prompt_stays_the_global_ones() -> None:
+    """FLUX evaluates it in a call of its own, in which no tile has another prompt."""
+    pipe = tiny_flux()
+    guided: dict[str, Any] = {"negative_prompt": "a dog", "true_cfg_scale": 3.0}
+    whole = [Region("the ocean", box=(0, 0, SIDE, SIDE))]
+    assert_close(
+        generate(pipe, TILES, whole, **guided),
+        generate(pipe, TILES, prompt="the ocean", **guided),
+    )
+
+
+def test_outside_a_seeded_region_the_noise_is_the_pipelines_own(pipe: Any) -> None:
+    """Tiles without overlap know nothing of each other: in those that the region does not touch, nothing changes."""
+    config, size = still(overlap=0), {"height": 256, "width": 256}
+    plain = generate(pipe, config, **size)
+    seeded = generate(pipe, config, [Region("a cat", box=(0, 0, 64, 64), seed=9)], **size)
+    if seeded.ndim == 3:  # FLUX packs 2x2 latent pixels into tokens, row by row
+        plain, seeded = (x.unflatten(1, (16, 16)).permute(0, 3, 1, 2) for x in (plain, seeded))
+    half = seeded.shape[-1] // 2
+    assert_close(seeded[..., half:], plain[..., half:])
+    assert not torch.allclose(seeded[..., : half // 2, : half // 2], plain[..., : half // 2, : half // 2], atol=1e-2)
+
+
+def test_image_to_image_has_regions_but_no_seeds() -> None:
+    pipe = tiny_sd()
+    sibling = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    sibling.set_progress_bar_config(disable=True)
+    image = Image.effect_noise((160, 192), 60).convert("RGB")
+    kwargs: dict[str, Any] = {"image": image, "height": None, "width": None, "num_inference_steps": 4}
+    plain = generate(sibling, TILES, **kwargs)
+    changed = generate(sibling, TILES, [Region("the ocean", box=(0, 0, 64, 64))], **kwargs)
+    assert changed.shape == plain.shape and not torch.allclose(changed, plain, atol=1e-2)
+    with pytest.raises(ValueError, match="image: a region's seed"):
+        generate(sibling, TILES, [Region("the ocean", box=(0, 0, 64, 64), seed=1)], **kwargs)
+
+
+def test_a_pipeline_tiled_by_hand() -> None:
+    pipe = tiny_sd()
+    regions = [Region("the ocean", box=BOX)]
+    expected = generate(pipe, TILES, regions)
+    kwargs: dict[str, Any] = {"height": SIDE, "width": SIDE, "num_inference_steps": 2, "output_type": "latent"}
+
+    def run() -> Tensor:
+        return pipe("a cat", generator=torch.Generator().manual_seed(0), **kwargs).images
+
+    with pytest.raises(ValueError, match="apply_tiling"), regional(pipe, regions):
+        pass
+    apply_tiling(pipe, TILES)
+    before = run()
+    with regional(pipe, regions):
+        assert_close(run(), expected)
+        assert_close(run(), expected)
+    assert torch.equal(run(), before)
+    assert "encode_prompt" not in vars(pipe)
+
+
+def test_nothing_of_a_call_is_left_for_the_next_even_after_an_error() -> None:
+    pipe = tiny_sd()
+    plain = generate(pipe, TILES)
+    with pytest.raises(ValueError, match="does not lie inside the canvas of 208x208 px"):
+        generate(pipe, TILES, [Region("x", box=(0, 0, 512, 64))])
+    assert torch.equal(generate(pipe, TILES), plain)
+    first = generate(pipe, TILES, [Region("ice", box=BOX)])
+    generate(pipe, TILES, [Region("the ocean", box=(0, 0, 64, 64))])
+    assert torch.equal(generate(pipe, TILES, [Region("ice", box=BOX)]), first)
+    assert torch.equal(generate(pipe, TILES, []), plain)
+
+
+def test_prompts_that_cannot_be_replaced_are_refused() -> None:
+    pipe = TiledPipeline.from_pipe(build(tiny_z_image), tiling=TILES)
+    with pytest.raises(TypeError, match="regions: ZImagePipeline has no prompts that can be replaced"):
+        call(pipe, tiny_z_image, (26, 26), regions=[Region("x", box=BOX)])
+
+
+def test_what_is_no_region_is_named() -> None:
+    with pytest.raises(TypeError, match=r"regions\[1\]='ice': must be a tiledcore.Region"):
+        generate(tiny_sd(), TILES, [Region("x", box=BOX), "ice"])
+
+
+# ----------------------------------------------------------------------------- canvas mode
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
+@pytest.mark.parametrize(("guidance_batch", "fused"), [(True, True), (False, False)])
+def test_canvas_mode_masks_cross_attention(make: Any, guidance_batch: bool, fused: bool) -> None:
+    pipe, tiling = make(), canvas_mode(guidance_batch=guidance_batch)
+    options: dict[str, Any] = {"fused": fused, "height": 216}
+    plain = generate(pipe, tiling, **options)
+    assert_close(generate(pipe, tiling, [Region("a cat", box=BOX)], **options), plain)
+    assert not torch.allclose(generate(pipe, tiling, [Region("the ocean", box=BOX)], **options), plain, atol=1e-2)
+    whole = generate(pipe, tiling, [Region("the ocean", box=(0, 0, SIDE, 216))], **options)
+    if make is tiny_sd:  # SDXL's pooled text stays the global prompt's
+        assert_close(whole, generate(pipe, tiling, prompt="the ocean", **options))
+    assert torch.equal(generate(pipe, tiling, **options), plain)
+
+
+def test_canvas_mode_is_refused_where_attention_is_joint() -> None:
+    with pytest.raises(ValueError, match=r"FluxTransformer2DModel joins text and image .* use mode='tiles'"):
+        generate(tiny_flux(), CANVAS, [Region("the ocean", box=BOX)])
+
+
+# ----------------------------------------------------------------------------- the embedded model
+
+
+def test_each_half_has_the_colour_of_its_own_prompt() -> None:
+    pipe = TiledPipeline.from_pretrained(tiling=still(tile=32, overlap=0))
+    pipe.set_progress_bar_config(disable=True)
+    regions = [Region("satellite view of desert", box=(256, 0, 512, 256), feather=16)]
+    generator = torch.Generator().manual_seed(0)
+    image = pipe(
+        "satellite view of ocean",
+        height=256,
+        width=512,
+        generator=generator,
+        regions=regions,
+        num_inference_steps=3,
+        guidance_scale=3.0,
+        output_type="np",
+    ).images[0]
+    sea, sand = image[:, :224].mean((0, 1)), image[:, 288:].mean((0, 1))
+    assert sea[2] > sea[0]  # the sea is blue
+    assert sand[0] > 1.2 * sand[2]  # and the desert is not

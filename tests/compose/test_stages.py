@@ -1,0 +1,303 @@
+"""Plans of stages in numbers, and staged runs of tiny pipelines."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tilings import MOVING, ONE, RAMP, moving, still
+from tiny import tiny_sd
+from tiny_transformers import build, call, tiny_flux, tiny_pixart_sigma, tiny_qwen, tiny_sd3, tiny_z_image
+
+from tiledcore import TiledPipeline, TilingConfig
+from tiledcore.compose import stages as stages_module
+from tiledcore.compose.pictures import match_colour
+from tiledcore.compose.stage_plan import Stage, Staging, plan_stages, staging
+from tiledcore.compose.stages import StagePlan, _unpacked, enlarge, enlarge_latents, plan_call, stage_tiling
+from tiledcore.schedulers.pull import Pull
+from tiledcore.tiles.denoiser import TileDenoiser
+
+SIDES = st.integers(1, 64).map(lambda n: 64 * n)
+
+
+@settings(max_examples=200)
+@given(SIDES, SIDES, st.sampled_from([512, 1024]), st.floats(1.5, 4), st.booleans())
+@example(704, 1536, 1024, 4.0, False)  # the native size, rounded down, is a little smaller
+def test_stages_grow_by_at_most_the_factor(height: int, width: int, native: int, factor: float, picture: bool) -> None:
+    start = (min(64, height), max(64, width // 6)) if picture else None
+    stages = plan_stages((height, width), (native, native), 16, Staging(factor=factor), start)
+    assert (stages[-1].height, stages[-1].width) == (height, width)
+    sizes = ([start] if start else []) + [(s.height, s.width) for s in stages]
+    assert [s.strength is None for s in stages] == [not picture] + [False] * (len(stages) - 1)
+    for (h, w), (below_h, below_w) in zip(sizes[1:], sizes[:-1], strict=True):
+        assert h % 16 == 0 and w % 16 == 0
+        assert h >= below_h - 8 and w >= below_w - 8
+        if min(height, width) >= 1024:  # rounding is small there
+            assert max(h / below_h, w / below_w) <= factor * 1.1
+    if start is None and max(height, width) <= 4 * min(height, width):
+        assert stages[0].height * stages[0].width <= 1.1 * native**2 + 16 * (height + width)
+
+
+def test_the_plan_of_sdxl_at_4096() -> None:
+    stages = plan_stages((4096, 4096), (1024, 1024), 8, Staging(strength=0.5))
+    assert stages == [Stage(1024, 1024, None), Stage(2048, 2048, 0.5), Stage(4096, 4096, 0.5)]
+    panorama = plan_stages((1024, 8192), (1024, 1024), 8, Staging())
+    assert (panorama[0].height, panorama[0].width) == (512, 4096)  # longer than native: tiled, but coherent in height
+
+
+def test_a_small_image_has_one_stage() -> None:
+    assert plan_stages((512, 768), (1024, 1024), 8, Staging()) == [Stage(768, 512, None)]
+    # A picture of the final size is still refined once.
+    assert plan_stages((512, 768), (1024, 1024), 8, Staging(), (512, 768)) == [Stage(768, 512, 0.6)]
+
+
+def tiny(stages: Any = None, tiling: TilingConfig = MOVING) -> TiledPipeline:
+    pipe = tiny_sd()
+    pipe.set_progress_bar_config(disable=True)
+    return TiledPipeline.from_pipe(pipe, tiling=tiling, stages=stages)
+
+
+def make(pipe: TiledPipeline, seed: int = 0, **kwargs: Any) -> Any:
+    arguments: dict[str, Any] = {"height": 256, "width": 256, "num_inference_steps": 4, "output_type": "pt"}
+    return pipe("a coast", generator=torch.Generator().manual_seed(seed), **(arguments | kwargs)).images
+
+
+def test_the_cost_is_what_the_network_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    areas: list[int] = []
+    network = TileDenoiser._network
+
+    def counted(forward: Any, inputs: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        areas.append(inputs.shape[0] * inputs.shape[2] * inputs.shape[3])
+        return network(forward, inputs, **kwargs)
+
+    monkeypatch.setattr(TileDenoiser, "_network", staticmethod(counted))
+    for tiling in (MOVING, RAMP):
+        areas.clear()
+        pipe = tiny("auto", tiling)
+        make(pipe, height=512, width=512, num_inference_steps=5, guidance_scale=1.0)
+        plan = plan_call(pipe, {"stages": "auto", "height": 512, "width": 512, "num_inference_steps": 5})
+        assert [s.width for s in plan.stages] == [128, 256, 512]
+        assert sum(areas) == pytest.approx(64 * 64 * sum(c.canvases for c in plan.costs(5)))
+
+
+@pytest.mark.parametrize("native", [32, 64, 128])
+@pytest.mark.parametrize("scale", [4, 8])
+def test_all_stages_cost_at_most_one_and_a_half_times_the_floor_of_the_last(native: int, scale: int) -> None:
+    pipe = tiny()
+    pipe.unet.register_to_config(sample_size=native)
+    plan = StagePlan(pipe, (8 * native * scale,) * 2, Staging(), moving(tile=native))
+    assert plan.rows(10)[-1]["of_floor"] <= 1.5
+    default = moving(tile=native, blend_first=2, blend_steps=1, fade=4)
+    plan = StagePlan(pipe, (8 * native * scale,) * 2, Staging(), default)
+    assert [tiling.blend_steps for tiling in plan.tilings()] == [0] * (len(plan.stages) - 1) + [3]
+    assert {tiling.blend_first for tiling in plan.tilings()} == {0} and plan.tilings()[-1].fade == 4
+    assert plan.rows(10 if scale == 8 else 20)[-1]["of_floor"] <= 1.5
+
+
+def test_stages_one_by_one_are_the_librarys_own_calls() -> None:
+    pull = Pull(weight=0.5)
+    pipe = tiny()
+    staged = make(pipe, stages=Staging(strength=0.5, pull=pull, match=False))
+    generator = torch.Generator().manual_seed(0)
+    arguments: dict[str, Any] = {"num_inference_steps": 4, "output_type": "pt", "generator": generator}
+    first = pipe("a coast", height=128, width=128, tiling=ONE, **arguments).images
+    picture = enlarge(first, (256, 256), "bicubic")
+    second = pipe("a coast", image=picture, strength=0.5, pull=pull, **arguments).images
+    assert torch.equal(staged, second)
+    matched = make(pipe, stages=Staging(strength=0.5, pull=pull))
+    assert torch.equal(matched, match_colour(second, first))
+    assert not torch.allclose(matched, make(pipe, stages=Staging(strength=0.5, pull=None)), atol=1e-3)
+    assert torch.equal(make(pipe, stages=None), make(tiny()))  # off by default
+
+
+def test_the_pipelines_own_stages_and_those_of_a_call() -> None:
+    given_ = [Stage(128, 128, None), Stage(192, 256, 0.5)]
+    pipe = tiny(given_)
+    result = make(pipe, height=256, width=192)
+    assert result.shape == (1, 3, 256, 192)
+    assert torch.equal(result, make(tiny(), height=256, width=192, stages=given_))
+    assert not torch.equal(result, make(pipe, height=256, width=192, stages=None))
+
+
+def test_an_upscaler_of_the_users() -> None:
+    seen: list[Any] = []
+
+    def nearest(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        seen.append((tuple(image.shape), size, float(image.min()) >= 0, float(image.max()) <= 1))
+        return torch.nn.functional.interpolate(image, size)
+
+    result = make(tiny(), stages=Staging(upscale=nearest), height=512, width=512)
+    assert result.shape == (1, 3, 512, 512)
+    assert seen == [((1, 3, 128, 128), (256, 256), True, True), ((1, 3, 256, 256), (512, 512), True, True)]
+    with pytest.raises(ValueError, match=r"upscale must return a tensor of shape \(1, 3, 256, 256\), got \(1, 3, 128"):
+        make(tiny(), stages=Staging(upscale=lambda image, size: image))
+
+
+def test_latents_are_enlarged_without_the_autoencoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    pull = Pull(weight=0.5)
+    pipe = tiny()
+    monkeypatch.setattr(type(pipe.vae), "encode", lambda *_, **__: pytest.fail("encoded"))
+    decoded: list[tuple[int, ...]] = []
+    decode = type(pipe.vae).decode
+    monkeypatch.setattr(
+        type(pipe.vae), "decode", lambda v, z, *a, **k: decoded.append(z.shape) or decode(v, z, *a, **k)
+    )
+    staged = make(pipe, stages=Staging(strength=0.5, pull=pull, upscale="latent"))
+    assert [shape[-2:] for shape in decoded] == [(32, 32)]
+    generator = torch.Generator().manual_seed(0)
+    arguments: dict[str, Any] = {"num_inference_steps": 4, "generator": generator}
+    first = pipe("a coast", height=128, width=128, tiling=ONE, output_type="latent", **arguments)
+    latents = enlarge_latents(first.images, (32, 32))
+    second = pipe("a coast", image=latents, strength=0.5, pull=pull, output_type="pt", **arguments)
+    assert torch.equal(staged, second.images)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_enlarged_latents_keep_the_mean_and_variance_of_each_channel(dtype: torch.dtype) -> None:
+    shape, scale = (2, 4, 24, 16), torch.tensor([1.0, 2.0, 0.1, 0.0])[:, None, None]
+    latents = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * scale + 3 * scale - 1).to(dtype)
+    found = enlarge_latents(latents, (48, 40))
+    assert found.shape == (2, 4, 48, 40) and found.dtype == dtype
+    torch.testing.assert_close(found.float().mean((2, 3)), latents.float().mean((2, 3)), atol=2e-3, rtol=0)
+    torch.testing.assert_close(found.float().std((2, 3)), latents.float().std((2, 3)), atol=2e-3, rtol=2e-3)
+    # What was in a place still is.
+    back = torch.nn.functional.interpolate(found[:, :2].float(), (24, 16), mode="area")
+    assert torch.corrcoef(torch.stack([back.flatten(), latents[:, :2].float().flatten()]))[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("family", [tiny_flux, tiny_sd3])
+def test_transformers_start_from_latents(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = TiledPipeline.from_pipe(build(family), tiling=RAMP)
+    monkeypatch.setattr(type(pipe.vae), "encode", lambda *_, **__: pytest.fail("encoded"))
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(stages_module, "enlarge_latents", lambda x, size: seen.append(x) or enlarge_latents(x, size))
+    result = call(pipe, family, (32, 48), output_type="pt", stages=Staging(upscale="latent"))
+    assert result.shape == (1, 3, 32 * pipe.vae_scale_factor, 48 * pipe.vae_scale_factor)
+    if family is tiny_flux:  # diffusers' own unpacking is the oracle
+        height, width = (n * pipe.vae_scale_factor for n in seen[0].shape[2:])
+        tokens = pipe.pipe._pack_latents(seen[0], *seen[0].shape)
+        assert torch.equal(pipe.pipe._unpack_latents(tokens, height, width, pipe.vae_scale_factor), seen[0])
+        assert torch.equal(_unpacked(pipe.pipe, tokens, *seen[0].shape[2:]), seen[0])
+
+
+def test_the_callers_picture_is_enlarged_as_pixels_before_latents_are() -> None:
+    photo = Image.effect_noise((128, 96), 60).convert("RGB")
+    arguments: dict[str, Any] = {"image": photo, "strength": 0.5, "height": 384, "width": 512}
+    result = make(tiny(), stages=Staging(upscale="latent"), **arguments)
+    assert result.shape == (1, 3, 384, 512)
+    assert not torch.equal(result, make(tiny(), stages=Staging(match=False), **arguments))
+
+
+@pytest.mark.parametrize("family", [tiny_z_image, tiny_qwen])
+def test_latents_are_refused_where_the_pipeline_would_encode_them(family: Any) -> None:
+    pipe = TiledPipeline.from_pipe(build(family), stages=Staging(upscale="latent"))
+    with pytest.raises(ValueError, match=f"upscale='latent' needs .* {type(pipe.pipe).__name__} does not"):
+        call(pipe, family, (32, 32))
+
+
+def test_batches_and_output_types() -> None:
+    pipe = tiny("auto")
+    out = pipe(
+        ["a coast", "ice"], height=256, width=192, num_inference_steps=2, num_images_per_prompt=2, return_dict=False
+    )
+    assert isinstance(out, tuple) and [image.size for image in out[0]] == [(192, 256)] * 4
+    assert make(pipe, output_type="latent", num_inference_steps=2).shape == (1, 4, 32, 32)
+    latent = pipe(
+        ["a coast", "ice"], height=256, width=192, num_inference_steps=2, num_images_per_prompt=2,
+        stages=Staging(upscale="latent"), output_type="pt",
+    ).images  # fmt: skip
+    assert latent.shape == (4, 3, 256, 192)
+
+
+def test_a_photo_is_enlarged_in_stages() -> None:
+    photo = Image.effect_noise((128, 96), 60).convert("RGB")
+    pipe = tiny()
+    plan = plan_call(pipe, {"image": photo, "stages": "auto", "height": 384, "width": 512, "strength": 0.3})
+    assert plan.stages == [Stage(256, 192, 0.3), Stage(512, 384, 0.3)]
+    result = make(pipe, image=photo, stages="auto", strength=0.5, height=384, width=512)
+    assert result.shape == (1, 3, 384, 512)
+    same = make(pipe, image=photo, stages="auto", strength=0.5, height=None, width=None)
+    assert same.shape == (1, 3, 96, 128)
+
+
+def test_a_wrapped_first_stage_has_more_than_one_tile() -> None:
+    wrapped = moving(wrap=(False, True))
+    plan = plan_call(tiny(tiling=wrapped), {"stages": "auto", "height": 256, "width": 256})
+    grids = [
+        tiling.grid(stage.height // 8, stage.width // 8, 16)
+        for stage, tiling in zip(plan.stages, plan.tilings(), strict=True)
+    ]
+    assert all(grid.tile_size[1] < grid.width for grid in grids)
+    assert make(tiny(tiling=wrapped), stages="auto").shape == (1, 3, 256, 256)
+
+
+@pytest.mark.parametrize("family", [tiny_flux, tiny_sd3])
+def test_transformers(family: Any) -> None:
+    pipe = TiledPipeline.from_pipe(build(family), tiling=RAMP, stages="auto")
+    result = call(pipe, family, (32, 48), output_type="pt")
+    assert result.shape == (1, 3, 32 * pipe.vae_scale_factor, 48 * pipe.vae_scale_factor)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"factor": 1.0}, "factor=1.0 must be above 1 and at most 4"),
+        ({"factor": math.nan}, "factor=nan"),
+        ({"strength": 0.0}, "strength=0.0 must be above 0 up to 1"),
+        ({"upscale": "lanczos"}, "upscale='lanczos' must be 'bicubic', 'latent' or a function"),
+    ],
+)
+def test_bad_stagings(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Staging(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([Stage(128, 128, None), Stage(192, 192, 0.5)], "last one is 192x192 px, but the call's size is 256x256"),
+        ([Stage(128, 128, 0.5), Stage(256, 256, 0.5)], "strength=0.5 needs a picture"),
+        ([Stage(128, 128, None), Stage(256, 256, None)], "stage 2 of 256x256 px: needs a strength"),
+        ([Stage(130, 128, None), Stage(256, 256, 0.5)], "each side must be a multiple of 8 px"),
+        ([Stage(320, 256, None), Stage(256, 256, 0.5)], "stage 2 of 256x256 px: is smaller"),
+        ([], "at least one Stage"),
+        (Staging(strength=0.2), "strength=0.2 leaves none of 4 steps"),
+    ],
+)
+def test_stages_that_lead_nowhere(stages: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(tiny(), stages=stages)
+
+
+def test_what_does_not_go_with_stages() -> None:
+    pipe = tiny("auto")
+    for name, value in (("latents", torch.zeros(1, 4, 32, 32)), ("timesteps", [1]), ("mask_image", 3)):
+        with pytest.raises(ValueError, match=f"{name}: is of one stage only"):
+            make(pipe, **{name: value})
+    with pytest.raises(ValueError, match="has no guidance_rescale; leave it out"):
+        make(pipe, guidance_rescale=0.5)
+    with pytest.raises(ValueError, match="256x250: each side must be a multiple of 8 px"):
+        make(pipe, height=250)
+    for wrong in ("yes", 3, [3]):
+        with pytest.raises(TypeError, match="must be None, 'auto', a Staging or a list of Stage"):
+            staging(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="strength=2 must be above 0"):
+        Stage(64, 64, 2)
+    sibling = TiledPipeline.from_pipe(StableDiffusionImg2ImgPipeline.from_pipe(pipe.pipe), stages="auto")
+    with pytest.raises(ValueError, match="StableDiffusionImg2ImgPipeline starts from an image"):
+        sibling("a coast", num_inference_steps=2)
+    pixart = TiledPipeline.from_pipe(build(tiny_pixart_sigma), stages="auto")
+    with pytest.raises(ValueError, match="PixArtSigmaPipeline has no image-to-image pipeline"):
+        call(pixart, tiny_pixart_sigma, (32, 32))
+
+
+@pytest.mark.parametrize("more", [{"shift": True, "blend_steps": 1, "fade": 2}, {"halo": 4}])
+def test_the_first_stage_is_whole_whatever_the_tiling_of_the_others(more: dict[str, Any]) -> None:
+    config = TilingConfig(tile=16, **more)
+    first = stage_tiling(Stage(128, 128, None), config, (16, 16), 8, 1)
+    assert first == still(tile=(16, 16))
+    assert stage_tiling(Stage(256, 256, 0.5), config, (16, 16), 8, 1) == config

@@ -1,0 +1,150 @@
+"""TileDenoiser and TilingConfig, with functions in place of the network."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tilings import moving, still
+
+from tiledcore.config import TilingConfig
+from tiledcore.tiles.denoiser import TileDenoiser
+
+
+def pointwise(sample: torch.Tensor, timestep: Any, **kwargs: Any) -> tuple[torch.Tensor]:
+    return (2 * sample + 1,)
+
+
+def windowed(sample: torch.Tensor, timestep: Any, **kwargs: Any) -> tuple[torch.Tensor]:
+    """Depends on where in the tile a pixel is, as a network with padding does."""
+    return (torch.nn.functional.avg_pool2d(sample, 5, 1, 2),)
+
+
+@settings(max_examples=40)
+@given(
+    height=st.integers(5, 40),
+    width=st.integers(5, 40),
+    tile=st.integers(3, 16),
+    share=st.floats(0, 0.99),
+    window=st.sampled_from(["ramp", "core", "mean", "gaussian"]),
+    wrap=st.tuples(st.booleans(), st.booleans()),
+    shift=st.booleans(),
+    batch=st.integers(1, 2),
+)
+def test_a_pointwise_network_is_evaluated_exactly(
+    height: int,
+    width: int,
+    tile: int,
+    share: float,
+    window: Any,
+    wrap: tuple[bool, bool],
+    shift: bool,
+    batch: int,
+) -> None:
+    overlap = 0 if shift else int(share * tile)
+    config = TilingConfig(tile=tile, overlap=overlap, window=window, wrap=wrap, shift=shift)
+    canvas = torch.randn(batch, 3, height, width)
+    out = TileDenoiser(config, tile, 8)(pointwise, canvas, 10)
+    torch.testing.assert_close(out, 2 * canvas + 1, rtol=1e-5, atol=1e-5)
+
+
+def test_neither_tile_batch_nor_the_order_of_tiles_changes_a_bit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    canvas = torch.randn(2, 4, 50, 37)
+
+    def run(tile_batch: int) -> torch.Tensor:
+        config = still(overlap=6, tile_batch=tile_batch)
+        return TileDenoiser(config, 16, 8)(windowed, canvas, 10)
+
+    expected = run(1)
+    for tile_batch in (2, 5, 1000):
+        assert torch.equal(run(tile_batch), expected)
+    from tiledcore.geometry import Tiling
+
+    ordered = Tiling.offsets.func  # type: ignore[attr-defined]
+    monkeypatch.setattr(Tiling, "offsets", property(lambda self: ordered(self)[::-1]))
+    assert torch.equal(run(3), expected)
+
+
+def test_shift_follows_the_timestep_only() -> None:
+    denoiser = TileDenoiser(moving(tile=8, seed=3), 8, 8)
+    first = denoiser.tiling(32, 32, torch.tensor(981))
+    assert denoiser.tiling(32, 32, torch.tensor([981, 981])) == first
+    assert denoiser.tiling(32, 32, 981.0) == first
+    assert denoiser.tiling(32, 32, 961) != first
+    other = TileDenoiser(moving(tile=8, seed=4), 8, 8)
+    assert other.tiling(32, 32, 981) != first
+
+
+def test_per_image_arguments_are_repeated_tile_major() -> None:
+    seen: list[dict[str, Any]] = []
+
+    def spy(sample: torch.Tensor, timestep: Any, **kwargs: Any) -> tuple[torch.Tensor]:
+        seen.append({"sample": sample, "timestep": timestep, **kwargs})
+        return (sample,)
+
+    text = torch.arange(2.0).view(2, 1, 1)
+    image_embeds = [torch.arange(2.0).view(2, 1)]
+    canvas = torch.stack([torch.zeros(4, 8, 16), torch.ones(4, 8, 16)])
+    TileDenoiser(still(tile=8, overlap=0, tile_batch=2), 8, 8)(
+        spy,
+        canvas,
+        torch.tensor([7, 7]),
+        encoder_hidden_states=text,
+        cross_attention_kwargs={"scale": torch.ones(2)},
+        added_cond_kwargs={"image_embeds": image_embeds},
+    )
+    (call,) = seen
+    rows = call["sample"][:, 0, 0, 0]
+    assert rows.tolist() == [0, 1, 0, 1]
+    assert call["encoder_hidden_states"].flatten().tolist() == rows.tolist()
+    assert call["added_cond_kwargs"]["image_embeds"][0].flatten().tolist() == rows.tolist()
+    assert call["timestep"].tolist() == [7] * 4
+    assert call["cross_attention_kwargs"]["scale"].shape == (2,)
+
+
+def test_time_ids_are_the_tile_as_a_crop_of_the_canvas() -> None:
+    seen: list[torch.Tensor] = []
+
+    def spy(sample: torch.Tensor, timestep: Any, **kwargs: Any) -> tuple[torch.Tensor]:
+        seen.append(kwargs["added_cond_kwargs"]["time_ids"])
+        return (sample,)
+
+    ids = torch.tensor([[128.0, 256, 5, 7, 128, 256], [128, 256, 0, 0, 128, 256]])
+    denoiser = TileDenoiser(still(tile=(8, 16), overlap=0, tile_batch=1), 8, 8)
+    denoiser(spy, torch.zeros(2, 4, 16, 32), 1, added_cond_kwargs={"time_ids": ids})
+    assert [s[0].tolist() for s in seen] == [
+        [128, 256, 5, 7, 64, 128],
+        [128, 256, 5, 7 + 128, 64, 128],
+        [128, 256, 5 + 64, 7, 64, 128],
+        [128, 256, 5 + 64, 7 + 128, 64, 128],
+    ]
+    assert seen[3][1].tolist() == [128, 256, 64, 128, 64, 128]
+    # The refiner's fifth column is an aesthetic score, which no crop changes.
+    seen.clear()
+    denoiser(spy, torch.zeros(2, 4, 16, 32), 1, added_cond_kwargs={"time_ids": ids[:, :5]})
+    assert seen[3][0].tolist() == [128, 256, 5 + 64, 7 + 128, 128]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"window": "hann"}, "window='hann'"),
+        ({"tile_batch": 0}, "tile_batch=0"),
+        ({"ramp": 0}, "ramp=0"),
+        ({"shift": True, "overlap": 4}, "overlap=4"),
+        ({"tile": 0}, "tile="),
+        ({"tile": 16, "overlap": 16}, "overlap="),
+    ],
+)
+def test_bad_settings_are_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TilingConfig(**arguments)
+
+
+def test_residuals_of_adapters_are_refused() -> None:
+    denoiser = TileDenoiser(still(tile=8), 8, 8)
+    with pytest.raises(ValueError, match="controlnet_block_samples"):
+        denoiser(pointwise, torch.zeros(1, 4, 16, 16), 1, controlnet_block_samples=torch.ones(1))

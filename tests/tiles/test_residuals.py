@@ -1,0 +1,95 @@
+"""ControlNet's residuals, cut to the tile that they belong to."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from PIL import Image
+from tilings import CANVAS, ONE, RAMP, still
+from tiny import tiny_sd
+
+from tiledcore import TiledPipeline, TilingConfig
+from tiledcore.hook import default_tiling
+from tiledcore.tiles.denoiser import TileDenoiser
+
+
+@pytest.fixture
+def pipe() -> Any:
+    parts = tiny_sd()
+    torch.manual_seed(0)
+    controlnet = ControlNetModel.from_unet(parts.unet, conditioning_channels=3).eval()
+    for parameter in controlnet.parameters():
+        if not parameter.any():  # its zero convolutions
+            torch.nn.init.normal_(parameter, std=0.05)
+    made = StableDiffusionControlNetPipeline(**parts.components, controlnet=controlnet, requires_safety_checker=False)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def run(pipe: Any, tiling: TilingConfig, hint: Image.Image, **kwargs: Any) -> torch.Tensor:
+    wrapped = TiledPipeline.from_pipe(pipe, tiling=tiling)
+    generator = torch.Generator().manual_seed(0)
+    arguments: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent", **kwargs}
+    return wrapped("a coast", image=hint, generator=generator, **arguments).images
+
+
+def hint(width: int, height: int) -> Image.Image:
+    return Image.effect_noise((width, height), 80).convert("RGB")
+
+
+def test_tiles_that_move_are_not_the_default_here(pipe: Any) -> None:
+    assert default_tiling(pipe) == TilingConfig() == TiledPipeline.from_pipe(pipe).tiling
+
+
+def test_each_tile_gets_its_own_part(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole: list[Any] = []
+    tiles: list[tuple[torch.Tensor, Any]] = []
+    evaluate, network = TileDenoiser.evaluate, TileDenoiser._network
+
+    def spy(self: Any, forward: Any, sample: Any, timestep: Any, **kwargs: Any) -> Any:
+        whole.append((self._offsets.tolist(), kwargs))
+        return evaluate(self, forward, sample, timestep, **kwargs)
+
+    def look(forward: Any, inputs: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        tiles.append((inputs, kwargs))
+        return network(forward, inputs, **kwargs)
+
+    monkeypatch.setattr(TileDenoiser, "evaluate", spy)
+    monkeypatch.setattr(TileDenoiser, "_network", staticmethod(look))
+    run(pipe, still(overlap=4, tile_batch=100), hint(224, 128), num_inference_steps=1)
+    ((offsets, given),), ((inputs, got),) = whole, tiles
+    assert offsets == [[0, 0], [0, 12]] and inputs.shape == (4, 4, 16, 16)
+    down, mid = given["down_block_additional_residuals"], given["mid_block_additional_residual"]
+    pairs = [*zip(down, got["down_block_additional_residuals"], strict=True)]
+    pairs.append((mid, got["mid_block_additional_residual"]))
+    assert {28 // canvas.shape[3] for canvas, _ in pairs} == {1, 2}
+    for canvas, cut in pairs:
+        f = 28 // canvas.shape[3]
+        expected = torch.cat([canvas[:, :, :, x // f : (x + 16) // f] for _, x in offsets])
+        assert torch.equal(cut, expected)
+
+
+def test_one_tile_and_canvas_mode_are_the_pipelines_own(pipe: Any) -> None:
+    picture = hint(128, 128)
+    plain = pipe(
+        "a coast",
+        image=picture,
+        num_inference_steps=2,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(0),
+    ).images
+    assert torch.equal(run(pipe, ONE, picture), plain)
+    large = hint(224, 160)
+    tiled = run(pipe, RAMP, large)
+    assert tiled.shape == (1, 4, 20, 28)
+    other = run(pipe, RAMP, hint(224, 160).transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+    assert not torch.allclose(tiled, other)
+    assert run(pipe, CANVAS, large).shape == (1, 4, 20, 28)
+
+
+def test_tiles_between_a_levels_pixels_are_refused(pipe: Any) -> None:
+    with pytest.raises(ValueError, match="tiles must begin and end at multiples of 2"):
+        run(pipe, still(tile=15, overlap=4), hint(256, 128))
+    with pytest.raises(ValueError, match=r"a residual of 8x15 does not divide the canvas of 16x29"):
+        run(pipe, RAMP, hint(232, 128))

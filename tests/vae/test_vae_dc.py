@@ -1,0 +1,274 @@
+"""AutoencoderDC in row bands against diffusers' own decode and encode of the whole image."""
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderDC
+from diffusers.models.attention_processor import SanaMultiscaleLinearAttention
+from tilings import still
+from tiny_transformers import build as build_pipe
+from tiny_transformers import call, tiny_sana
+
+from tiledcore import TiledPipeline
+from tiledcore.vae import exact as bands
+from tiledcore.vae.attention import LinearSums
+from tiledcore.vae.bands import Extent, UnsupportedError
+from tiledcore.vae.live_bytes import LiveBytes
+from tiledcore.vae.stores import Given
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BLOCKS = ("ResBlock", "ResBlock", "EfficientViTBlock", "EfficientViTBlock")
+HEAD = 4
+"""Channels of a head: of up to so many pixels diffusers' attention keeps the scores, of more it does not."""
+SANA: dict[str, Any] = {
+    "latent_channels": 8,
+    "attention_head_dim": HEAD,
+    "encoder_block_types": BLOCKS,
+    "decoder_block_types": BLOCKS,
+    "encoder_block_out_channels": (8, 8, 16, 16),
+    "decoder_block_out_channels": (8, 8, 16, 16),
+    "encoder_layers_per_block": (1, 1, 1, 2),
+    "decoder_layers_per_block": (2, 1, 2, 1),
+    "encoder_qkv_multiscales": ((), (), (5,), (3, 5)),
+    "decoder_qkv_multiscales": ((), (), (5,), ()),
+}
+# The first level without blocks, where the convolution that takes the image halves it; the shortcuts around the
+# latents left out; other norms and activations.
+SMALL = SANA | {
+    "encoder_layers_per_block": (0, 1, 1, 1),
+    "decoder_layers_per_block": (0, 1, 1, 1),
+    "decoder_norm_types": ("batch_norm", "batch_norm", "rms_norm", "rms_norm"),
+    "decoder_act_fns": ("relu", "relu", "silu", "silu"),
+    "encoder_out_shortcut": False,
+    "decoder_in_shortcut": False,
+}
+PLAIN = {"upsample_block_type": "interpolate", "downsample_block_type": "conv"}
+KINDS = {"sana": SANA, "interpolate": SANA | PLAIN, "small": SMALL, "small, interpolate": SMALL | PLAIN}
+FACTOR = 8
+
+
+def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """With norms that scale and shift, and statistics that are not 0 and 1."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        vae = AutoencoderDC(**KINDS[name]).eval()
+        for module in vae.modules():
+            if type(module).__name__ in ("RMSNorm", "BatchNorm2d"):
+                module.weight.normal_(1, 0.3)
+                module.bias.normal_(0, 0.5)
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 2)
+    return torch.nn.Module.to(vae, device=DEVICE, dtype=dtype)
+
+
+def given_for(vae: Any, direction: str, height: int, width: int, batch: int = 1) -> torch.Tensor:
+    """Latents of this size, or the image of that many."""
+    generator = torch.Generator().manual_seed(1)
+    if direction == "decode":
+        given = torch.randn(batch, vae.config.latent_channels, height, width, generator=generator)
+    else:
+        given = torch.rand(batch, 3, FACTOR * height, FACTOR * width, generator=generator) * 2 - 1
+    return given.to(DEVICE, vae.dtype)
+
+
+def relative(result: torch.Tensor, exact: torch.Tensor) -> float:
+    assert result.shape == exact.shape and result.isfinite().all()
+    return float((result.double() - exact.double()).abs().max() / exact.double().abs().max())
+
+
+@torch.no_grad()
+def whole(vae: Any, given: torch.Tensor, direction: str) -> torch.Tensor:
+    return vae.decode(given).sample if direction == "decode" else vae.encode(given).latent
+
+
+def banded(vae: Any, given: torch.Tensor, direction: str, *args: Any) -> torch.Tensor:
+    return bands.decode(vae, given, *args) if direction == "decode" else bands.encode(vae, given, *args).latent
+
+
+@pytest.mark.parametrize("size", [(7, 5), (1, 4), (1, 1), (12, 9)])
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("direction", ["decode", "encode"])
+def test_every_band_height_gives_the_untiled_image(direction: str, name: str, size: tuple[int, int]) -> None:
+    """Down to one row of the image, which is less than a row of latents; heights that divide nothing."""
+    vae = build(name)
+    given = given_for(vae, direction, *size, batch=2)
+    exact = whole(vae, given, direction)
+    for height in (None, 1, 13, 24):
+        assert relative(banded(vae, given, direction, height), exact) <= 1e-5, height
+
+
+@pytest.mark.parametrize("direction", ["decode", "encode"])
+def test_what_the_bands_are_there_for(direction: str) -> None:
+    """In double precision nothing is left but diffusers' own casts to float32; its tiles are far off."""
+    vae = build("sana", torch.float64)
+    given = given_for(vae, direction, 12, 12)
+    exact = whole(vae, given, direction)
+    assert relative(banded(vae, given, direction, 16), exact) < 1e-6
+    vae.enable_tiling(48, 48, 32, 32)
+    assert relative(whole(vae, given, direction), exact) > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [(1, HEAD), (9, 7)])
+@pytest.mark.parametrize("direction", ["decode", "encode"])
+def test_half_precision_errs_no_more_than_the_untiled_network(
+    direction: str, size: tuple[int, int], dtype: torch.dtype
+) -> None:
+    vae = build("sana", dtype)
+    given = given_for(vae, direction, *size)
+    exact = whole(copy.deepcopy(vae).double(), given.double(), direction)
+    plain = (whole(vae, given, direction).double() - exact).abs().max()
+    error = (banded(vae, given, direction, 16).double() - exact).abs().max()
+    assert error <= 2 * plain + 4 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("pixels", [HEAD, HEAD + 1])
+def test_the_form_of_the_attention_is_diffusers_own(pixels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes by the pixels of the image, not by those of a band."""
+    kinds: list[str] = []
+    for kind in ("linear", "quadratic"):
+        name = f"apply_{kind}_attention"
+        original = getattr(SanaMultiscaleLinearAttention, name)
+        monkeypatch.setattr(
+            SanaMultiscaleLinearAttention,
+            name,
+            lambda self, *qkv, kind=kind, original=original: kinds.append(kind) or original(self, *qkv),
+        )
+    vae = build("sana")
+    attention = vae.decoder.up_blocks[3][0].attn
+    x = torch.randn(1, 16, pixels, 1, device=DEVICE)
+    with torch.no_grad():
+        attention(x)
+    layers = bands.program(vae, "decode")
+    (sums,) = (
+        r for layer in layers for r in layer.reductions if isinstance(r, LinearSums) and r.attention is attention
+    )
+    sums.start(Extent(1, (16,), pixels, 1))
+    assert kinds == ["linear" if sums.linear else "quadratic"]
+
+
+def test_sums_over_bands_are_those_of_all_pixels() -> None:
+    """Against the definition, one pixel after the other in double precision."""
+    vae = build("sana")
+    attention = vae.decoder.up_blocks[3][0].attn
+    rows = torch.randn(2, 3 * 16, 23, 5, device=DEVICE) + torch.linspace(-3, 40, 23, device=DEVICE)[:, None]
+    sums = LinearSums(attention, ())
+    sums.start(Extent(2, (48,), 23, 5))
+    for part in rows.split([1, 4, 11, 7], 2):
+        sums.update(part)
+    expected = torch.zeros(2, 4, HEAD + 1, HEAD, dtype=torch.float64, device=DEVICE)
+    for y in range(23):
+        for x in range(5):
+            _, key, value = rows[:, :, y, x].double().view(2, 4, 3, HEAD).unbind(2)
+            one = torch.cat([value, torch.ones_like(value[:, :, :1])], 2)
+            expected += one[:, :, :, None] * key.clamp(min=0)[:, :, None]
+    assert sums.scores is not None
+    torch.testing.assert_close(sums.scores, expected, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("direction", ["decode", "encode"])
+def test_wherever_the_inputs_of_attention_are_kept_the_image_is_the_same(direction: str) -> None:
+    vae = build("sana")
+    given = given_for(vae, direction, 9, 7)
+    exact = whole(vae, given, direction)
+    layers = bands.program(vae, direction)
+    waits = [i for i, layer in enumerate(layers) if layer.reductions]
+    assert len(waits) == 3
+    for kinds in ((None, None, None), ("host", "device", None), (None, "device", "host"), ("device",) * 3):
+        stores: list[Any] = [None] * len(layers)
+        for i, kind in zip(waits, kinds, strict=True):
+            stores[i] = kind
+        rows = list(bands.run(layers, Given(given, DEVICE, vae.dtype), stores, 16))
+        assert relative(torch.cat(rows, 2), exact) <= 1e-5, kinds
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("direction", ["decode", "encode"])
+def test_the_peak_is_bounded_and_as_counted(direction: str, dtype: torch.dtype) -> None:
+    vae = build("sana", dtype)
+    given = given_for(vae, direction, 32, 4)
+    most = bands.peak_bytes(vae, given.shape, 64, direction=direction)
+    chosen = bands.plan(vae, given.shape, direction=direction, band_px=64)
+    assert most <= chosen.peak_bytes < 2 * most
+    with LiveBytes() as live:
+        for rows in bands._start(vae, given, direction, 64, 10 * most)[0]:
+            del rows
+    assert abs(live.peak - most) < 0.02 * most
+    with LiveBytes() as live:
+        whole(vae, given, direction)
+    assert most < live.peak / 3
+    tall = (*given.shape[:2], 3 * given.shape[2], given.shape[3])
+    # Only what waits for attention grows, which is on the levels of a quarter and an eighth of the image's size.
+    assert bands.peak_bytes(vae, tall, 64, direction=direction) < 1.5 * most
+
+
+def test_the_least_budget_that_an_error_names_is_enough() -> None:
+    vae = build("sana")
+    given = given_for(vae, "decode", 40, 12)
+    with pytest.raises(ValueError, match="would") as caught:
+        bands.decode(vae, given, 64, 1000)
+    need = int(str(caught.value).rsplit("px; ", 1)[1].removesuffix(" would").replace(",", ""))
+    assert bands.peak_bytes(vae, given.shape, 64, budget=need) <= need
+    assert relative(bands.decode(vae, given, 64, need), whole(vae, given, "decode")) <= 1e-5
+
+
+@pytest.mark.parametrize("direction", ["decode", "encode"])
+def test_the_context_replaces_the_vaes_own_calls(direction: str) -> None:
+    vae = build("sana")
+    given = given_for(vae, direction, 6, 4, 2)
+    exact = whole(vae, given, direction)
+    with bands.exact_bands(vae, larger_than=48 * 32):
+        assert torch.equal(whole(vae, given, direction), exact)
+    with bands.exact_bands(vae, larger_than=48 * 32 - 1, band_px=16):
+        result = whole(vae, given, direction)
+    assert not torch.equal(result, exact) and relative(result, exact) <= 1e-5
+    assert torch.equal(whole(vae, given, direction), exact)
+
+
+def test_sana_decodes_large_images_in_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pixels and as rows; the same network, latents and seed up to the limit and above."""
+    pipe = build_pipe(tiny_sana)
+    wrapped = TiledPipeline.from_pipe(pipe, tiling=still(tile=4, overlap=2))
+    pixels = math.prod(size := (7, 6)) * wrapped.vae_scale_factor**2
+
+    def run(**kwargs: Any) -> Any:
+        return call(wrapped, tiny_sana, size, output_type="np", num_inference_steps=1, **kwargs)
+
+    calls: list[int] = []
+    start = bands._start
+    monkeypatch.setattr(bands, "_start", lambda *a, **k: calls.append(1) or start(*a, **k))
+    monkeypatch.setattr("tiledcore.pipeline.EXACT_DECODE_PIXELS", pixels)
+    small = run()
+    assert not calls
+    monkeypatch.setattr("tiledcore.pipeline.EXACT_DECODE_PIXELS", pixels - 1)
+    large = run()
+    assert calls == [1] and not pipe.vae.use_tiling
+    assert small.std() > 0.01 and abs(large - small).max() < 1e-5
+    rows: list[Any] = []
+    run(rows=rows.extend)
+    assert calls == [1, 1]
+    assert abs(np.concatenate(rows).astype(int) - (small[0] * 255).round().astype(int)).max() <= 1
+
+
+def test_what_cannot_run_in_bands_is_refused_in_words() -> None:
+    vae = build("sana")
+    assert bands.unsupported(vae) is None and bands.why_not_exact(vae, 10**9) is None
+    with pytest.raises(ValueError, match="height and width, 64 and 36, must be multiples of 8"):
+        bands.encode(vae, torch.zeros(1, 3, 64, 36))
+    vae.encoder.down_blocks[2][0].attn.processor = lambda *_: None
+    assert "function is not known" in str(bands.unsupported(vae))
+    vae = build("small").train()
+    assert "call vae.eval()" in str(bands.unsupported(vae))
+    with pytest.raises(UnsupportedError, match=r"call vae\.eval"):
+        bands.decode(vae, torch.zeros(1, 8, 4, 4))
+    vae = build("interpolate")
+    vae.decoder.up_blocks[1][0].interpolation_mode = "bilinear"
+    assert "interpolates with 'bilinear'" in str(bands.unsupported(vae))
+    vae = build("sana")
+    vae.decoder.up_blocks[2][1].attn.to_q = torch.nn.Sequential(vae.decoder.up_blocks[2][1].attn.to_q)
+    assert "Sequential is not known" in str(bands.unsupported(vae))

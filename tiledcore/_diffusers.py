@@ -1,0 +1,70 @@
+"""The only file that uses private names of diffusers, accelerate and torch.compile, tested for pyproject's range."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
+from torch import Tensor
+
+TEXT_MULTIPLE: int = SEQ_MULTI_OF
+"""Z-Image pads its text to a multiple of so many tokens."""
+
+FUSABLE = (
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusion3Pipeline",
+    "StableDiffusion3Img2ImgPipeline",
+    "FluxPipeline",
+    "FluxImg2ImgPipeline",
+)
+"""Pipelines whose loop is: [repeat, scale], predict, [guide], step. Others do more to the canvas in between."""
+
+SETTINGS = ("_progress_bar_config", "_interrupt", "default_sample_size")
+"""Attributes of a pipeline object, beside its components, that a user may have set."""
+
+
+def uncompiled(network: Any) -> Any:
+    """The module inside of a compiled one; any other as it is."""
+    return getattr(network, "_orig_mod", network)
+
+
+def device_of(pipe: Any) -> torch.device:
+    """Where a pipeline runs, offloaded or not."""
+    return torch.device(pipe._execution_device)
+
+
+def is_offloaded(module: Any) -> bool:
+    """Whether accelerate moves the module's weights between calls."""
+    return hasattr(module, "_hf_hook") or hasattr(uncompiled(module), "_hf_hook")
+
+
+def is_hooked(module: Any) -> bool:
+    """Whether accelerate or diffusers replaced the module's forward."""
+    return hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
+
+
+def pack(pipe: Any, noise: Tensor) -> Tensor:
+    """``[B, C, H, W]`` as the tokens that a pipeline of packed latents takes."""
+    packed: Tensor = pipe._pack_latents(noise, *noise.shape)
+    return packed
+
+
+def share_settings(pipe: Any, other: Any) -> None:
+    """Give a pipeline made from another one what the user has set on that."""
+    for name in SETTINGS:
+        if name in vars(pipe):
+            setattr(other, name, vars(pipe)[name])
+
+
+def takes_eta(pipe: Any) -> bool:
+    """Whether a pipeline passes ``eta`` on to its scheduler's step."""
+    return hasattr(pipe, "prepare_extra_step_kwargs")
+
+
+def float32_parts(module: Any) -> tuple[str, ...]:
+    """Names of layers that transformers loads in float32 whatever dtype is asked for."""
+    return tuple(getattr(module, "_keep_in_fp32_modules", None) or ())

@@ -1,0 +1,269 @@
+"""Call: one call of a TiledPipeline as a value. Arguments are bound once, size and image resolved once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from inspect import signature
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
+
+from tiledcore._diffusers import device_of, share_settings
+from tiledcore.compose.pictures import resized, size_px
+from tiledcore.compose.regional import Regional, seeded_latents
+from tiledcore.compose.regions import Region
+from tiledcore.compose.stage_plan import Stages
+from tiledcore.config import Execution, TilingConfig
+from tiledcore.feature import Feature, Features, Scoped
+from tiledcore.geometry import Pair, both
+from tiledcore.hook import NetworkHook, tiled, with_fade
+from tiledcore.io.preview import Preview, Previewing
+from tiledcore.io.stream import Rows, streamed
+from tiledcore.loop.checkpoint import Checkpoint
+from tiledcore.loop.engine import Engine
+from tiledcore.loop.graph import CudaBackend, StepGraphs
+from tiledcore.memory.budget import Budget, within
+from tiledcore.memory.planner import Plan
+from tiledcore.schedulers.pull import Pull, Pulling
+from tiledcore.tiles.fade import Fade
+from tiledcore.tiles.families import network_of
+from tiledcore.utils import labelled
+from tiledcore.vae.exact import exact_bands, why_not_exact
+from tiledcore.vae.wrap import continuation, wrapped
+
+logger = logging.getLogger(__name__)
+
+# Larger images are decoded and encoded in row bands, exactly to rounding; up to here the autoencoder runs as it
+# is, bit for bit. An untiled SDXL decoder needs 24 GiB of activations at 4096x4096.
+EXACT_DECODE_PIXELS = 2048 * 2048
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a call of a TiledPipeline takes beside the wrapped pipeline's arguments; None is the pipeline's own."""
+
+    tiling: TilingConfig | None = None
+    regions: Sequence[Region] = ()
+    rows: Rows | None = None
+    checkpoint: Checkpoint | None = None
+    pull: Pull | None = None
+    stages: Stages = None
+    keep_colour: bool = False
+    preview: Preview | None = None
+
+    @classmethod
+    def of(cls, checkpoint: Any, preview: Any, regions: Any, **others: Any) -> Options:
+        """Paths become a :class:`Checkpoint` and a :class:`Preview`, which check them."""
+        if isinstance(checkpoint, str | PathLike):
+            checkpoint = Checkpoint(Path(checkpoint))
+        if isinstance(preview, str | PathLike):
+            preview = Preview(Path(preview))
+        return cls(checkpoint=checkpoint, preview=preview, regions=regions or (), **others)
+
+
+def bind(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments by name. Positional ones are those of the pipeline that the caller holds."""
+    if not args:
+        return dict(kwargs)
+    names = list(signature(type(pipe).__call__).parameters)[1:]
+    if len(args) > len(names):
+        raise TypeError(f"{type(pipe).__name__} takes {len(names)} positional arguments, and {len(args)} were given")
+    named = dict(zip(names, args, strict=False))
+    if twice := named.keys() & kwargs.keys():
+        raise TypeError(f"{min(twice)}: given by position and by name")
+    return named | kwargs
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call, resolved; :meth:`run` makes the image."""
+
+    pipe: Any
+    """The pipeline that runs: the wrapped one, or its image-to-image or inpainting sibling on the same weights."""
+    arguments: dict[str, Any]
+    """Of its call, by name."""
+    tiling: TilingConfig
+    execution: Execution
+    options: Options
+    size: Pair | None
+    """(height, width) of the image in px; None where the pipeline decides."""
+    plan: Plan | None
+
+    @classmethod
+    def resolve(
+        cls,
+        pipe: Any,
+        arguments: dict[str, Any],
+        options: Options,
+        tiling: TilingConfig,
+        execution: Execution,
+        budget: Budget | None,
+        asked: bool,
+    ) -> Call:
+        """Resolve pipeline, image, size, tiling and plan of a call.
+
+        Args:
+            pipe: the wrapped pipeline.
+            arguments: of the call, by name.
+            options: what the TiledPipeline adds.
+            tiling: of this call.
+            execution: of this call.
+            budget: of memory, or None.
+            asked: the caller chose the tiling; a plan then keeps its geometry.
+
+        Raises:
+            ValueError: names the argument that is not valid.
+        """
+        runs = sibling(pipe, arguments)
+        takes = signature(type(runs).__call__).parameters
+        if "use_resolution_binning" in takes:
+            arguments.setdefault("use_resolution_binning", False)
+        size = _with_size(runs, arguments)
+        if arguments.get("image") is not None:
+            tiling = tiling.refining()
+        plan = None
+        if budget is not None:
+            plan = budget.plan(runs, arguments, tiling if asked else None, execution)
+            tiling, execution = plan.tiling, plan.execution
+        tiling = with_fade(runs, tiling, fades=True)
+        if any(getattr(region, "seed", None) is not None for region in options.regions):
+            network, family = network_of(runs)
+            arguments["latents"] = seeded_latents(runs, family, network, arguments, options.regions, tiling.wrap)
+        if options.pull is not None and arguments.get("image") is None:
+            raise ValueError("pull: needs an image to pull to; give image= too")
+        return cls(runs, arguments, tiling, execution, options, size, plan)
+
+    def features(self, hook: NetworkHook) -> list[Feature]:
+        """What the call does beside denoising, in the order in which it is entered."""
+        pipe, options, tiling = self.pipe, self.options, self.tiling
+        network, family = network_of(pipe)
+        unit, native = family.unit(network), both(family.native(pipe, network))
+        vae, factor, wrap = getattr(pipe, "vae", None), pipe.vae_scale_factor, both(tiling.wrap)
+        found: list[Feature] = []
+        if options.preview is not None:
+            found.append(Previewing(options.preview, pipe, native, unit))
+        if options.regions:
+            found.append(Regional(pipe, network, options.regions, hook))
+        if vae is not None:
+            around = continuation(vae, wrap, factor)
+            found.append(Scoped(lambda: bounded_vae(pipe, self.size, self.plan)))
+            found.append(Scoped(lambda: streamed(pipe, options.rows, around, EXACT_DECODE_PIXELS)))
+            found.append(Scoped(lambda: wrapped(vae, wrap, factor)))
+            found.append(Scoped(lambda: labelled(vae, "decode", "decode")))
+        elif options.rows is not None or options.preview is not None:
+            raise ValueError("rows, preview: the pipeline has no vae to decode with; leave them out")
+        side = min(both(tiling.tile or native))
+        if tiling.moving is not None and tiling.moving.fade != 0:
+            width = tiling.moving.fade or max(1, min(native) * 3 // 16)
+            found.append(Fade(min(width, side / 4) / unit, wrap, asked=tiling.moving.fade is not None))
+        if options.pull is not None:
+            found.append(Pulling(options.pull, pipe.scheduler, unit, wrap, side / 16))
+        return found
+
+    @contextmanager
+    def engine(self, graphs: StepGraphs, fused: bool) -> Iterator[Engine]:
+        """For the length of a ``with`` block, the pipeline denoises as this call says."""
+        checkpoint = self.options.checkpoint
+        if not fused and checkpoint is not None:
+            raise ValueError("checkpoint: only the fused step can be resumed; leave out fused=False")
+        if graphs.backend is None and device_of(self.pipe).type == "cuda":
+            graphs.backend = CudaBackend()
+        bound = signature(type(self.pipe).__call__).bind_partial(self.pipe, **self.arguments)
+        bound.apply_defaults()
+        settings: dict[str, Any] = {"regions": [vars(region) for region in self.options.regions]}
+        settings |= {f"tiling.{name}": repr(value) for name, value in vars(self.tiling).items()}
+        with (
+            tiled(self.pipe, self.tiling, self.execution) as hook,
+            Features(self.features(hook)) as features,
+            Engine(self.pipe, dict(bound.arguments), settings, graphs, features, checkpoint, fused) as engine,
+        ):
+            hook.engine = engine
+            yield engine
+
+    def run(self, wrapper: Any, graphs: StepGraphs, fused: bool) -> Any:
+        """Make the image; ``wrapper.report`` says how."""
+        with within(wrapper, self.pipe, self.plan), self.engine(graphs, fused) as engine:
+            try:
+                return self.pipe(**self.arguments)
+            finally:
+                wrapper.report = engine.report()
+                regional = next((f for f in engine.features if isinstance(f, Regional)), None)
+                if regional is not None:
+                    wrapper.report.region_tiles = regional.tiles or None
+
+
+def sibling(pipe: Any, arguments: dict[str, Any]) -> Any:
+    """The pipeline that runs a call: with ``image``, its image-to-image or inpainting sibling on the same weights.
+
+    Raises:
+        ValueError: there is a mask and no image, or diffusers has no such sibling.
+    """
+    masked = arguments.get("mask_image") is not None
+    if arguments.get("image") is None:
+        if masked:
+            raise ValueError("mask_image: needs an image to change; give image= too")
+        return pipe
+    found = pipe
+    if masked and "mask_image" not in signature(type(pipe).__call__).parameters:
+        found = AutoPipelineForInpainting.from_pipe(pipe)
+    if "image" not in signature(type(found).__call__).parameters:
+        found = AutoPipelineForImage2Image.from_pipe(found)
+    if found is not pipe:
+        share_settings(pipe, found)
+    return found
+
+
+def _with_size(pipe: Any, arguments: dict[str, Any]) -> Pair | None:
+    """Settle image and size of a call; ``arguments`` has both afterwards, as far as the pipeline takes them.
+
+    An image without ``height`` and ``width`` keeps its own size, rounded down to what the model can make.
+    """
+    image, takes = arguments.get("image"), signature(type(pipe).__call__).parameters
+    height, width = arguments.get("height"), arguments.get("width")
+    if image is not None:
+        height, width = arguments.pop("height", None), arguments.pop("width", None)
+        own = size_px(image, pipe.vae_scale_factor)
+        if own is not None:
+            unit = size_unit(pipe)
+            height, width = height or max(unit, own[0] // unit * unit), width or max(unit, own[1] // unit * unit)
+            arguments["image"] = resized(image, (height, width), pipe.vae_scale_factor)
+        if "height" in takes:
+            arguments.update(height=height, width=width)
+    return None if height is None or width is None else (height, width)
+
+
+def size_unit(pipe: Any) -> int:
+    """What the sides of an image must be multiples of, px: the VAE's factor times a token's side."""
+    network, family = network_of(pipe)
+    return int(pipe.vae_scale_factor * family.patch(network))
+
+
+@contextmanager
+def bounded_vae(pipe: Any, size: Pair | None, plan: Plan | None = None) -> Iterator[None]:
+    """Run the VAE in exact bands where the whole image would not fit; in diffusers' tiles if bands cannot."""
+    vae = pipe.vae
+    if getattr(vae, "use_tiling", True):  # the caller's own choice, or not an autoencoder of this kind
+        yield
+        return
+    pixels = size[0] * size[1] if size else 0
+    if (reason := why_not_exact(vae, pixels)) is None:
+        larger_than, band, room = EXACT_DECODE_PIXELS, None, None
+        if plan is not None:  # which knows whether the whole image fits
+            larger_than, band, room = 2**63 if plan.vae_band is None else 0, plan.vae_band, plan.vae_room
+        with exact_bands(vae, larger_than, band, room):
+            yield
+        return
+    if pixels <= EXACT_DECODE_PIXELS:
+        yield
+        return
+    logger.warning("%d pixels: decoding in diffusers' tiles, which is approximate: %s", pixels, reason)
+    vae.enable_tiling()
+    try:
+        yield
+    finally:
+        vae.disable_tiling()

@@ -1,0 +1,353 @@
+"""Canvas mode: a network runs once over the whole canvas, and its self-attention becomes neighbour attention.
+
+The attention of a canvas then costs time and memory linear in its area, and no pixel is computed twice. Convolutions,
+cross-attention and everything else of the network stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from inspect import signature
+from typing import Any
+
+import torch
+from diffusers import (
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SanaTransformer2DModel,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
+from diffusers.models import attention_processor as diffusers_processors
+from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
+from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor
+from torch import Tensor
+
+from tiledcore import ops, validate
+from tiledcore._diffusers import TEXT_MULTIPLE, uncompiled
+from tiledcore.canvas.processors import FluxProcessor, QwenProcessor, SD3Processor, SelfProcessor, ZImageProcessor
+from tiledcore.canvas.windows import Canvas, Rotary, Windows
+from tiledcore.geometry import Pair
+from tiledcore.intercept import around_of, intercept, release
+from tiledcore.tiles.conditioning import one_image
+from tiledcore.tiles.families import FAMILIES
+
+# FLUX and Qwen-Image get 2x2 latent pixels packed into one token; their networks do not know it.
+PACKED = 2
+
+SELF = (
+    diffusers_processors.AttnProcessor,
+    diffusers_processors.AttnProcessor2_0,
+    diffusers_processors.FusedAttnProcessor2_0,
+    diffusers_processors.SlicedAttnProcessor,
+    diffusers_processors.XFormersAttnProcessor,
+)
+JOINT = (
+    diffusers_processors.JointAttnProcessor2_0,
+    diffusers_processors.FusedJointAttnProcessor2_0,
+    diffusers_processors.XFormersJointAttnProcessor,
+)
+# Text and image in one projection: these layers count as cross-attention, but attend to the whole image too.
+ADDED = (
+    diffusers_processors.AttnAddedKVProcessor,
+    diffusers_processors.AttnAddedKVProcessor2_0,
+    diffusers_processors.SlicedAttnAddedKVProcessor,
+    diffusers_processors.XFormersAttnAddedKVProcessor,
+)
+
+
+class CanvasAttention:
+    """Canvas mode of one network; made by :func:`install`.
+
+    Attributes:
+        layers: names of the attention layers that were replaced.
+        canvas: what the layers share.
+        grid: rows and columns of image tokens and latent pixels per token, where the arguments hold no values
+            from which to read them (simulated execution).
+    """
+
+    grid: tuple[Pair, int] | None = None
+
+    def __init__(
+        self,
+        network: Any,
+        tile: Pair,
+        halo: Pair,
+        wrap: tuple[bool, bool],
+        native: Pair,
+        guidance_batch: bool,
+        canvas: Canvas,
+    ) -> None:
+        self.tile, self.halo, self.wrap, self.native = tile, halo, wrap, native
+        self.guidance_batch, self.canvas = guidance_batch, canvas
+        self._network = uncompiled(network)
+        self._names = tuple(signature(type(self._network).forward).parameters)[1:]
+        found = [
+            (name, layer, _processor(self._network, canvas, name, layer)) for name, layer in _layers(self._network)
+        ]
+        self.layers = tuple(name for name, _, new in found if new is not None)
+        self._former: list[tuple[Any, Any]] = []
+        for _, layer, new in found:  # only now that none of them was refused
+            if new is not None:
+                self._former.append((layer, layer.processor))
+                layer.set_processor(new)
+
+    def restore(self) -> None:
+        """Give every layer its own processor back."""
+        for layer, processor in self._former:
+            layer.set_processor(processor)
+
+    def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        first = next((kwargs[name] for name in ("sample", "hidden_states", "x") if name in kwargs), None)
+        if first is None:
+            return call(**kwargs)  # which says what is missing
+        if self.guidance_batch or len(first) == 1:
+            return self._evaluate(call, kwargs)
+        return _stack([self._evaluate(call, one_image(kwargs, i, len(first))) for i in range(len(first))])
+
+    def _evaluate(self, call: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        grid, pixels = self.grid or _grid(self._network, kwargs)
+        self.canvas.enter(list(self._levels(grid, pixels)))
+        if (mask := kwargs.get("encoder_hidden_states_mask")) is not None and not mask.all():
+            self.canvas.text_kept = [row.nonzero()[:, 0] for row in mask.bool()]
+        if "cap_feats" in kwargs:
+            self.canvas.text_lengths = [-(-len(text) // TEXT_MULTIPLE) * TEXT_MULTIPLE for text in kwargs["cap_feats"]]
+        return call(**kwargs)
+
+    def _levels(self, grid: Pair, pixels: int) -> Iterator[Windows]:
+        """The windows of each level; sizes are rounded up, as the network's stride-2 convolutions do."""
+        levels = len(self._network.config.block_out_channels) if isinstance(self._network, UNet2DConditionModel) else 1
+        for level in range(levels):
+            factor = 2**level
+
+            def down(size: Pair, factor: int = factor * pixels) -> Pair:
+                return -(-size[0] // factor), -(-size[1] // factor)
+
+            size = (-(-grid[0] // factor), -(-grid[1] // factor))
+            yield Windows(size, down(self.tile), down(self.halo), self.wrap, down(self.native))
+
+
+class WindowPositions:
+    """Absolute positions of a :class:`PatchEmbed`, taken from a picture of the native size, over and over.
+
+    Token (y, x) gets the embedding of (y mod native, x mod native). A halo thus carries the positions that it has in
+    its own tile: they are added to the tokens once, before the first layer, and cannot differ by who looks.
+    """
+
+    def __init__(self, module: Any, native: Pair) -> None:
+        self.module, self.native = module, native
+
+    def __call__(self, call: Callable[[Tensor], Tensor], latent: Tensor) -> Tensor:
+        module = self.module
+        h, w = (n // module.patch_size for n in latent.shape[-2:])
+        native = [min(n, size) for n, size in zip(self.native, latent.shape[-2:], strict=True)]
+        if native == list(latent.shape[-2:]):
+            return call(latent)
+        tokens = module.proj(latent).flatten(2).transpose(1, 2)
+        if module.layer_norm:
+            tokens = module.norm(tokens)
+        rows, columns = native[0] // module.patch_size, native[1] // module.patch_size
+        table = self._table(module, rows, columns).to(tokens.device).unflatten(1, (rows, columns))
+        table = table[:, torch.arange(h, device=tokens.device) % rows][
+            :, :, torch.arange(w, device=tokens.device) % columns
+        ]
+        return (tokens + table.flatten(1, 2)).to(tokens.dtype)
+
+    @staticmethod
+    def _table(module: Any, rows: int, columns: int) -> Tensor:
+        """What the module itself adds to an image of so many tokens, ``[1, rows * columns, C]``."""
+        if module.pos_embed_max_size:
+            return module.cropped_pos_embed(rows * module.patch_size, columns * module.patch_size)
+        if (rows, columns) == (module.height, module.width):
+            return module.pos_embed
+        table = get_2d_sincos_pos_embed(
+            module.pos_embed.shape[-1],
+            (rows, columns),
+            base_size=module.base_size,
+            interpolation_scale=module.interpolation_scale,
+            device=module.pos_embed.device,
+            output_type="pt",
+        )
+        return table.float().unsqueeze(0)
+
+
+def install(
+    network: Any,
+    *,
+    tile: int | Pair,
+    halo: int | Pair | None = None,
+    wrap: bool | tuple[bool, bool] = False,
+    native: int | Pair | None = None,
+    guidance_batch: bool = True,
+    impl: ops.Impl | None = None,
+) -> CanvasAttention:
+    """Make a denoiser run on canvases of any size: its global self-attention becomes neighbour attention.
+
+    Every image token attends to its own tile widened by the halo (see :func:`tiledcore.ops.neighbor_attention`),
+    and to all text tokens where the network joins them. Sizes follow each layer's resolution,
+    rounded up. A canvas of one tile gives what the plain network gives. What each family needs:
+
+    - ``UNet2DConditionModel``: nothing else; cross-attention and convolutions stay.
+    - ``SD3Transformer2DModel``, ``PixArtTransformer2DModel``: absolute positions are those of a picture of the native
+      size, repeated over the canvas, so that they jump where it repeats.
+    - ``FluxTransformer2DModel``, ``QwenImageTransformer2DModel``, ``ZImageTransformer2DModel``: rotary positions, by
+      distance inside a window and by a picture of the native size against the text (see
+      :mod:`tiledcore.canvas.windows`). A window's largest distance is ``tile + halo - 1``: at most the trained one if
+      ``tile + halo <= native``. Windows of the native size, ``tile + 2 * halo == native``, also have as many keys
+      as in training: on the embedded FLUX the default's twice as wide windows drift from native samples, these hardly
+      do (``bench/modes.py``). On an axis that wraps, the halo is at most half of what the canvas is longer
+      than a tile, and tokens that windows reach across the border are computed again.
+    - ``SanaTransformer2DModel``: its self-attention is linear, so that the whole canvas costs no more per pixel than
+      a tile does: it stays global. Only absolute positions, where it has any, are treated as above.
+
+    Processors, LoRA layers and fused projections are those of the network at this time: load or fuse before.
+
+    Args:
+        network: the denoiser, compiled or not.
+        tile: size of a tile in latent pixels, or (y, x).
+        halo: latent pixels that a tile sees of its neighbours on each side, or (y, x). Default: half a tile.
+        wrap: the canvas is a torus: bool, or (along y, along x). Convolutions do not wrap.
+        native: size of the images that the network was trained on, in latent pixels, or (y, x). Default: the tile.
+        guidance_batch: evaluate the whole batch at once (both guidance branches, several images), or, to save memory,
+            one image of it after the other.
+        impl: implementation of the attention, see :mod:`tiledcore.ops`.
+
+    Returns:
+        The hook; its ``layers`` are the names of those that changed.
+
+    Raises:
+        TypeError: the network is of no such class, or one of its layers has a processor that cannot be replaced.
+        ValueError: names the argument, its value and what is valid; at the first evaluation also for an image that
+            the layers cannot place.
+    """
+    inner = uncompiled(network)
+    if not isinstance(inner, tuple(family.model for family in FAMILIES)):
+        names = ", ".join(family.model.__name__ for family in FAMILIES)
+        raise TypeError(f"network={type(inner).__name__}: canvas mode knows {names}")
+    sizes = validate.pair("tile", tile, 1)
+    halos = (sizes[0] // 2, sizes[1] // 2) if halo is None else validate.pair("halo", halo, 0)
+    natives = sizes if native is None else validate.pair("native", native, 1)
+    wraps = validate.flags("wrap", wrap)
+
+    embed = _patch_embed(inner)
+    if embed is not None:
+        _check_native(embed, natives)
+    remove(network)
+    hook = CanvasAttention(network, sizes, halos, wraps, natives, guidance_batch, Canvas(impl))
+    intercept(network, hook)
+    if embed is not None:
+        intercept(embed, WindowPositions(embed, natives))
+    return hook
+
+
+def remove(network: Any) -> None:
+    """Undo :func:`install`: the former processors are back, results are bit-identical. Without it, does nothing."""
+    hook = around_of(network, CanvasAttention)
+    if hook is None:
+        return
+    hook.restore()
+    release(network, hook)
+    embed = _patch_embed(uncompiled(network))
+    if embed is not None and (positions := around_of(embed, WindowPositions)) is not None:
+        release(embed, positions)
+
+
+def _patch_embed(network: Any) -> Any:
+    """The module that adds absolute positions, if the network has one."""
+    embed = getattr(network, "pos_embed", None) or getattr(network, "patch_embed", None)
+    return embed if isinstance(embed, PatchEmbed) and embed.pos_embed is not None else None
+
+
+def _check_native(embed: Any, native: Pair) -> None:
+    limit = (embed.pos_embed_max_size or 0) * embed.patch_size
+    if any(n % embed.patch_size or (limit and n > limit) for n in native):
+        most = f" of at most {limit}, which is what the network has positions for" if limit else ""
+        raise ValueError(f"native={native} must be multiples of the patch size {embed.patch_size}{most}")
+
+
+def _layers(network: Any) -> Iterator[tuple[str, Any]]:
+    for name, module in network.named_modules():
+        if hasattr(module, "set_processor") and hasattr(module, "processor"):
+            yield name, module
+
+
+def _processor(network: Any, canvas: Canvas, name: str, layer: Any) -> Any:
+    """What stands in for a layer's processor; None where the layer stays as it is."""
+    kind = type(layer.processor)
+    if isinstance(network, SanaTransformer2DModel):
+        return None
+    if kind not in ADDED and getattr(layer, "is_cross_attention", False):
+        return None
+    if kind in JOINT and layer.added_kv_proj_dim is not None:
+        return SD3Processor(canvas)
+    if kind in (*SELF, *JOINT) and layer.inner_kv_dim == layer.inner_dim and not layer.is_causal:
+        return SelfProcessor(canvas)
+    if kind is FluxAttnProcessor:
+        return FluxProcessor(canvas, Rotary(tuple(network.config.axes_dims_rope), network.pos_embed.theta))
+    if kind is QwenDoubleStreamAttnProcessor2_0 and not network.config.use_layer3d_rope:
+        rotary = Rotary(tuple(network.config.axes_dims_rope), network.pos_embed.theta, network.pos_embed.scale_rope)
+        return QwenProcessor(canvas, rotary)
+    if kind is ZSingleStreamAttnProcessor:
+        if name.startswith(("context_refiner", "siglip_refiner")):  # no image tokens
+            return None
+        return ZImageProcessor(canvas, Rotary(tuple(network.axes_dims), network.rope_theta))
+    raise TypeError(
+        f"{name}: {kind.__name__} cannot be replaced by neighbour attention; remove the adapter that set it "
+        f"(IP-Adapter, PAG, custom diffusion), or use tile mode"
+    )
+
+
+def _grid(network: Any, kwargs: dict[str, Any]) -> tuple[Pair, int]:
+    """Rows and columns of image tokens at the network's entrance, and latent pixels per token."""
+    if isinstance(network, UNet2DConditionModel):
+        return tuple(kwargs["sample"].shape[-2:]), 1
+    if isinstance(network, FluxTransformer2DModel):
+        return _packed_grid(kwargs["img_ids"], kwargs["hidden_states"].shape[1]), PACKED
+    if isinstance(network, QwenImageTransformer2DModel):
+        shapes = kwargs["img_shapes"][0]
+        frames, height, width = shapes[0] if isinstance(shapes, list) else shapes
+        return _checked("img_shapes", (height, width), kwargs["hidden_states"].shape[1], frames), PACKED
+    if isinstance(network, ZImageTransformer2DModel):
+        images, patch = kwargs["x"], kwargs.get("patch_size", 2)
+        if isinstance(images[0], list) or len({tuple(image.shape) for image in images}) > 1 or images[0].shape[1] != 1:
+            raise ValueError("x must be a list of latents [C, 1, H, W] of one size: canvas mode places one image")
+        return (images[0].shape[2] // patch, images[0].shape[3] // patch), patch
+    patch = network.config.patch_size
+    height, width = kwargs["hidden_states"].shape[-2:]
+    return (height // patch, width // patch), patch
+
+
+def _packed_grid(ids: Tensor, tokens: int) -> Pair:
+    """Rows and columns from the positions of FLUX's image tokens, ``[N, 3]``: (frame, y, x).
+
+    Counts the first row: pipelines hand positions over in the network's precision, and in bfloat16 those above 256
+    are rounded, but 0 and 1 are not. Reading them waits for the device, once per evaluation.
+    """
+    ids = ids[0] if ids.ndim == 3 else ids
+    first_row = (ids[:, 1] == 0).sum().reshape(1).float()
+    columns, frame, y, x = torch.cat([first_row, ids[-1].float()]).tolist()
+    grid = (tokens // max(int(columns), 1), int(columns))
+    ends = all(abs(last + 1 - n) <= n / 256 for last, n in zip((y, x), grid, strict=True))
+    return _checked("img_ids", grid if ends else (int(y) + 1, int(x) + 1), tokens, 1 + int(frame))
+
+
+def _checked(name: str, grid: Pair, tokens: int, frames: int = 1) -> Pair:
+    if frames != 1 or grid[0] * grid[1] != tokens:
+        raise ValueError(
+            f"{name} describes {frames} x {grid[0]} x {grid[1]} tokens, hidden_states has {tokens}: canvas mode places "
+            f"one image in row-major order, without reference images"
+        )
+    return grid
+
+
+def _stack(outputs: list[Any]) -> Any:
+    """One output, of the network's own class, from those of the batch's images."""
+    samples = [out[0] for out in outputs]
+    if isinstance(samples[0], list):
+        together: Any = [sample for part in samples for sample in part]
+    else:
+        together = torch.cat(samples)
+    return (together,) if isinstance(outputs[0], tuple) else type(outputs[0])(sample=together)

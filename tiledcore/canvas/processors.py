@@ -1,0 +1,304 @@
+"""diffusers attention processors in which every image token attends to its own window of the canvas.
+
+Each processor keeps the projections, norms and output layers of the one that it stands in for, and replaces
+only the attention itself. They are installed by :mod:`tiledcore.canvas.attention`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tiledcore import ops
+from tiledcore.canvas.windows import QKV, Canvas, Placed, Rotary, Windows, place, rotate
+from tiledcore.utils import label
+
+
+def attend(canvas: Canvas, windows: Windows, tokens: QKV, scale: float | None) -> Tensor:
+    """Neighbour attention of image tokens; ``[B, N, heads, D]``."""
+    with label("attention"):
+        return ops.neighbor_attention(
+            *tokens,
+            canvas=windows.canvas,
+            tile=windows.tile,
+            halo=windows.halo,
+            wrap=windows.wrap,
+            scale=scale,
+            impl=canvas.impl,
+        )
+
+
+def attend_jointly(
+    canvas: Canvas,
+    image: QKV,
+    text: QKV | None,
+    scale: float | None = None,
+    rotary: Rotary | None = None,
+    kept: list[Tensor] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over image and text tokens.
+
+    Image tokens see their window and all text. Text tokens see everything: their cost is linear in
+    the canvas as it is.
+
+    Args:
+        canvas: whose :meth:`Canvas.image` the image tokens are.
+        image: ``[B, N, heads, D]``, not rotated yet.
+        text: ``[B, T, heads, D]``, rotated relative to the image's frame.
+        scale: of the scores; None means ``D ** -0.5``.
+        rotary: how positions turn image tokens, or None.
+        kept: per image, the indices of the text tokens that count as keys; None means all.
+
+    Returns:
+        What the image and the text attended to, of their shapes.
+    """
+    placed = place(canvas, image, rotary)
+    if text is None or kept is None:
+        out = _attend_image(canvas, placed, None if text is None else (text.k, text.v), scale)
+    else:  # the op knows no mask: leave out, image by image, the text that does not count
+        rows = []
+        for b, use in enumerate(kept):
+            one = slice(b, b + 1)
+            seen = (text.k[one].index_select(1, use), text.v[one].index_select(1, use))
+            far_q = None if placed.far_q is None else placed.far_q[one]
+            row = placed._replace(near=QKV(*(t[one] for t in placed.near)), far_q=far_q)
+            rows.append(_attend_image(canvas, row, seen, scale))
+        out = torch.cat(rows)
+    if text is None:
+        return out, None
+    return out, _attend_text(text, placed.far_k, image.v, scale, kept)
+
+
+def _attend_image(canvas: Canvas, placed: Placed, text: tuple[Tensor, Tensor] | None, scale: float | None) -> Tensor:
+    """Neighbour attention of placed image tokens, which all see the text's keys and values too."""
+    keys, values = text or (None, None)
+    with label("attention"):
+        out = ops.neighbor_attention(
+            *placed.near,
+            canvas=placed.windows.canvas,
+            tile=placed.windows.tile,
+            halo=placed.windows.halo,
+            wrap=placed.windows.wrap,
+            global_q=None if text is None else placed.far_q,
+            global_k=keys,
+            global_v=values,
+            scale=scale,
+            impl=canvas.impl,
+        )
+    rows, columns = placed.inside
+    return out.unflatten(1, placed.windows.canvas)[:, rows, columns].flatten(1, 2)
+
+
+def _attend_text(text: QKV, image_k: Tensor, image_v: Tensor, scale: float | None, kept: list[Tensor] | None) -> Tensor:
+    keys, values = torch.cat([text.k, image_k], 1), torch.cat([text.v, image_v], 1)
+    mask = None
+    if kept is not None:
+        B, T = text.k.shape[:2]
+        mask = torch.ones(B, 1, 1, keys.shape[1], dtype=torch.bool, device=keys.device)
+        mask[..., :T] = False
+        for b, use in enumerate(kept):
+            mask[b, ..., use] = True
+    query, keys, values = (t.transpose(1, 2) for t in (text.q, keys, values))
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale).transpose(1, 2)
+
+
+def _heads(attn: Any, *projected: Tensor) -> tuple[Tensor, ...]:
+    """``[B, tokens, heads * D]`` to ``[B, tokens, heads, D]``, as views."""
+    return tuple(t.unflatten(-1, (attn.heads, -1)) for t in projected)
+
+
+def _project(attn: Any, x: Tensor) -> QKV:
+    """An attention layer's own projections and norms; fused ones are read in place."""
+    parts = attn.to_qkv(x).chunk(3, -1) if attn.fused_projections else (attn.to_q(x), attn.to_k(x), attn.to_v(x))
+    q, k, v = _heads(attn, *parts)
+    return QKV(_norm(attn.norm_q, q), _norm(attn.norm_k, k), v)
+
+
+def _project_text(attn: Any, x: Tensor) -> QKV:
+    if attn.fused_projections:
+        parts = attn.to_added_qkv(x).chunk(3, -1)
+    else:
+        parts = attn.add_q_proj(x), attn.add_k_proj(x), attn.add_v_proj(x)
+    q, k, v = _heads(attn, *parts)
+    return QKV(_norm(attn.norm_added_q, q), _norm(attn.norm_added_k, k), v)
+
+
+def _norm(norm: Any, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)
+
+
+def _output(attn: Any, x: Tensor) -> Tensor:
+    """The layer's output projection and dropout, on ``[B, tokens, heads, D]``."""
+    x = x.flatten(2)
+    for layer in attn.to_out:
+        x = layer(x)
+    return x
+
+
+def _no_mask(attention_mask: Tensor | None) -> None:
+    if attention_mask is not None:
+        raise ValueError(
+            f"attention_mask of shape {tuple(attention_mask.shape)}: canvas mode cannot mask image tokens; pass None"
+        )
+
+
+class SelfProcessor:
+    """Self-attention of a UNet's, PixArt's or SD 3.5's image tokens, in place of ``AttnProcessor2_0``."""
+
+    def __init__(self, canvas: Canvas) -> None:
+        self.canvas = canvas
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        _no_mask(attention_mask)
+        if encoder_hidden_states is not None:
+            raise ValueError("encoder_hidden_states: a self-attention layer of canvas mode sees image tokens alone")
+        residual = x = hidden_states
+        if attn.spatial_norm is not None:
+            x = attn.spatial_norm(x, temb)
+        if residual.ndim == 4:
+            x = x.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+        windows = self.canvas.level(x.shape[1])
+        x = _output(attn, attend(self.canvas, windows, _project(attn, x), attn.scale))
+        if residual.ndim == 4:
+            x = x.transpose(-1, -2).reshape(residual.shape)
+        if attn.residual_connection:
+            x = x + residual
+        return x / attn.rescale_output_factor
+
+
+class SD3Processor:
+    """Joint attention of image and text without rotations, in place of ``JointAttnProcessor2_0``."""
+
+    def __init__(self, canvas: Canvas) -> None:
+        self.canvas = canvas
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        _no_mask(attention_mask)
+        image, text = attend_jointly(
+            self.canvas, _project(attn, hidden_states), _project_text(attn, encoder_hidden_states), attn.scale
+        )
+        assert text is not None
+        text = text.flatten(2)
+        return _output(attn, image), text if attn.context_pre_only else attn.to_add_out(text)
+
+
+class FluxProcessor:
+    """FLUX's double-stream and single-stream attention, in place of ``FluxAttnProcessor``."""
+
+    def __init__(self, canvas: Canvas, rotary: Rotary) -> None:
+        self.canvas, self.rotary = canvas, rotary
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        _no_mask(attention_mask)
+        assert image_rotary_emb is not None
+        image = _project(attn, hidden_states)
+        if encoder_hidden_states is not None:
+            text = _project_text(attn, encoder_hidden_states)
+            count = text.k.shape[1]
+        else:  # one stream, the text first
+            h, w = self.canvas.image().canvas
+            count = hidden_states.shape[1] - h * w
+            text, image = QKV(*(t[:, :count] for t in image)), QKV(*(t[:, count:] for t in image))
+        # The network's own tables hold each angle twice. The image's frame is 0, as the text's is.
+        turns = torch.complex(*(table[:count, ::2].float() for table in image_rotary_emb)).to(hidden_states.device)
+        text = QKV(rotate(text.q, turns), rotate(text.k, turns), text.v)
+        image_out, text_out = attend_jointly(self.canvas, image, text, rotary=self.rotary)
+        assert text_out is not None
+        if encoder_hidden_states is None:
+            return torch.cat([text_out, image_out], 1).flatten(2)
+        return _output(attn, image_out), attn.to_add_out(text_out.flatten(2))
+
+
+class QwenProcessor:
+    """Qwen-Image's double-stream attention, in place of ``QwenDoubleStreamAttnProcessor2_0``."""
+
+    def __init__(self, canvas: Canvas, rotary: Rotary) -> None:
+        self.canvas, self.rotary = canvas, rotary
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        _no_mask(attention_mask)
+        text = _project_text(attn, encoder_hidden_states)
+        count, device = text.k.shape[1], text.k.device
+        # The network's own table starts behind the canvas; the text must stand behind the picture.
+        turns = self.canvas.table((device, "text", count), lambda: self.rotary.text(self.canvas.image(), count, device))
+        text = QKV(rotate(text.q, turns), rotate(text.k, turns), text.v)
+        image, text_out = attend_jointly(
+            self.canvas, _project(attn, hidden_states), text, rotary=self.rotary, kept=self.canvas.text_kept
+        )
+        assert text_out is not None
+        return _output(attn, image), attn.to_add_out(text_out.flatten(2))
+
+
+class ZImageProcessor:
+    """Z-Image's single-stream attention, in place of ``ZSingleStreamAttnProcessor``.
+
+    The image comes first; what follows (its padding to a multiple of 32 tokens, then the text) is seen by all.
+    """
+
+    def __init__(self, canvas: Canvas, rotary: Rotary) -> None:
+        self.canvas, self.rotary = canvas, rotary
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        freqs_cis: Tensor | None = None,
+    ) -> Tensor:
+        assert freqs_cis is not None
+        h, w = self.canvas.image().canvas
+        both = _project(attn, hidden_states)
+        image, text = QKV(*(t[:, : h * w] for t in both)), None
+        kept = None
+        if (others := hidden_states.shape[1] - h * w) > 0:
+            # Relative to the image's frame, which comes after the text and so depends on its length.
+            frame = freqs_cis[:, :1, : self.rotary.axes[0] // 2]
+            turns = freqs_cis[:, h * w :].clone()
+            turns[..., : frame.shape[-1]] *= frame.conj()
+            text = QKV(*(t[:, h * w :] for t in both))
+            text = QKV(rotate(text.q, turns), rotate(text.k, turns), text.v)
+            if attention_mask is not None:
+                kept = self._kept(others, hidden_states.device)
+        image_out, text_out = attend_jointly(self.canvas, image, text, rotary=self.rotary, kept=kept)
+        out = image_out if text_out is None else torch.cat([image_out, text_out], 1)
+        return _output(attn, out)
+
+    def _kept(self, others: int, device: torch.device) -> list[Tensor]:
+        """Per image, the padding of the image and its own text, without what fills the batch."""
+        lengths = self.canvas.text_lengths
+        assert lengths is not None
+        return [torch.arange(others - max(lengths) + length, device=device) for length in lengths]

@@ -1,0 +1,220 @@
+"""One canvas inside a network: each layer's windows, and rotary positions.
+
+With rotary positions (Su et al., RoFormer, 2021) a score depends on the distance of query and key alone. Inside a
+window the distances on the canvas are used as they are. Text tokens stand at one fixed place, so that their distance
+from an image token is the token's absolute position: on a large canvas it leaves what the network was trained on.
+There the canvas counts as a picture of the native size (positions scaled down linearly, aspect kept): every
+distance stays in the trained range, the text sees one picture rather than one per tile, and nothing jumps at the
+border of a tile. So image queries are rotated twice, for the image and for the text; likewise the image keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tiledcore import ops
+from tiledcore.geometry import Pair
+
+
+class QKV(NamedTuple):
+    """Queries, keys and values, ``[B, tokens, heads, D]`` each."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True)
+class Windows:
+    """One layer's canvas, in its own tokens; pairs are (y, x)."""
+
+    canvas: Pair
+    tile: Pair
+    halo: Pair
+    wrap: tuple[bool, bool]
+    native: Pair
+    """Size of the picture that positions are taken from."""
+
+    @property
+    def single(self) -> bool:
+        """Whether one tile is the whole canvas."""
+        return all(t >= n for t, n in zip(self.tile, self.canvas, strict=True))
+
+    @property
+    def shrink(self) -> float:
+        """Factor, at most 1, that scales positions on the canvas to those in a picture of the native size."""
+        return min(1.0, *((m - 1) / (n - 1) for m, n in zip(self.native, self.canvas, strict=True) if n > 1), 1.0)
+
+    def unrolled(self) -> tuple[Windows, tuple[range, range]]:
+        """This canvas with its wrapped axes cut open and continued by what their windows reach.
+
+        A rotation knows no wrap: across the border the distance of two neighbours would be the canvas' width. On
+        the unrolled canvas it is 1. The halo is cut to what no position can reach from both sides.
+
+        Returns:
+            The open canvas, and where its rows and columns lie on this one, before and after taking them
+            modulo its size.
+        """
+        axes = [_unroll(*axis) for axis in zip(self.canvas, self.tile, self.halo, self.wrap, strict=True)]
+        (rows, hy), (columns, hx) = axes
+        open_canvas = (len(rows), len(columns))
+        return Windows(open_canvas, self.tile, (hy, hx), (False, False), self.native), (rows, columns)
+
+
+def _unroll(size: int, tile: int, halo: int, wrap: bool) -> tuple[range, int]:
+    """The positions of one axis, continued on both sides if it wraps, and the halo."""
+    reach = min(halo, (size - tile) // 2)
+    if not wrap or reach <= 0:  # one tile is the whole axis, or no tile leaves its own
+        return range(size), halo
+    front = -(-reach // tile) * tile  # whole tiles, so that the partition stays where it is
+    last = (size - 1) // tile * tile
+    return range(-front, last + tile + reach), reach
+
+
+@dataclass
+class Canvas:
+    """What all layers share: the settings, and the canvas of the evaluation that is running."""
+
+    impl: ops.Impl | None
+    windows: dict[int, Windows] = field(default_factory=dict)
+    """Per level, by the number of its tokens."""
+    text_lengths: list[int] | None = None
+    """Per image, how many of the padded text tokens count, where this differs."""
+    text_kept: list[Tensor] | None = None
+    """Per image, the indices of the text tokens that count, where not all do."""
+    tables: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+    """Rotations of this canvas' tokens, shared by all layers and steps."""
+
+    def enter(self, windows: list[Windows]) -> None:
+        """Start an evaluation on these levels, the finest first."""
+        levels = {w.canvas[0] * w.canvas[1]: w for w in windows}
+        if levels != self.windows:
+            self.windows = levels
+            self.tables = {}
+        self.text_lengths = self.text_kept = None
+
+    def state(self) -> tuple[Any, ...]:
+        """What belongs to the evaluation that is running, for :meth:`restore`."""
+        return self.windows, self.text_lengths, self.text_kept, self.tables
+
+    def restore(self, state: tuple[Any, ...]) -> None:
+        self.windows, self.text_lengths, self.text_kept, self.tables = state
+
+    def level(self, tokens: int) -> Windows:
+        """The level with so many tokens: each has fewer than the one above it, so there is only one."""
+        if tokens not in self.windows:
+            sizes = ", ".join("{}x{}".format(*w.canvas) for w in self.windows.values())
+            raise ValueError(
+                f"hidden_states has {tokens} image tokens, but the levels of this canvas are {sizes or 'not known yet'}"
+            )
+        return self.windows[tokens]
+
+    def image(self) -> Windows:
+        """The only level of a transformer."""
+        if len(self.windows) != 1:
+            raise RuntimeError("the layer was called outside of its network's forward, so that its canvas is unknown")
+        return next(iter(self.windows.values()))
+
+    def table(self, key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
+        if key not in self.tables:
+            self.tables[key] = make()
+        return self.tables[key]
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary positions over (frame, y, x): pair i of an axis' d channels turns by ``position * theta**(-2i/d)``."""
+
+    axes: tuple[int, int, int]
+    """Channels of each head that belong to frame, y and x."""
+    theta: float
+    centred: bool = False
+    """Whether the middle of the image has position 0, rather than its first token."""
+
+    def turns(self, axis: int, positions: Tensor) -> Tensor:
+        """``[n, d/2]`` complex64 for ``n`` positions; float64 inside, since phases grow with the canvas."""
+        d = self.axes[axis]
+        speed = self.theta ** (-torch.arange(0, d, 2, dtype=torch.float64, device=positions.device) / d)
+        phase = torch.outer(positions.double(), speed)
+        return torch.polar(torch.ones_like(phase), phase).to(torch.complex64)
+
+    def grid(self, ys: Tensor, xs: Tensor) -> Tensor:
+        """``[len(ys) * len(xs), D/2]`` of image tokens.
+
+        The frame does not turn them. Among them it is always the same; the text's frame is taken
+        relative to the image's.
+        """
+        rows, columns = self.turns(1, ys), self.turns(2, xs)
+        still = rows.new_ones(1, 1, self.axes[0] // 2)
+        shape = (len(ys), len(xs), -1)
+        parts = [still.expand(shape), rows[:, None].expand(shape), columns[None].expand(shape)]
+        return torch.cat(parts, -1).flatten(0, 1)
+
+    def origin(self, windows: Windows) -> tuple[Pair, Pair]:
+        """Size of the canvas as a picture of the native size, and the position of its first token."""
+        size = [round((n - 1) * windows.shrink) + 1 for n in windows.canvas]
+        first = [n // 2 - n if self.centred else 0 for n in size]
+        return (size[0], size[1]), (first[0], first[1])
+
+    def picture(self, windows: Windows, ys: Tensor, xs: Tensor) -> Tensor:
+        """As :meth:`grid`, of canvas positions scaled to the native size."""
+        _, (top, left) = self.origin(windows)
+        return self.grid(top + ys * windows.shrink, left + xs * windows.shrink)
+
+    def text(self, windows: Windows, count: int, device: torch.device) -> Tensor:
+        """``[count, D/2]`` of text tokens that stand on the diagonal behind the picture (Qwen-Image)."""
+        size, _ = self.origin(windows)
+        positions = torch.arange(count, device=device) + max(n // 2 for n in size)
+        return torch.cat([self.turns(axis, positions) for axis in range(3)], -1)
+
+
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn channel pairs (2i, 2i + 1) of ``[B, N, heads, D]`` by ``[N, D/2]`` or ``[B, N, D/2]`` complex."""
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * turns.unsqueeze(-2)).flatten(-2).type_as(x)
+
+
+class Placed(NamedTuple):
+    """Image tokens where their layer's windows are."""
+
+    windows: Windows
+    near: QKV
+    """Rotated by their positions on the canvas; unrolled where that wraps."""
+    far_q: Tensor | None
+    """Rotated and unrolled queries for the global keys; None where those of ``near`` are the same."""
+    far_k: Tensor
+    """Keys for the text's queries, ``[B, N, heads, D]``."""
+    inside: tuple[slice, slice]
+    """Rows and columns of the canvas itself on ``windows.canvas``."""
+
+
+def place(canvas: Canvas, image: QKV, rotary: Rotary | None) -> Placed:
+    """Rotate image tokens, if their network does, for each kind of key that they meet."""
+    windows = canvas.image()
+    whole = (slice(None), slice(None))
+    if rotary is None:
+        return Placed(windows, image, None, image.k, whole)
+    device = image.q.device
+    rows, columns = (torch.arange(n, device=device) for n in windows.canvas)
+    picture = canvas.table((device, "picture"), lambda: rotary.picture(windows, rows, columns))
+    far_q, far_k = rotate(image.q, picture), rotate(image.k, picture)
+    flat, ranges = windows.unrolled()
+    rolled = flat.canvas != windows.canvas
+    if not rolled and windows.shrink == 1:
+        return Placed(flat, QKV(far_q, far_k, image.v), None, far_k, whole)
+    rows, columns = (torch.tensor(r, device=device) for r in ranges)
+    spread = canvas.table((device, "canvas"), lambda: rotary.grid(rows, columns))
+    inside = whole
+    if rolled:
+        h, w = windows.canvas
+        at = (rows[:, None] % h * w + columns % w).flatten()
+        image = QKV(*(t.index_select(1, at) for t in image))
+        far_q = far_q.index_select(1, at)
+        inside = (slice(-ranges[0].start, h - ranges[0].start), slice(-ranges[1].start, w - ranges[1].start))
+    near = QKV(rotate(image.q, spread), rotate(image.k, spread), image.v)
+    return Placed(flat, near, far_q, far_k, inside)

@@ -1,0 +1,243 @@
+"""The ``view`` command: a page on this machine that shows a picture of any size, its tiles, regions and settings.
+
+The page and its tiles come from a small server on the loopback interface. Leaflet, which draws them, is installed with
+the ``viewer`` extra; nothing is fetched from anywhere else, and the page's content security policy says so, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+import threading
+import webbrowser
+from collections.abc import Callable
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from tiledcore.cli.request import CommandError, read_image
+from tiledcore.io.deepzoom import Levels
+from tiledcore.io.images import read_metadata, readable
+from tiledcore.io.writers import TILE
+
+ADDRESS = "127.0.0.1"
+TILE_PATH = re.compile(r"/tiles/(\d{1,2})/(\d{1,7})/(\d{1,7})\.png")
+# A page elsewhere that has its own name resolved to this address would send that name.
+HOST = re.compile(r"(127\.0\.0\.1|localhost)(:\d{1,5})?")
+POLICY = (
+    "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data:; connect-src 'self'"
+)
+# Shown in places of their own.
+SEPARATE = ("prompt", "negative_prompt", "regions", "tiling", "lines_y", "lines_x")
+
+
+def add_arguments(parser: argparse.ArgumentParser, integer: Callable[..., Any]) -> None:
+    parser.add_argument("file", type=Path, help="a picture: a TIFF of any size, or what fits into memory")
+    parser.add_argument(
+        "--port", type=integer(0, 65535), default=0, metavar="N", help="on 127.0.0.1; default: any that is free"
+    )
+    parser.add_argument("--no-browser", action="store_true", help="only print the address")
+    parser.set_defaults(command=view)
+
+
+def view(args: argparse.Namespace) -> None:
+    """Serve the page until it is interrupted."""
+    leaflet = leaflet_files()
+    metadata = read_image(read_metadata, args.file)
+    with read_image(Levels, args.file) as levels:
+        try:
+            server = Server(levels, describe(args.file.name, levels, metadata), leaflet, args.port)
+        except OSError as error:
+            raise CommandError(f"--port {args.port}: {error.strerror or error}") from error
+        width, height = levels.sizes[0]
+        settings = "" if metadata else ", without tiledcore settings: no tiles or regions to show"
+        print(f"{args.file}: {width}x{height}{settings}", flush=True)
+        print(f"{server.url} (Ctrl-C ends it)", flush=True)
+        if not args.no_browser:  # in a thread, for a browser in the terminal keeps its caller until it is closed
+            threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            server.server_close()
+
+
+def leaflet_files() -> dict[str, bytes]:
+    """Leaflet's script and style sheet, from the ``viewer`` extra.
+
+    Raises:
+        CommandError: it is not installed.
+    """
+    try:
+        folder = files("xstatic.pkg.leaflet") / "data"
+        return {name: (folder / name).read_bytes() for name in ("leaflet.js", "leaflet.css")}
+    except (ModuleNotFoundError, FileNotFoundError) as error:
+        raise CommandError("view: Leaflet is not installed: pip install tiledcore[viewer]") from error
+
+
+# ----------------------------------------------------------------------------- what the page shows
+
+
+def describe(name: str, levels: Levels, metadata: dict[str, Any] | None) -> dict[str, Any]:
+    """All that the page needs to know of a picture.
+
+    Args:
+        name: of the file.
+        levels: of the picture.
+        metadata: as ``generate`` stores it. The file may be anyone's: what is not as expected is left out.
+
+    Returns:
+        JSON: ``sizes`` of all levels; ``texts``, pairs of a title and a text; ``tables``, pairs of a title and rows of
+        two texts; ``lines`` on which tiles meet, in pixels along x and y; ``regions``, each with its ``prompt``,
+        ``details``, its ``areas`` as (left, top, right, bottom) in pixels, and whether it has a ``mask``.
+    """
+    size = levels.sizes[0]
+    page: dict[str, Any] = {"name": name, "sizes": levels.sizes, "tile": TILE, "note": None}
+    page |= {"texts": [], "tables": [], "lines": {"x": [], "y": []}, "regions": []}
+    if not metadata:
+        return page | {"note": "This file holds no tiledcore settings: there are no tiles and regions to show."}
+    tiling = metadata.get("tiling")
+    tiling = tiling if isinstance(tiling, dict) else {}
+    for key in ("prompt", "negative_prompt"):
+        if isinstance(metadata.get(key), str):
+            page["texts"].append([key.replace("_", " "), metadata[key]])
+    for title, settings in (("settings", metadata), ("tiling", tiling)):
+        rows = [[k.replace("_", " "), readable(k, v)] for k, v in settings.items() if k not in SEPARATE]
+        page["tables"].append([title, rows])
+    if metadata.get("size") != list(size):
+        return page | {"note": "The picture is not of the size that its settings name: tiles and regions are left out."}
+    page["lines"] = {axis: _integers(tiling.get(f"lines_{axis}")) for axis in "xy"}
+    wrap = tiling.get("wrap")
+    y, x = wrap if isinstance(wrap, list) and len(wrap) == 2 else (False, False)
+    regions = metadata.get("regions")
+    for region in regions if isinstance(regions, list) else []:
+        if isinstance(region, dict) and isinstance(region.get("prompt"), str):
+            box = _integers(region.get("box", region.get("bounds")))
+            details = [
+                [key, readable(key, region[key])] for key in ("mask", "weight", "feather", "seed") if key in region
+            ]
+            areas = areas_of(box, size, (y is True, x is True)) if len(box) == 4 else []
+            page["regions"].append(
+                {"prompt": region["prompt"], "details": details, "areas": areas, "mask": "mask" in region}
+            )
+    return page
+
+
+def areas_of(box: list[int], size: tuple[int, int], wrap: tuple[bool, bool]) -> list[list[int]]:
+    """A box as rectangles inside of a picture; one that goes on at the other side of a wrapped axis is several.
+
+    Args:
+        box: left, top, right, bottom.
+        size: width and height.
+        wrap: along y, along x.
+    """
+
+    def parts(low: int, high: int, length: int, wraps: bool) -> list[tuple[int, int]]:
+        found = [(max(low, 0), min(high, length))]
+        if wraps and high > length:
+            found.append((0, min(high - length, length)))
+        return [(start, stop) for start, stop in found if start < stop]
+
+    left, top, right, bottom = box
+    return [
+        [x0, y0, x1, y1]
+        for y0, y1 in parts(top, bottom, size[1], wrap[0])
+        for x0, x1 in parts(left, right, size[0], wrap[1])
+    ]
+
+
+def _integers(value: Any) -> list[int]:
+    """The list, or an empty one where it is not one of integers that JavaScript can hold."""
+    valid = isinstance(value, list) and all(type(n) is int and abs(n) < 2**53 for n in value)
+    return value if valid else []
+
+
+# ----------------------------------------------------------------------------- server
+
+
+class Server(ThreadingHTTPServer):
+    """Serves one picture, on the loopback interface only.
+
+    Args:
+        levels: of the picture.
+        page: from :func:`describe`.
+        leaflet: from :func:`leaflet_files`.
+        port: 0 for any that is free.
+
+    Raises:
+        OSError: the port cannot be had.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, levels: Levels, page: dict[str, Any], leaflet: dict[str, bytes], port: int = 0) -> None:
+        self.levels = levels
+        html = (files("tiledcore.cli") / "view.html").read_bytes()
+        # All there is but the tiles, by its path: nothing is ever looked up in a folder.
+        self.contents = {
+            "/": ("text/html; charset=utf-8", html),
+            "/picture.json": ("application/json", json.dumps(page).encode()),
+            "/leaflet.js": ("text/javascript; charset=utf-8", leaflet["leaflet.js"]),
+            "/leaflet.css": ("text/css; charset=utf-8", leaflet["leaflet.css"]),
+        }
+        super().__init__((ADDRESS, port), Handler)
+
+    @property
+    def url(self) -> str:
+        return f"http://{ADDRESS}:{self.server_address[1]}/"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that is closed while it reads is no error to report."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+    protocol_version = "HTTP/1.1"
+    timeout = 60
+
+    def do_GET(self) -> None:  # the name that http.server looks for
+        path = self.path.partition("?")[0]
+        if HOST.fullmatch(self.headers.get("Host", "")) is None:
+            self._answer(HTTPStatus.FORBIDDEN, "text/plain", b"only as 127.0.0.1 or localhost\n")
+        elif path in self.server.contents:
+            self._answer(HTTPStatus.OK, *self.server.contents[path])
+        elif (match := TILE_PATH.fullmatch(path)) is not None:
+            self._tile(*map(int, match.groups()))
+        else:
+            self._answer(HTTPStatus.NOT_FOUND, "text/plain", b"there is no such page\n")
+
+    def _tile(self, level: int, x: int, y: int) -> None:
+        try:
+            pixels = self.server.levels.tile(level, x, y)
+        except IndexError as error:
+            self._answer(HTTPStatus.NOT_FOUND, "text/plain", f"{error}\n".encode())
+            return
+        except (OSError, ValueError) as error:
+            self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, "text/plain", f"{error}\n".encode())
+            return
+        file = io.BytesIO()
+        # Without loss, for whoever looks for seams; packed quickly, for it does not go far.
+        Image.fromarray(pixels).save(file, format="PNG", compress_level=1)
+        self._answer(HTTPStatus.OK, "image/png", file.getvalue())
+
+    def _answer(self, status: HTTPStatus, kind: str, content: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        # Another picture may be at this address next time.
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("Content-Security-Policy", POLICY)
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Not a line for every tile."""

@@ -1,0 +1,1 @@
+"""What makes one picture of many parts: stages, regions, wrapped canvases, connected sets."""

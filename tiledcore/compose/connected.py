@@ -1,0 +1,263 @@
+"""Sets of images whose edges fit: self, one-to-one and many-to-many, after Tiled Diffusion
+(Madar and Fried, 2025).
+
+All images are denoised together. Before every evaluation each canvas is continued past its sides by strips of the
+images that lie there, and what was added is cut off the prediction: a pixel at an edge is predicted in the sight of
+its neighbours on both sides. Where several images may lie beyond a side, each step draws one of them, so that over
+the steps a side sees them all; and since all of them must then look alike at that edge, the sides of such a
+group share one strip of latents: same noise at the start, same prediction in every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tiledcore import ops
+from tiledcore.config import Execution, Motion, TilingConfig
+from tiledcore.geometry import Pair
+from tiledcore.tiles.denoiser import Prediction, TileDenoiser
+from tiledcore.tiles.families import network_of
+from tiledcore.utils import replaced
+from tiledcore.vae.wrap import decoder_reach
+
+SHARED = 5
+"""Latent pixels of the strip that the sides of a group have in common; the paper's width."""
+
+Partners = dict[str, tuple[list[int], list[int]]]
+"""Per axis: for each image, which one lies before it (left, above) and which behind it (right, below)."""
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Edges that fit: of ``before``, every right (bottom) side continues in every left (top) side of ``behind``.
+
+    Args:
+        axis: ``"x"``: the images lie side by side; ``"y"``: one above the other.
+        before: numbers of the images on the left (above).
+        behind: numbers of the images on the right (below). An image may be on both sides, as one that continues
+            in itself: ``Joint("x", (0,), (0,))``.
+    """
+
+    axis: Literal["x", "y"]
+    before: tuple[int, ...]
+    behind: tuple[int, ...]
+
+
+class CanvasGraph:
+    """Which edges of a set of equally large images fit.
+
+    Args:
+        images: how many there are.
+        joints: each side is in one joint at most. On an axis with joints every image has one on both sides.
+
+    Raises:
+        ValueError: names the argument, its value and what is valid.
+    """
+
+    def __init__(self, images: int, joints: Sequence[Joint]) -> None:
+        if images < 1:
+            raise ValueError(f"images={images}: must be at least 1")
+        if not joints:
+            raise ValueError("joints: must be at least one Joint")
+        self.images, self.joints = images, tuple(joints)
+        for joint in joints:
+            numbers = (*joint.before, *joint.behind)
+            if joint.axis not in ("x", "y"):
+                raise ValueError(f"axis={joint.axis!r}: must be x or y")
+            if not joint.before or not joint.behind or any(not 0 <= i < images for i in numbers):
+                raise ValueError(f"{joint}: needs images on both sides, numbered from 0 to {images - 1}")
+        for axis in self.axes:
+            for name in ("before", "behind"):
+                used = sorted(i for joint in joints if joint.axis == axis for i in getattr(joint, name))
+                if used != list(range(images)):
+                    raise ValueError(f"joints: along {axis}, {name} has images {used}, and must have each of them once")
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Those that have joints."""
+        return tuple(axis for axis in ("y", "x") if any(joint.axis == axis for joint in self.joints))
+
+    def partners(self, random: Random | None) -> Partners:
+        """A neighbour for each side: drawn, or, without a generator, itself where it may, else the first."""
+        found: Partners = {axis: ([0] * self.images, [0] * self.images) for axis in self.axes}
+        for joint in self.joints:
+            before, behind = found[joint.axis]
+            for sides, others, neighbours in (
+                (joint.behind, joint.before, before),
+                (joint.before, joint.behind, behind),
+            ):
+                for i in sides:
+                    # random() is the one method whose values Python promises to keep between versions.
+                    at = int(random.random() * len(others)) if random else others.index(i) if i in others else 0
+                    neighbours[i] = others[at]
+        return found
+
+    def pad(self, canvases: Tensor, reach: Pair, partners: Partners) -> Tensor:
+        """Continue each canvas ``[k * images, C, H, W]`` by ``reach`` (y, x) on the sides of the axes with joints."""
+        groups = canvases.unflatten(0, (-1, self.images))
+        for axis in ("x", "y"):
+            if axis not in partners:
+                continue
+            d, n = (-2, reach[0]) if axis == "y" else (-1, reach[1])
+            before, behind = partners[axis]
+            size = groups.shape[d]
+            ends = (groups[:, before].narrow(d, size - n, n), groups[:, behind].narrow(d, 0, n))
+            groups = torch.cat([ends[0], groups, ends[1]], d)
+        return groups.flatten(0, 1)
+
+    def crop(self, canvases: Tensor, reach: Pair) -> Tensor:
+        """Cut off what :meth:`pad` added, of lengths in its own pixels."""
+        y, x = (n if axis in self.axes else 0 for axis, n in zip("yx", reach, strict=True))
+        return canvases[..., y : canvases.shape[-2] - y, x : canvases.shape[-1] - x]
+
+    def share(self, canvases: Tensor, width: int, random: Random) -> Tensor:
+        """Give the sides of each group one strip: that of one of them, drawn. In corners the last axis rules."""
+        groups = canvases.unflatten(0, (-1, self.images)).clone()
+        for joint in self.joints:
+            d = -2 if joint.axis == "y" else -1
+            size = groups.shape[d]
+            for sides, start in ((joint.before, size - width), (joint.behind, 0)):
+                if len(sides) > 1:
+                    chosen = groups[:, sides[int(random.random() * len(sides))]].narrow(d, start, width).clone()
+                    for i in sides:
+                        groups[:, i].narrow(d, start, width).copy_(chosen)
+        return groups.flatten(0, 1)
+
+
+class ConnectedDenoiser(TileDenoiser):
+    """A :class:`TileDenoiser` whose batch are the images of a :class:`CanvasGraph`; ``reach`` in canvas pixels."""
+
+    graph: CanvasGraph
+    reach: Pair
+
+    def place(self, size: Pair, timestep: Tensor | float, device: torch.device) -> bool:
+        y, x = (2 * n if axis in self.graph.axes else 0 for axis, n in zip("yx", self.reach, strict=True))
+        return super().place((size[0] + y, size[1] + x), timestep, device)
+
+    def evaluate(
+        self, forward: Callable[..., Any], sample: Tensor, timestep: Tensor | float, **kwargs: Any
+    ) -> Prediction:
+        # By the timestep, so that both guidance branches of a step see the same neighbours.
+        step = round(1000 * float(torch.as_tensor(timestep).flatten()[0]))
+        random = Random(f"connected/{(self.config.moving or Motion()).seed}/{step}")
+        padded = self.graph.pad(sample, self.reach, self.graph.partners(random))
+        tiles, offsets, size, ramp = super().evaluate(forward, padded, timestep, **kwargs)
+        if len(offsets) > 1:
+            tiles = ops.blend_tiles(
+                tiles, offsets, size, window=self.config.window, ramp=ramp, impl=self.execution.impl
+            )
+        return self.whole(self.graph.share(self.graph.crop(tiles, self.reach), -(-SHARED // self.unit), random))
+
+
+def connected(
+    pipe: Any,
+    prompts: Sequence[str],
+    joints: Sequence[Joint],
+    *,
+    height: int,
+    width: int,
+    seed: int = 0,
+    context: int | None = None,
+    tiling: TilingConfig | None = None,
+    **call: Any,
+) -> list[Any]:
+    """Make a set of images whose edges fit.
+
+    Args:
+        pipe: a text-to-image pipeline, or a ``TiledPipeline``. Its own loop and its scheduler's own step run. With a
+            scheduler that draws noise in each step, sides of a group no longer share their strip.
+        prompts: of the images.
+        joints: their edges, see :class:`CanvasGraph`.
+        height: of each image, in image pixels.
+        width: the same.
+        seed: of the noise; image i has ``seed + i``.
+        context: latent pixels that an image sees of its neighbours; at most a side. Default: a quarter of the tile.
+        tiling: how each image is cut into tiles; without wrap, since joints are what wraps.
+        call: other arguments of the pipeline.
+
+    Returns:
+        The images, as the pipeline returns them.
+
+    Raises:
+        ValueError: names the argument, its value and what is valid.
+        TypeError: the pipeline cannot be tiled.
+    """
+    from tiledcore.compose.regional import as_latents, draw_noise
+    from tiledcore.hook import default_tiling, tiled, with_fade
+
+    tiling = tiling or getattr(pipe, "tiling", None)
+    pipe = getattr(pipe, "pipe", pipe)
+    tiling = tiling or default_tiling(pipe)
+    graph = CanvasGraph(len(prompts), joints)
+    if tiling.mode != "tiles" or tiling.wrap not in (False, (False, False)):
+        raise ValueError(
+            f"tiling: mode={tiling.mode!r}, wrap={tiling.wrap}: connected images need mode='tiles', no wrap"
+        )
+    network, family = network_of(pipe)
+    factor, native = pipe.vae_scale_factor, family.native(pipe, network)
+    tile = tiling.tile or native
+    smallest = tile if isinstance(tile, int) else min(tile)
+    unit = family.unit(network)
+    context = smallest // 4 // unit * unit if context is None else context
+    if context < unit or context % unit or context * factor > min(height, width):
+        raise ValueError(
+            f"context={context}: must be a multiple of {unit} from {unit} to {min(height, width) // factor}"
+        )
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    call |= {"prompt": list(prompts), "height": height, "width": width, "generator": generators}
+    noise = draw_noise(pipe, family, network, call)
+    call["latents"] = as_latents(
+        pipe, family, graph.share(noise, -(-SHARED // unit) * unit, Random(f"connected/{seed}"))
+    )
+    tiling = with_fade(pipe, tiling, fades=False)
+    with tiled(pipe, tiling) as hook, _connected_decoder(pipe.vae, graph, factor):
+        denoiser = ConnectedDenoiser(tiling, Execution(), native, factor, family.patch(network), unit)
+        denoiser.graph, denoiser.reach = graph, (context // unit, context // unit)
+        hook.denoiser = denoiser
+        return list(pipe(**call).images)
+
+
+@contextmanager
+def _connected_decoder(vae: Any, graph: CanvasGraph, factor: int) -> Iterator[None]:
+    """``vae.decode`` sees each image continued by its neighbours, as :func:`tiledcore.vae.wrap.wrapped` does.
+
+    The images of a set are normalised by the statistics of all of them: by its own, each would have another tone, and
+    that would step at the joints.
+    """
+    decode, partners = vae.decode, graph.partners(None)
+
+    def decode_connected(z: Tensor, *args: Any, **kwargs: Any) -> Any:
+        y, x = (min(decoder_reach(vae), n) for n in z.shape[-2:])
+        with _shared_statistics(vae):
+            output = decode(graph.pad(z, (y, x), partners), *args, **kwargs)
+        if isinstance(output, tuple):
+            return (graph.crop(output[0], (y * factor, x * factor)), *output[1:])
+        return type(output)(sample=graph.crop(output.sample, (y * factor, x * factor)))
+
+    with replaced(vae, decode=decode_connected):
+        yield
+
+
+@contextmanager
+def _shared_statistics(network: torch.nn.Module) -> Iterator[None]:
+    """Every GroupNorm takes its statistics over the whole batch, as if the images were one."""
+
+    def shared(norm: torch.nn.GroupNorm, x: Tensor) -> Tensor:
+        one = x.transpose(0, 1).flatten(1)[None]  # [1, C, N * pixels]
+        out = F.group_norm(one, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        return out[0].unflatten(1, (len(x), *x.shape[2:])).transpose(0, 1)
+
+    with ExitStack() as norms:
+        for module in network.modules():
+            if type(module) is torch.nn.GroupNorm:
+                norms.enter_context(replaced(module, forward=partial(shared, module)))
+        yield

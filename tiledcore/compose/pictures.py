@@ -1,0 +1,120 @@
+"""Pictures as tensors, and the colours of one given to another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from tiledcore.io.images import to_rgb
+from tiledcore.schedulers.pull import low_pass, low_pass_matrix
+
+COLOUR_GRID = 256
+"""Longest side at which the low frequencies are compared: they hold nothing that a finer grid would show."""
+
+
+def to_tensor(image: Any) -> Tensor:
+    """A picture as ``[B, 3, H, W]``, float32 in 0..1.
+
+    Args:
+        image: PIL, a list of PIL images of one size, an array ``[B, H, W, 3]`` or ``[H, W, 3]`` (uint8, or floating in
+            0..1), or a tensor ``[B, 3, H, W]`` or ``[3, H, W]`` in 0..1.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if isinstance(image, list | tuple) and len({getattr(one, "size", None) for one in image}) == 1:
+        return torch.cat([to_tensor(one) for one in image])
+    if isinstance(image, Image.Image):
+        image = np.asarray(image.convert("RGB"))
+    if isinstance(image, np.ndarray):
+        pixels = torch.from_numpy(np.ascontiguousarray(image))
+        image = (pixels if image.ndim == 4 else pixels[None]).movedim(-1, 1)
+        image = image.float() / 255 if image.dtype == torch.uint8 else image
+    if isinstance(image, Tensor) and image.ndim in (3, 4):
+        image = image if image.ndim == 4 else image[None]
+        if image.shape[1] == 3 and image.is_floating_point():
+            return image.float().clamp(0, 1)
+    shape = f" of shape {tuple(image.shape)}" if isinstance(image, Tensor) else ""
+    raise ValueError(f"image={type(image).__name__}{shape}: must be RGB: PIL, or a tensor [B, 3, H, W] in 0..1")
+
+
+def size_px(image: Any, factor: int) -> tuple[int, int] | None:
+    """(height, width) in pixels of what a pipeline starts from; None where it tells none.
+
+    Args:
+        image: PIL, an array ``[B, H, W, 3]`` or ``[H, W, 3]``, a tensor ``[B, 3, H, W]`` or ``[3, H, W]``, latents (a
+            tensor with other channels), or a list of them.
+        factor: image pixels per latent pixel.
+    """
+    if isinstance(image, list | tuple) and image:
+        return size_px(image[0], factor)
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    if isinstance(image, np.ndarray) and image.ndim in (3, 4):
+        return image.shape[-3], image.shape[-2]
+    if isinstance(image, Tensor) and image.ndim >= 3:
+        unit = 1 if _is_pixels(image) else factor
+        return unit * image.shape[-2], unit * image.shape[-1]
+    return None
+
+
+def _is_pixels(image: Tensor) -> bool:
+    return image.shape[-3] == 3
+
+
+def resized(image: Any, size: tuple[int, int], factor: int) -> Any:
+    """The same picture, in the same form, at (height, width) px; latents stay as they are.
+
+    Pictures of PIL become RGB and are resized by Lanczos, arrays and tensors bicubic.
+    """
+    if isinstance(image, list | tuple):
+        return [resized(one, size, factor) for one in image]
+    if isinstance(image, Image.Image):
+        image = to_rgb(image)
+        return image if image.size == size[::-1] else image.resize(size[::-1], Image.Resampling.LANCZOS)
+    if size_px(image, factor) == size or not isinstance(image, np.ndarray | Tensor):
+        return image
+    if isinstance(image, np.ndarray):
+        pixels = torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, -3)
+        made = resized(pixels.float(), size, factor).movedim(-3, -1).numpy()
+        return made.round().astype(np.uint8) if image.dtype == np.uint8 else made.astype(image.dtype)
+    if not _is_pixels(image):
+        return image
+    batch = image if image.ndim == 4 else image[None]
+    made = F.interpolate(batch.float(), size, mode="bicubic", antialias=True)
+    made = made.clamp(float(image.min()), float(image.max())).to(image.dtype)
+    return made if image.ndim == 4 else made[0]
+
+
+def match_colour(images: Any, source: Tensor, cycles: float = 4.0, wrap: tuple[bool, bool] = (False, False)) -> Any:
+    """Pictures with the low frequencies of another one: ``image + LowPass(source - image)``, clipped to 0..1.
+
+    Args:
+        images: list of PIL images, array ``[B, H, W, 3]`` or tensor ``[B, 3, H, W]``, as pipelines return them.
+        source: ``[B, 3, h, w]`` or ``[1, 3, h, w]`` in 0..1, of any size; seen at the pictures' size.
+        cycles: per shorter side, at which the Gaussian low-pass takes half of the amplitude.
+        wrap: axes (y, x) that are circles.
+
+    Returns:
+        The same form as ``images``.
+    """
+    pixels = to_tensor(images)
+    height, width = pixels.shape[2:]
+    scale = min(1.0, COLOUR_GRID / max(height, width))
+    grid = (max(1, round(height * scale)), max(1, round(width * scale)))
+    small, wanted = (F.interpolate(x.to(pixels.device), grid, mode="area") for x in (pixels, source))
+    sigma = 0.1874 * min(grid) / cycles  # exp(-2 (pi sigma f)^2) = 1/2
+    filters = [low_pass_matrix(n, sigma, w).to(small) for n, w in zip(grid, wrap, strict=True)]
+    change = F.interpolate(low_pass(wanted - small, *filters), (height, width), mode="bilinear")
+    matched = pixels.add_(change).clamp_(0, 1)
+    if isinstance(images, Tensor):
+        return matched.to(images.dtype)
+    array = matched.movedim(1, -1).cpu().numpy()
+    if isinstance(images, np.ndarray):
+        return array
+    return [Image.fromarray((one * 255).round().astype(np.uint8)) for one in array]

@@ -1,0 +1,315 @@
+"""Regions: parts of the canvas with a prompt of their own, as the caller describes them.
+
+Lengths are image pixels here. What they become on a canvas, the share that each prompt has in each canvas pixel, is
+:func:`region_weights`; who uses it is :mod:`tiledcore.compose.regional`.
+
+Several prompts on one canvas whose predictions are blended: Bar-Tal et al., MultiDiffusion, 2023, section 4.2;
+Jimenez, Mixture of Diffusers, 2023.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from tiledcore.geometry import Pair
+from tiledcore.io.images import load_image
+
+FEATHER = 32
+KEYS = ("prompt", "box", "mask", "weight", "feather", "seed")
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """A part of the canvas with its own prompt.
+
+    Inside it the region's prompt replaces the global one (``weight`` 1) or is mixed with it (below 1). Where regions
+    overlap they share in proportion to their weights.
+
+    Args:
+        prompt: of the region.
+        box: (left, top, right, bottom) in image pixels, as PIL has it. On an axis that wraps, right or bottom may
+            lie past the canvas: the box then goes on at its other side.
+        mask: instead of a box: PIL image, or array or tensor ``[H, W]`` of the canvas' size in image pixels; bool,
+            float from 0 to 1, or int from 0 to 255. Non-zero is inside.
+        weight: above 0.
+        feather: width in image pixels of the transition at the region's border, half of it outside. At the canvas'
+            own border there is none.
+        seed: of the region's part of the initial noise. The region then also has tiles of its own (in tile mode), so
+            that its content moves along when the box is moved, by whole latent pixels, and changes only where tiles
+            reach out of it. Default: the noise of the canvas.
+
+    Raises:
+        ValueError: names the argument, its value and what is valid.
+    """
+
+    prompt: str
+    box: tuple[int, int, int, int] | None = None
+    mask: Any = None
+    weight: float = 1.0
+    feather: int = FEATHER
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str) or not self.prompt.strip():
+            raise ValueError(f"prompt={self.prompt!r}: must be a text")
+        if (self.box is None) == (self.mask is None):
+            given = "neither is" if self.box is None else "both are"
+            raise ValueError(f"box, mask: {given} given, and a region has exactly one of them")
+        if self.box is not None:
+            _check_box(self.box)
+            object.__setattr__(self, "box", tuple(self.box))
+        if not _is_number(self.weight) or not 0 < self.weight < math.inf:
+            raise ValueError(f"weight={self.weight!r}: must be a number above 0")
+        if not _is_integer(self.feather) or self.feather < 0:
+            raise ValueError(f"feather={self.feather!r}: must be an int of at least 0, in image pixels")
+        if self.seed is not None and (not _is_integer(self.seed) or not 0 <= self.seed < 2**64):
+            raise ValueError(f"seed={self.seed!r}: must be an int from 0 to 2**64 - 1")
+
+    def bounds(self) -> tuple[int, int, int, int]:
+        """The box, or the smallest one around the mask."""
+        if self.box is not None:
+            return self.box
+        inside = _mask(self.mask) > 0
+        rows, columns = (np.flatnonzero(inside.any(axis)) for axis in (1, 0))
+        return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+    def describe(self) -> dict[str, Any]:
+        """As it may stand in a scene file, but for a mask's pixels."""
+        named = {key: getattr(self, key) for key in KEYS if getattr(self, key) is not None}
+        if self.mask is not None:
+            named["mask"] = str(getattr(self.mask, "filename", None) or "mask")
+        return named | ({"box": list(self.box)} if self.box is not None else {})
+
+
+def check_regions(regions: Sequence[Region], width: int, height: int, wrap: tuple[bool, bool]) -> None:
+    """Check the regions against the canvas, in image pixels; ``wrap`` is (along y, along x).
+
+    Raises:
+        ValueError: names the region by its number from 0, the argument, its value and what is valid.
+    """
+    canvas = f"the canvas of {width}x{height} px"
+    for i, region in enumerate(regions):
+        if region.feather > min(width, height):
+            raise ValueError(f"regions[{i}].feather={region.feather}: at most the shorter side of {canvas}")
+        if region.box is not None:
+            left, top, right, bottom = region.box
+            for low, high, size, wraps in ((left, right, width, wrap[1]), (top, bottom, height, wrap[0])):
+                if low < 0 or low >= size or (high > size and not wraps) or high - low > size:
+                    raise ValueError(f"regions[{i}].box={region.box}: does not lie inside {canvas}")
+            continue
+        try:
+            mask = _mask(region.mask)
+        except ValueError as error:
+            raise ValueError(f"regions[{i}].{error}") from None
+        if mask.shape != (height, width):
+            raise ValueError(f"regions[{i}].mask: is {mask.shape[1]}x{mask.shape[0]} px, and must be as {canvas}")
+        if not mask.any():
+            raise ValueError(f"regions[{i}].mask: is empty: every pixel of it is 0")
+
+
+def region_weights(regions: Sequence[Region], size: Pair, pixels: int, wrap: tuple[bool, bool]) -> Tensor:
+    """The share of each prompt in each pixel of a canvas.
+
+    A region covers a pixel by ``c`` from 0 to 1: 1 inside, 0 outside, a linear ramp of the feather's width between.
+    The global prompt's share is the product of ``1 - min(weight, 1) c`` over all regions, as of panes of glass, in
+    any order; the regions divide the rest in proportion to ``weight c``.
+
+    Args:
+        regions: that :func:`check_regions` has passed.
+        size: of the canvas, in canvas pixels.
+        pixels: image pixels per canvas pixel along an axis.
+        wrap: (along y, along x).
+
+    Returns:
+        ``[1 + len(regions), H, W]`` float32, the global prompt first; they sum to 1 in every pixel.
+    """
+    weighted = torch.stack([region.weight * coverage(region, size, pixels, wrap) for region in regions])
+    opaque = [weighted[i] / max(region.weight, 1.0) for i, region in enumerate(regions)]
+    shown = torch.stack([1 - c for c in opaque]).prod(0)
+    shares = weighted * ((1 - shown) / weighted.sum(0).clamp_min(torch.finfo(torch.float32).tiny))
+    return torch.cat([shown[None], shares])
+
+
+def coverage(region: Region, size: Pair, pixels: int, wrap: tuple[bool, bool]) -> Tensor:
+    """How much of each canvas pixel a region covers, its feather included: ``[H, W]`` float32 from 0 to 1."""
+    width = region.feather / pixels
+    if region.box is not None:
+        left, top, right, bottom = region.box
+        rows = _feather(_profile(top, bottom, size[0], pixels, wrap[0])[None], width, wrap[0])
+        columns = _feather(_profile(left, right, size[1], pixels, wrap[1])[None], width, wrap[1])
+        return rows.T * columns
+    inside = torch.from_numpy(_mask(region.mask))
+    pooled = F.avg_pool2d(inside[None], pixels)[0]
+    return _feather(_feather(pooled, width, wrap[1]).T, width, wrap[0]).T.contiguous()
+
+
+def seed_noise(noise: Tensor, regions: Sequence[Region], pixels: int) -> Tensor:
+    """The initial noise of a canvas, in which each region that has a seed brings its own.
+
+    A region's noise is drawn for its box (of a mask, the smallest one around it), so that it does not depend on where
+    the box lies. The later of two overlapping regions is in front. Without a feather: half of one noise and half of
+    another would have too little variance.
+
+    Args:
+        noise: ``[B, C, H, W]``, standard normal.
+        regions: those without a seed are passed over.
+        pixels: image pixels per canvas pixel along an axis.
+
+    Returns:
+        A new tensor.
+    """
+    noise = noise.clone()
+    B, C, H, W = noise.shape
+    for region in regions:
+        if region.seed is None:
+            continue
+        left, top, right, bottom = region.bounds()
+        rows = torch.arange(top // pixels, -(-bottom // pixels)) % H
+        columns = torch.arange(left // pixels, -(-right // pixels)) % W
+        # On the CPU, so that a seed means the same noise on every device.
+        generator = torch.Generator().manual_seed(region.seed)
+        drawn = torch.stack([torch.randn(C, len(rows), len(columns), generator=generator) for _ in range(B)])
+        here = torch.ones(len(rows), len(columns), dtype=torch.bool)
+        if region.mask is not None:
+            pooled = F.avg_pool2d(torch.from_numpy(_mask(region.mask))[None], pixels)[0]
+            here = pooled[rows][:, columns] >= 0.5
+        at = (slice(None), slice(None), rows[:, None].to(noise.device), columns.to(noise.device))
+        noise[at] = torch.where(here.to(noise.device), drawn.to(noise), noise[at])
+    return noise
+
+
+# ----------------------------------------------------------------------------- scene files
+
+
+def load_scene(path: Path) -> list[Region]:
+    """Read regions from a TOML file: one ``[[region]]`` table each, with the arguments of :class:`Region` as keys.
+
+    A mask is the name of an image file, relative to the scene's folder.
+
+    Raises:
+        ValueError: in one line: the file, the region by its number from 1, the key and what is valid.
+        OSError: a file cannot be read.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not UTF-8, or not TOML
+        raise ValueError(f"{path}: is not TOML: {error}") from error
+    unknown = sorted(set(content) - {"region"})
+    if unknown:
+        raise ValueError(f"{path}: unknown key {unknown[0]!r}: a scene holds [[region]] tables and nothing else")
+    tables = content.get("region")
+    if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
+        raise ValueError(f"{path}: holds no [[region]] table")
+    return [_read_region(path, i, table) for i, table in enumerate(tables, 1)]
+
+
+def _read_region(path: Path, number: int, table: dict[str, Any]) -> Region:
+    where = f"{path}: region {number}"
+    unknown = sorted(set(table) - set(KEYS))
+    if unknown:
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}: must be one of {', '.join(KEYS)}")
+    if "prompt" not in table:
+        raise ValueError(f"{where}: has no prompt")
+    mask = table.get("mask")
+    if mask is not None:
+        if not isinstance(mask, str):
+            raise ValueError(f"{where}: mask={mask!r}: must be the name of an image file")
+        table = {**table, "mask": _read_mask(where, path.parent / mask)}
+    if isinstance(table.get("box"), list):
+        table = {**table, "box": tuple(table["box"])}
+    try:
+        return Region(**table)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _read_mask(where: str, file: Path) -> Image.Image:
+    try:
+        mask = load_image(file).convert("L")
+    except (OSError, SyntaxError) as error:  # Pillow raises both on broken files
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not an image"
+        raise ValueError(f"{where}: mask={str(file)!r}: cannot be read: {reason}") from error
+    mask.filename = str(file)  # type: ignore[attr-defined]
+    return mask
+
+
+def scene_for(path: Path, width: int, height: int, wrap: tuple[bool, bool]) -> list[Region]:
+    """:func:`load_scene`, checked against a canvas in image pixels; errors name the region as the file has it."""
+    regions = load_scene(path)
+    for i, region in enumerate(regions, 1):
+        try:
+            check_regions([region], width, height, wrap)
+        except ValueError as error:
+            raise ValueError(f"{path}: region {i}: {str(error).removeprefix('regions[0].')}") from None
+    return regions
+
+
+# ----------------------------------------------------------------------------- helpers
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_box(box: Any) -> None:
+    valid = isinstance(box, tuple | list) and len(box) == 4 and all(_is_integer(n) for n in box)
+    if not valid or box[2] <= box[0] or box[3] <= box[1]:
+        raise ValueError(f"box={box!r}: must be (left, top, right, bottom), ints with left < right and top < bottom")
+
+
+def _mask(mask: Any) -> NDArray[np.float32]:
+    """``[H, W]`` from 0 to 1."""
+    if isinstance(mask, Image.Image):
+        mask = mask.convert("L")
+    values = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
+    if values.ndim != 2 or values.dtype.kind not in "buif":
+        raise ValueError(f"mask: has shape {values.shape} and dtype {values.dtype}, and must be numbers [H, W]")
+    scale = 255 if values.dtype.kind in "ui" else 1
+    values = (values / scale).astype(np.float32)
+    if not (np.isfinite(values).all() and values.min(initial=0) >= 0 and values.max(initial=0) <= 1):
+        raise ValueError("mask: its values must lie from 0 to 1, or 0 to 255 for integers")
+    return values
+
+
+def _profile(low: int, high: int, size: int, pixels: int, wrap: bool) -> Tensor:
+    """The part of each canvas pixel of one axis that lies between two positions in image pixels."""
+    edges = torch.arange(size + 1, dtype=torch.float64) * pixels
+
+    def part(start: int, stop: int) -> Tensor:
+        return edges.clamp(start, stop).diff() / pixels
+
+    length = size * pixels
+    whole = part(low, min(high, length))
+    if wrap and high > length:
+        whole = whole + part(0, high - length)
+    return whole.float()
+
+
+def _feather(values: Tensor, width: float, wrap: bool) -> Tensor:
+    """Mean over a window of ``width`` along the last axis of ``[N, L]``: a step becomes a linear ramp of that width."""
+    reach = math.ceil(width / 2 - 0.5)
+    if reach <= 0:
+        return values
+    places = torch.arange(-reach, reach + 1, dtype=torch.float64)
+    kernel = (torch.clamp(places + 0.5, max=width / 2) - torch.clamp(places - 0.5, min=-width / 2)).clamp_min(0)
+    kernel = (kernel / kernel.sum()).float()
+    padded = F.pad(values[:, None], (reach, reach), mode="circular" if wrap else "replicate")
+    ramp = F.conv1d(padded, kernel[None, None])[:, 0]
+    # Exactly 0 and 1 outside and inside: a rounding error's worth of a prompt would cost an evaluation.
+    return torch.where(ramp > 1 - 1e-6, 1.0, torch.where(ramp < 1e-6, 0.0, ramp))

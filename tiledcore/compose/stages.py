@@ -1,0 +1,331 @@
+"""Staged generation: a picture of the model's own size decides the composition, stages of image-to-image refine it.
+
+Windows alone repeat the subject in every tile, because no window sees the whole. So the first stage is one native
+image; each further stage enlarges the picture by at most ``factor``, adds noise to a chosen strength, and denoises it
+tiled, held to the coarse picture's low frequencies (``pull``). Progressive upscaling as in DemoFusion
+(Du et al. 2024), with the noise of image-to-image instead of an inverted trajectory, so that every family works that
+has an image-to-image pipeline.
+
+The plan itself is in :mod:`tiledcore.compose.stage_plan`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from inspect import signature
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoPipelineForImage2Image,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from torch import Tensor
+
+from tiledcore.compose.pictures import match_colour, to_tensor
+from tiledcore.compose.stage_plan import Stage, Staging, Upscaler, plan_stages, stage_steps, staging
+from tiledcore.config import Execution, TilingConfig
+from tiledcore.geometry import Pair, both
+from tiledcore.tiles.families import network_of, to_image
+
+STARTS_FROM_LATENTS = (UNet2DConditionModel, SD3Transformer2DModel, FluxTransformer2DModel)
+"""Networks whose image-to-image pipelines in diffusers take latents for the image, as their text-to-image ones
+return them; those of Z-Image and Qwen-Image prepare every image as pixels, or return it with a frame's axis."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one stage costs.
+
+    Attributes:
+        stage: the stage.
+        steps: evaluations of the whole canvas (twice the steps for a scheduler of second order is not counted).
+        tiles: of the grid.
+        area_factor: tile area evaluated in a step over that of the canvas.
+        canvases: evaluations in units of the final canvas: ``steps * area_factor * area / final area``.
+    """
+
+    stage: Stage
+    steps: int
+    tiles: int
+    area_factor: float
+    canvases: float
+
+
+def stage_tiling(stage: Stage, config: TilingConfig, native: Pair, factor: int, patch: int) -> TilingConfig:
+    """The tiling of a stage: the caller's, but one native image is seen whole unless it wraps.
+
+    Args:
+        stage: which one.
+        config: the caller's.
+        native: in latent pixels.
+        factor: image pixels per latent pixel.
+        patch: latent pixels per token.
+    """
+    height, width = stage.height // factor, stage.width // factor
+    open_tiles = config.mode == "tiles" and config.wrap in (False, (False, False))
+    if stage.strength is None and open_tiles and height * width <= 1.05 * native[0] * native[1]:
+        return replace(config, overlap=None, motion="still", tile=(height, width), halo=None)
+    tile = native if config.tile is None else (config.tile if isinstance(config.tile, tuple) else (config.tile,) * 2)
+    wrap = both(config.wrap)
+    # One tile as large as an axis that wraps would see a border there: it gets less, so that several meet.
+    least = 8 * patch
+    cut = tuple(
+        max(least, min(t, n * 3 // 4) // least * least) if w and t >= n else t
+        for t, n, w in zip(tile, (height, width), wrap, strict=True)
+    )
+    return config if cut == tile else replace(config, tile=cast(Pair, cut), overlap=None)
+
+
+class StagePlan:
+    """The stages of one image of one pipeline, and what they cost.
+
+    Args:
+        pipe: a :class:`~tiledcore.pipeline.TiledPipeline`.
+        size: (height, width) of the result, px.
+        config: how stages are laid out.
+        tiling: of the last stage.
+        start: (height, width) of the picture that the first stage enlarges, or None.
+    """
+
+    def __init__(self, pipe: Any, size: Pair, config: Staging, tiling: TilingConfig, start: Pair | None = None) -> None:
+        network, family = network_of(pipe.pipe)
+        native = family.native(pipe.pipe, network)
+        self.native = (native, native) if isinstance(native, int) else native
+        self.factor, self.patch = int(pipe.vae_scale_factor), family.patch(network)
+        self.config, self.tiling = config, tiling
+        self._rounds_down = family.model is UNet2DConditionModel
+        native_px = (self.native[0] * self.factor, self.native[1] * self.factor)
+        self.stages = plan_stages(size, native_px, self.factor * self.patch, config, start)
+
+    def tilings(self) -> list[TilingConfig]:
+        """Of each stage. Only the last one blends: what is left of an earlier one's partitions is drawn over."""
+        config = self.tiling.refining()
+        moving = config
+        if config.moving is not None and config.moving.blend_last:
+            moving = replace(config, motion=replace(config.moving, blend_last=0), overlap=None)
+        return [
+            stage_tiling(s, config if s is self.stages[-1] else moving, self.native, self.factor, self.patch)
+            for s in self.stages
+        ]
+
+    def costs(self, steps: int) -> list[Cost]:
+        """Of each stage, for a call of ``steps`` steps.
+
+        Raises:
+            ValueError: a stage's strength leaves none of the steps.
+        """
+        final = self.stages[-1].height * self.stages[-1].width
+        costs = []
+        for stage, tiling in zip(self.stages, self.tilings(), strict=True):
+            grid = tiling.grid(stage.height // self.factor, stage.width // self.factor, self.native)
+            count = stage_steps(stage, steps, self._rounds_down)
+            if count < 1:
+                raise ValueError(f"stages: strength={stage.strength} leaves none of {steps} steps")
+            area = tiling.area_factor(grid, count)
+            share = stage.height * stage.width / final
+            costs.append(Cost(stage, count, len(grid), area, count * area * share))
+        return costs
+
+    def rows(self, steps: int) -> list[dict[str, Any]]:
+        """The plan as a table: one row for each stage, and the sum."""
+        costs = self.costs(steps)
+        rows: list[dict[str, Any]] = [
+            {
+                "stage": index + 1,
+                "size": f"{cost.stage.width}x{cost.stage.height}",
+                "strength": cost.stage.strength,
+                "steps": cost.steps,
+                "tiles": cost.tiles,
+                "area_factor": round(cost.area_factor, 2),
+                "canvases": round(cost.canvases, 2),
+            }
+            for index, cost in enumerate(costs)
+        ]
+        total = sum(cost.canvases for cost in costs)
+        # The floor: the final stage's steps, with no pixel evaluated twice.
+        return [*rows, {"stage": "all", "canvases": round(total, 2), "of_floor": round(total / costs[-1].steps, 2)}]
+
+
+def plan_call(pipe: Any, call: dict[str, Any]) -> StagePlan:
+    """The plan of a call of a :class:`~tiledcore.pipeline.TiledPipeline` with these arguments by name.
+
+    Raises:
+        ValueError: the stages do not lead to the size, or a strength leaves none of the steps.
+    """
+    image = call.get("image")
+    start = None
+    if image is not None:
+        width, height = image.size if isinstance(image, Image.Image) else to_tensor(image).shape[:1:-1]
+        start = (height, width)
+    config = staging(call["stages"]) or Staging()
+    strength = call.get("strength")
+    config = replace(
+        config,
+        pull=call.get("pull") or config.pull,
+        strength=config.strength if strength is None else strength,
+    )
+    native = pipe.grid(10**6, 10**6, TilingConfig()).tile_size
+    default = start or (native[0] * pipe.vae_scale_factor, native[1] * pipe.vae_scale_factor)
+    size = (call.get("height") or default[0], call.get("width") or default[1])
+    plan = StagePlan(pipe, size, config, call.get("tiling") or pipe.tiling, start)
+    steps = call.get("num_inference_steps")
+    plan.costs(
+        signature(type(pipe.pipe).__call__).parameters["num_inference_steps"].default if steps is None else steps
+    )
+    return plan
+
+
+def from_pictures(pipe: Any, arguments: dict[str, Any], options: Any, execution: Execution | None) -> Any:
+    """A call of a :class:`~tiledcore.pipeline.TiledPipeline` in stages, or with the source's colours kept, or both.
+
+    Args:
+        pipe: the TiledPipeline.
+        arguments: of the call, by name.
+        options: a :class:`~tiledcore.call.Options`.
+        execution: of the call, or None.
+
+    Raises:
+        ValueError: an argument does not go with stages or ``keep_colour``; names it.
+    """
+    for name, value in (("rows", options.rows), ("checkpoint", options.checkpoint), ("regions", options.regions)):
+        if value:
+            raise ValueError(f"{name}: is of one stage only; leave it out, or give stages=None")
+    image, pull = arguments.pop("image", None), options.pull
+    if options.keep_colour and image is None:
+        raise ValueError("keep_colour: needs an image whose colours to keep; give image= too")
+    if options.keep_colour and arguments.get("output_type") == "latent":
+        raise ValueError("keep_colour: works on pixels, and output_type='latent' has none")
+    source = None if image is None else to_tensor(image)
+    call = arguments | {"execution": execution}
+    if options.preview is not None:
+        call["preview"] = options.preview
+    config = staging(options.stages)
+    if config is None:
+        result = pipe(image=image, tiling=options.tiling, pull=pull, stages=None, **call)
+    else:
+        for name in ("latents", "mask_image", "sigmas", "timesteps"):
+            if arguments.get(name) is not None:
+                raise ValueError(f"{name}: is of one stage only; leave it out, or give stages=None")
+        _check_sibling(pipe.pipe, arguments | {"image": image})
+        if config.upscale == "latent" and network_of(pipe.pipe)[1].model not in STARTS_FROM_LATENTS:
+            raise ValueError(
+                f"stages: upscale='latent' needs a pipeline that starts from latents (Stable Diffusion, SDXL, SD3, "
+                f"FLUX), and {type(pipe.pipe).__name__} does not; give upscale='bicubic'"
+            )
+        plan = plan_call(pipe, arguments | {"image": source, "tiling": options.tiling, "stages": config, "pull": pull})
+        rest = {name: value for name, value in call.items() if name not in ("height", "width", "strength")}
+        result = run(pipe, plan, rest, source)
+    if not options.keep_colour or source is None:
+        return result
+    images = match_colour(result[0], source)
+    if isinstance(result, tuple):
+        return (images, *result[1:])
+    result.images = images
+    return result
+
+
+def _check_sibling(pipe: Any, call: dict[str, Any]) -> None:
+    """There is an image-to-image pipeline of the same model, and it takes the arguments of the call."""
+    name, known = type(pipe).__name__, signature(type(pipe).__call__).parameters
+    if getattr(pipe, "controlnet", None) is not None:
+        raise ValueError(f"stages: {name} is not refined in stages; give stages=None")
+    if "image" in known:
+        if call.get("image") is None:
+            raise ValueError(f"stages: {name} starts from an image; give image= too")
+        return
+    try:
+        sibling = AutoPipelineForImage2Image.from_pipe(pipe)
+    except ValueError as error:
+        raise ValueError(f"stages: {name} has no image-to-image pipeline in diffusers") from error
+    takes = signature(type(sibling).__call__).parameters
+    for argument in call:
+        if argument in known and argument not in takes and argument not in ("height", "width", "image"):
+            raise ValueError(f"stages: {type(sibling).__name__}, which refines them, has no {argument}; leave it out")
+
+
+def run(pipe: Any, plan: StagePlan, call: dict[str, Any], image: Tensor | None = None) -> Any:
+    """Make an image stage by stage.
+
+    Args:
+        pipe: the :class:`~tiledcore.pipeline.TiledPipeline`.
+        plan: of this image.
+        call: arguments of the call by name, without size, image, tiling, strength and pull.
+        image: ``[B, 3, H, W]`` in 0..1: the picture that the first stage enlarges, where the plan has one.
+
+    Returns:
+        What the last stage's pipeline returns.
+    """
+    call = dict(call)
+    return_dict = call.pop("return_dict", True)
+    output_type = call.pop("output_type", "pil")
+    latent, held = plan.config.upscale == "latent", False
+    first, wrap = image, plan.tiling.wrap
+    for stage, tiling in zip(plan.stages, plan.tilings(), strict=True):
+        kwargs = {**call, "tiling": tiling, "height": stage.height, "width": stage.width, "stages": None}
+        if stage.strength is not None:
+            assert image is not None, "a stage with a strength comes after a picture"
+            if held:
+                size = (stage.height // plan.factor, stage.width // plan.factor)
+                kwargs["image"] = enlarge_latents(image, size)
+            else:
+                kwargs["image"] = enlarge(image, (stage.height, stage.width), plan.config.upscale)
+            kwargs |= {"strength": stage.strength, "pull": plan.config.pull}
+        last = stage is plan.stages[-1]
+        between = "latent" if latent else "pt"
+        result = pipe(output_type=output_type if last else between, **kwargs)
+        if stage.strength is not None and plan.config.match and not latent and not (last and output_type == "latent"):
+            assert first is not None
+            result.images = match_colour(result.images, first, wrap=both(wrap))
+        if last:
+            return result if return_dict else result.to_tuple()
+        held = latent
+        if held:
+            image = _unpacked(pipe.pipe, result.images, stage.height // plan.factor, stage.width // plan.factor)
+        else:
+            image = result.images.float().clamp(0, 1)
+            first = image if first is None else first
+    raise AssertionError("a plan has at least one stage")
+
+
+def enlarge(image: Tensor, size: Pair, upscale: Literal["bicubic", "latent"] | Upscaler) -> Tensor:
+    """A picture ``[B, 3, h, w]`` in 0..1 at another size (height, width), in 0..1; bicubic unless by a function.
+
+    Raises:
+        ValueError: the caller's function gave another shape.
+    """
+    if callable(upscale):
+        enlarged = upscale(image, size)
+        wanted = (*image.shape[:2], *size)
+        if not isinstance(enlarged, Tensor) or enlarged.shape != wanted:
+            got = tuple(enlarged.shape) if isinstance(enlarged, Tensor) else type(enlarged).__name__
+            raise ValueError(f"stages: upscale must return a tensor of shape {wanted}, got {got}")
+    else:
+        enlarged = F.interpolate(image, size, mode="bicubic", antialias=True)
+    return enlarged.clamp(0, 1)
+
+
+def enlarge_latents(latents: Tensor, size: Pair) -> Tensor:
+    """Latents ``[B, C, h, w]`` at another size (height, width): bicubic, with the mean and variance of each channel.
+
+    Interpolation takes variance, which in latents is contrast and detail that the next stage would build on.
+    """
+    source = latents.float()
+    enlarged = F.interpolate(source, size, mode="bicubic", antialias=True)
+    mean, spread = (function(source, dim=(2, 3), keepdim=True) for function in (torch.mean, torch.std))
+    found = enlarged - enlarged.mean((2, 3), keepdim=True)
+    scale = spread / found.std((2, 3), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return (found * scale + mean).to(latents.dtype)
+
+
+def _unpacked(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
+    """Latents ``[B, C, height, width]`` of what a pipeline returns for them, which may be tokens."""
+    network, family = network_of(pipe)
+    if not family.packed:
+        return latents
+    patch = family.patch(network)
+    return F.pixel_shuffle(to_image(latents, (height // patch, width // patch)), patch)

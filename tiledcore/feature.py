@@ -1,0 +1,145 @@
+"""Feature: something that a call does beside denoising, and the chain of all features of a call.
+
+The fused loop and the fallback loop both run the chain, so a feature is written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # torch takes seconds to import, and the command line checks a preview's path before that
+    from types import TracebackType
+
+    from torch import Tensor
+
+    from tiledcore.geometry import Pair, Partition, Tiling
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is known before the first evaluation of a call."""
+
+    scheduler: Any
+    timesteps: Tensor
+    """Of all evaluations of the call."""
+    size: Pair
+    """Of the canvas, in canvas pixels."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One evaluation, before the scheduler's step."""
+
+    index: int
+    sample: Tensor
+    """``[B, C, H, W]``: the canvas as the scheduler has it, not scaled for the network."""
+    tiles: Tiling | Partition
+    """Where the tiles lay."""
+
+
+class Feature:
+    """A context around one call of a pipeline; every method does nothing unless a feature says otherwise."""
+
+    every_step = False
+    """Whether it acts on steps: then the fallback loop watches the scheduler's ``step`` for it."""
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    def begin(self, start: Start) -> None:
+        """Before the first evaluation.
+
+        Raises:
+            ValueError: the feature cannot run with this scheduler or canvas.
+        """
+
+    def active(self, index: int) -> bool:
+        """Whether :meth:`after_prediction` does anything at this evaluation."""
+        return False
+
+    def after_prediction(self, step: Step, prediction: Tensor) -> Tensor:
+        """The guided prediction ``[B, C, H, W]``, changed; float32 or float64."""
+        return prediction
+
+    def after_step(self, index: int, sample: Tensor) -> None:
+        """``index`` evaluations are done, and this is the canvas ``[B, C, H, W]``."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold to go on."""
+        return {}
+
+    def resume(self, tensors: dict[str, Tensor], tiles: Tiling | Partition) -> None:
+        """Go on after the evaluation that left these :meth:`tensors` and used these tiles."""
+
+
+class Features:
+    """The features of one call, in order. The first one is entered first and sees a prediction first."""
+
+    def __init__(self, features: Sequence[Feature]) -> None:
+        self._features = tuple(features)
+        self._stack = ExitStack()
+        self.watches = any(feature.every_step for feature in features)
+        self.begun = False
+
+    def __iter__(self) -> Iterator[Feature]:
+        return iter(self._features)
+
+    def __enter__(self) -> Features:
+        with ExitStack() as stack:
+            for feature in self._features:
+                stack.enter_context(feature)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def begin(self, start: Start) -> None:
+        for feature in self._features:
+            feature.begin(start)
+        self.begun = True
+
+    def active(self, index: int) -> bool:
+        return any(feature.active(index) for feature in self._features)
+
+    def after_prediction(self, step: Step, prediction: Tensor) -> Tensor:
+        for feature in self._features:
+            if feature.active(step.index):
+                prediction = feature.after_prediction(step, prediction)
+        return prediction
+
+    def after_step(self, index: int, sample: Tensor) -> None:
+        for feature in self._features:
+            feature.after_step(index, sample)
+
+    def resume(self, tensors: dict[str, Tensor], tiles: Tiling | Partition) -> None:
+        for feature in self._features:
+            feature.resume(tensors, tiles)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: tensor for feature in self._features for name, tensor in feature.tensors().items()}
+
+
+class Scoped(Feature):
+    """A feature that is only a context manager.
+
+    Args:
+        make: makes the context, once the features before it are entered.
+    """
+
+    def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._make, self._stack = make, ExitStack()
+
+    def __enter__(self) -> Any:
+        return self._stack.enter_context(self._make())
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)

@@ -1,0 +1,268 @@
+"""apply_tiling and remove_tiling: a diffusers pipeline whose calls denoise in tiles, and the hook on its network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import wraps
+from inspect import signature
+from threading import RLock, get_ident
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+from tiledcore._diffusers import uncompiled
+from tiledcore.canvas import attention
+from tiledcore.config import Execution, Motion, TilingConfig
+from tiledcore.geometry import Pair, both
+from tiledcore.intercept import around_of, intercept, release
+from tiledcore.loop.engine import Engine
+from tiledcore.schedulers.noise_levels import scales_predictions
+from tiledcore.tiles.denoiser import TileDenoiser
+from tiledcore.tiles.families import Family, network_of
+from tiledcore.utils import replaced
+
+STEPWISE = Motion(blend_first=0, blend_last=3, fade=0)
+"""How tiles move where nothing can fade."""
+
+_locks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
+def default_tiling(pipe: Any) -> TilingConfig:
+    """How a pipeline is tiled where nothing is asked for.
+
+    Tiles that move, for the families on which they were measured to be as good as a ramp over a quarter of a tile
+    (``bench/modes.py``). A ramp over an eighth for the others, and where tiles of several sizes are not possible: with
+    a ControlNet or an adapter, and where an eighth of a tile is not made of whole tokens.
+
+    Raises:
+        TypeError: the pipeline has no network that can be tiled.
+    """
+    network, family = network_of(pipe)
+    hinted = any(getattr(pipe, name, None) is not None for name in ("controlnet", "adapter"))
+    patch = family.patch(network)
+    whole = patch == 1 or all(side % (8 * patch) == 0 for side in both(family.native(pipe, network)))
+    return TilingConfig(motion="moving") if family.shifts and whole and not hinted else TilingConfig()
+
+
+def with_fade(pipe: Any, config: TilingConfig, fades: bool) -> TilingConfig:
+    """A tiling whose ``motion="moving"`` is spelled out: with a fade where the call and the scheduler can do it.
+
+    Raises:
+        ValueError: a fade was asked for, and it cannot be done.
+    """
+    can = fades and not scales_predictions(pipe.scheduler)
+    motion = config.moving
+    if motion is None or can:
+        return config
+    if motion.fade:
+        why = "only a TiledPipeline fades; call one" if not fades else f"{type(pipe.scheduler).__name__} cannot fade"
+        raise ValueError(f"fade={motion.fade}: {why}, or give fade=0")
+    from dataclasses import replace
+
+    return replace(config, motion=STEPWISE if config.motion == "moving" else replace(motion, fade=0))
+
+
+class NetworkHook:
+    """Around the calls of a network during one call of its pipeline: the canvas is evaluated in tiles.
+
+    Calls from other threads pass through: they belong to another pipeline that shares the network.
+
+    Args:
+        denoiser: the tiling.
+        family: how the forward maps to a canvas.
+        network: the network.
+    """
+
+    engine: Engine | None = None
+    """What moves the canvas during a call of a :class:`~tiledcore.TiledPipeline`."""
+    regions: Any = None
+    """Prompts of parts of the canvas, a :class:`~tiledcore.compose.regional.Regional`."""
+
+    def __init__(self, denoiser: TileDenoiser, family: Family, network: Any) -> None:
+        self.denoiser, self.family, self.network = denoiser, family, network
+        self.thread = get_ident()
+        self._parameters = signature(type(uncompiled(network)).forward)
+
+    def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if get_ident() != self.thread:
+            return call(*args, **kwargs)
+        family = self.family
+        arguments = dict(self._parameters.bind(self.network, *args, **kwargs).arguments)
+        arguments.pop("self")
+        return_dict = arguments.pop("return_dict", True)
+        engine = self.engine
+        if engine is not None and not engine.runs(arguments[family.timestep]):
+            engine = None
+        canvas = None if engine else family.canvas(arguments)
+
+        def forward(tiles: torch.Tensor, timestep: Any, **conditions: Any) -> tuple[torch.Tensor]:
+            if tiles is canvas:  # one tile: the call as it came, so that no bit changes
+                inputs = arguments | conditions
+            else:
+                if getattr(self.network, "is_cache_enabled", False):
+                    raise ValueError("enable_cache: its state would be shared by different tiles; call disable_cache()")
+                inputs = {**conditions, family.timestep: timestep}
+                inputs |= family.tiles(tiles, inputs, self.denoiser.pixels)
+            output = call(return_dict=False, **inputs)[0]
+            return (family.prediction(output, (tiles.shape[2], tiles.shape[3])),)
+
+        conditions = {name: v for name, v in arguments.items() if name not in (family.sample, family.timestep)}
+        conditions["regions"] = self.regions
+        if engine is not None:
+            engine.look(arguments, family, self.denoiser)
+            prediction = engine.run_step(self.denoiser, forward, arguments[family.timestep], conditions)
+        else:
+            assert canvas is not None
+            if self.engine is not None:
+                self.engine.denoiser = self.engine.own.denoiser = self.denoiser
+                self.engine.own.canvas_size = (canvas.shape[2], canvas.shape[3])
+            prediction = family.result(self.denoiser(forward, canvas, arguments[family.timestep], **conditions))
+        return family.output(sample=prediction) if return_dict else (prediction,)
+
+
+@contextmanager
+def tiled(pipe: Any, config: TilingConfig, execution: Execution | None = None) -> Iterator[NetworkHook]:
+    """For the length of a ``with`` block, the pipeline's network is evaluated in tiles.
+
+    Raises:
+        TypeError: the pipeline has no network that can be tiled.
+        ValueError: the configuration's tile or overlap are not whole tokens of that network.
+    """
+    network, family = network_of(pipe)
+    execution = execution or Execution()
+    denoiser = _denoiser(pipe, config, execution)
+    tile, native = both(config.tile or denoiser.native), both(family.native(pipe, network))
+    with ExitStack() as stack:
+        if config.mode == "canvas":  # it replaces attention layers, which all threads see: one call at a time
+            stack.enter_context(_locks.setdefault(uncompiled(network), RLock()))
+            denoiser.attention = attention.install(
+                network,
+                tile=tile,
+                halo=config.halo,
+                wrap=config.wrap,
+                native=native,
+                guidance_batch=execution.guidance_batch,
+                impl=execution.impl,
+            )
+            stack.callback(attention.remove, network)
+        tokens = _tokens_seen(config, tile, native, family.patch(network))
+        stack.enter_context(_limited_shift(pipe.scheduler, tokens, family.dynamic_shift))
+        hook = NetworkHook(denoiser, family, network)
+        intercept(network, hook)
+        stack.callback(release, network, hook)
+        yield hook
+
+
+def _denoiser(pipe: Any, config: TilingConfig, execution: Execution) -> TileDenoiser:
+    """The denoiser of a pipeline, checked on a canvas of two by two tiles: what is wrong comes out here."""
+    network, family = network_of(pipe)
+    native = family.native(pipe, network)
+    unit = family.unit(network)
+    denoiser = TileDenoiser(config, execution, native, pipe.vae_scale_factor, family.patch(network), unit)
+    height, width = both(config.tile or native)
+    denoiser.tiling(2 * height // unit, 2 * width // unit, 0)
+    scheduler, clock = pipe.scheduler, family.clock
+    denoiser.timesteps = lambda: clock(torch.as_tensor(scheduler.timesteps).float()).tolist()
+    return denoiser
+
+
+class TiledCalls:
+    """Around the calls of a pipeline that :func:`apply_tiling` has tiled."""
+
+    def __init__(self, pipe: Any, config: TilingConfig | None, execution: Execution) -> None:
+        self.pipe, self.config, self.execution = pipe, config, execution
+
+    def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        hook = around_of(network_of(self.pipe)[0], NetworkHook)
+        if hook is not None and hook.thread == get_ident():
+            return call(*args, **kwargs)  # of a TiledPipeline, which tiles the call itself
+        config = with_fade(self.pipe, self.config or default_tiling(self.pipe), fades=False)
+        with tiled(self.pipe, config, self.execution):
+            return call(*args, **kwargs)
+
+
+def apply_tiling(pipe: Any, config: TilingConfig | None = None, execution: Execution | None = None) -> Any:
+    """Make a diffusers pipeline denoise in tiles; everything else of it stays as it is.
+
+    Afterwards ``pipe(prompt, height=..., width=...)`` works at any size that its VAE factor allows. The scheduler
+    steps once for the whole canvas, so callbacks, generators, LoRA, guidance and multistep schedulers work unchanged.
+    Overlapping predictions are averaged (MultiDiffusion, Bar-Tal et al. 2023), with a ramp instead of equal weights.
+    Network, scheduler, offload and compilation may be changed before or after: each call takes what is there.
+
+    PixArt and Sana make an image of a trained size and resize it, unless they are called with
+    ``use_resolution_binning=False``.
+
+    Args:
+        pipe: any pipeline whose ``unet`` or ``transformer`` is of a class in :mod:`tiledcore.tiles.families`.
+        config: the tiling; a second call replaces the first one's. Default: :func:`default_tiling`.
+        execution: how it is computed.
+
+    Returns:
+        ``pipe`` itself.
+
+    Raises:
+        TypeError: the pipeline has no such network.
+        ValueError: the configuration's tile or overlap are not whole tokens of that network, or it has a fade.
+    """
+    execution = execution or Execution()
+    checked = with_fade(pipe, config or default_tiling(pipe), fades=False)
+    with tiled(pipe, checked, execution):  # canvas mode refuses some layers
+        pass
+    remove_tiling(pipe)
+    intercept(pipe, TiledCalls(pipe, config, execution))
+    return pipe
+
+
+def remove_tiling(pipe: Any) -> Any:
+    """Undo :func:`apply_tiling`: results are bit-identical to before. Without tiling, does nothing."""
+    calls = around_of(pipe, TiledCalls)
+    if calls is not None:
+        release(pipe, calls)
+    return pipe
+
+
+def _tokens_seen(config: TilingConfig, tile: Pair, native: Pair, patch: int) -> int:
+    """How many tokens a token attends to, which is what the noise has to hide: those of its tile, in canvas mode of its
+    window, but no more than of a native picture where the tile itself is no larger."""
+    height, width = tile
+    if config.mode == "canvas":
+        halo = both(config.halo if config.halo is not None else (height // 2, width // 2))
+        height, width = (max(t, min(t + 2 * h, n)) for t, h, n in zip(tile, halo, native, strict=True))
+    return (height // patch) * (width // patch)
+
+
+def _limited_shift(scheduler: Any, tokens: int, max_shift: float | None) -> Any:
+    """A context in which a flow-matching scheduler's shift ``mu`` is no larger than for ``tokens`` tokens.
+
+    Pipelines compute ``mu`` from the tokens of the whole canvas, by a line through the shortest and the longest
+    sequence that the model was trained at. A ``mu`` that is not on this line is the caller's own, and stays.
+
+    Args:
+        scheduler: whose ``set_timesteps`` is replaced.
+        tokens: of one tile.
+        max_shift: of the longest sequence, where the scheduler's configuration names none; None: no ``mu``.
+    """
+    if max_shift is None:
+        return nullcontext()
+    original, config = scheduler.set_timesteps, scheduler.config
+    line = {
+        "base_seq_len": config.get("base_image_seq_len", 256),
+        "max_seq_len": config.get("max_image_seq_len", 4096),
+        "base_shift": config.get("base_shift", 0.5),
+        "max_shift": config.get("max_shift", max_shift),
+    }
+
+    @wraps(original)  # pipelines look at its signature
+    def set_timesteps(*args: Any, mu: float | None = None, **kwargs: Any) -> Any:
+        if mu is not None:
+            slope = (line["max_shift"] - line["base_shift"]) / (line["max_seq_len"] - line["base_seq_len"])
+            canvas = round(line["base_seq_len"] + (mu - line["base_shift"]) / slope) if slope else 0
+            if canvas > tokens and calculate_shift(canvas, **line) == mu:
+                mu = calculate_shift(tokens, **line)
+            kwargs["mu"] = mu
+        return original(*args, **kwargs)
+
+    return replaced(scheduler, set_timesteps=set_timesteps)

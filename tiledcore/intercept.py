@@ -1,0 +1,62 @@
+"""Put a function around all calls of one object, whatever else is done to the object meanwhile.
+
+``accelerate`` and diffusers' own hooks replace ``forward`` on a module and put an older one back when they are
+removed. So ``forward`` cannot hold anything of ours. Here the object gets a class of its own, derived from the one it
+had, whose ``__call__`` goes through our functions first; hooks, compilation and offload stay inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from threading import Lock
+from typing import Any
+
+Around = Callable[..., Any]
+"""``around(call, *args, **kwargs)``; ``call`` takes the arguments of the object's own call."""
+
+_NAME = "_tiledcore_around"
+_lock = Lock()
+
+
+def intercept(owner: Any, around: Around) -> None:
+    """From now on ``owner(...)`` is ``around(call, ...)``. The last one that was put there is the outermost."""
+    with _lock:
+        stack: tuple[Around, ...] = vars(owner).get(_NAME, ())
+        if not stack:
+            owner.__class__ = _intercepted(type(owner))
+        vars(owner)[_NAME] = (*stack, around)
+
+
+def release(owner: Any, around: Around) -> None:
+    """Undo :func:`intercept`; does nothing where it was not done."""
+    with _lock:
+        stack = tuple(a for a in vars(owner).get(_NAME, ()) if a is not around)
+        if stack:
+            vars(owner)[_NAME] = stack
+        elif vars(owner).pop(_NAME, None) is not None:
+            owner.__class__ = type(owner).__mro__[1]
+
+
+def around_of(owner: Any, kind: type) -> Any:
+    """The outermost function of that class around an object's calls, or None."""
+    return next((a for a in reversed(vars(owner).get(_NAME, ())) if isinstance(a, kind)), None)
+
+
+def _intercepted(kind: type) -> type:
+    @wraps(kind.__call__)  # whoever reads the signature sees the object's own
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _run(self, kind, vars(self).get(_NAME, ()), args, kwargs)
+
+    return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+def _run(owner: Any, kind: type, stack: tuple[Around, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call through the functions of ``stack``, the last one first."""
+    if not stack:
+        return kind.__call__(owner, *args, **kwargs)
+
+    def inner(*args: Any, **kwargs: Any) -> Any:
+        return _run(owner, kind, stack[:-1], args, kwargs)
+
+    return stack[-1](inner, *args, **kwargs)

@@ -1,0 +1,1 @@
+"""Image files: reading, writing whole and as a stream, previews, deep zoom."""

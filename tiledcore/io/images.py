@@ -1,0 +1,175 @@
+"""Pictures: read any that Pillow opens as 8-bit RGB, write them, and read the settings stored in them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from tiledcore.io.files import FORMATS, check_regular, replacing
+from tiledcore.io.writers import CHUNK, png_texts, write_rows
+
+logger = logging.getLogger(__name__)
+
+MOST_PIXELS = 2**30
+"""Pixels of the largest picture that is read whole, 32768x32768: 3 GiB as RGB."""
+
+
+class PictureError(ValueError):
+    """A picture that is read without fault but cannot be used; the message says why."""
+
+
+def load_image(path: Path) -> Image.Image:
+    """Read a picture as RGB, rotated as its EXIF data says. Of several frames or pages the first is read.
+
+    Raises:
+        OSError: not there, not an ordinary file, not a picture, or damaged.
+        PictureError: more than :data:`MOST_PIXELS`, or see :func:`to_rgb`.
+    """
+    with opened(path) as image:
+        return to_rgb(image, str(path))
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """The picture in a file as Pillow opens it, rotated as its EXIF data says; errors as in :func:`load_image`."""
+    check_regular(path)
+    with _any_size(), Image.open(path) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise PictureError(
+                f"{path}: is {image.width}x{image.height} px; pictures are read up to {MOST_PIXELS:,} px (32768x32768)"
+            )
+        if image.format in ("GIF", "PNG", "WEBP", "AVIF") and getattr(image, "is_animated", False):
+            logger.warning("%s: has several frames; the first one is used", path)
+        rotated = ImageOps.exif_transpose(image)
+        rotated.format = image.format  # a rotated copy has none
+        yield rotated
+
+
+def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
+    """A PIL picture of any mode as 8-bit RGB.
+
+    16 bits are scaled to 8. Floats are scaled from 0..1, or taken as they are where they go up to 255. Transparent
+    pixels are drawn on white, with a warning.
+
+    Args:
+        image: the picture.
+        name: what messages call it.
+
+    Raises:
+        PictureError: integers or floats outside of these ranges, so that white is not known.
+    """
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_eight_bits(image, name)).convert("RGB")
+    if is_transparent(image):
+        logger.warning("%s: has transparent pixels, which are drawn on white", name)
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, _plain(image).convert("RGBA")).convert("RGB")
+    if image.mode == "LAB":
+        from PIL import ImageCms
+
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        assert converted is not None  # None only in place
+        return converted
+    return _plain(image).convert("RGB")
+
+
+def is_transparent(image: Image.Image) -> bool:
+    """Whether a picture of any mode has pixels that are not opaque."""
+    if image.mode not in ("LA", "La", "PA", "RGBA", "RGBa") and "transparency" not in image.info:
+        return False
+    if image.mode.startswith("I") or image.mode == "F":  # Pillow cannot apply their transparent value
+        return False
+    return bool(np.asarray(_plain(image).convert("RGBA"))[..., 3].min() < 255)
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    """Modes with premultiplied alpha must become plain ones before any other conversion."""
+    return image.convert(image.mode.upper()) if image.mode in ("La", "RGBa") else image
+
+
+def _eight_bits(image: Image.Image, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Grey values of modes ``I``, ``I;16`` and ``F`` as uint8 ``[H, W]``."""
+    values = np.asarray(image).astype(np.float64)
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+    if image.mode == "F":
+        white = 1 if high <= 1 else 255
+    else:  # Pillow opens some 16-bit files as 32 bits
+        sixteen = image.mode != "I" or image.format in ("PNG", "PPM") or high > 255
+        white = 65535 if sixteen else 255
+    if not (low >= 0 and high <= white):  # also where one is not a number
+        raise PictureError(f"{name}: has values from {low:g} to {high:g}; convert it to 8 or 16 bits a channel first")
+    return np.asarray(np.rint(values * (255 / white)), np.uint8)
+
+
+def save_image(image: Image.Image, path: Path, metadata: dict[str, Any]) -> None:
+    """Write a picture, and its settings into a PNG or TIFF; after an error ``path`` is as it was.
+
+    Args:
+        image: the picture.
+        path: its extension is one of ``FORMATS``.
+        metadata: of a PNG, ``metadata["prompt"]`` becomes the standard description too.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    kind, options, _ = FORMATS[path.suffix.lower()]
+    if kind == "TIFF":
+        write_rows(path, image.size, iter([np.asarray(image.convert("RGB"))]), metadata)
+        return
+    if kind == "PNG":
+        options = {"pnginfo": png_texts(metadata)}
+    with replacing(path) as file:
+        image.save(file, format=kind, **options)
+
+
+def read_metadata(path: Path) -> dict[str, Any] | None:
+    """The settings that :func:`save_image` stored, or None where there are none.
+
+    Raises:
+        OSError: not there, not an ordinary file, or not a picture.
+    """
+    check_regular(path)
+    with _any_size(), Image.open(path) as image:
+        tagged = image.format == "TIFF"
+        if tagged:
+            text = getattr(image, "tag_v2", {}).get(ExifTags.Base.ImageDescription)
+        else:
+            text = image.info.get(CHUNK)
+    try:
+        metadata = json.loads(text) if isinstance(text, str) else None
+    except ValueError:
+        return None
+    if tagged and isinstance(metadata, dict):
+        metadata = metadata.get(CHUNK)
+    return metadata if isinstance(metadata, dict) else None
+
+
+def readable(key: str, value: Any) -> str:
+    """One setting as text on one line; ``key`` is its name."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if key == "wrap" and isinstance(value, list):
+        return "".join(axis for axis, on in zip("xy", value[::-1], strict=False) if on) or "no"
+    if isinstance(value, list):
+        return ("x" if key in ("size", "tile", "overlap", "halo") else " ").join(map(str, value)) or "-"
+    return str(value)
+
+
+@contextmanager
+def _any_size() -> Iterator[None]:
+    """Switch Pillow's limit of pixels off: to it 16384x16384 is an attack."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit

@@ -1,0 +1,160 @@
+"""A small picture of the canvas every few steps, while it is denoised.
+
+The canvas is averaged down to at most the model's native size and decoded by the pipeline's own autoencoder, so that
+it works for every family and needs no table of colours for each autoencoder. A preview costs one pass over the canvas
+and the decode of one native image; it changes no bit of the result.
+
+What is decoded is an estimate of the clean image. At noise level ``(α, σ)`` the canvas is ``α x0 + σ ε``; averaged over
+``k`` pixels its noise has the variance ``σ² / k``. The best linear estimate of clean latents of variance 1 is then
+``α z / (α² + σ² / k)`` (Wiener 1949): grey while there is nothing but noise, and the latents themselves at the end.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tiledcore.feature import Feature, Start
+from tiledcore.io.files import FORMATS, check_target, replacing
+
+if TYPE_CHECKING:  # torch takes seconds to import, and a command's path is checked before that
+    from torch import Tensor
+
+    from tiledcore.geometry import Pair
+
+logger = logging.getLogger(__name__)
+
+EVERY = 5
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Where a call of a :class:`~tiledcore.TiledPipeline` shows how far it is, and how often.
+
+    Of several images the first one is shown. The file is replaced in one go, so that whoever watches it never reads
+    half a picture, and stays when the call is finished. Once it cannot be written, or memory does not suffice for it,
+    a warning says so and the call goes on without.
+
+    Args:
+        path: its extension is one of :data:`SUFFIXES`.
+        every: evaluations of the network between two previews. The last one is always shown.
+
+    Raises:
+        ValueError: the extension is not known, the folder is not there, or ``every`` is below 1.
+    """
+
+    path: Path
+    every: int = EVERY
+
+    def __post_init__(self) -> None:
+        path = Path(self.path)
+        object.__setattr__(self, "path", path)
+        if path.suffix.lower() not in SUFFIXES:
+            raise ValueError(f"preview: {path}: the extension must be one of {', '.join(SUFFIXES)}")
+        if not isinstance(self.every, int) or self.every < 1:
+            raise ValueError(f"preview: every={self.every!r}: must be an integer from 1")
+        try:
+            check_target(path, (1, 1))
+        except ValueError as error:
+            raise ValueError(f"preview: {error}") from None
+
+
+class Previewing(Feature):
+    """The previews of one call. It has to be made before anything replaces the autoencoder's ``decode``.
+
+    Args:
+        preview: where and how often.
+        pipe: the pipeline that is called.
+        native: (height, width) of the images that the network was trained on, in latent pixels.
+        unit: latent pixels per canvas pixel along each axis, where the pipeline packs them into tokens.
+    """
+
+    every_step = True
+
+    def __init__(self, preview: Preview, pipe: Any, native: Pair, unit: int) -> None:
+        self.preview = preview
+        self.pipe, self.native, self.unit = pipe, native, unit
+        self._decode = pipe.vae.decode
+        self._broken = False
+
+    def begin(self, start: Start) -> None:
+        self._start = start
+
+    def after_step(self, index: int, sample: Tensor) -> None:
+        """Show the canvas, if it is time."""
+        import torch
+
+        timesteps = self._start.timesteps
+        last = index >= len(timesteps)
+        if self._broken or (index % self.preview.every and not last):
+            return
+        level = (1.0, 0.0) if last else _level(self._start.scheduler, timesteps[index])
+        try:
+            image = self._decoded(self.estimate(sample, level))
+            with replacing(self.preview.path) as file:
+                kind, options, _ = FORMATS[self.preview.path.suffix.lower()]
+                image.save(file, format=kind, **options)
+        except (OSError, torch.OutOfMemoryError) as error:
+            self._broken = True
+            logger.warning("no more previews: %s: %s", self.preview.path, str(error).split("\n")[0])
+
+    def estimate(self, canvas: Tensor, level: tuple[float, float]) -> Tensor:
+        """The clean latents of the first image, ``[1, C, h, w]`` float32, of at most the native size.
+
+        Args:
+            canvas: ``[B, C, H, W]`` as the scheduler has it; in tokens where the pipeline packs them.
+            level: α and σ of the noise in it.
+        """
+        import torch.nn.functional as F
+
+        image = canvas[:1].float()
+        if self.unit > 1:  # the order of channels in a packed token
+            image = F.pixel_shuffle(image, self.unit)
+        height, width = image.shape[2:]
+        scale = max(1.0, height / self.native[0], width / self.native[1])
+        size = (max(1, round(height / scale)), max(1, round(width / scale)))
+        pooled = F.interpolate(image, size, mode="area")
+        alpha, sigma = level
+        gain = alpha / (alpha**2 + sigma**2 * size[0] * size[1] / (height * width))
+        return pooled * gain
+
+    def _decoded(self, latents: Tensor) -> Any:
+        """``[1, C, h, w]`` as the scheduler has them -> PIL."""
+        import torch
+        from diffusers import AutoencoderKLQwenImage
+
+        from tiledcore._diffusers import device_of, is_offloaded
+
+        vae = self.pipe.vae
+        config = vae.config
+        # An offloaded autoencoder comes to where the pipeline runs when it is called.
+        latents = latents.to(device_of(self.pipe) if is_offloaded(vae) else vae.device)
+        scale, shift = (getattr(config, name, None) for name in ("scaling_factor", "shift_factor"))
+        mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+        latents = latents / (scale or 1.0) + (shift or 0.0)
+        if mean is not None and std is not None:
+            latents = latents * latents.new_tensor(std).view(1, -1, 1, 1) + latents.new_tensor(mean).view(1, -1, 1, 1)
+        if isinstance(vae, AutoencoderKLQwenImage):  # one of videos: here of one frame
+            latents = latents.unsqueeze(2)
+        # SDXL's first autoencoder overflows in float16; there and back again changes no weight.
+        upcast = vae.dtype == torch.float16 and getattr(config, "force_upcast", False)
+        if upcast:
+            vae.to(dtype=torch.float32)
+        try:
+            image = self._decode(latents.to(vae.dtype), return_dict=False)[0]
+        finally:
+            if upcast:
+                vae.to(dtype=torch.float16)
+        image = image[:, :, 0] if image.ndim == 5 else image
+        return self.pipe.image_processor.postprocess(image, output_type="pil")[0]
+
+
+def _level(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
+    """α and σ at a timestep; those of a clean canvas where the scheduler has no noising to read them off."""
+    from tiledcore.schedulers.noise_levels import noise_level
+
+    known = hasattr(scheduler, "scale_noise") or hasattr(scheduler, "add_noise")
+    return noise_level(scheduler, timestep) if known else (1.0, 0.0)

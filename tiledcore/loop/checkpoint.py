@@ -1,0 +1,273 @@
+"""A run that can be broken off at any moment and go on: its state in one safetensors file, replaced atomically.
+
+What is saved is what the engine's loop carries from one evaluation to the next: the canvas with the scheduler's
+history, the network's next input, the step and the generators. All else is made again by the pipeline's own call,
+which must be the same one; that is checked, by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tiledcore import __version__
+
+
+class Buffers(Protocol):
+    """What the engine's loop carries from one evaluation to the next."""
+
+    state: Tensor
+    model_input: Tensor
+    step: Tensor
+
+
+FILE = "checkpoint.safetensors"
+CALLBACKS = ("callback_on_step_end", "callback")
+# Arguments of a call that do not change what is denoised.
+FORM = ("self", "kwargs", "generator", "output_type", "return_dict", "callback_on_step_end_tensor_inputs")
+SAMPLES = 64  # values of each weight that are compared
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a run is saved, and how often.
+
+    Args:
+        folder: made if it is not there; holds the file of one run.
+        every: evaluations of the network between two saves. The last one is always saved.
+
+    Raises:
+        ValueError: ``every`` is below 1, or ``folder`` is a file.
+    """
+
+    folder: Path
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"checkpoint: every={self.every}: must be at least 1")
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"checkpoint: {self.folder} is not a folder")
+        if not self.folder.parent.is_dir():
+            raise ValueError(f"checkpoint: there is no folder {self.folder.parent}")
+
+    @property
+    def file(self) -> Path:
+        return self.folder / FILE
+
+    def remove(self) -> None:
+        """Remove the file, and the folder if nothing else is in it."""
+        self.file.unlink(missing_ok=True)
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a file holds."""
+
+    index: int
+    """Evaluations that are done."""
+    steps: int
+    """Evaluations of the whole run."""
+    settings: dict[str, str]
+    """Of the call, by name, as :func:`settings_of` gives them."""
+    seeds: list[int]
+    """Of the generators, as they were made."""
+    tensors: dict[str, Tensor]
+
+
+def load(checkpoint: Checkpoint) -> Saved | None:
+    """Read and check a file; None where there is none.
+
+    Raises:
+        ValueError: it is damaged.
+        OSError: it cannot be read.
+    """
+    path = checkpoint.file
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+        if metadata["digest"] != _digest(metadata["run"], tensors):
+            raise ValueError("its checksum does not match")
+        return Saved(**json.loads(metadata["run"]), tensors=tensors)
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        reason = "no tiledcore checkpoint" if isinstance(error, KeyError) else error
+        raise ValueError(f"checkpoint: {path} is damaged ({reason}); remove it to start over") from error
+
+
+def _digest(run: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(run.encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
+        digest.update(_bytes(tensors[name]))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    data: memoryview = flat.view(torch.uint8).numpy().data
+    return data
+
+
+class Run:
+    """One call that is saved, and goes on from what was saved.
+
+    Args:
+        checkpoint: where.
+        pipe: the pipeline, before it is called.
+        call: all arguments of its call, by name.
+        settings: what else the canvas depends on, by name.
+
+    Raises:
+        ValueError: the call cannot be resumed, the file is damaged, or it is of another run.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, pipe: Any, call: dict[str, Any], settings: dict[str, Any]) -> None:
+        for name in CALLBACKS:
+            if call.get(name) is not None:
+                raise ValueError(f"checkpoint: {name} may change the latents, which a resumed run could not repeat")
+        self.checkpoint, self.generators = checkpoint, _generators(call)
+        self.settings = settings_of(pipe, call, settings)
+        self.saved = load(checkpoint)
+        if self.saved is not None:
+            self._compare(self.saved.settings)
+
+    @property
+    def done(self) -> int:
+        """Evaluations that need not be made again."""
+        return 0 if self.saved is None else self.saved.index
+
+    def _compare(self, other: dict[str, str]) -> None:
+        names = [name for name in {**other, **self.settings} if other.get(name) != self.settings.get(name)]
+        if names:
+            differences = [f"{n}: {_short(other.get(n))} there, {_short(self.settings.get(n))} now" for n in names[:3]]
+            raise ValueError(
+                f"checkpoint: {self.checkpoint.file} is of another run ({'; '.join(differences)}); "
+                "remove it, or choose another folder"
+            )
+
+    def restore(self, buffers: Buffers) -> None:
+        """Put the saved run into the engine's buffers and its generators into their state."""
+        if self.saved is None:
+            return
+        for name, tensor in _tensors(buffers).items():
+            tensor.copy_(self.saved.tensors[name])
+        buffers.step.fill_(self.saved.index)
+        for i, generator in enumerate(self.generators):
+            generator.set_state(self.saved.tensors[f"generator.{i}"])
+
+    def after(self, index: int, steps: int, buffers: Buffers, more: dict[str, Tensor]) -> None:
+        """Save, if it is time, once ``index`` of ``steps`` evaluations are done.
+
+        Raises:
+            OSError: it could not be written; the file that was there before stays.
+        """
+        if index % self.checkpoint.every and index != steps:
+            return
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in {**_tensors(buffers), **more}.items()}
+        tensors |= {f"generator.{i}": generator.get_state() for i, generator in enumerate(self.generators)}
+        seeds = [generator.initial_seed() for generator in self.generators]
+        run = json.dumps({"index": index, "steps": steps, "settings": self.settings, "seeds": seeds})
+        path = self.checkpoint.file
+        temporary = path.with_suffix(".tmp")  # one name, so that a killed run's is written over by the next
+        try:
+            self.checkpoint.folder.mkdir(exist_ok=True)
+            save_file(tensors, temporary, {"run": run, "digest": _digest(run, tensors)})
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"checkpoint: {path} was not written: {error}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _tensors(buffers: Buffers) -> dict[str, Tensor]:
+    # The input could be had from the state, but only up to the rounding of whichever kernel made it.
+    return {"state": buffers.state, "model_input": buffers.model_input}
+
+
+def _generators(call: dict[str, Any]) -> list[torch.Generator]:
+    given = call.get("generator")
+    generators: list[Any] = given if isinstance(given, list) else [given]
+    if not all(isinstance(generator, torch.Generator) for generator in generators):
+        raise ValueError("checkpoint: needs generator=torch.Generator(...), whose state is part of the run")
+    return generators
+
+
+# ----------------------------------------------------------------------------- what makes a run the same
+
+
+def settings_of(pipe: Any, call: dict[str, Any], more: dict[str, Any]) -> dict[str, str]:
+    """All that the denoised canvas depends on, in comparable words: a large value stands as its digest."""
+    scheduler = pipe.scheduler
+    settings = {
+        "tiledcore": __version__,
+        "pipeline": type(pipe).__name__,
+        "scheduler": f"{type(scheduler).__name__} {_hash([repr(sorted(scheduler.config.items())).encode()])}",
+        "generator": _describe([_describe_generator(g) for g in _generators(call)]),
+    }
+    settings |= {name: _describe(v) for name, v in call.items() if name not in FORM + CALLBACKS}
+    settings |= {name: _describe(v) for name, v in more.items()}
+    for name, component in pipe.components.items():
+        if isinstance(component, torch.nn.Module):
+            settings[f"weights of {name}"] = _hash(_samples(component))
+    return settings
+
+
+def _describe_generator(generator: torch.Generator) -> str:
+    return f"seed {generator.initial_seed()}, state {_hash([_bytes(generator.get_state())])}"
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"tensor {list(value.shape)} {value.dtype} {_hash([_bytes(value)])}"
+    if isinstance(value, Image.Image):
+        return f"image {value.size} {value.mode} {_hash([value.tobytes()])}"
+    if hasattr(value, "__array_interface__"):
+        return f"array {list(value.shape)} {value.dtype} {_hash([value.tobytes()])}"
+    if isinstance(value, dict):
+        return str({str(k): _describe(v) for k, v in value.items()})
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_describe, value))}]"
+    plain = value is None or isinstance(value, bool | int | float | str)
+    return repr(value) if plain else type(value).__name__
+
+
+def _samples(module: torch.nn.Module) -> Iterable[bytes | memoryview]:
+    """Some values of every weight, and the scales of its adapters: enough to tell two checkpoints apart."""
+    for parameter in module.parameters():
+        yield f"{list(parameter.shape)} {parameter.dtype}".encode()
+        if parameter.device.type != "meta":  # offloaded layer by layer: its values are elsewhere
+            flat = parameter.detach().reshape(-1)
+            yield _bytes(flat[:: max(1, len(flat) // SAMPLES)])
+    for part in module.modules():
+        if isinstance(getattr(part, "scaling", None), dict):
+            yield str(part.scaling).encode()
+
+
+def _hash(parts: Iterable[bytes | memoryview]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def _short(text: str | None) -> str:
+    text = text or "nothing"
+    return text if len(text) <= 60 else f"{text[:57]}..."

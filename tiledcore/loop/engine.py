@@ -1,0 +1,329 @@
+"""The denoising loop inside a diffusers pipeline's own: gather -> network -> one fused step.
+
+The pipeline's call stays as it is: it encodes, prepares, counts, shows progress, calls back and decodes. What it does
+with predictions (guide, step) is taken over: while the engine runs, the pipeline gets predictions of one pixel, on
+which that costs nothing. The canvas stays in the engine's buffers, moved on by :func:`tiledcore.ops.fused_step`, and
+the pipeline gets a copy of it after each step.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiledcore import ops
+from tiledcore._diffusers import is_offloaded
+from tiledcore.feature import Features, Start, Step
+from tiledcore.loop.checkpoint import Checkpoint, Run
+from tiledcore.loop.eligible import fusable, why_not
+from tiledcore.loop.fallback import Fallback
+from tiledcore.loop.graph import Counters, Entry, StepGraphs, clone, identity, refill
+from tiledcore.loop.report import Report
+from tiledcore.ops import guidance_rescale
+from tiledcore.schedulers.solver import LinearSolver, NotLinear
+from tiledcore.tiles.denoiser import Prediction, TileDenoiser
+from tiledcore.tiles.families import Family, network_of
+from tiledcore.utils import label
+
+logger = logging.getLogger(__name__)
+
+Forward = Callable[..., Any]
+
+
+@dataclass
+class Buffers:
+    """All that a step reads and writes, at addresses that stay."""
+
+    state: Tensor  # [S, B, C, H, W]
+    model_input: Tensor  # [B, C, H, W]
+    table: Tensor  # [n, S, S + 2]
+    input_scale: Tensor  # [n + 1]
+    step: Tensor  # [1] int64
+    guidance: Tensor  # [1]
+    noise: Tensor | None  # [B, C, H, W], where any step of the call adds noise
+    arguments: dict[str, Any]
+    denoiser: TileDenoiser | None = None  # its offsets and its tiles' predictions
+
+
+class Engine:
+    """One call of a pipeline. A context: inside of it, the pipeline's scheduler is the engine's.
+
+    Args:
+        pipe: the pipeline.
+        call: the arguments of its call, by name.
+        settings: what else the image depends on (the tiling, the regions); a checkpoint compares it.
+        graphs: of the steps, kept from call to call.
+        features: of the call, entered already.
+        checkpoint: where the call is saved, and goes on from.
+        fused: whether the step may be fused.
+
+    Raises:
+        ValueError: the call cannot be saved, or cannot go on from what is there.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        call: dict[str, Any],
+        settings: dict[str, Any],
+        graphs: StepGraphs,
+        features: Features,
+        checkpoint: Checkpoint | None = None,
+        fused: bool = True,
+    ) -> None:
+        self.pipe, self.graphs, self.scheduler, self.features = pipe, graphs, pipe.scheduler, features
+        self.own = Fallback(pipe, features)
+        self.generator = call.get("generator")
+        self.eta = call.get("eta", 0.0)
+        # A callback may change the latents of a step.
+        self.shows_latents = any(call.get(name) is not None for name in ("callback_on_step_end", "callback"))
+        self.index = 0
+        self.denoiser: TileDenoiser | None = None  # what evaluates, once it is known
+        self.reason = why_not(pipe, call) if fused else "fused=False"
+        self._decided = False
+        self._solver: LinearSolver | None = None  # once decided, where the engine runs
+        self._shown: Tensor | None = None
+        self._saves = None if checkpoint is None else Run(checkpoint, pipe, call, settings)
+        self._resumed = 0 if self._saves is None else self._saves.done
+        self._check_saves()
+        graphs.counters = Counters()
+
+    def report(self) -> Report:
+        evaluations = max(0, self.index - self._resumed)
+        reductions = () if self.denoiser is None else tuple(self.denoiser.reductions)
+        return Report(self.index > 0, self.reason, evaluations, self.graphs.counters, self._resumed, reductions)
+
+    def _check_saves(self) -> None:
+        if self._saves is not None and self.reason is not None:
+            raise ValueError(f"checkpoint: only the fused step can be resumed, and here: {self.reason}")
+
+    def __enter__(self) -> Engine:
+        self._before = {name: vars(self.scheduler).get(name) for name in ("step", "scale_model_input")}
+        if self.reason is None or self.features.watches:
+            self._watch_scheduler()
+        return self
+
+    def _watch_scheduler(self) -> None:
+        own_step, own_scale = self.scheduler.step, getattr(self.scheduler, "scale_model_input", None)
+
+        @wraps(own_step)  # pipelines look at its signature
+        def step(model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.reason is None:
+                return (self._latents(),)
+            result = own_step(self.own.before(model_output, timestep, sample), timestep, sample, *args, **kwargs)
+            self.own.after(result[0])
+            return result
+
+        self.scheduler.step = step
+        if own_scale is not None:
+
+            @wraps(own_scale)
+            def scale(sample: Tensor, timestep: Any) -> Any:
+                return sample if self.runs(timestep) else own_scale(sample, timestep)
+
+            self.scheduler.scale_model_input = scale
+
+    def __exit__(self, *_: object) -> None:
+        self._put_back(self.scheduler)
+
+    def _put_back(self, scheduler: Any) -> None:
+        """Give it, or a copy of it, the methods that it had before the engine's."""
+        for name, value in self._before.items():
+            vars(scheduler).pop(name, None)
+            if value is not None:
+                setattr(scheduler, name, value)
+
+    def runs(self, timestep: Any) -> bool:
+        """Whether the engine moves the canvas. Decided at the first evaluation, when the timesteps are known."""
+        if not self._decided and self.reason is None:
+            self._decided = True
+            plain = copy.copy(self.scheduler)
+            self._put_back(plain)
+            first = float(torch.as_tensor(timestep).flatten()[0])
+            solver = fusable(self.pipe, plain, first, self.eta)
+            if isinstance(solver, NotLinear):
+                self.reason = solver.reason
+                self._check_saves()
+                logger.warning("the scheduler's own step is used: %s", self.reason)
+            else:
+                self._solver = solver
+        return self.reason is None
+
+    def look(self, arguments: dict[str, Any], family: Family, denoiser: TileDenoiser) -> None:
+        """Take from the arguments of the network's forward what the pipeline has changed."""
+        self.branches = 2 if getattr(self.pipe, "do_classifier_free_guidance", False) else 1
+        if self.index == 0:
+            self._begin(family.canvas(arguments), arguments[family.sample], family, denoiser)
+        elif self._shown is not None:
+            self._take_back(family.canvas(arguments).chunk(self.branches)[0])
+
+    def _begin(self, canvas: Tensor, sample: Tensor, family: Family, denoiser: TileDenoiser) -> None:
+        assert self._solver is not None
+        latents = canvas.chunk(self.branches)[0]
+        dtype = torch.promote_types(latents.dtype, torch.float32)
+        solver = self._solver.to(latents.device, dtype)
+        self.family, self._solver = family, solver
+        shapes = (tuple(latents.shape), latents.dtype, latents.device, tuple(solver.table.shape), self.branches)
+        settings = (denoiser.config, denoiser.execution, self._rescale(), any(solver.uses_noise))
+        key = (identity(network_of(self.pipe)[0]), *settings, shapes)
+        self.entry: Entry = self.graphs.entry(key, lambda: _buffers(solver, latents, dtype))
+        self.buffers: Buffers = self.entry.buffers
+        self.buffers.table.copy_(solver.table)
+        self.buffers.input_scale.copy_(solver.input_scale)
+        self.buffers.step.zero_()
+        self.features.begin(Start(self.scheduler, solver.timesteps, (latents.shape[2], latents.shape[3])))
+        self._take_back(latents)
+        if self._saves is not None:
+            self._saves.restore(self.buffers)
+        # What the pipeline gets for a prediction: as many images, of one pixel, or one token.
+        self._stand_in = latents.new_zeros(latents.shape[0], *[1] * (sample.ndim - 1))
+
+    def _take_back(self, latents: Tensor) -> None:
+        """The canvas as the pipeline has it; a callback may have changed it."""
+        if self._shown is not None and torch.equal(latents, self._shown):
+            return  # unchanged: the engine's own is more precise
+        self.buffers.state[0].copy_(latents)
+        scale = self.buffers.input_scale[self.index]
+        self.buffers.model_input.copy_(self.buffers.state[0] * scale)
+
+    def _rescale(self) -> float:
+        return float(getattr(self.pipe, "guidance_rescale", 0.0) or 0.0) if self.branches == 2 else 0.0
+
+    def run_step(self, denoiser: TileDenoiser, forward: Forward, timestep: Any, conditions: dict[str, Any]) -> Tensor:
+        """One evaluation of the canvas and the step after it.
+
+        Args:
+            denoiser: the tiling.
+            forward: the network, as :meth:`~tiledcore.tiles.denoiser.TileDenoiser.evaluate` calls it.
+            timestep: as the pipeline gives it.
+            conditions: the other arguments of the network's forward.
+
+        Returns:
+            The stand-in for the prediction.
+        """
+        assert self._solver is not None
+        buffers, index = self.buffers, self.index
+        size = (buffers.model_input.shape[2], buffers.model_input.shape[3])
+        if index < self._resumed:
+            if index + 1 == self._resumed and self._saves is not None and self._saves.saved is not None:
+                self.features.resume(self._saves.saved.tensors, denoiser.tiling(*size, timestep))
+            self.index += 1
+            return self._prediction()
+        if buffers.denoiser is not None and buffers.denoiser is not denoiser:
+            denoiser = buffers.denoiser.renewed(denoiser)
+        self.denoiser = buffers.denoiser = denoiser
+        uniform = denoiser.place(size, timestep, buffers.model_input.device)
+        refusal = self._graph_refusal(uniform, conditions)
+        if refusal is None and self.graphs.backend is not None:
+            given = {**conditions, "": timestep}
+            if not buffers.arguments:
+                buffers.arguments = clone(given)
+            elif not refill(buffers.arguments, given):
+                refusal = "the conditions have other shapes than before"
+            if refusal is None:
+                conditions = {k: v for k, v in buffers.arguments.items() if k}
+                timestep = buffers.arguments[""]
+        if self.branches == 2:
+            buffers.guidance.fill_(float(self.pipe.guidance_scale))
+        if self._solver.uses_noise[index]:
+            assert buffers.noise is not None
+            buffers.noise.copy_(self._solver.noise(self.generator, buffers.model_input))
+        self.graphs.run(self.entry, lambda: self._step(denoiser, forward, timestep, conditions, index), refusal)
+        self.index += 1
+        self.features.after_step(self.index, buffers.state[0])
+        if self._saves is not None:
+            self._saves.after(self.index, len(self._solver), buffers, self.features.tensors())
+        return self._prediction()
+
+    def _step(
+        self, denoiser: TileDenoiser, forward: Forward, timestep: Any, conditions: dict[str, Any], index: int
+    ) -> None:
+        """What a graph captures: it touches nothing but the buffers."""
+        buffers = self.buffers
+        canvas = torch.cat([buffers.model_input] * self.branches)
+        predicted = denoiser.attempt(forward, canvas, timestep, **conditions)
+        guidance = buffers.guidance if self.branches == 2 else None
+        options: dict[str, Any] = {"window": denoiser.config.window, "impl": denoiser.execution.impl}
+        rescale = None
+        if guidance is not None and self._rescale() > 0:
+            where = (predicted.tiles, predicted.offsets, predicted.size)
+            rescale = guidance_rescale(*where, guidance, self._rescale(), ramp=predicted.ramp, **options)
+        if self.features.active(index):
+            assert denoiser.placed is not None
+            prediction = self._guided(predicted, guidance, rescale, options)
+            step = Step(index, buffers.state[0], denoiser.placed)
+            predicted, guidance, rescale = denoiser.whole(self.features.after_prediction(step, prediction)), None, None
+        with label("step"):
+            ops.fused_step(
+                predicted.tiles.contiguous(),
+                predicted.offsets,
+                buffers.state,
+                buffers.table,
+                buffers.input_scale,
+                buffers.step,
+                model_input=buffers.model_input,
+                guidance_scale=guidance,
+                noise=buffers.noise,
+                rescale=rescale,
+                ramp=predicted.ramp,
+                **options,
+            )
+        buffers.step.add_(1)
+
+    def _guided(
+        self, predicted: Prediction, guidance: Tensor | None, rescale: Tensor | None, options: dict[str, Any]
+    ) -> Tensor:
+        """The blended and guided prediction ``[B, C, H, W]``, in the state's precision."""
+        tiles, offsets, size, ramp = predicted
+        canvas = tiles if len(offsets) == 1 else ops.blend_tiles(tiles, offsets, size, ramp=ramp, **options)
+        canvas = canvas.to(self.buffers.state.dtype)
+        if guidance is not None:
+            unconditional, conditional = canvas.chunk(2)
+            canvas = unconditional + guidance * (conditional - unconditional)
+        return canvas if rescale is None else canvas * rescale.view(-1, 1, 1, 1)
+
+    def _prediction(self) -> Tensor:
+        return self._stand_in.repeat(self.branches, *[1] * (self._stand_in.ndim - 1))
+
+    def _graph_refusal(self, uniform: bool, conditions: dict[str, Any]) -> str | None:
+        """Why this step cannot be captured in a CUDA graph, or None."""
+        if not uniform:
+            return "the tiles of a step have several sizes, or differ from step to step"
+        if is_offloaded(network_of(self.pipe)[0]):
+            return "CPU offload moves the weights between steps"
+        if self.shows_latents:
+            return "a callback may change what the next step reads"
+        if conditions.get("regions") is not None:
+            return "regions: which prompts a tile has is decided on the host"
+        if self.features.active(self.index):
+            return "what a fade or a pull does differs from step to step"
+        return None
+
+    def _latents(self) -> Tensor:
+        """What the pipeline is given for its latents after a step."""
+        shown = self.buffers.state[0].to(self.buffers.model_input.dtype, copy=True)
+        if self.shows_latents:
+            self._shown = shown
+        latents: Tensor = self.family.result(shown)
+        return latents
+
+
+def _buffers(solver: LinearSolver, latents: Tensor, dtype: torch.dtype) -> Buffers:
+    state = torch.zeros(solver.slots, *latents.shape, dtype=dtype, device=latents.device)
+    return Buffers(
+        state=state,
+        model_input=torch.empty_like(latents, memory_format=torch.contiguous_format),
+        table=solver.table.clone(),
+        input_scale=solver.input_scale.clone(),
+        step=torch.zeros(1, dtype=torch.int64, device=latents.device),
+        guidance=torch.ones(1, dtype=dtype, device=latents.device),
+        noise=torch.zeros_like(state[0]) if any(solver.uses_noise) else None,
+        arguments={},
+    )

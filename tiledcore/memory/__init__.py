@@ -1,0 +1,1 @@
+"""Memory: predicted by simulated execution, planned for a budget."""

@@ -1,0 +1,129 @@
+"""``TiledPipeline(memory_budget=...)``: a plan for each call, and what the call really took beside it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any
+
+import torch
+
+from tiledcore._diffusers import device_of, is_offloaded
+from tiledcore.compose.pictures import size_px
+from tiledcore.config import Execution, TilingConfig
+from tiledcore.geometry import Pair
+from tiledcore.loop.graph import Counters
+from tiledcore.loop.report import Report
+from tiledcore.memory.architectures import architecture
+from tiledcore.memory.planner import SAFETY, Plan, Planner
+from tiledcore.memory.prediction import Predictor, parse_bytes, show_bytes
+from tiledcore.vae.live_bytes import LiveBytes
+
+logger = logging.getLogger(__name__)
+
+
+class Budget:
+    """Plans the calls of one pipeline; predictions are kept from call to call.
+
+    Args:
+        limit: bytes of device memory, as :func:`tiledcore.memory.prediction.parse_bytes` takes them.
+
+    Raises:
+        ValueError: it is none.
+    """
+
+    def __init__(self, limit: int | str) -> None:
+        self.limit = parse_bytes(limit)
+        self._predictor: Predictor | None = None
+
+    def plan(self, pipe: Any, arguments: dict[str, Any], tiling: TilingConfig | None, execution: Execution) -> Plan:
+        """The plan of a call.
+
+        Args:
+            pipe: the wrapped pipeline.
+            arguments: of its call, by name.
+            tiling: see :func:`tiledcore.memory.planner.plan`.
+
+        Raises:
+            DoesNotFit: no plan does.
+            TypeError: the pipeline's memory cannot be predicted.
+        """
+        bound = signature(type(pipe).__call__).bind_partial(pipe, **arguments)
+        bound.apply_defaults()
+        call = bound.arguments
+        model, device = architecture(pipe), device_of(pipe).type
+        if self._predictor is None or (self._predictor.model, self._predictor.device) != (model, device):
+            self._predictor = Predictor(model, device)
+        guided = model.branches == 2 and (call.get("guidance_scale") or 0) > 1
+        planner = Planner(
+            self._predictor,
+            self.limit,
+            images=_images(call),
+            branches=2 if guided else 1,
+            offload=True if _offloaded(pipe) else None,
+        )
+        return planner.plan(_size(pipe, call), tiling, execution)
+
+    def keeps_off(self, pipe: Any, *args: Any, **kwargs: Any) -> bool:
+        """In place of ``pipe.to(...)``: whether the weights alone break the budget, so that offload was enabled."""
+        device = kwargs.get("device", next((a for a in args if isinstance(a, str | torch.device)), None))
+        if device is None or torch.device(device).type != "cuda":
+            return False
+        weights = sum(part.weight_bytes or 0 for part in architecture(pipe).parts)
+        if weights * SAFETY <= self.limit:
+            return False
+        logger.info("%s of weights: each module is on the device only while it runs", show_bytes(weights))
+        pipe.enable_model_cpu_offload(device=device)
+        return True
+
+
+def _offloaded(pipe: Any) -> bool:
+    return any(is_offloaded(module) for module in pipe.components.values())
+
+
+def _images(call: dict[str, Any]) -> int:
+    prompts, embeds = call.get("prompt"), call.get("prompt_embeds")
+    count = len(prompts) if isinstance(prompts, list) else 1 if embeds is None else len(embeds)
+    return int(count * (call.get("num_images_per_prompt") or 1))
+
+
+def _size(pipe: Any, call: dict[str, Any]) -> Pair:
+    """(width, height) of the image, px."""
+    height, width = size_px(call.get("image"), pipe.vae_scale_factor) or (call.get("height"), call.get("width"))
+    default = architecture(pipe).native
+    tall, wide = (default, default) if isinstance(default, int) else default
+    return width or wide * pipe.vae_scale_factor, height or tall * pipe.vae_scale_factor
+
+
+@contextmanager
+def within(wrapper: Any, pipe: Any, plan: Plan | None) -> Iterator[None]:
+    """Run a call as planned, and put the plan and the real peak into the wrapper's report; None: just run it."""
+    if plan is None:
+        yield
+        return
+    logger.info("%s predicted, %s allowed: %s", show_bytes(plan.peak), show_bytes(plan.budget), plan.summary)
+    if plan.offload and not _offloaded(pipe):
+        pipe.enable_model_cpu_offload(device=device_of(pipe))
+    with measured(pipe) as peak:
+        yield
+    wrapper.report = wrapper.report or Report(False, "fused=False", 0, Counters())
+    wrapper.report.plan, wrapper.report.measured_bytes = plan, peak()
+
+
+@contextmanager
+def measured(pipe: Any) -> Iterator[Callable[[], int]]:
+    """The peak of tensors alive on the pipeline's device, weights included, while the ``with`` block runs.
+
+    On CUDA by the allocator. On a CPU by counting the storages that operations return, which costs some
+    microseconds an operation; a compiled network runs uncompiled meanwhile.
+    """
+    device = device_of(pipe)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield lambda: torch.cuda.max_memory_allocated(device)
+        return
+    modules = [module for module in pipe.components.values() if isinstance(module, torch.nn.Module)]
+    with LiveBytes(modules) as live:
+        yield lambda: live.peak

@@ -1,0 +1,255 @@
+"""The plan of an image: which way over the canvas, and what of the model is where, so that a memory budget holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from tiledcore.config import Execution, TilingConfig
+from tiledcore.geometry import Pair
+from tiledcore.memory.architectures import architecture
+from tiledcore.memory.prediction import SLOTS, Evaluation, Phase, Predictor, parse_bytes, show_bytes
+
+SAFETY = 1.1
+"""What a predicted peak is multiplied by before it is compared with the budget: the allocator's fragmentation, the
+kernels' own workspaces and the CUDA context are not in the prediction."""
+MODES: tuple[Literal["tiles", "canvas"], ...] = ("tiles", "canvas")
+"""At equal FLOPs the first is taken."""
+Way = tuple[TilingConfig, Execution]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to make an image within a budget, and what it is predicted to take."""
+
+    model: str
+    size: Pair
+    """(width, height) of the image, px."""
+    budget: int
+    device: str
+    dtype: str
+    tiling: TilingConfig
+    execution: Execution
+    offload: bool
+    """Each module is on the device only while it runs (``enable_model_cpu_offload``)."""
+    vae_band: int | None
+    """Rows of the image that are decoded at a time; None: all."""
+    vae_room: int | None
+    """With bands: bytes that they may take beside weights, latents and the image."""
+    tiles: int
+    area_factor: float
+    phases: tuple[Phase, ...]
+    safety: float = SAFETY
+
+    @property
+    def peak(self) -> int:
+        return max(phase.peak for phase in self.phases)
+
+    @property
+    def needs(self) -> int:
+        """The least budget that this plan fits."""
+        return math.ceil(self.peak * self.safety)
+
+    @property
+    def summary(self) -> str:
+        """The choices in one line."""
+        return "; ".join(dict.fromkeys(phase.choice for phase in self.phases))
+
+    @property
+    def fits(self) -> bool:
+        return self.needs <= self.budget
+
+
+class DoesNotFit(ValueError):  # noqa: N818 - it is an answer as much as an error
+    """No plan fits; the message says which budget or size would."""
+
+    def __init__(self, leanest: Plan, size: Pair | None) -> None:
+        self.leanest, self.size = leanest, size
+        worst = max(leanest.phases, key=lambda phase: phase.peak)
+        smaller = f", or size {size[0]}x{size[1]}" if size else "; no smaller size fits, because the weights do not"
+        needs = leanest.needs
+        enough = f"{math.ceil(needs / 2**28) / 4:g}GiB" if needs > 2**30 else f"{math.ceil(needs / 2**20)}MiB"
+        super().__init__(
+            f"{leanest.model} at {leanest.size[0]}x{leanest.size[1]} does not fit {show_bytes(leanest.budget)}: "
+            f"{worst.name} needs {show_bytes(worst.peak)} x {leanest.safety} at the least. What would fit: "
+            f"budget {enough}{smaller}"
+        )
+
+
+def plan(
+    model: Any,
+    size: Pair,
+    budget: int | str,
+    *,
+    tiling: TilingConfig | None = None,
+    execution: Execution | None = None,
+    device: str = "cuda",
+    dtype: torch.dtype | None = None,
+    images: int = 1,
+    branches: int | None = None,
+    offload: bool | None = None,
+) -> Plan:
+    """Choose mode, tile batch, guidance split, VAE band and offload so that an image fits a budget.
+
+    The way over the canvas with the fewest FLOPs comes first; in it, everything on the device at once before modules
+    that come and go, and large batches before small ones. The first that fits is taken.
+
+    Args:
+        model: a pipeline, a name from :data:`~tiledcore.memory.architectures.BUILT_IN`, or a folder.
+        size: (width, height) of the image, px.
+        budget: bytes of device memory, such as ``"24GiB"``.
+        tiling: kept as it is. Default: both modes are tried.
+        execution: its tile batch is the largest that is tried.
+        device: type of the device: ``"cuda"`` or ``"cpu"``; nothing is offloaded from a CPU.
+        dtype: of the weights. Default: a pipeline's own, else float16.
+        images: made at a time.
+        branches: 2 with classifier-free guidance, 1 without. Default: as the family's pipeline is called.
+        offload: whether modules come and go. Default: only where it is needed.
+
+    Raises:
+        DoesNotFit: no plan does; the message names the least budget, and the largest size of this aspect.
+        ValueError: the size is no multiple of the VAE's factor, or the budget or the model is none.
+        TypeError: the model's memory cannot be predicted.
+    """
+    planner = Planner(Predictor(architecture(model, dtype), device), parse_bytes(budget), images, branches, offload)
+    return planner.plan(size, tiling, execution)
+
+
+class Planner:
+    """Plans of one model, budget and call; predictions are shared by all of them. See :func:`plan`."""
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        budget: int,
+        images: int = 1,
+        branches: int | None = None,
+        offload: bool | None = None,
+    ) -> None:
+        self.predictor, self.budget, self.images = predictor, budget, images
+        self.branches = branches or predictor.model.branches
+        on_cpu = predictor.device == "cpu"
+        self.offloads = (False,) if on_cpu else (False, True) if offload is None else (offload,)
+
+    def plan(self, size: Pair, tiling: TilingConfig | None = None, execution: Execution | None = None) -> Plan:
+        self._check(size)
+        execution = execution or Execution()
+        plans = []
+        for found in self._candidates(size, self._ways(tiling, execution)):
+            if found.fits:
+                return found
+            plans.append(found)
+        raise DoesNotFit(
+            min(plans, key=lambda found: (found.peak, sum(phase.peak for phase in found.phases))),
+            self._largest(size, self._ways(tiling, execution)),
+        )
+
+    def _check(self, size: Pair) -> None:
+        factor = self.predictor.model.factor
+        network = self.predictor.model.network
+        if network.kind != "UNet2DConditionModel":
+            factor *= 2  # a token is 2x2 latent pixels
+        if any(n < 1 or n % factor for n in size):
+            raise ValueError(f"size={size[0]}x{size[1]}: both sides must be multiples of {factor} px")
+
+    def _ways(self, tiling: TilingConfig | None, execution: Execution) -> list[list[Way]]:
+        """Per mode, the ways over the canvas from the fastest to the leanest."""
+        if tiling is None:
+            return [ways for mode in MODES for ways in self._ways(TilingConfig(mode=mode), execution)]
+        if tiling.mode == "canvas":
+            splits = execution.guidance_batch and self.images * self.branches > 1
+            split = [(tiling, replace(execution, guidance_batch=False))] if splits else []
+            return [[(tiling, execution), *split]]
+        batch, ways = execution.tile_batch, []
+        while batch >= 1:
+            ways.append((tiling, replace(execution, tile_batch=batch)))
+            batch //= 2
+        return [ways]
+
+    def _candidates(self, size: Pair, modes: list[list[Way]]) -> Iterator[Plan]:
+        if len(modes) > 1:
+            modes = sorted(modes, key=lambda ways: self._evaluate(size, ways[0]).flops)
+        for ways in modes:
+            for offload in self.offloads:
+                for way in ways:
+                    yield self._assemble(size, way, offload)
+
+    def _evaluate(self, size: Pair, way: Way) -> Evaluation:
+        factor = self.predictor.model.factor
+        canvas = (size[1] // factor, size[0] // factor)
+        return self.predictor.evaluation(canvas, *way, self.images, self.branches)
+
+    def _assemble(self, size: Pair, way: Way, offload: bool) -> Plan:
+        predictor, model = self.predictor, self.predictor.model
+        factor = model.factor
+        weights = {part.role: predictor.weights(part.role) for part in model.parts}
+        resident = sum(weights.values())
+
+        def beside(role: str) -> int:
+            return weights[role] if offload else resident
+
+        texts = predictor.text(self.images)
+        evaluation = self._evaluate(size, way)
+        others = (0 if offload else resident - weights["vae"]) + evaluation.kept
+        canvas, room = (size[1] // factor, size[0] // factor), None
+        decode = predictor.decode(canvas, self.images, None)
+        if (decode.peak + others) * SAFETY > self.budget:
+            room = max(1, int(self.budget / SAFETY) - others - decode.base)
+            decode = predictor.decode(canvas, self.images, room)
+        network = model.network.role
+        phases = [
+            Phase("network", beside(network) + evaluation.network, evaluation.flops, _choice(*way)),
+            Phase("step", beside(network) + evaluation.step, 0, f"{SLOTS} canvases of fp32 state"),
+            Phase("decode", decode.peak + others, decode.flops, _bands(decode.band)),
+        ]
+        if texts:
+            peak = max(beside(role) + activations for role, (activations, _) in texts.items())
+            choice = "one at a time on the device" if offload else "stay on the device"
+            flops = sum(one for _, one in texts.values()) * self.branches
+            phases.insert(0, Phase("text encoders", peak, flops, choice))
+        return Plan(
+            model=model.name,
+            size=size,
+            budget=self.budget,
+            device=predictor.device,
+            dtype=str(model.network.dtype).removeprefix("torch."),
+            tiling=way[0],
+            execution=way[1],
+            offload=offload,
+            vae_band=decode.band,
+            vae_room=room,
+            tiles=evaluation.tiles,
+            area_factor=evaluation.area_factor,
+            phases=tuple(phases),
+        )
+
+    def _largest(self, size: Pair, modes: list[list[Way]]) -> Pair | None:
+        """The largest of some smaller sizes of this aspect for which the leanest ways fit."""
+        lean = Planner(self.predictor, self.budget, self.images, self.branches, self.offloads[-1])
+
+        def smaller(eighths: int) -> Pair:
+            width, height = (max(64, n * eighths // 8 // 64 * 64) for n in size)
+            return width, height
+
+        def fits(at: Pair) -> bool:
+            return any(found.fits for ways in modes for found in lean._candidates(at, [ways[-1:]]))
+
+        low, high = 0, 8
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(smaller(middle)) else (low, middle)
+        return smaller(low) if low else None
+
+
+def _bands(band: int | None) -> str:
+    return "whole image" if band is None else f"exact VAE bands of {band} px"
+
+
+def _choice(tiling: TilingConfig, execution: Execution) -> str:
+    if tiling.mode == "canvas":
+        return "canvas, guidance " + ("together" if execution.guidance_batch else "one branch at a time")
+    return f"tiles, {execution.tile_batch} at a time"

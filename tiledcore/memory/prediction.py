@@ -1,0 +1,336 @@
+"""Predict the peak memory of making an image, by running the real code on fake tensors.
+
+The phases of a call are text encoders, network (in tiles or over the whole canvas), fused step and VAE.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tiledcore import ops
+from tiledcore.canvas import attention
+from tiledcore.config import Execution, TilingConfig
+from tiledcore.feature import Step
+from tiledcore.geometry import Pair, Partition, Tiling, both
+from tiledcore.memory.architectures import Architecture, Part
+from tiledcore.memory.simulation import Simulated, build, simulated
+from tiledcore.tiles.denoiser import TileDenoiser
+from tiledcore.tiles.fade import Fade
+from tiledcore.tiles.families import FAMILIES, Family
+from tiledcore.vae.exact import counted
+from tiledcore.vae.plan import BANDS, BandPlan, Search, machine
+from tiledcore.vae.program import program
+
+COUNTED = 128 * 128
+"""Up to so many latent pixels a decode in bands is simulated, and not only estimated."""
+SLOTS = 2
+"""Canvases of scheduler state that are counted: those of a second-order multistep scheduler."""
+UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
+    f"{letter}ib": 2 ** (10 * power) for power, letter in enumerate("kmgt", 1)
+}
+
+
+def parse_bytes(value: int | str) -> int:
+    """A number of bytes: 24_000_000_000, ``"24GiB"``, ``"24 GB"`` or ``"512MiB"``.
+
+    Raises:
+        ValueError: it is none, or not positive.
+    """
+    number, unit = float(value) if isinstance(value, int) else 0.0, "b"
+    if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b)?\s*", value.lower())):
+        number, unit = float(match[1]), match[2] or "b"
+    size = int(number * UNITS.get(unit, 0))
+    if size < 1 or isinstance(value, bool):
+        raise ValueError(f"budget={value!r}: must be a number of bytes above 0, such as '24GiB' or '24GB'")
+    return size
+
+
+def show_bytes(size: float) -> str:
+    """In GiB or MiB, for people."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One part of a call."""
+
+    name: str
+    peak: int
+    """Predicted bytes on the device, weights included, without the safety factor."""
+    flops: int
+    """Of the network: per step."""
+    choice: str
+    """What was chosen for it."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The network on one canvas, and the step after it: bytes, without the network's weights."""
+
+    network: int
+    step: int
+    kept: int
+    """The engine's buffers, which are still there when the image is decoded."""
+    flops: int
+    tiles: int
+    area_factor: float
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Decoding an image."""
+
+    base: int
+    """Bytes of weights, latents and the image."""
+    peak: int
+    flops: int
+    band: int | None
+    """Rows of the image at a time, px; None: all."""
+
+
+class Predictor:
+    """Predicts the phases of one model on ``"cuda"`` or ``"cpu"``; modules and results are kept."""
+
+    def __init__(self, model: Architecture, device: str) -> None:
+        self.model, self.device = model, device
+        self.mode = FakeTensorMode()
+        self.module = cache(self._module)
+        self.evaluation = cache(self._evaluation)
+        self.text = cache(self._text)
+        self.decode = cache(self._decode)
+
+    def _module(self, role: str, dtype: torch.dtype | None = None) -> torch.nn.Module:
+        part = self.part(role)
+        return build(part.make, dtype or part.dtype, self.mode)
+
+    def part(self, role: str) -> Part:
+        return next(part for part in self.model.parts if part.role == role)
+
+    def weights(self, role: str) -> int:
+        """Bytes of a module's weights: of the real module, if there is one."""
+        part, module = self.part(role), self.module(role)
+        if part.weight_bytes is not None:
+            return part.weight_bytes
+        # With float16, transformers loads some of T5's layers in float32.
+        kept = getattr(module, "_keep_in_fp32_modules", None) or () if part.dtype == torch.float16 else ()
+        twice = sum(p.nbytes for name, p in module.named_parameters() if set(kept) & set(name.split(".")))
+        return _weights(module) + twice
+
+    def _text(self, images: int) -> dict[str, tuple[int, int]]:
+        """Per text encoder: bytes without weights, and FLOPs, of one prompt per image."""
+        found = {}
+        for part in self.model.text_encoders:
+            module = self.module(part.role)
+            length = part.config.get("max_position_embeddings") or self.model.long_text
+            with simulated(self.mode, [module], self.device) as run:
+                module(torch.zeros(images, length, dtype=torch.int64), output_hidden_states=True)
+            found[part.role] = (run.live.peak - _weights(module), run.flops)
+        return found
+
+    def _evaluation(
+        self, canvas: Pair, config: TilingConfig, execution: Execution, images: int, branches: int
+    ) -> Evaluation:
+        """One step over a canvas of (height, width) latent pixels; shifted grids: the worst of three."""
+        network: Any = self.module(self.model.network.role)
+        family = next(f for f in FAMILIES if f.model.__name__ == self.model.network.kind)
+        patch = family.patch(network)
+        tile = config.tile or self.model.native
+        height, width = both(tile)
+        found = []
+        for timestep in (999, 500, 1) if config.moving else (999,):
+            denoiser = TileDenoiser(
+                config, execution, self.model.native, self.model.factor, patch, family.unit(network)
+            )
+            if config.mode == "canvas":
+                hook = attention.install(
+                    network,
+                    tile=(height, width),
+                    halo=config.halo,
+                    wrap=config.wrap,
+                    native=self.model.native,
+                    guidance_batch=execution.guidance_batch,
+                    impl=execution.impl,
+                )
+                # The values of positions, from which it is read otherwise, do not exist here.
+                hook.grid = ((canvas[0] // patch, canvas[1] // patch), patch)
+            try:
+                with simulated(self.mode, [network], self.device) as run:
+                    size = (canvas[0] // denoiser.unit, canvas[1] // denoiser.unit)
+                    found.append(self._step(run, denoiser, family, network, size, images, branches, timestep))
+            finally:
+                attention.remove(network)
+        return max(found, key=lambda evaluation: evaluation.network)
+
+    def _step(
+        self,
+        run: Simulated,
+        denoiser: TileDenoiser,
+        family: Family,
+        network: Any,
+        size: Pair,
+        images: int,
+        branches: int,
+        timestep: float,
+    ) -> Evaluation:
+        """What :meth:`tiledcore.loop.engine.Engine.run_step` does, on buffers like those of engine and pipeline."""
+        weights, dtype = _weights(network), self.model.network.dtype
+        channels = network.config.in_channels
+        latents = torch.empty(images, channels, *size, dtype=dtype)
+        held = [torch.cat([latents] * branches)]  # by the pipeline, in the first step
+        conditions = _conditions(self.model, network, size, images * branches)
+        state = torch.empty(SLOTS, *latents.shape, dtype=torch.float32)
+        model_input = torch.empty_like(latents)
+        predicted = channels if family.packed else network.config.out_channels
+        flops: dict[tuple[int, ...], int] = {}
+        total = 0
+
+        def forward(tiles: Tensor, timestep: Any, **given: Any) -> tuple[Tensor]:
+            """The network; run only once per shape, since all tile batches of one shape take the same."""
+            nonlocal total
+            shape = tuple(tiles.shape)
+            if shape in flops:
+                prediction = tiles.new_empty(shape[0], predicted, *shape[2:])
+            else:
+                before = run.flops
+                inputs = {**given, family.timestep: timestep}
+                inputs |= family.tiles(tiles, inputs, denoiser.pixels)
+                prediction = family.prediction(network(return_dict=False, **inputs)[0], (shape[2], shape[3]))
+                flops[shape] = run.flops - before
+            total += flops[shape]
+            return (prediction,)
+
+        denoiser.place(size, timestep, latents.device)
+        tiling = denoiser.tiling(*size, timestep)
+        if denoiser.config.mode == "tiles" and len(tiling) > 1:
+            # In a run the buffer exists from the second batch on.
+            count, height, width = _buffer_size(tiling)
+            denoiser._buffer((count * images * branches, predicted, height, width), latents)
+        times = torch.zeros(() if family.sample == "sample" else images * branches, dtype=dtype)
+        tiles, offsets, _, ramp = denoiser.evaluate(forward, torch.cat([model_input] * branches), times, **conditions)
+        peak = run.live.reset()
+        held.clear()
+        fade, guided, motion = Fade(1.0, both(denoiser.config.wrap)), branches == 2, denoiser.config.moving
+        if motion is not None and motion.fade != 0 and isinstance(denoiser.placed, Partition):
+            fade.begin_at([(1.0, 0.0)] * 2)
+            whole = (tiles if len(offsets) == 1 else ops.blend_tiles(tiles, offsets, size)).to(state.dtype)
+            if guided:
+                unconditional, conditional = whole.chunk(2)
+                whole = unconditional + 2.0 * (conditional - unconditional)
+            faded = fade.after_prediction(Step(1, state[0], denoiser.placed), whole)
+            tiles, offsets, _, ramp = denoiser.whole(faded.to(dtype))
+            guided = False
+        ops.fused_step(
+            tiles.contiguous(),
+            offsets,
+            state,
+            torch.empty(1, SLOTS, SLOTS + 2),
+            torch.empty(2),
+            torch.zeros(1, dtype=torch.int64),
+            model_input=model_input,
+            guidance_scale=torch.ones(1) if guided else None,
+            window=denoiser.config.window,
+            ramp=ramp,
+        )
+        buffer = denoiser._tiles
+        kept = (
+            state.nbytes
+            + model_input.nbytes
+            + sum(t.nbytes for t in (buffer, *fade.tensors().values()) if t is not None)
+        )
+        one = denoiser.config.mode == "canvas"
+        return Evaluation(
+            network=peak - weights,
+            step=run.live.reset() - weights,
+            kept=kept,
+            flops=total,
+            tiles=1 if one else len(tiling),
+            area_factor=1.0 if one else tiling.area_factor,
+        )
+
+    def _decode(self, canvas: Pair, images: int, room: int | None) -> Decode:
+        """Decode latents of (height, width) and make a picture of them, VAE weights included.
+
+        ``room``: None decodes the whole image at once; else in bands, as for :func:`vae_peak`.
+        """
+        part = self.model.vae
+        upcast = self.model.upcasts_vae and part.dtype == torch.float16
+        vae: Any = self.module("vae", torch.float32 if upcast else None)
+        shape = (images, vae.config.latent_channels, *canvas)
+        real = part.weight_bytes
+        extra = 0 if real is None else real * (2 if upcast else 1) - _weights(vae)
+        with simulated(self.mode, [vae], self.device) as run:
+            latents = [torch.empty(shape, dtype=vae.dtype) for _ in range(2)]  # scaled and not
+            image = vae.decode(latents[0], return_dict=False)[0]
+            base = _weights(vae) + extra + 2 * latents[0].nbytes + image.nbytes
+            whole, flops = run.live.reset() + extra, run.flops
+            torch.stack([(one * 0.5 + 0.5).clamp(0, 1) for one in image])  # VaeImageProcessor.denormalize
+            after = run.live.peak + extra
+        if room is None:
+            return Decode(base, max(whole, after), flops, None)
+        bands = vae_peak(vae, shape, room)
+        return Decode(base, max(base + bands.peak_bytes, after), int(flops * bands.recomputed), bands.band_px)
+
+
+def vae_peak(vae: Any, latents: tuple[int, ...], room: int) -> BandPlan:
+    """Exact decoding in bands within ``room`` bytes beside weights, latents and image; if nothing fits, in the least.
+
+    Without host memory, which a CUDA device may use in addition to compute less twice. Above :data:`COUNTED` latent
+    pixels the peak is an upper bound, because counting takes minutes.
+
+    Raises:
+        TypeError: the autoencoder has parts that cannot be computed in bands.
+    """
+    layers, cpu = program(vae, "decode"), machine(torch.device("cpu"), vae.dtype)
+    searches = [Search(layers, latents, vae.dtype.itemsize, rows, cpu) for rows in BANDS]
+
+    def within(budget: int) -> list[BandPlan]:
+        return [found for search in searches if (found := search.plan(budget)) is not None]
+
+    best = min(within(room) or within(searches[-1].least()), key=lambda plan: plan.seconds)
+    if latents[2] * latents[3] <= COUNTED:
+        best = replace(best, peak_bytes=counted(vae, latents, best))
+    return best
+
+
+def _buffer_size(tiling: Tiling | Partition) -> tuple[int, int, int]:
+    """Tiles, height and width of the buffer that predictions go to: a canvas, where tiles are of several sizes."""
+    if isinstance(tiling, Tiling):
+        return len(tiling), *tiling.tile_size
+    if len(tiling.groups) == 1:
+        return len(tiling), *next(iter(tiling.groups))
+    return 1, tiling.height, tiling.width
+
+
+def _weights(module: torch.nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _conditions(model: Architecture, network: Any, size: Pair, batch: int) -> dict[str, Any]:
+    """The other arguments of the network's forward, as its pipeline gives them."""
+    config, kind, dtype = network.config, model.network.kind, model.network.dtype
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    if kind == "UNet2DConditionModel":
+        width = config.cross_attention_dim
+        found: dict[str, Any] = {"encoder_hidden_states": empty(batch, model.text_tokens, width)}
+        if config.addition_embed_type == "text_time":
+            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            found["added_cond_kwargs"] = {"text_embeds": empty(batch, pooled), "time_ids": empty(batch, 6)}
+        return found
+    found = {
+        "encoder_hidden_states": empty(batch, model.text_tokens, config.joint_attention_dim),
+        "pooled_projections": empty(batch, config.pooled_projection_dim),
+    }
+    if kind == "FluxTransformer2DModel":
+        found |= {"img_ids": empty(size[0] * size[1], 3), "txt_ids": empty(model.text_tokens, 3)}
+        found["guidance"] = empty(batch) if config.guidance_embeds else None
+    return found

@@ -1,0 +1,139 @@
+"""Run modules without data: fake tensors have a shape and a dtype but no storage; live bytes and FLOPs are counted.
+
+The real Python code of a module runs on torch's fake tensors, so the same tensors are alive at the same time as in a
+real run. Kernels differ in three ways:
+
+- Plain attention counts as a memory-efficient kernel: queries, keys, values and output, without the scores.
+- ``neighbor_attention`` counts by its implementation: the kernels need no scratch; ``"sdpa"`` gathers in chunks.
+- Workspaces inside other kernels (cuDNN, cuBLAS, oneDNN) do not count; the safety factor is for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_flop_count
+
+from tiledcore import ops
+from tiledcore.geometry import Pair
+from tiledcore.ops.neighbor_attention import _CHUNK_BYTES
+from tiledcore.vae.live_bytes import LiveBytes
+
+
+@dataclass
+class Simulated:
+    """Modules on fake tensors, and what was counted of their execution."""
+
+    live: LiveBytes
+    counter: FlopCounterMode
+
+    @property
+    def flops(self) -> int:
+        return int(self.counter.get_total_flops())
+
+
+def build(make: Callable[[], torch.nn.Module], dtype: torch.dtype, mode: FakeTensorMode) -> torch.nn.Module:
+    """Make a module with fake weights of a floating dtype: no data, no initialisation, in about a second."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with mode:
+            return make().eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def simulated(mode: FakeTensorMode, modules: Sequence[torch.nn.Module], device: str) -> Iterator[Simulated]:
+    """Execute on fake tensors and count.
+
+    Args:
+        mode: that the modules were built in.
+        modules: on the device from the beginning.
+        device: type of the device to plan for, ``"cuda"`` or ``"cpu"``; the fake tensors are on the CPU.
+    """
+    most = attention_scratch(device)
+
+    def scratch(func: Any, args: tuple[Any, ...]) -> int:
+        attends = func.namespace == "tiledcore" and func._opname.startswith("neighbor_attention")
+        return min(most, _gathered(*args)) if most and attends else 0
+
+    live = LiveBytes(modules, scratch)
+    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+    with torch.no_grad(), mode, counter, live:
+        yield Simulated(live, counter)
+
+
+def attention_scratch(device: str) -> int:
+    """Bytes that ``neighbor_attention`` needs at most beside its arguments and result.
+
+    The kernels need none. ``"sdpa"`` uses one chunk of gathered windows while it gathers the next.
+    """
+    kernel: ops.Impl = "triton" if device == "cuda" else "native"
+    if ops.unavailable("neighbor_attention", kernel, torch.device(device)) is None:
+        return 0
+    return 2 * _CHUNK_BYTES.get(device, _CHUNK_BYTES["cpu"])
+
+
+def _seen(size: int, tile: int, halo: int, wraps: bool) -> list[Pair]:
+    """Along one axis, for each tile: (its queries, the keys that they see)."""
+    found = []
+    for start in range(0, size, tile):
+        end = min(start + tile, size)
+        keys = end - start + 2 * halo if wraps else min(end + halo, size) - max(start - halo, 0)
+        found.append((end - start, min(keys, size)))
+    return found
+
+
+def _gathered(q: Tensor, *arguments: Any) -> int:
+    """Bytes of all queries, windows and results of ``neighbor_attention``, if ``"sdpa"`` gathered them at once."""
+    canvas, tile, halo, wrap = arguments[5:9]
+    keys = 1
+    for axis in zip(canvas, tile, halo, wrap, strict=True):
+        keys *= sum(seen for _, seen in _seen(*axis))
+    return int(q[:, :1].nbytes * 2 * (canvas[0] * canvas[1] + keys))
+
+
+def attention_pairs(canvas: Pair, tile: Pair, halo: Pair, wrap: tuple[bool, bool]) -> int:
+    """How many (query, key) pairs neighbour attention scores, without global tokens."""
+    total = 1
+    for axis in zip(canvas, tile, halo, wrap, strict=True):
+        total *= sum(queries * seen for queries, seen in _seen(*axis))
+    return total
+
+
+def _neighbor_attention_flops(
+    q: Sequence[int],
+    k: Sequence[int],
+    v: Sequence[int],
+    global_q: Sequence[int] | None,
+    global_k: Sequence[int] | None,
+    global_v: Sequence[int] | None,
+    canvas: Pair,
+    tile: Pair,
+    halo: Pair,
+    wrap: tuple[bool, bool],
+    *_: Any,
+    **__: Any,
+) -> int:
+    """Two products (scores, and scores by values), a multiply-add as two FLOPs, as for plain attention."""
+    batch, tokens, heads, dim = q
+    pairs = attention_pairs(canvas, tile, halo, wrap) + tokens * (0 if global_k is None else global_k[1])
+    return 4 * batch * heads * dim * pairs
+
+
+def _cpu_attention_flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(q, k, v))
+
+
+register_flop_formula(
+    [getattr(torch.ops.tiledcore, f"neighbor_attention_{impl}") for impl in ("reference", "native", "triton", "sdpa")]
+)(_neighbor_attention_flops)
+# torch has formulas only for its CUDA kernels.
+_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops}

@@ -1,0 +1,108 @@
+"""group_norm_silu: GroupNorm with given statistics, then SiLU, over a band of rows."""
+
+import torch
+from torch import Tensor
+
+from tiledcore.ops import reference
+from tiledcore.ops.checks import BLEND_DTYPES, check_image
+from tiledcore.ops.dispatch import Impl, choose, define
+
+_SCHEMA = "(Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, bool silu, Tensor(a!) out) -> ()"
+
+
+def _fake(*_: object) -> None:
+    """Nothing is returned, and shapes do not change."""
+
+
+define("group_norm_silu", _SCHEMA, _fake)
+
+
+@torch.library.impl("tiledcore::group_norm_silu_reference", ("cpu", "cuda"))
+def _reference(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, silu: bool, out: Tensor) -> None:
+    out.copy_(reference.group_norm_silu(x, mean, rstd, weight, bias, silu))
+
+
+@torch.library.impl("tiledcore::group_norm_silu_triton", ("cpu", "cuda"))
+def _triton(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, silu: bool, out: Tensor) -> None:
+    from tiledcore.kernels.group_norm_silu import group_norm_silu as kernel
+
+    kernel(x, mean, rstd, weight, bias, silu, out)
+
+
+def _planes_contiguous(tensor: Tensor) -> bool:
+    H, W = tensor.shape[2:]
+    return (W == 1 or tensor.stride(3) == 1) and (H == 1 or tensor.stride(2) == W)
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dims: str, dtype: torch.dtype, x: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor {dims}, got {type(tensor).__name__}")
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must be of dtype {dtype} with x of {x.dtype}, got {tensor.dtype}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have the shape {dims} = {shape}, got {tuple(tensor.shape)}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}")
+
+
+def group_norm_silu(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    silu: bool = True,
+    out: Tensor | None = None,
+    impl: Impl | None = None,
+) -> Tensor:
+    """GroupNorm (Wu and He 2018) with given statistics, then SiLU, in one pass over a band of rows.
+
+    Per channel ``v = (x - mean) * rstd * weight + bias``, and the result is ``v / (1 + exp(-v))``. The
+    statistics are those of the whole image, so a band is normalised as if the whole image were there.
+    Computed in float32 (float64 for float64) and rounded once.
+
+    Args:
+        x: ``[B, C, rows, W]``, float16, bfloat16, float32 or float64. Copied if the rows of a channel are
+            not contiguous; channels and batch entries may have any stride.
+        mean: ``[B, G]`` float32 (float64 with float64), one value for each group of channels; ``G`` divides ``C``.
+        rstd: ``[B, G]``, as ``mean``: ``1 / sqrt(variance + eps)``.
+        weight: ``[C]`` of the dtype of ``x``.
+        bias: ``[C]`` of the dtype of ``x``.
+        silu: if False, the result is ``v``.
+        out: where the result is written, of the shape and dtype of ``x`` with contiguous planes; a new
+            tensor if None. It may be ``x`` itself, but must not overlap it otherwise.
+        impl: ``"reference"``, ``"native"`` or ``"triton"``; None picks the fastest one available.
+
+    Returns:
+        ``out``, without a gradient.
+
+    Raises:
+        TypeError: an argument is not a tensor of such a dtype.
+        ValueError: a shape, device, layout or ``impl`` is not as above.
+        RuntimeError: ``impl`` was named and is unavailable here.
+    """
+    check_image("x", x, "[B, C, rows, W]")
+    if x.dtype not in BLEND_DTYPES:
+        raise TypeError(f"x must be of one of {BLEND_DTYPES}, got {x.dtype}")
+    B, C = x.shape[:2]
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if not isinstance(mean, Tensor) or mean.dim() != 2:
+        raise ValueError(f"mean must be a tensor [B, G], got {tuple(mean.shape) if isinstance(mean, Tensor) else mean}")
+    G = mean.shape[1]
+    if G == 0 or C % G:
+        raise ValueError(f"mean has {G} groups, which do not divide the {C} channels of x")
+    for name, statistic in (("mean", mean), ("rstd", rstd)):
+        _check(name, statistic, (B, G), "[B, G]", exact, x)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        _check(name, parameter, (C,), "[C]", x.dtype, x)
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    else:
+        _check("out", out, tuple(x.shape), "of x", x.dtype, x)
+        if not _planes_contiguous(out):
+            raise ValueError(f"out must have contiguous planes, got the strides {out.stride()}")
+    x = x if _planes_contiguous(x) else x.contiguous()
+    op = choose("group_norm_silu", impl, x.device)
+    op(x, mean.contiguous(), rstd.contiguous(), weight.contiguous(), bias.contiguous(), silu, out)
+    return out

@@ -1,0 +1,187 @@
+"""Every op in its simplest form: the oracle that all kernels are tested against.
+
+Plain torch, any float dtype, any device, one Python loop over the tiles. In float64 the results are
+exact to about 1e-15. Nothing here imports the other implementations.
+"""
+
+import torch
+from torch import Tensor
+
+
+def gather_tiles(canvas: Tensor, offsets: Tensor, tile: tuple[int, int]) -> Tensor:
+    """Cut the tiles out of the canvas; see :func:`tiledcore.ops.gather_tiles`."""
+    height, width = canvas.shape[-2:]
+    cut = []
+    for y, x in offsets.tolist():
+        rows = (y + torch.arange(tile[0], device=canvas.device)) % height
+        columns = (x + torch.arange(tile[1], device=canvas.device)) % width
+        cut.append(canvas[:, :, rows[:, None], columns[None, :]])
+    return torch.cat(cut)
+
+
+def blend_tiles(
+    tiles: Tensor,
+    offsets: Tensor,
+    canvas_size: tuple[int, int],
+    window: str = "ramp",
+    ramp: int = 8,
+) -> Tensor:
+    """Blend the tiles into a canvas; see :func:`tiledcore.ops.blend_tiles`."""
+    height, width = canvas_size
+    h, w = tiles.shape[-2:]
+    dtype = torch.float64 if tiles.dtype == torch.float64 else torch.float32
+    corners = [(int(y), int(x)) for y, x in offsets.tolist()]
+    batches = tiles.chunk(len(corners))
+    weights_y = axis_weights([y for y, _ in corners], h, height, window, ramp)
+    weights_x = axis_weights([x for _, x in corners], w, width, window, ramp)
+
+    blended = torch.zeros(*batches[0].shape[:2], height, width, dtype=dtype, device=tiles.device)
+    total = torch.zeros(height, width, dtype=dtype, device=tiles.device)
+    # Ordered by corner, so that the rounding does not depend on the order in which tiles are listed.
+    for t in sorted(range(len(corners)), key=corners.__getitem__):
+        y, x = corners[t]
+        rows = (y + torch.arange(h, device=tiles.device)) % height
+        columns = (x + torch.arange(w, device=tiles.device)) % width
+        weight = (weights_y[t][:, None] * weights_x[t][None, :]).to(tiles.device, dtype)
+        # What has no weight is left out, so that a NaN there cannot spread.
+        term = torch.where(weight > 0, weight * batches[t].to(dtype), 0)
+        blended[:, :, rows[:, None], columns[None, :]] += term
+        total[rows[:, None], columns[None, :]] += weight
+    return (blended / total).to(tiles.dtype)
+
+
+def axis_weights(starts: list[int], extent: int, size: int, window: str = "ramp", ramp: int = 8) -> Tensor:
+    """The weight along one axis of every tile at each of its pixels, before normalisation.
+
+    A pixel's depth in a tile is the distance of the pixel's centre from the tile's border. Weights
+    are relative to the deepest tile that covers the pixel, which has weight 1: so the sum of the
+    weights is never small, and a pixel that one tile alone covers is copied without rounding.
+
+    Args:
+        starts: the first pixel of each tile along the axis.
+        extent: pixels that a tile covers along the axis.
+        size: pixels of the canvas along the axis, a circle.
+        window: ``"mean"``, ``"gaussian"``, ``"ramp"`` or ``"core"``.
+        ramp: pixels over which a tile fades, for ``"ramp"``.
+
+    Returns:
+        ``[len(starts), extent]`` in float64.
+    """
+    pixel = torch.arange(extent, dtype=torch.float64)
+    depth = torch.minimum(pixel + 0.5, extent - (pixel + 0.5))
+    deepest = torch.zeros(size, dtype=torch.float64)
+    covered = [(start + torch.arange(extent)) % size for start in starts]
+    for where in covered:
+        deepest[where] = torch.maximum(deepest[where], depth)
+
+    def gaussian(d: Tensor) -> Tensor:
+        # The distance from the tile's middle, as a share of the tile, is 0.5 - d / extent.
+        return torch.exp(-((0.5 - d / extent) ** 2) / (2 * 0.01))
+
+    weights = []
+    for where in covered:
+        if window == "mean":
+            weight = torch.ones(extent, dtype=torch.float64)
+        elif window == "gaussian":
+            weight = gaussian(depth) / gaussian(deepest[where])
+        elif window in ("ramp", "core"):
+            fade = ramp if window == "ramp" else 1
+            weight = (1 - (deepest[where] - depth) / fade).clamp(0, 1)
+        else:
+            raise ValueError(f"window={window!r} is not one of mean, gaussian, ramp, core")
+        weights.append(weight)
+    return torch.stack(weights)
+
+
+def neighbor_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    canvas: tuple[int, int],
+    tile: tuple[int, int],
+    halo: tuple[int, int],
+    wrap: tuple[bool, bool] = (False, False),
+    scale: float | None = None,
+    global_q: Tensor | None = None,
+    global_k: Tensor | None = None,
+    global_v: Tensor | None = None,
+) -> Tensor:
+    """Attend, one query after the other, to all keys of its window; see :func:`tiledcore.ops.neighbor_attention`."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    rows, columns = (
+        [_window(position, *axis) for position in range(axis[0])] for axis in zip(canvas, tile, halo, wrap, strict=True)
+    )
+    for y in range(canvas[0]):
+        for x in range(canvas[1]):
+            query = y * canvas[1] + x
+            seen = [row * canvas[1] + column for row in rows[y] for column in columns[x]]
+            scores = torch.einsum("bhd,bkhd->bhk", q[:, query].to(dtype), k[:, seen].to(dtype))
+            values = v[:, seen].to(dtype)
+            if global_k is not None and global_v is not None:
+                other = (q if global_q is None else global_q)[:, query].to(dtype)
+                scores = torch.cat([scores, torch.einsum("bhd,bkhd->bhk", other, global_k.to(dtype))], 2)
+                values = torch.cat([values, global_v.to(dtype)], 1)
+            attended = torch.einsum("bhk,bkhd->bhd", (scores * scale).softmax(2), values)
+            out[:, query] = attended.to(q.dtype)
+    return out
+
+
+def _window(position: int, size: int, tile: int, halo: int, wrap: bool) -> list[int]:
+    """The positions of one axis that the tile of ``position`` sees, each once."""
+    start = position // tile * tile
+    low, high = start - halo, min(start + tile, size) + halo
+    # A position has copies at every multiple of the axis, if that is a circle; any of them counts.
+    laps = range(-(halo // size) - 1, halo // size + 2) if wrap else [0]
+    return [other for other in range(size) if any(low <= other + lap * size < high for lap in laps)]
+
+
+def fused_step(
+    tiles: Tensor,
+    offsets: Tensor,
+    state: Tensor,
+    table: Tensor,
+    input_scale: Tensor,
+    step: Tensor,
+    model_input: Tensor,
+    guidance_scale: Tensor | None = None,
+    noise: Tensor | None = None,
+    rescale: Tensor | None = None,
+    window: str = "ramp",
+    ramp: int = 8,
+) -> None:
+    """Blend, guide and move the state on by one evaluation; see :func:`tiledcore.ops.fused_step`."""
+    slots, height, width = state.shape[0], *state.shape[-2:]
+    evaluation = int(step)
+    prediction = blend_tiles(tiles.to(state.dtype), offsets, (height, width), window, ramp)
+    if guidance_scale is not None:
+        unconditional, conditional = prediction.chunk(2)
+        prediction = unconditional + guidance_scale.view(-1, 1, 1, 1) * (conditional - unconditional)
+    if rescale is not None:
+        prediction = prediction * rescale.view(-1, 1, 1, 1)
+
+    inputs = [*state.clone(), prediction, noise]
+    for slot, row in enumerate(table[evaluation].tolist()):
+        if row == [float(j == slot) for j in range(slots + 2)]:
+            continue
+        total = torch.zeros_like(prediction)
+        # What has no weight is left out, so that history not yet written cannot spread.
+        for j, coefficient in enumerate(row):
+            if coefficient != 0:
+                value = inputs[j]
+                if value is None:
+                    raise ValueError(f"table[{evaluation}] has a coefficient for noise, but noise is None")
+                total += coefficient * value
+        state[slot] = total
+    model_input.copy_(input_scale[evaluation + 1] * state[0])
+
+
+def group_norm_silu(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, silu: bool = True) -> Tensor:
+    """Normalise by given statistics, scale, shift, and apply SiLU; see :func:`tiledcore.ops.group_norm_silu`."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    per_group = x.shape[1] // mean.shape[1]
+    mean, rstd = (s.to(dtype).repeat_interleave(per_group, 1)[:, :, None, None] for s in (mean, rstd))
+    weight, bias = (p.to(dtype)[None, :, None, None] for p in (weight, bias))
+    normalised = (x.to(dtype) - mean) * rstd * weight + bias
+    return (normalised * torch.sigmoid(normalised) if silu else normalised).to(x.dtype)

@@ -1,0 +1,1 @@
+"""Schedulers of diffusers as tables of coefficients, and what their predictions stand for."""

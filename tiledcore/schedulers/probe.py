@@ -1,0 +1,207 @@
+"""A scheduler run on unit vectors: what each of its steps makes, and of what.
+
+The part of :mod:`tiledcore.schedulers.solver` that meets the real scheduler; it knows nothing of any one of them.
+"""
+
+import copy
+import inspect
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+PREDICTION, NOISE = -1, -2
+"""Sources of a new value beside the values there are, which are numbered from 0."""
+
+Row = dict[int, float]
+"""The coefficients of a new value, by source."""
+
+
+class UnsuitableError(Exception):
+    """Found while reading: the scheduler is not linear in the sense of this module."""
+
+
+class _Exact(TorchFunctionMode):
+    """While active, float64 samples are not cast down, and noise that a scheduler draws comes from ``source``.
+
+    A mode acts on this thread only, where patching ``randn_tensor`` in the scheduler's module would act on all.
+    """
+
+    _CASTS = (Tensor.to, Tensor.type, Tensor.float, Tensor.half, Tensor.bfloat16)
+
+    def __init__(self, source: Tensor, generator: torch.Generator) -> None:
+        super().__init__()
+        self.source, self.generator = source, generator
+        self.drawn: list[torch.dtype] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.randn, torch.randn_like, torch.normal, Tensor.normal_):
+            if func is not torch.randn or kwargs.get("generator") is not self.generator:
+                raise UnsuitableError("it draws noise from another generator than the caller's")
+            shape = tuple(args) if isinstance(args[0], int) else tuple(args[0])
+            if shape != self.source.shape:
+                raise UnsuitableError(f"it draws noise of another shape than the sample's: {shape}")
+            dtype = kwargs.get("dtype") or torch.get_default_dtype()
+            self.drawn.append(dtype)
+            return self.source.to(torch.promote_types(dtype, self.source.dtype), copy=True)
+        result = func(*args, **kwargs)
+        # Scalars and tables (fewer dimensions) keep the precision that the scheduler gives them.
+        if func in self._CASTS and args[0].dtype is torch.float64 and args[0].dim() >= self.source.dim():
+            return args[0] if result.is_floating_point() else result
+        return result
+
+
+class Stepper:
+    """A CPU copy of the scheduler, called as diffusers' pipelines call it."""
+
+    def __init__(self, scheduler: Any, begin: int, step_kwargs: dict[str, Any]) -> None:
+        self.scheduler = copy.deepcopy(scheduler)
+        self.visit(lambda tensor: tensor.cpu())
+        if hasattr(self.scheduler, "set_begin_index"):
+            # Without it the first step is looked up by its timestep, which need not be unique.
+            self.scheduler.set_begin_index(begin)
+        self.timesteps: list[Tensor] = list(self.scheduler.timesteps[begin:])
+        self.generator = torch.Generator()
+        self.kwargs = dict(step_kwargs)
+        if "generator" in inspect.signature(self.scheduler.step).parameters:
+            self.kwargs["generator"] = self.generator
+
+    def visit(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor that the scheduler holds, in its attributes or in containers there."""
+        for name, value in vars(self.scheduler).items():
+            if isinstance(value, Tensor | list | tuple | deque | dict):
+                setattr(self.scheduler, name, _replaced(value, change))
+
+    def held(self, shape: torch.Size) -> list[Tensor]:
+        """The tensors of this shape that the scheduler holds."""
+        return [
+            tensor for value in vars(self.scheduler).values() for tensor in _tensors(value) if tensor.shape == shape
+        ]
+
+    def __call__(self, index: int, sample: Tensor, prediction: Tensor, noise: Tensor) -> "Outcome":
+        """One evaluation."""
+        timestep = self.timesteps[index]
+        with _Exact(noise, self.generator) as mode:
+            scaled = sample.clone()
+            if hasattr(self.scheduler, "scale_model_input"):
+                scaled = self.scheduler.scale_model_input(scaled, timestep)
+            result = self.scheduler.step(prediction, timestep, sample, return_dict=False, **self.kwargs)[0]
+        if len(mode.drawn) > 1:
+            raise UnsuitableError(f"it draws noise {len(mode.drawn)} times in a step")
+        if result.shape != sample.shape:
+            raise UnsuitableError(f"a step makes {tuple(result.shape)} of a {tuple(sample.shape)} sample")
+        return Outcome(result, scaled, mode.drawn[0] if mode.drawn else None)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one evaluation gave: the new sample, the network's input, and the dtype of the noise if it drew any."""
+
+    sample: Tensor
+    scaled: Tensor
+    drew: torch.dtype | None
+
+
+@dataclass
+class Evaluation:
+    """One recorded step: which value is the sample before and after, and the rows of the values that it makes."""
+
+    before: int
+    after: int
+    rows: dict[int, Row]
+    scale: float
+    drew: bool
+
+
+def noise_dtype(stepper: Stepper) -> torch.dtype | None:
+    """The dtype that a scheduler's noise always has, or None if it has the prediction's.
+
+    Seen in half precision: some schedulers draw float32, or cast the sample to it first and then draw noise like it.
+    The numbers that a generator gives depend on this.
+    """
+    one = torch.ones(1, 1, 1, 1, dtype=torch.float16)
+    drawn = {stepper(index, one.clone(), one.clone(), one).drew for index in range(len(stepper.timesteps))} - {None}
+    if len(drawn) > 1:
+        raise UnsuitableError("it draws noise of several dtypes")
+    dtype = next(iter(drawn), None)
+    return None if dtype is torch.float16 else dtype
+
+
+def record(stepper: Stepper) -> list[Evaluation]:
+    """Run the scheduler, each evaluation from fresh unit vectors. Every value that ever exists gets a number."""
+    program: list[Evaluation] = []
+    held: list[tuple[Tensor, int]] = []  # what the scheduler holds, and the value that each is
+    before, made = 0, 1
+    for index in range(len(stepper.timesteps)):
+        known = list(dict.fromkeys([before, *(value for _, value in held)]))
+        # One component is 0 in all inputs: whatever appears there was added by the step on its own.
+        size = len(known) + 3
+        unit = torch.eye(size, dtype=torch.float64).reshape(size, 1, 1, 1, size)
+        basis = {id(tensor): unit[known.index(value)].clone() for tensor, value in held}
+        stepper.visit(partial(_exchange, basis))
+        outcome = stepper(index, unit[0].clone(), unit[-3].clone(), unit[-2].clone())
+
+        sources = [*known, PREDICTION, NOISE]
+        scaled = _row(outcome.scaled, sources)
+        if scaled.keys() - {before}:
+            raise UnsuitableError(f"at evaluation {index} the network's input is not a multiple of the sample")
+        after, made = made, made + 1
+        rows: dict[int, Row] = {}
+        value_of: list[tuple[Row, int]] = [({value: 1.0}, value) for value in known]
+        held = []
+        for tensor in stepper.held(unit.shape[1:]):
+            row = _row(tensor, sources)
+            value = next((value for other, value in value_of if other == row), made)
+            if value == made:
+                made += 1
+                rows[value] = row
+                value_of.append((row, value))
+            held.append((tensor, value))
+        # The new sample is always a value of its own: the pipeline may change it before the next evaluation.
+        rows[after] = _row(outcome.sample, sources)
+        program.append(Evaluation(before, after, rows, scaled.get(before, 0.0), outcome.drew is not None))
+        before = after
+    return program
+
+
+def _exchange(basis: dict[int, Tensor], tensor: Tensor) -> Tensor:
+    return basis.get(id(tensor), tensor)
+
+
+def _row(vector: Tensor, sources: list[int]) -> Row:
+    """The non-zero components of a vector by the source that each belongs to."""
+    *components, rest = vector.flatten().tolist()
+    if not torch.isfinite(vector).all():
+        raise UnsuitableError("its coefficients are not finite")
+    if rest:
+        raise UnsuitableError(f"a step adds {rest:.3g}, which is no part of the sample, the prediction or its noise")
+    return {source: value for source, value in zip(sources, components, strict=True) if value}
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple | deque):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def _replaced(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A container like ``value`` with every tensor changed; the same object where there is none."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if not any(True for _ in _tensors(value)):
+        return value
+    if isinstance(value, dict):
+        return type(value)((key, _replaced(item, change)) for key, item in value.items())
+    if isinstance(value, deque):
+        return deque((_replaced(item, change) for item in value), value.maxlen)
+    return type(value)(_replaced(item, change) for item in value)

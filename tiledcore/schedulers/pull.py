@@ -1,0 +1,159 @@
+"""The low-frequency pull: the first steps of a refinement keep the composition of the picture that it starts from.
+
+At noise level ``(α, σ)`` a prediction stands for a clean image: ``z = α x0 + σ ε``, and the prediction is linear in
+``z`` and ``x0`` whatever its type. The pull moves the low frequencies of the predicted clean image toward those of the
+coarse picture's latents ``x``, with a weight ``w`` that decays over the steps. On the prediction ``m`` that is
+
+    m  +=  w · LowPass(m* − m),      m* = what a network would predict that knew x
+
+so it holds for every scheduler, with its own noise and history, and the noise' low frequencies stay those of noise.
+Where ``w = 1`` and the step is deterministic, the canvas' low frequencies follow the noised picture exactly: the
+skip residual of DemoFusion (Du et al. 2024), limited to the low frequencies as in ILVR (Choi et al. 2021), and held
+on the predicted clean image as in DiffuseHigh (Kim et al. 2025).
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tiledcore import validate
+from tiledcore.feature import Feature, Start, Step
+from tiledcore.schedulers.noise_levels import clean_and_noisy
+from tiledcore.utils import replaced
+
+
+@dataclass(frozen=True)
+class Pull:
+    """How strongly, how long and which frequencies.
+
+    Args:
+        weight: of the first step, 0 to 1; 1 is the coarse picture's low frequencies and nothing else.
+        until: share of the steps, 0 to 1, over which the weight falls to 0: ``weight * (1 - x**4)``, so that it is
+            nearly whole for the first half. A half cosine was measured to let the low frequencies go too early.
+        sigma: of the Gaussian low-pass, in latent pixels. Default: a sixteenth of the tile's shorter side.
+
+    Raises:
+        ValueError: names the argument, its value and what is valid.
+    """
+
+    weight: float = 1.0
+    until: float = 1.0
+    sigma: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "until"):
+            validate.real(f"pull {name}", getattr(self, name), 0, 1)
+        if self.sigma is not None:
+            validate.real("pull sigma", self.sigma, 1e-6)
+
+    def weights(self, steps: int) -> list[float]:
+        """The weight of each step."""
+        last = self.until * steps
+        return [self.weight * (1 - (i / last) ** 4) if i < last else 0.0 for i in range(steps)]
+
+
+def low_pass_matrix(size: int, sigma: float, wrap: bool) -> Tensor:
+    """The Gaussian low-pass of one axis as a matrix ``[size, size]``, float64: a row holds a pixel's weights.
+
+    An axis that wraps is a circle, however wide the Gaussian is; an open one is mirrored at its borders (each border
+    pixel twice). Every row sums to 1, and both forms are exact: nothing is cut off that the float64 sum would hold.
+    """
+    reach = math.ceil(9 * sigma)
+    kernel = [math.exp(-0.5 * (k / sigma) ** 2) for k in range(-reach, reach + 1)]
+    offsets = torch.arange(-reach, reach + 1)
+    where = torch.arange(size)[:, None] + offsets
+    where = where % size if wrap else _mirror(where, size)
+    matrix = torch.zeros(size, size, dtype=torch.float64)
+    matrix.scatter_add_(1, where, torch.tensor(kernel, dtype=torch.float64).expand(size, -1))
+    return matrix / sum(kernel)
+
+
+def _mirror(where: Tensor, size: int) -> Tensor:
+    folded = where % (2 * size)
+    return torch.minimum(folded, 2 * size - 1 - folded)
+
+
+def low_pass(image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """``[..., H, W]`` through the matrices ``[H, H]`` and ``[W, W]`` of :func:`low_pass_matrix`.
+
+    Two matrix products: on a GPU the quickest form of so wide a filter, with no border case.
+    """
+    return rows @ image @ columns.mT
+
+
+class Pulling(Feature):
+    """The pull of one call of an image-to-image pipeline.
+
+    Args:
+        pull: how strongly, how long, which frequencies.
+        scheduler: of the pipeline.
+        unit: latent pixels per canvas pixel along each axis, where the pipeline packs them into tokens.
+        wrap: axes (y, x) of the canvas that are circles.
+        sigma: of the low-pass where ``pull`` names none, in latent pixels.
+    """
+
+    every_step = True
+
+    def __init__(self, pull: Pull, scheduler: Any, unit: int, wrap: tuple[bool, bool], sigma: float) -> None:
+        self.pull, self.scheduler, self.unit, self.wrap = pull, scheduler, unit, wrap
+        self.sigma = sigma if pull.sigma is None else pull.sigma
+        self._clean: Tensor | None = None  # [B, C, H, W]: the latents that the canvas is pulled to
+        self._weights: list[float] = []
+        self._coefficients: list[tuple[float, float]] = []
+        self._filters: tuple[Tensor, ...] = ()
+        self._watching = ExitStack()
+
+    def __enter__(self) -> Pulling:
+        """Keep the latents to which the pipeline adds noise: the canvas is pulled to them."""
+        name = "scale_noise" if hasattr(self.scheduler, "scale_noise") else "add_noise"
+        own = getattr(self.scheduler, name)
+
+        @wraps(own)
+        def noised(sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self._clean is None:
+                self._clean = sample.detach()
+            return own(sample, *args, **kwargs)
+
+        self._watching.enter_context(replaced(self.scheduler, **{name: noised}))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._watching.close()
+
+    def begin(self, start: Start) -> None:
+        """Read the noise levels of the timesteps that are left, and prepare the low-pass, once."""
+        if self._clean is None:
+            raise ValueError("pull: this pipeline did not start from an image's latents")
+        try:
+            self._coefficients = [clean_and_noisy(start.scheduler, t) for t in start.timesteps]
+        except ValueError as error:
+            raise ValueError(f"pull: {error}") from error
+        self._weights = self.pull.weights(len(start.timesteps))
+        clean = self._clean.to(torch.promote_types(self._clean.dtype, torch.float32))
+        if clean.ndim == 5:  # video-like latents of one frame (Qwen-Image)
+            clean = clean.squeeze(1 if clean.shape[1] == 1 else 2)
+        if self.unit > 1:  # in the order of channels of a packed token
+            clean = F.pixel_unshuffle(clean, self.unit)
+        # The filter of the tokens' grid: each of a token's pixels is one of `unit**2` interleaved images.
+        self._filters = tuple(
+            low_pass_matrix(size, self.sigma / self.unit, wrap).to(clean.device, clean.dtype)
+            for size, wrap in zip(clean.shape[2:], self.wrap, strict=True)
+        )
+        self._clean = clean
+
+    def active(self, index: int) -> bool:
+        return index < len(self._weights) and self._weights[index] > 0
+
+    def after_prediction(self, step: Step, prediction: Tensor) -> Tensor:
+        assert self._clean is not None
+        clean, noisy = self._coefficients[step.index]
+        wanted = noisy * step.sample.to(self._clean.dtype) + clean * self._clean
+        return prediction + low_pass(wanted - prediction, *self._filters).mul_(self._weights[step.index])

@@ -1,0 +1,276 @@
+"""A diffusers scheduler as exact linear coefficients.
+
+Given the timesteps, a step of most schedulers is linear in the sample, the prediction, the noise and what the
+scheduler remembers of them. So its coefficients can be read off by running the real scheduler on basis vectors, and
+one fused operation can then stand for every scheduler's ``step``.
+
+How they are read. Every tensor of the sample's shape that the scheduler holds after a step is state. Before each
+evaluation the sample and each such tensor are replaced by unit vectors, further unit vectors stand for the prediction
+and the noise, and the components of what the step returns and stores are the coefficients: exact, for nothing is
+solved for. Nothing is known about any one scheduler, so a new one works if it is linear. Tensors that no later
+evaluation needs are then dropped and the rest share as few slots as possible, as a compiler allocates registers.
+
+Linearity is measured: the table must agree with the real scheduler on random trajectories of very different size and
+on their sum. A scheduler that clips, or draws noise in its own way, comes back as :class:`NotLinear`.
+
+The scalars are computed by the scheduler itself, in its own precision (often float32), so they are the very numbers
+that diffusers uses. Only its casts of whole samples to float32 are skipped while it is read.
+"""
+
+import inspect
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiledcore.schedulers.probe import NOISE, PREDICTION, Evaluation, Row, Stepper, UnsuitableError, noise_dtype, record
+
+_LARGE = 1e6
+"""Amplitude at which clipping and thresholding show: well above any range that a scheduler is given."""
+
+_AGREEMENT = 1e-9
+"""Relative error of the table against the scheduler in float64; rounding reaches 2e-15 (measured), clipping about 1."""
+
+_CLIPPING = ("clip_sample", "clip_denoised", "thresholding")
+"""Settings of diffusers' schedulers that are not linear; they only word the reason."""
+
+
+@dataclass(frozen=True)
+class NotLinear:
+    """Why a scheduler has no table; its own ``step`` must be called."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class LinearSolver:
+    """The coefficients of one scheduler over one list of timesteps.
+
+    The state is ``slots`` canvases ``z``; slot 0 is the sample, what diffusers calls ``latents``. With the prediction
+    ``m`` (after guidance) and the noise ``n``, evaluation ``i`` is, for all slots at once,
+    ``z'[s] = sum_j table[i, s, j] * z[j] + table[i, s, S] * m + table[i, s, S + 1] * n``.
+    A row of the identity leaves its slot untouched. Slots above 0 are never read before they are written. Stopping
+    early is allowed: a prefix of the table is the table of a prefix of the timesteps.
+
+    Attributes:
+        slots: number S of canvas-sized slots, at least 1.
+        table: ``[N, S, S + 2]``, float64 on the CPU until :meth:`to`.
+        input_scale: ``[N + 1]``, as the table: the network sees ``input_scale[i] * z[0]`` at evaluation ``i``. The last
+            one is 1, so that a step may always prepare the input of the next.
+        timesteps: ``[N]``, what the network is given, as the scheduler has it.
+        uses_noise: whether each evaluation draws noise. It draws even where the coefficient is 0 if the scheduler
+            does, so that the generator ends in the same state.
+        noise_dtype: the dtype that the scheduler draws noise in, or None for the prediction's.
+    """
+
+    slots: int
+    table: Tensor
+    input_scale: Tensor
+    timesteps: Tensor
+    uses_noise: tuple[bool, ...]
+    noise_dtype: torch.dtype | None = None
+
+    def __len__(self) -> int:
+        """The number N of evaluations of the network."""
+        return len(self.uses_noise)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "LinearSolver":
+        """A copy with coefficients of ``dtype`` and all tensors on ``device``; make it once, not per step."""
+        table, input_scale = self.table.to(device, dtype), self.input_scale.to(device, dtype)
+        return replace(self, table=table, input_scale=input_scale, timesteps=self.timesteps.to(device))
+
+    def writes(self, index: int) -> tuple[int, ...]:
+        """The slots that evaluation ``index`` changes, in ascending order."""
+        unit = torch.eye(self.slots, self.slots + 2, dtype=self.table.dtype, device=self.table.device)
+        changed = (self.table[index] != unit).any(dim=1)
+        return tuple(int(slot) for slot in changed.nonzero().flatten())
+
+    def noise(self, generator: Any, like: Tensor) -> Tensor:
+        """Draw one evaluation's noise as the scheduler itself would, in shape, dtype, device and order.
+
+        Args:
+            generator: the caller's ``torch.Generator``, a list of one per image of the batch, or None.
+            like: the prediction, or a tensor of its shape, dtype and device.
+        """
+        from diffusers.utils.torch_utils import randn_tensor
+
+        dtype = like.dtype if self.noise_dtype is None else self.noise_dtype
+        return randn_tensor(like.shape, generator=generator, device=like.device, dtype=dtype)
+
+
+def linear_solver(scheduler: Any, *, begin: int = 0, **step_kwargs: Any) -> LinearSolver | NotLinear:
+    """Read the coefficients of a scheduler whose ``set_timesteps`` has been called. It is left as it was.
+
+    Costs two of the scheduler's steps on tiny CPU tensors per timestep, three if it draws noise.
+
+    Args:
+        scheduler: a diffusers scheduler (or one with the same ``timesteps``, ``step`` and, if the pipeline calls it,
+            ``scale_model_input``).
+        begin: index into ``scheduler.timesteps`` of the first evaluation; image-to-image starts after 0.
+        **step_kwargs: what the pipeline passes to ``step`` beside its generator, such as ``eta``.
+
+    Returns:
+        The coefficients, or why there are none.
+
+    Raises:
+        ValueError: there are no timesteps, ``begin`` is not the index of one, or the scheduler has already stepped.
+        TypeError: ``step`` has no argument of such a name.
+    """
+    timesteps = getattr(scheduler, "timesteps", None)
+    if not isinstance(timesteps, Tensor) or not len(timesteps):
+        raise ValueError(f"{type(scheduler).__name__} has no timesteps: call set_timesteps first")
+    if isinstance(begin, bool) or not isinstance(begin, int) or not 0 <= begin < len(timesteps):
+        raise ValueError(f"begin={begin!r} must be an int from 0 to {len(timesteps) - 1}")
+    if getattr(scheduler, "step_index", None) is not None:
+        raise ValueError(f"{type(scheduler).__name__} is at step {scheduler.step_index}: call set_timesteps again")
+    known = inspect.signature(scheduler.step).parameters
+    if unknown := [name for name in step_kwargs if name not in known]:
+        raise TypeError(f"{type(scheduler).__name__}.step has no argument {', '.join(unknown)}")
+    # A scheduler may raise anything when it meets tensors that its authors did not think of.
+    try:
+        program = record(Stepper(scheduler, begin, step_kwargs))
+        solver = _allocate(program, timesteps[begin:])
+        _check(Stepper(scheduler, begin, step_kwargs), solver)
+        if any(solver.uses_noise):
+            solver = replace(solver, noise_dtype=noise_dtype(Stepper(scheduler, begin, step_kwargs)))
+    except UnsuitableError as error:
+        return NotLinear(str(error))
+    except Exception as error:
+        return NotLinear(f"its step cannot be read: {type(error).__name__}: {error}")
+    return solver
+
+
+def step(solver: LinearSolver, index: int, state: list[Tensor], prediction: Tensor, noise: Tensor | None) -> None:
+    """One evaluation's update of ``state`` in place, in plain torch.
+
+    Args:
+        index: which evaluation, from 0.
+        state: S tensors of one shape and floating-point dtype; the products and sums have that dtype.
+        prediction: the guided prediction, of the state's shape.
+        noise: the same, or None where the evaluation uses none.
+
+    Raises:
+        ValueError: the noise is None and has a coefficient.
+    """
+    sources = [*state, prediction, noise]
+    new: dict[int, Tensor] = {}
+    for slot in solver.writes(index):
+        total = torch.zeros_like(state[slot])
+        for coefficient, source in zip(solver.table[index, slot].tolist(), sources, strict=True):
+            # A slot may hold anything before it is written: what has no coefficient is not read.
+            if coefficient:
+                if source is None:
+                    raise ValueError(f"noise=None, but evaluation {index} adds {coefficient:.3g} times the noise")
+                total.add_(source.to(total.dtype), alpha=coefficient)
+        new[slot] = total
+    for slot, value in new.items():
+        state[slot] = value
+
+
+def _allocate(program: list[Evaluation], timesteps: Tensor) -> LinearSolver:
+    """Give the values that later evaluations need as few slots as possible."""
+    alive = _live(program)
+    where = {program[0].before: 0}
+    rows: list[dict[int, Row]] = []
+    places = [dict(where)]
+    for evaluation, needed in zip(program, alive[1:], strict=True):
+        stays = {value: slot for value, slot in where.items() if value in needed and slot}
+        written = {0: evaluation.rows[evaluation.after]}
+        free = (slot for slot in range(1, len(program) * 8) if slot not in stays.values())
+        for value in sorted(needed - stays.keys(), key=lambda value: (value not in where, value)):
+            slot = next(free)
+            # The sample of this evaluation, if it is needed later, moves out of slot 0.
+            written[slot] = {value: 1.0} if value in where else evaluation.rows[value]
+            stays[value] = slot
+        where = {**stays, evaluation.after: 0}
+        rows.append(written)
+        places.append(where)
+
+    S = 1 + max(slot for place in places for slot in place.values())
+    table = torch.eye(S, S + 2, dtype=torch.float64).repeat(len(program), 1, 1)
+    for index, (written, place) in enumerate(zip(rows, places, strict=False)):
+        column = {**place, PREDICTION: S, NOISE: S + 1}
+        for slot, row in written.items():
+            table[index, slot] = 0
+            for source, coefficient in row.items():
+                table[index, slot, column[source]] = coefficient
+    scales = [evaluation.scale for evaluation in program] + [1.0]
+    drew = tuple(evaluation.drew for evaluation in program)
+    input_scale = torch.tensor(scales, dtype=torch.float64)
+    return LinearSolver(S, table, input_scale, timesteps, drew)
+
+
+def _live(program: list[Evaluation]) -> list[set[int]]:
+    """For the moment before each evaluation and the end, the values beside the sample that are needed later.
+
+    Values that an evaluation would write only for one single row of the next to add them up are added up at once:
+    Heun's method keeps ``x + dt/2 d`` and not both ``x`` and ``d``. Their rows are changed in ``program``.
+    """
+    alive: list[set[int]] = [set()]
+    for index in reversed(range(len(program))):
+        evaluation = program[index]
+        out = alive[0] | {evaluation.after}
+        used = {value: row for value, row in evaluation.rows.items() if value in out}
+        survivors = out - evaluation.rows.keys()
+        needed = survivors | {source for row in used.values() for source in row if source >= 0}
+        needed.discard(evaluation.before)
+        if index:
+            needed = _merge(program[index - 1], used, needed, survivors)
+        alive.insert(0, needed)
+    return alive
+
+
+def _merge(previous: Evaluation, used: dict[int, Row], needed: set[int], survivors: set[int]) -> set[int]:
+    """Replace values that ``previous`` writes and one row of ``used`` alone reads by their sum; what is needed then."""
+    for row in used.values():
+        single = [
+            value
+            for value in sorted(needed - survivors)
+            if (value in previous.rows or value == previous.before)
+            and [r for r in used.values() if value in r] == [row]
+        ]
+        if len(single) < 2:
+            continue
+        total: Row = {}
+        for value in single:
+            weight = row.pop(value)
+            for source, coefficient in previous.rows.get(value, {value: 1.0}).items():
+                total[source] = total.get(source, 0.0) + weight * coefficient
+        # At most one of them is a sample, and older than the rest; so this is one that ``previous`` makes, and it
+        # can stand for the sum, because nothing else reads it.
+        name = max(single)
+        previous.rows[name] = total
+        row[name] = 1.0
+        needed = needed - set(single) | {name}
+    return needed
+
+
+def _check(stepper: Stepper, solver: LinearSolver) -> None:
+    """Compare table and scheduler over whole random trajectories: u, a very large v, and u + v.
+
+    The table is linear by construction, so agreement on all three is superposition, measured. Each is judged by its
+    own size.
+    """
+    random = torch.Generator().manual_seed(0)
+
+    def draw() -> Tensor:
+        u, v = torch.randn(2, 2, 2, 3, 5, generator=random, dtype=torch.float64)
+        return torch.cat([u, _LARGE * v, u + _LARGE * v])
+
+    sample = draw()
+    state = [sample.clone()] + [torch.full_like(sample, torch.nan) for _ in range(solver.slots - 1)]
+    for index in range(len(solver)):
+        prediction, noise = draw(), draw()
+        outcome = stepper(index, sample.clone(), prediction.clone(), noise.clone())
+        scaled = float(solver.input_scale[index]) * state[0]
+        largest = torch.stack([t.abs() for t in (sample, prediction, noise, outcome.sample)]).amax(0)
+        step(solver, index, state, prediction, noise)
+        sample = outcome.sample
+        for ours, theirs in ((scaled, outcome.scaled), (state[0], sample)):
+            for mine, its, size in zip(ours.chunk(3), theirs.chunk(3), largest.chunk(3), strict=True):
+                error = float((mine - its).abs().max() / size.max())
+                if not error <= _AGREEMENT:
+                    on = [name for name in _CLIPPING if getattr(stepper.scheduler, "config", {}).get(name)]
+                    cause = f"{', '.join(on)} is on" if on else "of no known cause"
+                    raise UnsuitableError(f"evaluation {index} departs from its linear form by {error:.1e}: {cause}")

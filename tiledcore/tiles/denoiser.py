@@ -1,0 +1,357 @@
+"""Tile mode: one network evaluation of the whole canvas as gather -> network on tile batches -> blend."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import Any, NamedTuple
+
+import torch
+
+from tiledcore import ops
+from tiledcore.config import Execution, Motion, TilingConfig
+from tiledcore.geometry import Pair, Partition, TileGrid, Tiling, both
+from tiledcore.tiles.conditioning import PER_IMAGE, REFUSED, RESIDUALS, check_residuals, crop_residuals
+from tiledcore.utils import label
+
+logger = logging.getLogger(__name__)
+
+# Further images that condition the whole canvas.
+REFUSED_IMAGES = (
+    "ip_adapter_image_embeds",
+    "ip_hidden_states",
+    "siglip_feats",
+    "image_noise_mask",
+    "additional_t_cond",
+)
+
+
+def _refuse(kwargs: dict[str, Any]) -> None:
+    """One clear error for what cannot be cut into tiles."""
+    given = {**kwargs, **(kwargs.get("joint_attention_kwargs") or {})}
+    for name in REFUSED:
+        if given.get(name) is not None:
+            raise ValueError(f"{name}: ControlNet and adapter residuals cannot be tiled yet; remove the adapter")
+    for name in REFUSED_IMAGES:
+        if given.get(name) is not None:
+            raise ValueError(f"{name}: IP-Adapter and reference images cannot be tiled yet; leave them out")
+
+
+class Prediction(NamedTuple):
+    """What a network gave for a canvas, before it is blended."""
+
+    tiles: torch.Tensor
+    """``[T*B, C, h, w]``, tile-major."""
+    offsets: torch.Tensor
+    """``[T, 2]`` int32."""
+    size: Pair
+    """Of the canvas."""
+    ramp: int
+
+
+class TileDenoiser:
+    """A denoiser's forward over a canvas of any size, evaluated on overlapping tiles.
+
+    Args:
+        config: the tiling.
+        execution: how it is computed.
+        native: tile size (latent pixels) where the config has none.
+        pixels: image pixels per latent pixel, for SDXL's crop coordinates.
+        patch: latent pixels per token along an axis, of which a tile must be a multiple.
+        unit: latent pixels per canvas pixel along an axis: ``patch`` where the pipeline packs latents into tokens.
+    """
+
+    def __init__(
+        self,
+        config: TilingConfig,
+        execution: Execution,
+        native: int | Pair,
+        pixels: int,
+        patch: int = 1,
+        unit: int = 1,
+    ) -> None:
+        self.config, self.execution, self.native, self.patch, self.unit = config, execution, native, patch, unit
+        self.pixels = pixels * unit  # per canvas pixel
+        self.tile_batch = execution.tile_batch  # as long as it fits
+        self.attention: Any = None  # of canvas mode: its guidance_batch is what can be lowered
+        self.reductions: list[str] = []
+        self._grid: TileGrid | None = None
+        self.placed: Tiling | Partition | None = None
+        """The tiles of the step that is running."""
+        self._offsets: torch.Tensor | None = None
+        self._tiles: torch.Tensor | None = None
+        self._origin: torch.Tensor | None = None
+        self.timesteps: Callable[[], Sequence[float]] | None = None
+        """Those of the running schedule, as the network gets them; what shifts and blended steps count."""
+
+    def tiling(self, height: int, width: int, timestep: torch.Tensor | float) -> Tiling | Partition:
+        """The tiles of this step: always the same ones, or shifted from step to step."""
+        if self._grid is None or (self._grid.height, self._grid.width) != (height, width):
+            grid = self.config.grid(height * self.unit, width * self.unit, self.native, self.unit)
+            tile = (grid.tile_size[0] * self.unit, grid.tile_size[1] * self.unit)
+            size = (height * self.unit, width * self.unit)
+            # Lines that move do so by eighths of a tile, and what is left at the canvas' end is a tile too.
+            moves = self.config.moving is not None and self.unit == 1
+            asked = both(self.native if self.config.tile is None else self.config.tile)
+            whole = tile != asked  # the canvas is smaller than a tile: nothing moves
+            least = 8 * self.patch if moves and self.patch > 1 and not whole else self.patch
+            if any(n % least for n in tile) or (moves and any(n % self.patch for n in size)):
+                raise ValueError(
+                    f"tile={tile} on a canvas of {size[0]}x{size[1]} latent pixels: a token has "
+                    f"{self.patch}x{self.patch} of them, so that a tile's sides must be multiples of {least}"
+                )
+            self._grid = grid
+        grid, motion = self._grid, self.config.moving
+        if motion is None or self._blends(motion, timestep):
+            return grid
+        if motion.blended:
+            grid = TileGrid(grid.height, grid.width, grid.tile_size, wrap=grid.wrap)
+        return grid.shifted(self.step(timestep)[0], motion.seed)
+
+    def step(self, timestep: torch.Tensor | float) -> tuple[int, int]:
+        """Which step of the running schedule this is, and of how many; of an unknown one, some step of many.
+
+        Told by the timestep itself: both guidance branches of a step see the same tiles, whether the pipeline evaluates
+        them together or one after the other, and schedulers that evaluate one timestep twice do so in one step.
+        """
+        time = float(torch.as_tensor(timestep).flatten()[0])
+        if self.timesteps is None:
+            return Random(str(round(1000 * time))).getrandbits(16), 2**16
+        # By the nearest one: pipelines round timesteps to the network's precision.
+        steps = list(dict.fromkeys(self.timesteps()))
+        return min(range(len(steps)), key=lambda i: abs(steps[i] - time)), len(steps)
+
+    def _blends(self, motion: Motion, timestep: torch.Tensor | float) -> bool:
+        """Whether this is one of the first or last steps, in which tiles overlap in place."""
+        if not motion.blended or self.timesteps is None:
+            return False
+        index, steps = self.step(timestep)
+        return index < motion.blend_first or index >= steps - motion.blend_last
+
+    def __call__(
+        self, forward: Callable[..., Any], sample: torch.Tensor, timestep: torch.Tensor | float, **kwargs: Any
+    ) -> torch.Tensor:
+        """Predict for the whole canvas: :meth:`attempt`, then blend.
+
+        Returns:
+            ``[B, C', H, W]``, the blended prediction, in the denoiser's dtype.
+        """
+        self.place((sample.shape[2], sample.shape[3]), timestep, sample.device)
+        tiles, offsets, size, ramp = self.attempt(forward, sample, timestep, **kwargs)
+        if len(offsets) == 1:  # as it came, so that no bit changes
+            return tiles
+        with label("blend"):
+            return ops.blend_tiles(tiles, offsets, size, window=self.config.window, ramp=ramp, impl=self.execution.impl)
+
+    def place(self, size: Pair, timestep: torch.Tensor | float, device: torch.device) -> bool:
+        """Lay out the tiles of a step, and put their offsets on the device, always in the same tensor.
+
+        Returns:
+            Whether all steps have as many tiles of the same sizes, so that a graph of this one serves the others.
+        """
+        tiling = self.tiling(*size, timestep)
+        uniform = isinstance(tiling, Tiling) or len(tiling.groups) == 1
+        places = tiling.offsets if isinstance(tiling, Tiling) else next(iter(tiling.groups.values()))
+        if not uniform:
+            self._offsets = None
+        elif self._offsets is None or self._offsets.device != device or len(self._offsets) != len(places):
+            self._offsets = torch.tensor(places, dtype=torch.int32).to(device)
+        elif tiling != self.placed:
+            self._offsets.copy_(torch.tensor(places, dtype=torch.int32))
+        self.placed = tiling
+        return uniform and not (self.config.moving and self.config.moving.blended)
+
+    def evaluate(
+        self, forward: Callable[..., Any], sample: torch.Tensor, timestep: torch.Tensor | float, **kwargs: Any
+    ) -> Prediction:
+        """Predict for all tiles of a canvas, where :meth:`place` has put them.
+
+        Args:
+            forward: the denoiser; called as ``forward(tiles, timestep, **kwargs)``, returns a tuple whose
+                first entry is ``[N, C', h, w]``.
+            sample: canvas ``[B, C, H, W]``.
+            timestep: scalar, or ``[B]``.
+            kwargs: the denoiser's other arguments; ``regions``: a ``Regional``, or None.
+
+        Returns:
+            The tiles' predictions, in the denoiser's dtype, in a buffer that the next evaluation overwrites.
+        """
+        batch, _, height, width = sample.shape
+        size = (height, width)
+        regions = kwargs.pop("regions", None)
+        prompts = regions.prompts(kwargs) if regions is not None else None
+        if self.config.mode == "canvas":
+            if prompts is not None:
+                kwargs = regions.joined(self, prompts, size, kwargs)
+            return self.whole(self._network(forward, sample, timestep=timestep, **kwargs))
+        _refuse(kwargs)
+        tiling, offsets = self.placed, self._offsets
+        assert tiling is not None, "place() comes first"
+        if prompts is not None:
+            return regions.evaluate(self, prompts, forward, sample, {**kwargs, "timestep": timestep})
+        if len(tiling) == 1:
+            return self.whole(self._network(forward, sample, timestep=timestep, **kwargs))
+        check_residuals(kwargs, tiling, size)
+        if offsets is None:
+            assert isinstance(tiling, Partition)
+            return self._evaluate_partition(tiling, forward, sample, timestep, kwargs)
+        kwargs["timestep"] = timestep
+        tile = next(iter(tiling.groups)) if isinstance(tiling, Partition) else tiling.tile_size
+        for start in range(0, len(tiling), self.tile_batch):
+            part = offsets[start : start + self.tile_batch]
+            out = self._tile_batch(forward, sample, part, tile, kwargs)
+            buffer = self._buffer((len(tiling) * batch, *out.shape[1:]), out)
+            buffer[start * batch : start * batch + len(out)] = out
+        return Prediction(buffer, offsets, size, self.ramp(tiling))
+
+    def ramp(self, tiling: Tiling | Partition) -> int:
+        """Width of the transition between two tiles, in canvas pixels; a partition has none."""
+        overlap = (0, 0) if isinstance(tiling, Partition) else tiling.overlap
+        return max(1, min(overlap)) if self.config.ramp is None else -(-self.config.ramp // self.unit)
+
+    def attempt(
+        self, forward: Callable[..., Any], sample: torch.Tensor, timestep: torch.Tensor | float, **kwargs: Any
+    ) -> Prediction:
+        """:meth:`evaluate`; out of memory, again with half the tile batch, or one guidance branch at a time.
+
+        An evaluation changes nothing but its own buffer, so that nothing of the step has to be undone.
+
+        Raises:
+            torch.OutOfMemoryError: there is nothing left to lower.
+        """
+        while True:
+            try:
+                return self.evaluate(forward, sample, timestep, **kwargs)
+            except torch.OutOfMemoryError:
+                # What was recorded of a CUDA graph cannot be taken back: its owner drops it and runs eagerly.
+                capturing = sample.is_cuda and torch.cuda.is_current_stream_capturing()
+                if capturing or not self._reduce(len(sample)):
+                    raise
+            # Outside of the handler, whose traceback holds the tensors of the failed attempt.
+            if sample.is_cuda:
+                torch.cuda.empty_cache()
+
+    def renewed(self, other: TileDenoiser) -> TileDenoiser:
+        """This one, in another call, of which ``other`` was made; what was lowered before stays."""
+        if other.attention is not None and self.reductions:
+            other.attention.guidance_batch = False
+        self.attention, self.timesteps = other.attention, other.timesteps
+        return self
+
+    def _reduce(self, batch: int) -> bool:
+        """Lower what an evaluation takes at a time; False where that is the least already."""
+        if self.config.mode == "canvas":
+            if self.attention is None or not self.attention.guidance_batch or batch == 1:
+                return False
+            self.attention.guidance_batch = False
+            change = "guidance branches one after the other"
+        else:
+            assert self.placed is not None
+            now = min(self.tile_batch, len(self.placed))
+            if now == 1:
+                return False
+            self.tile_batch = now // 2
+            change = f"tile_batch {now} -> {self.tile_batch}"
+        self.reductions.append(change)
+        logger.warning("out of memory: %s, from this step on", change)
+        return True
+
+    def _evaluate_partition(
+        self,
+        partition: Partition,
+        forward: Callable[..., Any],
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float,
+        kwargs: dict[str, Any],
+    ) -> Prediction:
+        """Tiles of several sizes, each of which is put where it belongs: nothing overlaps, nothing to blend."""
+        batch, _, height, width = sample.shape
+        kwargs["timestep"] = timestep
+        for (h, w), places in partition.groups.items():
+            for start in range(0, len(places), self.tile_batch):
+                group = places[start : start + self.tile_batch]
+                part = torch.tensor(group, dtype=torch.int32).to(sample.device)
+                out = self._tile_batch(forward, sample, part, (h, w), kwargs)
+                canvas = self._buffer((batch, out.shape[1], height, width), out)
+                for (y, x), tile in zip(group, out.split(batch), strict=True):
+                    rows, columns = _span(y, h, height), _span(x, w, width)
+                    for into_y, from_y in rows:
+                        for into_x, from_x in columns:
+                            canvas[:, :, into_y, into_x] = tile[:, :, from_y, from_x]
+        return self.whole(canvas)
+
+    def whole(self, prediction: torch.Tensor) -> Prediction:
+        """A prediction of the canvas as one tile."""
+        if self._origin is None or self._origin.device != prediction.device:
+            self._origin = torch.zeros(1, 2, dtype=torch.int32, device=prediction.device)
+        return Prediction(prediction, self._origin, (prediction.shape[2], prediction.shape[3]), 1)
+
+    def _tile_batch(
+        self,
+        forward: Callable[..., Any],
+        sample: torch.Tensor,
+        offsets: torch.Tensor,
+        tile: Pair,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        with label("gather"):
+            inputs = ops.gather_tiles(sample, offsets, tile, impl=self.execution.impl)
+        canvas = (sample.shape[2], sample.shape[3])
+        conditions = self._repeat(kwargs, offsets, tile, canvas, len(sample))
+        for name in RESIDUALS:
+            if kwargs.get(name) is not None:
+                conditions[name] = crop_residuals(kwargs[name], offsets, tile, canvas, self.execution.impl)
+        return self._network(forward, inputs, **conditions)
+
+    @staticmethod
+    def _network(forward: Callable[..., Any], inputs: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        with label("network"):
+            prediction: torch.Tensor = forward(inputs, **kwargs)[0]
+        return prediction
+
+    def _buffer(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        """One buffer for all steps; what reads it writes a new canvas."""
+        if self._tiles is None or self._tiles.shape != shape or self._tiles.dtype != like.dtype:
+            self._tiles = torch.empty(shape, dtype=like.dtype, device=like.device)
+        return self._tiles
+
+    def _repeat(
+        self, kwargs: dict[str, Any], offsets: torch.Tensor, tile: Pair, canvas: Pair, batch: int
+    ) -> dict[str, Any]:
+        """The arguments of one tile batch: per-image tensors repeated, tile-major, and SDXL's crops moved."""
+        count = len(offsets)
+
+        def repeat(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                rows = value.ndim > 0 and value.shape[0] == batch
+                return value.repeat(count, *[1] * (value.ndim - 1)) if rows else value
+            if isinstance(value, list | tuple):
+                return type(value)(repeat(v) for v in value)
+            return {k: repeat(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+        out = {k: repeat(v) if k in PER_IMAGE else v for k, v in kwargs.items()}
+        time_ids = (kwargs.get("added_cond_kwargs") or {}).get("time_ids")
+        if time_ids is not None:
+            out["added_cond_kwargs"]["time_ids"] = self._time_ids(time_ids, offsets, tile, canvas)
+        return out
+
+    def _time_ids(self, time_ids: torch.Tensor, offsets: torch.Tensor, tile: Pair, canvas: Pair) -> torch.Tensor:
+        """SDXL's micro-conditioning (Podell et al. 2023, 2.2) of each tile: the tile is a crop of the canvas.
+
+        Columns: original height and width, crop top and left, then target height and width (or, in the
+        refiner, an aesthetic score). Image pixels; the caller's own crop and scale stay in force.
+        """
+        ids = time_ids.repeat(len(offsets), 1)
+        ids[:, 2:4] += (offsets * self.pixels).to(ids.dtype).repeat_interleave(len(time_ids), 0)
+        if ids.shape[1] == 6:
+            ids[:, 4] *= tile[0] / canvas[0]
+            ids[:, 5] *= tile[1] / canvas[1]
+        return ids
+
+
+def _span(start: int, length: int, size: int) -> list[tuple[slice, slice]]:
+    """(where on the canvas, which part of the tile) along one axis: two pieces where the tile wraps."""
+    here = min(length, size - start)
+    pieces = [(slice(start, start + here), slice(0, here))]
+    return pieces if here == length else [*pieces, (slice(0, length - here), slice(here, length))]

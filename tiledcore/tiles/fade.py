@@ -1,0 +1,104 @@
+"""Fade: near the lines of moving tiles, a prediction gives way to that of the step before.
+
+Where two tiles meet, neither knows of the other. In the step before, the lines lay elsewhere, so its prediction is
+smooth there. It belongs to another noise level; so the clean image that it stood for is carried over. With the canvas
+``z`` and that clean image ``x``, the prediction ``m`` becomes
+
+    m  +=  w · (m* − m),      m* = what a network would predict that knew x
+
+where ``w`` falls from 1 beside a line to 0 at the fade's width. This evaluates nothing. It is done in the second half
+of the steps: before that, the clean image changes more from step to step than across a line.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from tiledcore.feature import Feature, Start, Step
+from tiledcore.geometry import Partition, Tiling
+from tiledcore.schedulers.noise_levels import clean_and_noisy
+
+logger = logging.getLogger(__name__)
+
+FIRST = 0.5
+"""Share of the steps before the first one that fades."""
+
+
+class Fade(Feature):
+    """The fade of one call.
+
+    Args:
+        width: of the band on each side of a line, in canvas pixels.
+        wrap: axes (y, x) of the canvas that are circles.
+        asked: the caller asked for it; otherwise it is left out, with a warning, where the scheduler does not allow it.
+    """
+
+    every_step = True
+
+    def __init__(self, width: float, wrap: tuple[bool, bool], asked: bool = True) -> None:
+        self.width, self.wrap, self.asked = width, wrap, asked
+        self._clean: Tensor | None = None  # [B, C, H, W], what the prediction before stood for
+        self._tiles: Tiling | Partition | None = None  # where its tiles lay
+        self._coefficients: list[tuple[float, float]] = []
+        self._weights: tuple[Tiling | Partition, Tensor] | None = None
+
+    def begin(self, start: Start) -> None:
+        try:
+            self.begin_at([clean_and_noisy(start.scheduler, timestep) for timestep in start.timesteps])
+        except ValueError as error:
+            if self.asked:
+                raise ValueError(f"fade: {error}; give fade=0") from error
+            logger.warning("tiles do not fade: %s", error)
+
+    def begin_at(self, coefficients: list[tuple[float, float]]) -> None:
+        """What a prediction of each evaluation stands for, see :func:`clean_and_noisy`."""
+        self._coefficients = coefficients
+
+    def active(self, index: int) -> bool:
+        """Whether an evaluation fades, or is the one before the first that does, whose clean image is needed."""
+        return bool(self._coefficients) and index + 1 >= FIRST * len(self._coefficients)
+
+    def after_prediction(self, step: Step, prediction: Tensor) -> Tensor:
+        clean, noisy = self._coefficients[step.index]
+        canvas = noisy * step.sample.to(prediction.dtype)
+        moved, self._tiles = self._tiles is not None and step.tiles != self._tiles, step.tiles
+        # Tiles that have not moved do not fade: the step before has its lines in the same places.
+        if moved and self._clean is not None and step.index >= FIRST * len(self._coefficients):
+            before = torch.add(canvas, self._clean, alpha=clean)
+            prediction = torch.lerp(prediction, before, self._beside_lines(step.tiles, prediction))
+        if self._clean is None:
+            self._clean = torch.empty_like(prediction)
+        torch.sub(prediction, canvas, out=self._clean).div_(clean)
+        return prediction
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {} if self._clean is None else {"clean": self._clean}
+
+    def resume(self, tensors: dict[str, Tensor], tiles: Tiling | Partition) -> None:
+        """Go on after the evaluation that left these tensors and used these tiles."""
+        self._clean, self._tiles = tensors.get("clean"), tiles
+
+    def _beside_lines(self, tiles: Tiling | Partition, like: Tensor) -> Tensor:
+        """The weights ``[H, W]`` of the step before."""
+        if self._weights is None or self._weights[0] != tiles:
+            cores = (tiles.core_rows, tiles.core_cols) if isinstance(tiles, Tiling) else (tiles.rows, tiles.cols)
+            axes = zip((tiles.height, tiles.width), cores, self.wrap, strict=True)
+            y, x = (fade_weights(size, [start for start, _ in parts], self.width, wrap) for size, parts, wrap in axes)
+            self._weights = (tiles, (1 - (1 - y[:, None]) * (1 - x)).to(like.device, like.dtype))
+        return self._weights[1]
+
+
+def fade_weights(size: int, starts: list[int], width: float, wrap: bool) -> Tensor:
+    """``[size]``: 1 for both pixels beside a line where a tile starts, 0 from ``width`` pixels on.
+
+    Line 0 counts only on an axis that wraps.
+    """
+    middles = torch.arange(size, dtype=torch.float64) + 0.5
+    nearest = torch.full((size,), float("inf"), dtype=torch.float64)
+    for line in starts if wrap else [start for start in starts if start]:
+        away = (middles - line).abs()
+        nearest = torch.minimum(nearest, torch.minimum(away, size - away) if wrap else away)
+    return ((width - nearest) / max(width - 0.5, 0.5)).clamp_(0, 1)

@@ -1,0 +1,56 @@
+"""Two small helpers: replace attributes of an object for a while, and name parts of a step in profiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+PREFIX = "tiledcore::"
+LABELS = ("gather", "network", "attention", "blend", "pull", "step", "decode")
+
+
+@contextmanager
+def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Give an object attributes of its own for the length of a ``with`` block, whatever its class has by these names.
+
+    Afterwards it has what it had: its own before, or none. Not by ``setattr``: a module's would register what is given.
+    """
+    own = vars(owner)
+    before = {name: own[name] for name in attributes if name in own}
+    own.update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            own.pop(name, None)
+        own.update(before)
+
+
+@contextmanager
+def label(name: str) -> Iterator[None]:
+    """Mark what runs inside as one of :data:`LABELS`. Costs about a microsecond when nobody profiles."""
+    nvtx = torch.cuda.is_available()
+    if nvtx:
+        torch.cuda.nvtx.range_push(PREFIX + name)
+    try:
+        with torch.profiler.record_function(PREFIX + name):
+            yield
+    finally:
+        if nvtx:
+            torch.cuda.nvtx.range_pop()
+
+
+@contextmanager
+def labelled(owner: Any, method: str, name: str) -> Iterator[None]:
+    """Mark all calls of a method of one object; afterwards the object is as it was."""
+    original = getattr(owner, method)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with label(name):
+            return original(*args, **kwargs)
+
+    with replaced(owner, **{method: call}):
+        yield

@@ -1,0 +1,1 @@
+"""Exact decoding and encoding of large images in bands of rows."""

@@ -1,0 +1,207 @@
+"""An autoencoder's attention between all pixels of an image, for one band of rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tiledcore.vae.bands import Band, Conv, Extent, Layer, Reduction, Statistics
+
+
+class KeysAndValues(Reduction):
+    """The keys and values of all pixels, ``[B, N, inner]`` each."""
+
+    def __init__(self, attention: Any, statistics: Statistics) -> None:
+        self.attention, self.statistics = attention, statistics
+
+    def start(self, extent: Extent) -> None:
+        self.pixels, self.filled = extent.height * extent.width, 0
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def update(self, rows: Tensor) -> None:
+        tokens = self.statistics.apply(rows, silu=False).flatten(2).transpose(1, 2)
+        keys, values = self.attention.to_k(tokens), self.attention.to_v(tokens)
+        if self.keys is None or self.values is None:
+            self.keys, self.values = (t.new_empty(t.shape[0], self.pixels, t.shape[2]) for t in (keys, values))
+        place = slice(self.filled, self.filled + tokens.shape[1])
+        self.keys[:, place], self.values[:, place] = keys, values
+        self.filled = place.stop
+
+    def free(self) -> None:
+        self.keys = self.values = None
+
+    def elements(self, extent: Extent) -> int:
+        return 2 * extent.batch * extent.height * extent.width * self.attention.to_k.out_features
+
+
+class Attention(Layer):
+    """Self-attention of a VAE's middle block: the queries of a band against the keys of all rows."""
+
+    def __init__(self, attention: Any) -> None:
+        self.attention, self.statistics = attention, Statistics(attention.group_norm)
+        self.memory = KeysAndValues(attention, self.statistics)
+        self.reductions = [self.statistics, self.memory]
+
+    def change(self, band: Band) -> None:
+        attention, heads = self.attention, self.attention.heads
+        assert self.memory.keys is not None and self.memory.values is not None
+        rows = band.tensors.pop()
+        tokens = self.statistics.apply(rows, silu=False).flatten(2).transpose(1, 2)
+        q, k, v = (
+            t.unflatten(2, (heads, -1)).transpose(1, 2)
+            for t in (attention.to_q(tokens), self.memory.keys, self.memory.values)
+        )
+        # On meta tensors torch would take its fallback, which keeps all scores; the real kernels do not.
+        attended = torch.empty_like(q) if q.is_meta else F.scaled_dot_product_attention(q, k, v)
+        attended = attended.transpose(1, 2).flatten(2)
+        out = attention.to_out[0](attended).transpose(1, 2).unflatten(2, rows.shape[2:])
+        if attention.residual_connection:
+            out = out + rows
+        factor = attention.rescale_output_factor
+        band.tensors.append(out if factor == 1 else out / factor)
+
+    def flops(self, extent: Extent) -> float:
+        pixels, inner = extent.height * extent.width, self.attention.to_q.out_features
+        return extent.batch * pixels * (8.0 * inner * extent.channels[0] + 4.0 * inner * pixels)
+
+    def work(self, extent: Extent, rows: int) -> int:
+        return 5 * rows * extent.row()
+
+
+class Project(Layer):
+    """Queries, keys and values of each pixel: ``3 * inner`` channels, in this order."""
+
+    def __init__(self, attention: Any) -> None:
+        self.projections = (attention.to_q, attention.to_k, attention.to_v)
+
+    def change(self, band: Band) -> None:
+        pixels = band.tensors[0].movedim(1, -1)
+        band.tensors[0] = torch.cat([projection(pixels) for projection in self.projections], 3).movedim(-1, 1)
+
+    def after(self, extent: Extent) -> Extent:
+        return replace(extent, channels=(sum(p.out_features for p in self.projections), *extent.channels[1:]))
+
+    def flops(self, extent: Extent) -> float:
+        return 2.0 * extent.height * extent.row(0) * self.after(extent).channels[0]
+
+    def work(self, extent: Extent, rows: int) -> int:
+        return rows * (extent.row() + 2 * self.after(extent).row(0))
+
+
+class Scales(Conv):
+    """The input, and after it along the channels the same seen at several scales.
+
+    Args:
+        projections: each a depthwise convolution ``proj_in`` of odd size and a 1x1 convolution ``proj_out``.
+    """
+
+    def __init__(self, projections: Sequence[Any]) -> None:
+        super().__init__(max((one.proj_in for one in projections), key=lambda conv: conv.kernel_size[0]))
+        self.projections = projections
+
+    def _convolve(self, window: Tensor) -> Tensor:
+        rows = window.shape[2] - self.kernel + 1
+        found = [window.narrow(2, self.kernel // 2, rows)]
+        for one in self.projections:
+            size = one.proj_in.kernel_size[0]
+            seen = window.narrow(2, (self.kernel - size) // 2, rows + size - 1)
+            near = F.conv2d(seen, one.proj_in.weight, None, 1, (0, size // 2), 1, one.proj_in.groups)
+            found.append(one.proj_out(near))
+            del near
+        return torch.cat(found, 1)
+
+    def after(self, extent: Extent) -> Extent:
+        return replace(extent, channels=(extent.channels[0] * (1 + len(self.projections)), *extent.channels[1:]))
+
+    def flops(self, extent: Extent) -> float:
+        weights = sum(c.weight[0].numel() for one in self.projections for c in (one.proj_in, one.proj_out))
+        return 2.0 * extent.height * extent.row(0) * weights
+
+    def work(self, extent: Extent, rows: int) -> int:
+        # The window, the output of one depthwise convolution, all parts of the result, and the result.
+        paths = 1 + 1 + 2 * len(self.projections) + 1
+        return (rows + self.kernel - 1) * (paths * extent.row(0) + extent.row() - extent.row(0))
+
+
+class LinearSums(Reduction):
+    """Sums of ``value keyᵀ`` and of ``key`` over all pixels: all that linear attention needs.
+
+    Float32 within a band, as in diffusers, and float64 between bands. If the image has no more pixels than a head has
+    channels, diffusers uses plain attention instead; then all keys and values are kept.
+
+    Args:
+        attention: a ``SanaMultiscaleLinearAttention``.
+        through: layers that compute its queries, keys and values.
+    """
+
+    def __init__(self, attention: Any, through: Sequence[Layer]) -> None:
+        self.attention, self.through = attention, through
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.scores: Tensor | None = None
+
+    def start(self, extent: Extent) -> None:
+        self.free()
+        self.linear = extent.height * extent.width > self.attention.attention_head_dim
+
+    def part(self, rows: Tensor, which: int) -> Tensor:
+        """Queries (0), keys (1) or values (2) of a band, ``[B, heads, head_dim, pixels]``."""
+        part = rows.unflatten(1, (-1, 3, self.attention.attention_head_dim))[:, :, which].flatten(3)
+        if which < 2:
+            part = F.relu(part)
+        return part.float() if self.linear else part
+
+    def update(self, rows: Tensor) -> None:
+        key, value = self.part(rows, 1), self.part(rows, 2)
+        if not self.linear:
+            self.keys, self.values = (
+                new if old is None else torch.cat([old, new], 3)
+                for old, new in ((self.keys, key), (self.values, value))
+            )
+            return
+        scores = torch.cat([value @ key.transpose(-1, -2), key.sum(-1)[:, :, None]], 2).double()
+        self.scores = scores if self.scores is None else self.scores.add_(scores)
+
+    def free(self) -> None:
+        self.keys = self.values = self.scores = None
+
+
+class LinearAttention(Layer):
+    """ReLU linear attention at several scales (EfficientViT: Cai et al. 2023).
+
+    The input is the queries, keys and values, from the same layers as ``sums.through``.
+    """
+
+    def __init__(self, attention: Any, sums: LinearSums) -> None:
+        self.attention, self.sums = attention, sums
+
+    def change(self, band: Band) -> None:
+        attention, sums, rows = self.attention, self.sums, band.tensors[0]
+        queries = sums.part(rows, 0)
+        if sums.linear:
+            assert sums.scores is not None
+            both = sums.scores.to(queries.dtype) @ queries
+            attended = both[:, :, :-1].div_(both[:, :, -1:] + attention.eps).to(rows.dtype)
+            del both
+        else:
+            attended = attention.apply_quadratic_attention(queries, sums.keys, sums.values)
+        attended = attended.flatten(1, 2).unflatten(2, rows.shape[2:])
+        band.tensors[0] = attention.to_out(attended.movedim(1, -1)).movedim(-1, 1)
+
+    def after(self, extent: Extent) -> Extent:
+        return replace(extent, channels=(self.attention.to_out.out_features, *extent.channels[1:]))
+
+    def flops(self, extent: Extent) -> float:
+        inner = self.attention.to_out.in_features
+        per_pixel = 2.0 * inner * (self.attention.to_out.out_features + 2 * self.attention.attention_head_dim)
+        return extent.batch * extent.height * extent.width * per_pixel
+
+    def work(self, extent: Extent, rows: int) -> int:
+        # Queries and result: two thirds of the input's channels, in float32, so at most twice the input's bytes each.
+        return rows * (extent.row() + 2 * extent.row(0))

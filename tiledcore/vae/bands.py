@@ -1,0 +1,390 @@
+"""Network layers that work on an image a band of rows at a time and give the same result as for the whole image.
+
+A layer takes bands of consecutive rows and yields bands of its output, top to bottom. A convolution keeps the few
+input rows that its next band needs too, so no row is computed twice and only the image's own border is padded.
+A residual travels with its band. What depends on all rows (GroupNorm's statistics, the keys of an attention) is a
+reduction: a pass over the layer's input that ends before the layer's first output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tiledcore import ops
+
+
+class UnsupportedError(TypeError):
+    """A part of a network cannot be computed in bands here."""
+
+
+def unknown(module: Any) -> UnsupportedError:
+    return UnsupportedError(f"{type(module).__name__} is not known to be computable in bands")
+
+
+def known(module: Any, *kinds: type) -> Any:
+    """The module itself, if it is exactly of one of these classes; else an UnsupportedError."""
+    if type(module) not in kinds:
+        raise unknown(module)
+    return module
+
+
+@dataclass
+class Band:
+    """Consecutive rows ``[B, C, rows, W]``: of the main path, then of each residual that waits.
+
+    Who receives a band empties it, so that each tensor is freed after its last use.
+    """
+
+    tensors: list[Tensor]
+    last: bool
+
+
+Stream = Iterator[Band]
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Size of the whole image between two layers; ``channels`` has one entry per path."""
+
+    batch: int
+    channels: tuple[int, ...]
+    height: int
+    width: int
+
+    def row(self, path: int | None = None) -> int:
+        """Elements of one row, of one path or of all."""
+        return self.batch * self.width * (sum(self.channels) if path is None else self.channels[path])
+
+
+class Reduction:
+    """A pass over all rows of a layer's input, needed before the layer's first output.
+
+    Attributes:
+        through: layers that only this pass sends its rows through first.
+    """
+
+    through: Sequence[Layer] = ()
+
+    def start(self, extent: Extent) -> None: ...
+
+    def update(self, rows: Tensor) -> None: ...
+
+    def finish(self) -> None: ...
+
+    def free(self) -> None:
+        """Drop what is large, after the last pass through the layer."""
+
+
+class Statistics(Reduction):
+    """GroupNorm's mean and variance, merged over bands (Chan, Golub and LeVeque 1979).
+
+    Those of a band are computed in float32 and merged in float64.
+    """
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        self.norm = norm
+        self.dtype = torch.float32
+        self.mean = self.rstd = torch.empty(0)
+
+    def start(self, extent: Extent) -> None:
+        self.count = 0
+        self.total_mean: Tensor | None = None
+        self.total_m2: Tensor | None = None
+
+    def update(self, rows: Tensor) -> None:
+        groups = self.norm.num_groups
+        wide = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+        variance, mean = torch.var_mean(wide.unflatten(1, (groups, -1)), dim=(2, 3, 4), correction=0)
+        self.dtype = wide.dtype
+        del wide
+        n = rows.numel() // (rows.shape[0] * groups)
+        mean, m2 = mean.double(), variance.double() * n
+        if self.total_mean is None or self.total_m2 is None:
+            self.count, self.total_mean, self.total_m2 = n, mean, m2
+            return
+        count = self.count + n
+        delta = mean - self.total_mean
+        self.total_m2 = self.total_m2 + m2 + delta.square() * (self.count * n / count)
+        self.total_mean = self.total_mean + delta * (n / count)
+        self.count = count
+
+    def finish(self) -> None:
+        assert self.total_mean is not None and self.total_m2 is not None
+        self.mean = self.total_mean.to(self.dtype)
+        self.rstd = (self.total_m2 / self.count + self.norm.eps).rsqrt().to(self.dtype)
+
+    def apply(self, rows: Tensor, silu: bool, out: Tensor | None = None) -> Tensor:
+        norm = self.norm
+        return ops.group_norm_silu(rows, self.mean, self.rstd, norm.weight, norm.bias, silu=silu, out=out)
+
+
+class Layer:
+    """One layer. A subclass overrides :meth:`change` if it treats each band alone, else :meth:`run`.
+
+    Attributes:
+        reductions: passes over the input that come first, in this order.
+        upsample: output rows per input row, where there are more.
+        divides: the input's height and width must be multiples of it.
+        delay: input rows that wait for the rows below them, so that the last band is that much larger.
+    """
+
+    reductions: Sequence[Reduction] = ()
+    upsample: int = 1
+    divides: int = 1
+    delay: int = 0
+
+    def run(self, source: Stream) -> Stream:
+        for band in source:
+            self.change(band)
+            yield band
+
+    def change(self, band: Band) -> None:
+        """Replace the tensors of a band by the output."""
+
+    def after(self, extent: Extent) -> Extent:
+        """The extent of the output."""
+        return extent
+
+    def flops(self, extent: Extent) -> float:
+        """For the whole image; a multiply-add counts as two."""
+        return 0.0
+
+    def held(self, extent: Extent) -> int:
+        """Elements kept from one band to the next."""
+        return 0
+
+    def work(self, extent: Extent, rows: int) -> int:
+        """An upper bound of the elements alive while ``rows`` input rows pass, input and output included."""
+        return rows * extent.row() + rows * self.upsample * self.after(extent).row()
+
+
+def convolution(conv: Any) -> nn.Conv2d:
+    """The module itself, if :class:`Conv` can compute it; else an UnsupportedError."""
+    known(conv, nn.Conv2d)
+    plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str) and set(conv.dilation) == {1}
+    if not plain or conv.kernel_size[0] < conv.stride[0]:
+        raise UnsupportedError(f"{conv} is dilated, not padded with zeros, or skips rows")
+    return conv
+
+
+class Conv(Layer):
+    """A convolution with what comes just before it: norm and SiLU, or upsampling.
+
+    Where it changes the image's size, the residuals that wait follow by pixel shuffle or unshuffle.
+
+    Args:
+        conv: zero-padded, without dilation.
+        statistics: normalise the input first.
+        upsample: repeat each input pixel so many times along both axes first.
+        pad: zeros (top, bottom, left, right) instead of the convolution's own.
+        reduce: whether the statistics' pass belongs to this layer, and not to an earlier one.
+    """
+
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        *,
+        statistics: Statistics | None = None,
+        upsample: int = 1,
+        pad: tuple[int, int, int, int] | None = None,
+        reduce: bool = True,
+    ) -> None:
+        self.conv, self.statistics, self.upsample = conv, statistics, upsample
+        y, x = int(conv.padding[0]), int(conv.padding[1])
+        self.pad = (y, y, x, x) if pad is None else pad
+        self.kernel, self.stride = conv.kernel_size[0], conv.stride[0]
+        self.delay = self.kernel // 2
+        self.reductions = [statistics] if statistics is not None and reduce else []
+
+    def run(self, source: Stream) -> Stream:
+        held: Tensor | None = None
+        waiting: list[Tensor | None] = []
+        first = True
+        stride = self.stride
+        for band in source:
+            window = self._window(band.tensors, held, first, band.last)
+            first, held = False, None
+            if self.upsample > 1:
+                band.tensors[:] = [F.pixel_shuffle(t, self.upsample) for t in band.tensors]
+            rows = (window.shape[2] - self.kernel) // stride + 1
+            if rows < 1:
+                held = window
+                waiting = list(joined(waiting, band.tensors))
+                band.tensors.clear()
+                del window
+                continue
+            out = self._convolve(window)
+            rest = window[:, :, rows * stride :]
+            held = None if band.last or rest.shape[2] == 0 else rest.clone()
+            del window, rest
+            result = Band([out], band.last)
+            del out
+            skips = _pairs(waiting, band.tensors)
+            band.tensors.clear()
+            waiting = []
+            while skips:  # one at a time, so that each is freed before the next is copied
+                both = _join(*skips.pop(0))
+                done = both[:, :, : rows * stride]
+                result.tensors.append(F.pixel_unshuffle(done, stride) if stride > 1 else done)
+                waiting.append(both[:, :, rows * stride :].clone() if both.shape[2] > rows * stride else None)
+                del both, done
+            yield result
+
+    def _window(self, tensors: list[Tensor], held: Tensor | None, first: bool, last: bool) -> Tensor:
+        """The held rows and the band's own, ready for the convolution; takes the main path out of ``tensors``."""
+        top, bottom, left, right = self.pad
+        x = tensors.pop(0)
+        if self.kernel == 1 and self.statistics is None and self.upsample == 1:
+            return x
+        B, C, rows, W = x.shape
+        rows, W = rows * self.upsample, W * self.upsample
+        sides = (left, right) if left != right else (0, 0)
+        before = (top if first else 0) + (0 if held is None else held.shape[2])
+        total = before + rows + (bottom if last else 0)
+        window = x.new_empty((B, C, total, sides[0] + W + sides[1]))
+        if first:
+            window[:, :, :top].zero_()
+        if held is not None:
+            window[:, :, before - held.shape[2] : before].copy_(held)
+        if last:
+            window[:, :, before + rows :].zero_()
+        body = window[:, :, before : before + rows]
+        if sides != (0, 0):
+            body[..., : sides[0]].zero_()
+            body[..., sides[0] + W :].zero_()
+            body = body[..., sides[0] : sides[0] + W]
+        if self.statistics is not None:
+            self.statistics.apply(x, silu=True, out=body)
+        elif self.upsample > 1:
+            n = self.upsample
+            body.unflatten(3, (-1, n)).unflatten(2, (-1, n)).copy_(x[:, :, :, None, :, None])
+        else:
+            body.copy_(x)
+        return window
+
+    def _convolve(self, window: Tensor) -> Tensor:
+        conv, side = self.conv, self.pad[2] if self.pad[2] == self.pad[3] else 0
+        return F.conv2d(window, conv.weight, conv.bias, conv.stride, (0, side), 1, conv.groups)
+
+    def after(self, extent: Extent) -> Extent:
+        top, bottom, left, right = self.pad
+        height = (extent.height * self.upsample + top + bottom - self.kernel) // self.stride + 1
+        width = (extent.width * self.upsample + left + right - self.conv.kernel_size[1]) // self.conv.stride[1] + 1
+        carried = (c * self.stride**2 // self.upsample**2 for c in extent.channels[1:])
+        return replace(extent, channels=(self.conv.out_channels, *carried), height=height, width=width)
+
+    def flops(self, extent: Extent) -> float:
+        after = self.after(extent)
+        return 2.0 * after.height * after.row(0) * self.conv.weight[0].numel()
+
+    def held(self, extent: Extent) -> int:
+        wide = replace(extent, width=extent.width * self.upsample)
+        return (self.kernel - 1) * wide.row(0) + self.delay * (extent.row() - extent.row(0))
+
+    def work(self, extent: Extent, rows: int) -> int:
+        window = (rows * self.upsample + self.kernel - 1) * self.upsample * extent.row(0)
+        out = (rows * self.upsample // self.stride + 1) * self.after(extent).row(0)
+        skips = (rows + self.delay) * (extent.row() - extent.row(0))
+        return max(rows * extent.row(0) + window, window + out) + skips
+
+
+def _pairs(waiting: Sequence[Tensor | None], new: Sequence[Tensor]) -> list[tuple[Tensor | None, Tensor]]:
+    return list(zip(waiting or [None] * len(new), new, strict=True))
+
+
+def _join(old: Tensor | None, new: Tensor) -> Tensor:
+    return new if old is None else torch.cat([old, new], 2)
+
+
+def joined(waiting: Sequence[Tensor | None], new: Sequence[Tensor]) -> list[Tensor]:
+    """Each path's rows below those that wait, if there are any."""
+    return [_join(old, rows) for old, rows in _pairs(waiting, new)]
+
+
+class Shortcut(Protocol):
+    """What a residual goes through, pixel by pixel: a 1x1 convolution or something simpler."""
+
+    @property
+    def out_channels(self) -> int: ...
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+
+
+def _shortcut_flops(shortcut: Shortcut | None, extent: Extent, path: int) -> float:
+    if not isinstance(shortcut, nn.Conv2d):
+        return 0.0
+    return 2.0 * extent.height * extent.row(path) * shortcut.out_channels
+
+
+class Save(Layer):
+    """Start a residual: a copy of the main path waits for :class:`Add`.
+
+    Args:
+        shortcut: applied to the copy; here where it makes the copy smaller.
+        reductions: those of the next layer, done here because there is only one path to keep yet.
+    """
+
+    def __init__(self, shortcut: Shortcut | None = None, reductions: Sequence[Reduction] = ()) -> None:
+        self.shortcut, self.reductions = shortcut, reductions
+
+    def change(self, band: Band) -> None:
+        band.tensors.append(band.tensors[0] if self.shortcut is None else self.shortcut(band.tensors[0]))
+
+    def after(self, extent: Extent) -> Extent:
+        channels = extent.channels[0] if self.shortcut is None else self.shortcut.out_channels
+        return replace(extent, channels=(*extent.channels, channels))
+
+    def flops(self, extent: Extent) -> float:
+        return _shortcut_flops(self.shortcut, extent, 0)
+
+
+class Add(Layer):
+    """End a residual: ``(main + shortcut(saved)) / scale``, in place of the main path."""
+
+    def __init__(self, shortcut: Shortcut | None = None, scale: float = 1.0) -> None:
+        self.shortcut, self.scale = shortcut, scale
+
+    def change(self, band: Band) -> None:
+        saved = band.tensors.pop()
+        if self.shortcut is not None:
+            saved = self.shortcut(saved)
+        band.tensors[-1].add_(saved)  # always the new output of a convolution, which nobody else reads
+        if self.scale != 1.0:
+            band.tensors[-1].div_(self.scale)
+
+    def after(self, extent: Extent) -> Extent:
+        return replace(extent, channels=extent.channels[:-1])
+
+    def flops(self, extent: Extent) -> float:
+        return _shortcut_flops(self.shortcut, extent, len(extent.channels) - 1)
+
+
+class Pointwise(Layer):
+    """A function of each pixel of the main path."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function = function
+
+    def change(self, band: Band) -> None:
+        band.tensors[0] = self.function(band.tensors[0])
+
+
+def activation(module: Any) -> Layer:
+    return Pointwise(known(module, nn.ReLU, nn.SiLU, nn.GELU, nn.Mish))
+
+
+def split(source: Stream, rows: int) -> Stream:
+    """Cut bands into pieces of at most so many rows."""
+    for band in source:
+        starts = range(0, band.tensors[0].shape[2], rows)
+        for start in starts:
+            piece = Band([t[:, :, start : start + rows] for t in band.tensors], band.last and start == starts[-1])
+            if start == starts[-1]:
+                band.tensors.clear()
+            yield piece

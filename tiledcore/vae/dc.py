@@ -1,0 +1,237 @@
+"""The layers of diffusers' ``AutoencoderDC`` (DC-AE: Chen et al. 2025), Sana's autoencoder.
+
+Only its linear attention needs the whole image. Sizes change by pixel shuffle; the shortcut beside it repeats
+channels or takes their mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import SanaMultiscaleAttnProcessor2_0, SanaMultiscaleLinearAttention
+from diffusers.models.autoencoders.autoencoder_dc import DCDownBlock2d, DCUpBlock2d, EfficientViTBlock, ResBlock
+from diffusers.models.normalization import RMSNorm
+from diffusers.models.transformers.sana_transformer import GLUMBConv
+from torch import Tensor, nn
+
+from tiledcore.vae.attention import LinearAttention, LinearSums, Project, Scales
+from tiledcore.vae.bands import (
+    Add,
+    Band,
+    Conv,
+    Extent,
+    Layer,
+    Pointwise,
+    Save,
+    Stream,
+    UnsupportedError,
+    activation,
+    convolution,
+    joined,
+    known,
+    unknown,
+)
+
+FACTOR = 2  # each block that changes the height and width does so by this
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """A shortcut to more channels: each channel so many times."""
+
+    times: int
+    out_channels: int
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        return x.repeat_interleave(self.times, 1, output_size=self.out_channels)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A shortcut to fewer channels: the mean of each group of so many."""
+
+    of: int
+    out_channels: int
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        return x.unflatten(1, (-1, self.of)).mean(2)
+
+
+class Shuffle(Layer):
+    """Channels become pixels, on all paths: twice the height and width, a quarter of the channels."""
+
+    upsample = FACTOR
+
+    def change(self, band: Band) -> None:
+        band.tensors[:] = [F.pixel_shuffle(t, FACTOR) for t in band.tensors]
+
+    def after(self, extent: Extent) -> Extent:
+        channels = tuple(c // FACTOR**2 for c in extent.channels)
+        return replace(extent, channels=channels, height=extent.height * FACTOR, width=extent.width * FACTOR)
+
+
+class Unshuffle(Layer):
+    """The inverse of :class:`Shuffle`. An odd row waits for the next band."""
+
+    divides = FACTOR
+    delay = FACTOR - 1
+
+    def run(self, source: Stream) -> Stream:
+        waiting: list[Tensor] = []
+        for band in source:
+            found = joined(waiting, band.tensors)
+            band.tensors.clear()
+            rows = found[0].shape[2] // FACTOR * FACTOR
+            waiting = [t[:, :, rows:].clone() for t in found] if rows < found[0].shape[2] else []
+            if rows:
+                band.tensors[:] = [F.pixel_unshuffle(found.pop(0)[:, :, :rows], FACTOR) for _ in range(len(found))]
+                yield band
+
+    def after(self, extent: Extent) -> Extent:
+        channels = tuple(c * FACTOR**2 for c in extent.channels)
+        return replace(extent, channels=channels, height=extent.height // FACTOR, width=extent.width // FACTOR)
+
+    def held(self, extent: Extent) -> int:
+        return extent.row()
+
+    def work(self, extent: Extent, rows: int) -> int:
+        return 3 * (rows + 1) * extent.row()
+
+
+class Gate(Layer):
+    """The first half of the channels times SiLU of the second half, in place."""
+
+    def change(self, band: Band) -> None:
+        value, gate = band.tensors[0].chunk(2, 1)
+        band.tensors[0] = value.mul_(F.silu(gate, inplace=True))
+
+    def after(self, extent: Extent) -> Extent:
+        return replace(extent, channels=(extent.channels[0] // 2, *extent.channels[1:]))
+
+
+def _rms(norm: Any, x: Tensor) -> Tensor:
+    """RMSNorm over the channels of each pixel, in place."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    size = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide)
+    x.mul_(size.square_().div_(x.shape[1]).add_(norm.eps).rsqrt_())
+    if norm.weight is not None:
+        x.mul_(norm.weight[:, None, None])
+    if norm.bias is not None:
+        x.add_(norm.bias[:, None, None])
+    return x
+
+
+def decoder(network: Any) -> list[Layer]:
+    layers = _shortened(convolution(network.conv_in), network.in_shortcut)
+    for block in reversed(network.up_blocks):
+        for module in block:
+            layers += _block(module)
+    layers += [_norm(network.norm_out), activation(network.conv_act)]
+    last = network.conv_out
+    return [*layers, *(_up(last) if type(last) is DCUpBlock2d else [Conv(convolution(last))])]
+
+
+def encoder(network: Any) -> list[Layer]:
+    first = network.conv_in
+    layers = _down(first) if type(first) is DCDownBlock2d else [Conv(convolution(first))]
+    for block in network.down_blocks:
+        for module in block:
+            layers += _block(module)
+    return [*layers, *_shortened(convolution(network.conv_out), network.out_shortcut)]
+
+
+def _norm(norm: Any) -> Layer:
+    if type(norm) is RMSNorm:
+        return Pointwise(partial(_rms, norm))
+    if type(norm) is nn.BatchNorm2d:
+        if norm.training or norm.running_mean is None:
+            raise UnsupportedError("a BatchNorm2d takes the statistics of what it is given; call vae.eval()")
+        return Pointwise(norm)
+    raise unknown(norm)
+
+
+def _shortened(conv: nn.Conv2d, shortcut: bool) -> list[Layer]:
+    """The convolution next to the latents."""
+    if not shortcut:
+        return [Conv(conv)]
+    narrow, wide = sorted((conv.in_channels, conv.out_channels))
+    kind: Callable[[int, int], Repeat | Mean] = Repeat if conv.in_channels == narrow else Mean
+    return [Save(), Conv(conv), Add(kind(wide // narrow, conv.out_channels))]
+
+
+def _block(module: Any) -> list[Layer]:
+    if type(module) is ResBlock:
+        layers = [Conv(convolution(module.conv1)), activation(module.nonlinearity), Conv(convolution(module.conv2))]
+        return [Save(), *layers, _norm(module.norm), Add()]
+    if type(module) is EfficientViTBlock:
+        return [*_attention(module.attn), *_feed_forward(module.conv_out)]
+    if type(module) is DCUpBlock2d:
+        return _up(module)
+    if type(module) is DCDownBlock2d:
+        return _down(module)
+    raise unknown(module)
+
+
+def _up(block: Any) -> list[Layer]:
+    conv = convolution(block.conv)
+    if block.interpolate:
+        if block.interpolation_mode != "nearest":
+            raise UnsupportedError(f"a DCUpBlock2d interpolates with {block.interpolation_mode!r}, not 'nearest'")
+        layers: list[Layer] = [Conv(conv, upsample=FACTOR)]
+        # Repeated here, before Conv carries it to the larger size by pixel shuffle.
+        wide = conv.out_channels * FACTOR**2
+        return [Save(Repeat(block.repeats, wide)), *layers, Add()] if block.shortcut else layers
+    # Both paths end in the same shuffle, so one after their sum is enough.
+    both = [Save(), Conv(conv), Add(Repeat(block.repeats, conv.out_channels))] if block.shortcut else [Conv(conv)]
+    return [*both, Shuffle()]
+
+
+def _down(block: Any) -> list[Layer]:
+    conv = Conv(convolution(block.conv))
+    layers: list[Layer] = [conv]
+    channels = conv.conv.out_channels
+    if block.downsample:
+        layers, channels = [conv, Unshuffle()], channels * FACTOR**2
+    if not block.shortcut:
+        return layers
+    if not block.downsample:
+        conv.divides = FACTOR  # the residual is unshuffled
+    return [Save(), *layers, Add(Mean(block.group_size, channels))]
+
+
+def _attention(attention: Any) -> list[Layer]:
+    known(attention, SanaMultiscaleLinearAttention)
+    known(attention.processor, SanaMultiscaleAttnProcessor2_0)
+    for layer in (attention.to_q, attention.to_k, attention.to_v, attention.to_out):
+        known(layer, nn.Linear)
+    if type(attention.nonlinearity) is not nn.ReLU or not attention.residual_connection:
+        raise UnsupportedError("a linear attention is without ReLU or its residual connection")
+    scales = list(attention.to_qkv_multiscale)
+    through: list[Layer] = [Project(attention)]
+    if scales:
+        for conv in (c for one in scales for c in (one.proj_in, one.proj_out)):
+            if convolution(conv).bias is not None or conv.kernel_size[0] % 2 == 0 or conv.stride != (1, 1):
+                raise UnsupportedError(f"{conv} of a linear attention is not one of odd size, stride 1 and no bias")
+        through.append(Scales(scales))
+    sums = LinearSums(attention, through)
+    return [Save(None, [sums]), *through, LinearAttention(attention, sums), _norm(attention.norm_out), Add()]
+
+
+def _feed_forward(block: Any) -> list[Layer]:
+    if type(block) is not GLUMBConv or type(block.nonlinearity) is not nn.SiLU:
+        raise unknown(block)
+    layers: list[Layer] = [
+        Conv(convolution(block.conv_inverted)),
+        Pointwise(partial(F.silu, inplace=True)),
+        Conv(convolution(block.conv_depth)),
+        Gate(),
+        Conv(convolution(block.conv_point)),
+    ]
+    if block.norm_type == "rms_norm":
+        layers.append(_norm(block.norm))
+    return [Save(), *layers, Add()] if block.residual_connection else layers

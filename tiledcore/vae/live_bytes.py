@@ -1,0 +1,76 @@
+"""Count the bytes of the tensors that are alive while code runs, with or without data."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+Scratch = Callable[[Any, tuple[Any, ...]], int]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the tensor storages made inside its ``with`` block, each once, until nothing refers to it any more.
+
+    Tensors made before count only if they belong to ``modules``. What a kernel allocates and frees within one
+    operation is not seen.
+
+    Args:
+        modules: their parameters and buffers are alive from the beginning.
+        scratch: ``(operation, its arguments)`` -> bytes that it needs only while it runs. None: no operation does.
+
+    Attributes:
+        now: bytes alive now.
+        peak: most bytes alive at once since the last :meth:`reset`.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module] = (), scratch: Scratch | None = None) -> None:
+        super().__init__()
+        self.scratch = scratch
+        self.now = self.peak = 0
+        self._alive: dict[int, weakref.ref[Any]] = {}
+        for module in modules:
+            for tensor in (*module.parameters(), *module.buffers()):
+                self._add(tensor)
+
+    def reset(self) -> int:
+        """Start a new peak; returns the one so far."""
+        peak, self.peak = self.peak, self.now
+        return peak
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if new := [t for t in _tensors(result) if _key(t) not in self._alive]:
+            given = {_key(t) for t in _tensors((args, kwargs))}
+            for tensor in new:
+                if _key(tensor) not in given:  # else it is a view of an older tensor
+                    self._add(tensor)
+        if self.scratch is not None:
+            self.peak = max(self.peak, self.now + self.scratch(func, args))
+        return result
+
+    def _add(self, tensor: Tensor) -> None:
+        storage, key = tensor.untyped_storage(), _key(tensor)
+        if key in self._alive:
+            return
+        size = storage.nbytes()
+
+        def gone(_: Any) -> None:
+            del self._alive[key]
+            self.now -= size
+
+        self._alive[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata

@@ -1,0 +1,61 @@
+"""Turn a diffusers autoencoder into the list of layers that :mod:`tiledcore.vae.bands` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+from diffusers.models.autoencoders import autoencoder_dc
+from diffusers.models.autoencoders.vae import Decoder, DecoderTiny, Encoder, EncoderTiny
+
+from tiledcore.vae import dc, kl
+from tiledcore.vae.bands import Conv, Layer, UnsupportedError, convolution, unknown
+
+_LAYERS: dict[type, Callable[[Any], list[Layer]]] = {
+    Decoder: kl.decoder,
+    Encoder: kl.encoder,
+    DecoderTiny: kl.tiny,
+    EncoderTiny: kl.tiny,
+    autoencoder_dc.Decoder: dc.decoder,
+    autoencoder_dc.Encoder: dc.encoder,
+}
+
+
+def unsupported(vae: Any) -> str | None:
+    """Why an autoencoder cannot run in exact bands, or None if it can."""
+    if type(vae) not in (AutoencoderKL, AutoencoderTiny, AutoencoderDC):
+        return f"{type(vae).__name__} is none of AutoencoderKL, AutoencoderTiny and AutoencoderDC"
+    try:
+        _layers(vae.decoder)
+        _layers(vae.encoder)
+    except UnsupportedError as error:
+        return str(error)
+    return None
+
+
+def program(vae: Any, direction: str, whole: bool = True) -> list[Layer]:
+    """The layers of ``vae.decode`` or ``vae.encode``; of the decoder or encoder alone if not ``whole``.
+
+    Raises:
+        ValueError: ``direction`` is not ``"decode"`` or ``"encode"``.
+        UnsupportedError: ``vae`` cannot run in bands; the message says why.
+    """
+    if direction not in ("decode", "encode"):
+        raise ValueError(f"direction={direction!r} is not decode or encode")
+    if (reason := unsupported(vae)) is not None:
+        raise UnsupportedError(f"vae cannot {direction} in exact bands: {reason}")
+    decodes = direction == "decode"
+    beside = getattr(vae, "post_quant_conv" if decodes else "quant_conv", None) if whole else None
+    outer = [] if beside is None else [Conv(convolution(beside))]
+    return [*outer, *_layers(vae.decoder)] if decodes else [*_layers(vae.encoder), *outer]
+
+
+def _layers(network: Any) -> list[Layer]:
+    for name, module in network.named_modules():
+        hooked = module._forward_hooks or module._forward_pre_hooks
+        if name and (hooked or hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")):
+            raise UnsupportedError(f"{name} has a hook (sequential or group offload?), which bands would pass by")
+    if type(network) not in _LAYERS:
+        raise unknown(network)
+    return _LAYERS[type(network)](network)
