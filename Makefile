@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.tiledcore
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: install test lint format demo bench bench-peers bench-scaling train clean
+.PHONY: install test lint format demo bench bench-peers train clean
 .DEFAULT_GOAL := install
 
 $(BIN)/python:
@@ -46,7 +46,7 @@ demo: install
 	$(BIN)/python -m bench.seams demo.png
 
 # Every figure of docs/benchmarks.md, and of README.md where it has markers. BENCH_ARGS=--quick for the small cases.
-# The peers take about 20 minutes on two cores and the scaling as long: `make bench-peers bench-scaling`.
+# The peers take about 20 minutes on two cores: `make bench-peers`.
 bench: install
 	$(BIN)/python -m bench run --json bench/results/cpu_suite.json $(BENCH_ARGS)
 	$(BIN)/python -m bench.oracle --json bench/results/oracle.json
@@ -54,10 +54,6 @@ bench: install
 
 bench-peers: install
 	$(BIN)/python -m bench.peers_table --json bench/results/peers_earth.json $(BENCH_ARGS)
-	$(BIN)/python -m bench tables
-
-bench-scaling: install
-	$(BIN)/python -m bench.scaling --json bench/results/scaling_earth.json $(BENCH_ARGS)
 	$(BIN)/python -m bench tables
 
 # -P keeps the root, and so `kernels`, off sys.path.
