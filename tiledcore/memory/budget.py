@@ -112,8 +112,8 @@ def within(wrapper: Any, pipe: Any, plan: Plan | None) -> Iterator[None]:
 @contextmanager
 def _offload(pipe: Any) -> Iterator[None]:
     """Model CPU offload inside the ``with`` block; afterwards hooks, devices and attributes are as before."""
-    modules = [module for module in pipe.components.values() if isinstance(module, torch.nn.Module)]
-    places = [(module, module.device) for module in modules]
+    modules: list[Any] = [module for module in pipe.components.values() if isinstance(module, torch.nn.Module)]
+    places = [module.device for module in modules]
     state = {"_all_hooks": [], "_offload_gpu_id": 0, "_offload_device": None}
     with ExitStack() as stack:
         stack.enter_context(replaced(pipe, **{name: getattr(pipe, name, unset) for name, unset in state.items()}))
@@ -124,7 +124,7 @@ def _offload(pipe: Any) -> Iterator[None]:
             yield
         finally:
             pipe.remove_all_hooks()
-            for module, device in places:
+            for module, device in zip(modules, places, strict=True):
                 if module.device != device:  # quantised modules never moved
                     module.to(device)
 
