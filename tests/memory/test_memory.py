@@ -63,7 +63,7 @@ def test_live_bytes_count_each_storage_once_and_until_it_is_freed() -> None:
 
 
 def test_pairs_of_neighbour_attention_are_those_of_every_query() -> None:
-    from tiledcore.reference import _window
+    from tiledcore.ops.reference import _window
 
     axes = ((13, 5, 3, True), (9, 4, 6, False))
     counted = [sum(len(_window(p, *axis)) for p in range(axis[0])) for axis in axes]
