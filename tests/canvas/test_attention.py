@@ -123,7 +123,7 @@ def test_windows_of_transformers_are_in_tokens(family: str, monkeypatch: pytest.
     run(network, inputs)
     assert {(c["canvas"], c["tile"], c["halo"]) for c in calls} == {((6, 8), (4, 3), (2, 2))}
     # SD3's dual attention has no text, PixArt's text comes by cross-attention.
-    with_text = [c["global_k"] is not None for c in calls]
+    with_text = [c.get("global_k") is not None for c in calls]
     assert any(with_text) == (family != "pixart") and all(with_text) == (family not in ("sd3", "pixart"))
 
 
@@ -147,7 +147,7 @@ def test_sd3_runs_beyond_its_largest_position() -> None:
     with pytest.raises(ValueError, match="pos_embed_max_size"):
         run(network, inputs)
     install(network, tile=8)
-    assert torch.isfinite(run(network, inputs)).all()
+    assert run(network, inputs).std() > 1e-2
 
 
 def test_sana_keeps_its_linear_attention() -> None:

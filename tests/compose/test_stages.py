@@ -295,9 +295,8 @@ def test_what_does_not_go_with_stages() -> None:
         call(pixart, tiny_pixart_sigma, (32, 32))
 
 
-@pytest.mark.parametrize("more", [{"shift": True, "blend_steps": 1, "fade": 2}, {"halo": 4}])
-def test_the_first_stage_is_whole_whatever_the_tiling_of_the_others(more: dict[str, Any]) -> None:
-    config = TilingConfig(tile=16, **more)
+def test_the_first_stage_is_whole_whatever_the_tiling_of_the_others() -> None:
+    config = moving(blend_steps=1, fade=2)
     first = stage_tiling(Stage(128, 128, None), config, (16, 16), 8, 1)
     assert first == still(tile=(16, 16))
     assert stage_tiling(Stage(256, 256, 0.5), config, (16, 16), 8, 1) == config
