@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.tiledcore
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: install test lint format demo bench bench-peers train clean
+.PHONY: install lint check test test-all format demo bench bench-peers train clean
 .DEFAULT_GOAL := install
 
 $(BIN)/python:
@@ -30,11 +30,23 @@ lint: install
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 # `pytest`, not `python -m pytest`: the latter puts the root, and so `kernels`, on sys.path.
 # Two processes: a test keeps one core busy, and more would need more memory than small machines have.
+PYTEST := $(BIN)/pytest -n 2 --dist worksteal
+
+# One minute: the rooms of the core without the ops, whose kernels are interpreted.
+check: lint
+	$(PYTEST) -m "not slow" tests/canvas tests/loop tests/schedulers tests/tiles tests/test_geometry.py tests/test_utils.py $(PYTEST_ARGS)
+
+# Five minutes: all but what is marked slow. This is the gate.
 test: lint
-	$(BIN)/pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+# Everything, with new and many examples of every property.
+test-all: lint
+	HYPOTHESIS_PROFILE=search $(PYTEST) $(PYTEST_ARGS)
 
 format: install
 	$(BIN)/ruff format
