@@ -8,8 +8,7 @@ import torch
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 from torch import Tensor
 
-TEXT_MULTIPLE: int = SEQ_MULTI_OF
-"""Z-Image pads its text to a multiple of so many tokens."""
+TEXT_MULTIPLE: int = SEQ_MULTI_OF  # Z-Image pads its text to a multiple of so many tokens
 
 FUSABLE = (
     "StableDiffusionPipeline",

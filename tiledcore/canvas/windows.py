@@ -37,8 +37,7 @@ class Windows:
     tile: Pair
     halo: Pair
     wrap: tuple[bool, bool]
-    native: Pair
-    """Size of the picture that positions are taken from."""
+    native: Pair  # Size of the picture that positions are taken from
 
     @property
     def single(self) -> bool:
@@ -81,12 +80,9 @@ class Canvas:
     """What all layers share: the settings, and the canvas of the evaluation that is running."""
 
     impl: ops.Impl | None
-    windows: dict[int, Windows] = field(default_factory=dict)
-    """Per level, by the number of its tokens."""
-    text_lengths: list[int] | None = None
-    """Per image, how many of the padded text tokens count, where this differs."""
-    text_kept: list[Tensor] | None = None
-    """Per image, the indices of the text tokens that count, where not all do."""
+    windows: dict[int, Windows] = field(default_factory=dict)  # Per level, by the number of its tokens
+    text_lengths: list[int] | None = None  # Per image, how many of the padded text tokens count, where this differs
+    text_kept: list[Tensor] | None = None  # Per image, the indices of the text tokens that count, where not all do
     tables: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     """Rotations of this canvas' tokens, shared by all layers and steps."""
 
@@ -130,11 +126,9 @@ class Canvas:
 class Rotary:
     """Rotary positions over (frame, y, x): pair i of an axis' d channels turns by ``position * theta**(-2i/d)``."""
 
-    axes: tuple[int, int, int]
-    """Channels of each head that belong to frame, y and x."""
+    axes: tuple[int, int, int]  # Channels of each head that belong to frame, y and x
     theta: float
-    centred: bool = False
-    """Whether the middle of the image has position 0, rather than its first token."""
+    centred: bool = False  # Whether the middle of the image has position 0, rather than its first token
 
     def turns(self, axis: int, positions: Tensor) -> Tensor:
         """``[n, d/2]`` complex64 for ``n`` positions; float64 inside, since phases grow with the canvas."""
@@ -183,14 +177,10 @@ class Placed(NamedTuple):
     """Image tokens where their layer's windows are."""
 
     windows: Windows
-    near: QKV
-    """Rotated by their positions on the canvas; unrolled where that wraps."""
-    far_q: Tensor | None
-    """Rotated and unrolled queries for the global keys; None where those of ``near`` are the same."""
-    far_k: Tensor
-    """Keys for the text's queries, ``[B, N, heads, D]``."""
-    inside: tuple[slice, slice]
-    """Rows and columns of the canvas itself on ``windows.canvas``."""
+    near: QKV  # Rotated by their positions on the canvas; unrolled where that wraps
+    far_q: Tensor | None  # Rotated and unrolled queries for the global keys; None where those of ``near`` are the same
+    far_k: Tensor  # Keys for the text's queries, ``[B, N, heads, D]``
+    inside: tuple[slice, slice]  # Rows and columns of the canvas itself on ``windows.canvas``
 
 
 def place(canvas: Canvas, image: QKV, rotary: Rotary | None) -> Placed:

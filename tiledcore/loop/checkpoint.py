@@ -77,14 +77,10 @@ class Checkpoint:
 class Saved:
     """What a file holds."""
 
-    index: int
-    """Evaluations that are done."""
-    steps: int
-    """Evaluations of the whole run."""
-    settings: dict[str, str]
-    """Of the call, by name, as :func:`settings_of` gives them."""
-    seeds: list[int]
-    """Of the generators, as they were made."""
+    index: int  # Evaluations that are done
+    steps: int  # Evaluations of the whole run
+    settings: dict[str, str]  # Of the call, by name, as :func:`settings_of` gives them
+    seeds: list[int]  # Of the generators, as they were made
     tensors: dict[str, Tensor]
 
 

@@ -21,10 +21,8 @@ class Fallback:
         features: of the call.
     """
 
-    canvas_size: Pair = (0, 0)
-    """In canvas pixels; known once the network has been called."""
-    denoiser: TileDenoiser | None = None
-    """Known at the same time."""
+    canvas_size: Pair = (0, 0)  # In canvas pixels; known once the network has been called
+    denoiser: TileDenoiser | None = None  # Known at the same time
 
     def __init__(self, pipe: Any, features: Features) -> None:
         self.pipe, self.features = pipe, features

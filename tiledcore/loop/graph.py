@@ -20,8 +20,7 @@ logger = logging.getLogger(__name__)
 Mode = Literal["auto"] | bool
 Body = Callable[[], None]
 
-GAIN = 0.03
-"""A graph is kept if it saves more than this share of the eager step's time: below, it only costs memory."""
+GAIN = 0.03  # A graph is kept if it saves more than this share of the eager step's time: below, it only costs memory
 
 
 class Backend(Protocol):
@@ -69,8 +68,7 @@ class Counters:
     eager: int = 0
     captures: int = 0
     replays: int = 0
-    reason: str | None = None
-    """Why there is no graph, or no longer one."""
+    reason: str | None = None  # Why there is no graph, or no longer one
 
 
 @dataclass
@@ -79,13 +77,11 @@ class Entry:
 
     buffers: Any
     replay: Body | None = None
-    captured: Body | None = None
-    """The body that was captured: what it refers to must live as long as the graph."""
+    captured: Body | None = None  # The body that was captured: what it refers to must live as long as the graph
     refused: str | None = None
     eager_steps: int = 0
     eager_seconds: float = 0.0
-    settled: bool = False
-    """The replay has been timed and kept."""
+    settled: bool = False  # The replay has been timed and kept
 
 
 @dataclass

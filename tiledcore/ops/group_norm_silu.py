@@ -58,20 +58,20 @@ def group_norm_silu(
 ) -> Tensor:
     """GroupNorm (Wu and He 2018) with given statistics, then SiLU, in one pass over a band of rows.
 
-    Per channel ``v = (x - mean) * rstd * weight + bias``, and the result is ``v / (1 + exp(-v))``. The
-    statistics are those of the whole image, so a band is normalised as if the whole image were there.
-    Computed in float32 (float64 for float64) and rounded once.
+    Per channel ``v = (x - mean) * rstd * weight + bias``; the result is ``v / (1 + exp(-v))``. With the statistics of
+    the whole image, a band comes out as it would in the whole image. Computed in float32 (float64 for float64), rounded
+    once.
 
     Args:
-        x: ``[B, C, rows, W]``, float16, bfloat16, float32 or float64. Copied if the rows of a channel are
-            not contiguous; channels and batch entries may have any stride.
-        mean: ``[B, G]`` float32 (float64 with float64), one value for each group of channels; ``G`` divides ``C``.
+        x: ``[B, C, rows, W]``, float16, bfloat16, float32 or float64. Copied only if a channel's rows are not
+            contiguous.
+        mean: ``[B, G]`` float32 (float64 with float64), one value per group of channels; ``G`` divides ``C``.
         rstd: ``[B, G]``, as ``mean``: ``1 / sqrt(variance + eps)``.
         weight: ``[C]`` of the dtype of ``x``.
         bias: ``[C]`` of the dtype of ``x``.
         silu: if False, the result is ``v``.
-        out: where the result is written, of the shape and dtype of ``x`` with contiguous planes; a new
-            tensor if None. It may be ``x`` itself, but must not overlap it otherwise.
+        out: result tensor of the shape and dtype of ``x``, with contiguous planes; may be ``x`` itself. None: a new
+            one.
         impl: ``"reference"``, ``"native"`` or ``"triton"``; None picks the fastest one available.
 
     Returns:
@@ -80,7 +80,7 @@ def group_norm_silu(
     Raises:
         TypeError: an argument is not a tensor of such a dtype.
         ValueError: a shape, device, layout or ``impl`` is not as above.
-        RuntimeError: ``impl`` was named and is unavailable here.
+        RuntimeError: the named ``impl`` is unavailable here.
     """
     check_image("x", x, "[B, C, rows, W]")
     if x.dtype not in BLEND_DTYPES:

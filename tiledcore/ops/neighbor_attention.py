@@ -70,11 +70,7 @@ def _sdpa(
     wrap: tuple[bool, bool],
     scale: float,
 ) -> Tensor:
-    """Gather each tile's queries and window, and call torch's attention on a batch of tiles.
-
-    A gathered window holds exactly the keys that its tile sees, so there is no mask. All tiles of the same size
-    and the same window size go into one batch.
-    """
+    """Gather each tile's queries and keys, and call torch's attention on batches of tiles of equal shape."""
     B, _, heads, D = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     G = 0 if global_k is None else global_k.shape[1]
@@ -188,29 +184,24 @@ def neighbor_attention(
 ) -> Tensor:
     """Attention of every token of a canvas to its own tile, a halo around that tile, and some global tokens.
 
-    The canvas of ``H * W`` tokens is cut into ``ceil(H / th)`` by ``ceil(W / tw)`` tiles; the last tile of a row
-    or column is as small as what is left. A query sees the keys of its tile and of ``halo`` tokens more on each
-    side. At an open border this window is clipped. On a wrapped axis it goes on at the other side, and a key that
-    is reached from both sides counts once. ``halo=tile`` means all eight neighbours; a halo as large as the canvas
-    means plain attention. Cost and memory are linear in the canvas.
-
-    Every query also sees all global tokens. One softmax runs over the scores ``scale * q @ k`` of the window and
-    ``scale * global_q @ global_k``, block by block with a running maximum (online softmax, Milakov and Gimelshein
-    2018; Dao 2022). Softmax and sums are in float32 at least.
+    The canvas is cut into ``ceil(H / th)`` by ``ceil(W / tw)`` tiles; the last one of a row or column may be smaller. A
+    query sees the keys of its tile and of ``halo`` tokens more on each side. An open border clips this window; on a
+    wrapped axis it goes on at the other side, and a key counts once. Cost and memory are linear in the canvas. Every
+    query also sees all global tokens, in the same softmax (online, Milakov and Gimelshein 2018; Dao 2022), in float32
+    at least.
 
     Forward only: a backward pass through the result warns, and its inputs get no gradient.
 
     Args:
-        q, k, v: ``[B, H*W, heads, D]``, tokens row-major; float16, bfloat16, float32 or float64, all of one
-            dtype. Any strides: views such as the chunks of a fused projection are read in place; a tensor whose
-            last dimension is not contiguous is copied. The Triton kernel is tuned for D of 40, 64, 80, 96, 128
-            and 160, and takes none above. float64 needs ``"sdpa"`` or ``"reference"``.
+        q, k, v: ``[B, H*W, heads, D]``, tokens row-major; float16, bfloat16, float32 or float64, all of one dtype.
+            Copied only if the last dimension is not contiguous. Triton takes D up to 160, tuned for 40, 64, 80, 96, 128
+            and 160. float64 needs ``"sdpa"`` or ``"reference"``.
         canvas: ``(H, W)`` in tokens.
         tile: ``(th, tw)`` in tokens; larger than the canvas means one tile.
         halo: ``(hy, hx)`` in tokens.
-        wrap: whether the canvas continues at its other side, along (y, x).
-        global_q: ``[B, H*W, heads, D]``, the queries for the global keys; None means q. (With rotary positions a query
-            is rotated differently for text and for the image.)
+        wrap: whether the canvas is a circle along (y, x).
+        global_q: ``[B, H*W, heads, D]``, queries for the global keys where they differ (rotary positions); None means
+            q.
         global_k, global_v: ``[B, G, heads, D]``, keys and values that every query sees; both or neither.
         scale: of the scores; None means ``D ** -0.5``.
         impl: ``"reference"``, ``"native"``, ``"triton"`` or ``"sdpa"``; None picks the fastest one available.
@@ -221,7 +212,7 @@ def neighbor_attention(
     Raises:
         TypeError: a tensor is not one, or is not of such a dtype.
         ValueError: a shape, size, device, scale or ``impl`` is not as above.
-        RuntimeError: ``impl`` was named and is unavailable here.
+        RuntimeError: the named ``impl`` is unavailable here.
     """
     _check_tokens("q", q)
     canvas, tile, halo = (

@@ -16,11 +16,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-PREDICTION, NOISE = -1, -2
-"""Sources of a new value, beside the earlier values, which are numbered from 0."""
+PREDICTION, NOISE = -1, -2  # Sources of a new value, beside the earlier values, which are numbered from 0
 
-Row = dict[int, float]
-"""Source -> coefficient, of one value."""
+Row = dict[int, float]  # Source -> coefficient, of one value
 
 
 class UnsuitableError(Exception):

@@ -15,11 +15,9 @@ from torch import Tensor
 
 from tiledcore.schedulers.probe import NOISE, PREDICTION, Evaluation, Row, Stepper, UnsuitableError, noise_dtype, record
 
-_LARGE = 1e6
-"""Amplitude at which clipping and thresholding show."""
+_LARGE = 1e6  # Amplitude at which clipping and thresholding show
 
-_AGREEMENT = 1e-9
-"""Allowed relative error of the table in float64; rounding reaches 2e-15 (measured), clipping about 1."""
+_AGREEMENT = 1e-9  # Allowed relative error of the table in float64; rounding reaches 2e-15 (measured), clipping about 1
 
 _CLIPPING = ("clip_sample", "clip_denoised", "thresholding")
 """Settings of diffusers' schedulers that are not linear, for the error message."""

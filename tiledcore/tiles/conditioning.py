@@ -35,8 +35,7 @@ REFUSED = (
     "controlnet_single_block_samples",
 )
 """What adapters add to a transformer's tokens, which tile mode does not know how to cut."""
-SAMPLES = ("sample", "hidden_states")
-"""The image itself, as a tensor; Z-Image's is a list."""
+SAMPLES = ("sample", "hidden_states")  # The image itself, as a tensor; Z-Image's is a list
 _TENSORS = {*PER_IMAGE, *RESIDUALS, *REFUSED, *SAMPLES, "t", "additional_t_cond"}
 _LISTS = ("x", "cap_feats", "img_shapes")
 

@@ -41,12 +41,9 @@ def _refuse(kwargs: dict[str, Any]) -> None:
 class Prediction(NamedTuple):
     """What a network gave for a canvas, before it is blended."""
 
-    tiles: torch.Tensor
-    """``[T*B, C, h, w]``, tile-major."""
-    offsets: torch.Tensor
-    """``[T, 2]`` int32."""
-    size: Pair
-    """Of the canvas."""
+    tiles: torch.Tensor  # ``[T*B, C, h, w]``, tile-major
+    offsets: torch.Tensor  # ``[T, 2]`` int32
+    size: Pair  # Of the canvas
     ramp: int
 
 
@@ -77,8 +74,7 @@ class TileDenoiser:
         self.attention: Any = None  # of canvas mode: its guidance_batch is what can be lowered
         self.reductions: list[str] = []
         self._grid: TileGrid | None = None
-        self.placed: Tiling | Partition | None = None
-        """The tiles of the step that is running."""
+        self.placed: Tiling | Partition | None = None  # The tiles of the step that is running
         self._offsets: torch.Tensor | None = None
         self._tiles: torch.Tensor | None = None
         self._origin: torch.Tensor | None = None

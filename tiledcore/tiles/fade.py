@@ -23,8 +23,7 @@ from tiledcore.schedulers.noise_levels import clean_and_noisy
 
 logger = logging.getLogger(__name__)
 
-FIRST = 0.5
-"""Share of the steps before the first one that fades."""
+FIRST = 0.5  # Share of the steps before the first one that fades
 
 
 class Fade(Feature):

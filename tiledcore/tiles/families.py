@@ -47,13 +47,11 @@ class Family:
     """``(pipe, network)`` -> side of the images that the network was trained on, in latent pixels."""
     patch: Callable[[Any], int] = lambda network: 1
     """``network`` -> latent pixels per token along one axis; 1 for a UNet."""
-    packed: bool = False
-    """The pipeline passes tokens ``[B, H*W, C]``, row by row, in place of an image."""
+    packed: bool = False  # The pipeline passes tokens ``[B, H*W, C]``, row by row, in place of an image
     dynamic_shift: float | None = None
     """The pipeline gives the scheduler a shift ``mu`` that grows with the number of tokens; this is its
     ``max_shift`` where the scheduler's configuration names none. None: the pipeline gives no ``mu``."""
-    sample: str = "hidden_states"
-    """Name of the argument that holds the canvas."""
+    sample: str = "hidden_states"  # Name of the argument that holds the canvas
     timestep: str = "timestep"
     clock: Callable[[Tensor], Tensor] = lambda timesteps: timesteps
     """The scheduler's timesteps -> what the pipeline passes as :attr:`timestep`."""
