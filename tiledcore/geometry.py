@@ -70,7 +70,7 @@ class Tiling:
 
     @cached_property
     def lines(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The (y, x) lines where seams could show: where tiles start or end, or cores meet. 0 only on a wrapped axis."""
+        """The (y, x) lines where seams could show: tiles start or end, or cores meet. 0 only on a wrapped axis."""
         return (
             _lines(self.height, self.tile_size[0], self.wrap[0], self.rows, self.core_rows),
             _lines(self.width, self.tile_size[1], self.wrap[1], self.cols, self.core_cols),

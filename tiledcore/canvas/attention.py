@@ -1,7 +1,6 @@
-"""Canvas mode: a network runs once over the whole canvas, and its self-attention becomes neighbour attention.
+"""Canvas mode: the network runs once over the whole canvas, and its self-attention becomes neighbour attention.
 
-The attention of a canvas then costs time and memory linear in its area, and no pixel is computed twice. Convolutions,
-cross-attention and everything else of the network stay as they are.
+Time and memory of attention are then linear in the canvas' area. Everything else of the network stays as it is.
 """
 
 from __future__ import annotations
@@ -64,8 +63,8 @@ class CanvasAttention:
     Attributes:
         layers: names of the attention layers that were replaced.
         canvas: what the layers share.
-        grid: rows and columns of image tokens and latent pixels per token, where the arguments hold no values
-            from which to read them (simulated execution).
+        grid: rows and columns of image tokens, and latent pixels per token. None: read from the arguments, which
+            simulated execution cannot.
     """
 
     grid: tuple[Pair, int] | None = None
@@ -131,11 +130,7 @@ class CanvasAttention:
 
 
 class WindowPositions:
-    """Absolute positions of a :class:`PatchEmbed`, taken from a picture of the native size, over and over.
-
-    Token (y, x) gets the embedding of (y mod native, x mod native). A halo thus carries the positions that it has in
-    its own tile: they are added to the tokens once, before the first layer, and cannot differ by who looks.
-    """
+    """Absolute positions of a :class:`PatchEmbed`: token (y, x) gets those of (y mod native, x mod native)."""
 
     def __init__(self, module: Any, native: Pair) -> None:
         self.module, self.native = module, native
@@ -186,33 +181,25 @@ def install(
 ) -> CanvasAttention:
     """Make a denoiser run on canvases of any size: its global self-attention becomes neighbour attention.
 
-    Every image token attends to its own tile widened by the halo (see :func:`tiledcore.ops.neighbor_attention`),
-    and to all text tokens where the network joins them. Sizes follow each layer's resolution,
-    rounded up. A canvas of one tile gives what the plain network gives. What each family needs:
+    Every image token attends to its own tile widened by the halo (see :func:`tiledcore.ops.neighbor_attention`), and to
+    all text tokens where the network joins them. Sizes follow each layer's resolution, rounded up. A canvas of one tile
+    gives what the plain network gives. Processors, LoRA layers and fused projections are taken as they are now.
+    Positions:
 
-    - ``UNet2DConditionModel``: nothing else; cross-attention and convolutions stay.
-    - ``SD3Transformer2DModel``, ``PixArtTransformer2DModel``: absolute positions are those of a picture of the native
-      size, repeated over the canvas, so that they jump where it repeats.
-    - ``FluxTransformer2DModel``, ``QwenImageTransformer2DModel``, ``ZImageTransformer2DModel``: rotary positions, by
-      distance inside a window and by a picture of the native size against the text (see
-      :mod:`tiledcore.canvas.windows`). A window's largest distance is ``tile + halo - 1``: at most the trained one if
-      ``tile + halo <= native``. Windows of the native size, ``tile + 2 * halo == native``, also have as many keys
-      as in training: on the embedded FLUX the default's twice as wide windows drift from native samples, these hardly
-      do (``bench/modes.py``). On an axis that wraps, the halo is at most half of what the canvas is longer
-      than a tile, and tokens that windows reach across the border are computed again.
-    - ``SanaTransformer2DModel``: its self-attention is linear, so that the whole canvas costs no more per pixel than
-      a tile does: it stays global. Only absolute positions, where it has any, are treated as above.
-
-    Processors, LoRA layers and fused projections are those of the network at this time: load or fuse before.
+    - ``UNet2DConditionModel``: none.
+    - ``SD3Transformer2DModel``, ``PixArtTransformer2DModel``: absolute, those of a native picture, repeated.
+    - ``FluxTransformer2DModel``, ``QwenImageTransformer2DModel``, ``ZImageTransformer2DModel``: rotary
+      (:mod:`tiledcore.canvas.windows`). Distances are as in training if ``tile + halo <= native``; with ``tile + 2 *
+      halo == native`` also the number of keys, which drifts least from native samples (``bench/modes.py``).
+    - ``SanaTransformer2DModel``: its attention is linear in the canvas already and stays global.
 
     Args:
         network: the denoiser, compiled or not.
         tile: size of a tile in latent pixels, or (y, x).
-        halo: latent pixels that a tile sees of its neighbours on each side, or (y, x). Default: half a tile.
+        halo: latent pixels that a tile sees beyond each side, or (y, x). Default: half a tile.
         wrap: the canvas is a torus: bool, or (along y, along x). Convolutions do not wrap.
         native: size of the images that the network was trained on, in latent pixels, or (y, x). Default: the tile.
-        guidance_batch: evaluate the whole batch at once (both guidance branches, several images), or, to save memory,
-            one image of it after the other.
+        guidance_batch: evaluate the whole batch at once, or, to save memory, one image of it after the other.
         impl: implementation of the attention, see :mod:`tiledcore.ops`.
 
     Returns:
@@ -220,8 +207,8 @@ def install(
 
     Raises:
         TypeError: the network is of no such class, or one of its layers has a processor that cannot be replaced.
-        ValueError: names the argument, its value and what is valid; at the first evaluation also for an image that
-            the layers cannot place.
+        ValueError: names the argument, its value and what is valid; at the first evaluation also for an image that the
+            layers cannot place.
     """
     inner = uncompiled(network)
     if not isinstance(inner, tuple(family.model for family in FAMILIES)):
@@ -244,7 +231,7 @@ def install(
 
 
 def remove(network: Any) -> None:
-    """Undo :func:`install`: the former processors are back, results are bit-identical. Without it, does nothing."""
+    """Undo :func:`install`: results are bit-identical to before. Does nothing if it was not done."""
     hook = around_of(network, CanvasAttention)
     if hook is None:
         return
@@ -323,8 +310,7 @@ def _grid(network: Any, kwargs: dict[str, Any]) -> tuple[Pair, int]:
 def _packed_grid(ids: Tensor, tokens: int) -> Pair:
     """Rows and columns from the positions of FLUX's image tokens, ``[N, 3]``: (frame, y, x).
 
-    Counts the first row: pipelines hand positions over in the network's precision, and in bfloat16 those above 256
-    are rounded, but 0 and 1 are not. Reading them waits for the device, once per evaluation.
+    Counts the tokens of row 0: in bfloat16, positions above 256 are rounded. Waits for the device, once per evaluation.
     """
     ids = ids[0] if ids.ndim == 3 else ids
     first_row = (ids[:, 1] == 0).sum().reshape(1).float()

@@ -1,7 +1,6 @@
-"""diffusers attention processors in which every image token attends to its own window of the canvas.
+"""Attention processors for diffusers in which every image token attends to its own window of the canvas.
 
-Each processor keeps the projections, norms and output layers of the one that it stands in for, and replaces
-only the attention itself. They are installed by :mod:`tiledcore.canvas.attention`.
+Each keeps the layer's projections, norms and output; only the attention itself differs.
 """
 
 from __future__ import annotations
@@ -39,10 +38,7 @@ def attend_jointly(
     rotary: Rotary | None = None,
     kept: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention over image and text tokens.
-
-    Image tokens see their window and all text. Text tokens see everything: their cost is linear in
-    the canvas as it is.
+    """Attention over image and text tokens: image tokens see their window and all text, text tokens see everything.
 
     Args:
         canvas: whose :meth:`Canvas.image` the image tokens are.
@@ -263,10 +259,7 @@ class QwenProcessor:
 
 
 class ZImageProcessor:
-    """Z-Image's single-stream attention, in place of ``ZSingleStreamAttnProcessor``.
-
-    The image comes first; what follows (its padding to a multiple of 32 tokens, then the text) is seen by all.
-    """
+    """Z-Image's single-stream attention, in place of ``ZSingleStreamAttnProcessor``, image first."""
 
     def __init__(self, canvas: Canvas, rotary: Rotary) -> None:
         self.canvas, self.rotary = canvas, rotary

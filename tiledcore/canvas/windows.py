@@ -1,11 +1,9 @@
-"""One canvas inside a network: each layer's windows, and rotary positions.
+"""The windows of each layer in canvas mode, and rotary positions on a large canvas.
 
-With rotary positions (Su et al., RoFormer, 2021) a score depends on the distance of query and key alone. Inside a
-window the distances on the canvas are used as they are. Text tokens stand at one fixed place, so that their distance
-from an image token is the token's absolute position: on a large canvas it leaves what the network was trained on.
-There the canvas counts as a picture of the native size (positions scaled down linearly, aspect kept): every
-distance stays in the trained range, the text sees one picture rather than one per tile, and nothing jumps at the
-border of a tile. So image queries are rotated twice, for the image and for the text; likewise the image keys.
+With rotary positions (RoFormer, Su et al. 2021) a score depends on the distance of query and key. Between image tokens
+of a window, distances on the canvas are used as they are. Text tokens stand at one place, so that their distance from
+an image token would grow with the canvas. For them, positions are scaled down linearly to a picture of the native size:
+every distance is one of training. So image queries and keys are rotated twice.
 """
 
 from __future__ import annotations
@@ -52,12 +50,11 @@ class Windows:
     def unrolled(self) -> tuple[Windows, tuple[range, range]]:
         """This canvas with its wrapped axes cut open and continued by what their windows reach.
 
-        A rotation knows no wrap: across the border the distance of two neighbours would be the canvas' width. On
-        the unrolled canvas it is 1. The halo is cut to what no position can reach from both sides.
+        A rotation knows no wrap: neighbours across the border would be the canvas' width apart. The halo is cut to what
+        no position can reach from both sides.
 
         Returns:
-            The open canvas, and where its rows and columns lie on this one, before and after taking them
-            modulo its size.
+            The open canvas, and the positions of its rows and columns on this one, to be taken modulo its size.
         """
         axes = [_unroll(*axis) for axis in zip(self.canvas, self.tile, self.halo, self.wrap, strict=True)]
         (rows, hy), (columns, hx) = axes
@@ -95,14 +92,14 @@ class Canvas:
         self.text_lengths = self.text_kept = None
 
     def state(self) -> tuple[Any, ...]:
-        """What belongs to the evaluation that is running, for :meth:`restore`."""
+        """The running evaluation's values, for :meth:`restore`."""
         return self.windows, self.text_lengths, self.text_kept, self.tables
 
     def restore(self, state: tuple[Any, ...]) -> None:
         self.windows, self.text_lengths, self.text_kept, self.tables = state
 
     def level(self, tokens: int) -> Windows:
-        """The level with so many tokens: each has fewer than the one above it, so there is only one."""
+        """The level with so many tokens; each has fewer than the one above it."""
         if tokens not in self.windows:
             sizes = ", ".join("{}x{}".format(*w.canvas) for w in self.windows.values())
             raise ValueError(
@@ -138,11 +135,7 @@ class Rotary:
         return torch.polar(torch.ones_like(phase), phase).to(torch.complex64)
 
     def grid(self, ys: Tensor, xs: Tensor) -> Tensor:
-        """``[len(ys) * len(xs), D/2]`` of image tokens.
-
-        The frame does not turn them. Among them it is always the same; the text's frame is taken
-        relative to the image's.
-        """
+        """``[len(ys) * len(xs), D/2]`` of image tokens. The frame does not turn them; the text's is relative to it."""
         rows, columns = self.turns(1, ys), self.turns(2, xs)
         still = rows.new_ones(1, 1, self.axes[0] // 2)
         shape = (len(ys), len(xs), -1)

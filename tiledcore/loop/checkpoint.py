@@ -1,8 +1,8 @@
-"""A run that can be broken off at any moment and go on: its state in one safetensors file, replaced atomically.
+"""Save a run in one safetensors file, and go on from it: a run may be stopped at any moment.
 
-What is saved is what the engine's loop carries from one evaluation to the next: the canvas with the scheduler's
-history, the network's next input, the step and the generators. All else is made again by the pipeline's own call,
-which must be the same one; that is checked, by name.
+Saved is what the loop carries from one evaluation to the next: the canvas with the scheduler's history, the network's
+next input, the step and the generators. The rest comes from calling the pipeline again with the same arguments, which
+is checked.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class Checkpoint:
 
     Args:
         folder: made if it is not there; holds the file of one run.
-        every: evaluations of the network between two saves. The last one is always saved.
+        every: evaluations between two saves. The last one is always saved.
 
     Raises:
-        ValueError: ``every`` is below 1, or ``folder`` is a file.
+        ValueError: ``every`` is below 1, or ``folder`` cannot be made.
     """
 
     folder: Path
@@ -168,7 +168,7 @@ class Run:
             generator.set_state(self.saved.tensors[f"generator.{i}"])
 
     def after(self, index: int, steps: int, buffers: Buffers, more: dict[str, Tensor]) -> None:
-        """Save, if it is time, once ``index`` of ``steps`` evaluations are done.
+        """Save after ``index`` of ``steps`` evaluations, if it is time.
 
         Raises:
             OSError: it could not be written; the file that was there before stays.
@@ -210,7 +210,7 @@ def _generators(call: dict[str, Any]) -> list[torch.Generator]:
 
 
 def settings_of(pipe: Any, call: dict[str, Any], more: dict[str, Any]) -> dict[str, str]:
-    """All that the denoised canvas depends on, in comparable words: a large value stands as its digest."""
+    """All that the denoised canvas depends on, as comparable text; large values as their hash."""
     scheduler = pipe.scheduler
     settings = {
         "tiledcore": __version__,
@@ -246,7 +246,7 @@ def _describe(value: Any) -> str:
 
 
 def _samples(module: torch.nn.Module) -> Iterable[bytes | memoryview]:
-    """Some values of every weight, and the scales of its adapters: enough to tell two checkpoints apart."""
+    """Some values of every weight, and the adapters' scales: enough to tell two checkpoints apart."""
     for parameter in module.parameters():
         yield f"{list(parameter.shape)} {parameter.dtype}".encode()
         if parameter.device.type != "meta":  # offloaded layer by layer: its values are elsewhere

@@ -1,9 +1,8 @@
-"""The denoising loop inside a diffusers pipeline's own: gather -> network -> one fused step.
+"""The fused loop: inside a pipeline's own loop, each step is gather -> network -> one fused step.
 
-The pipeline's call stays as it is: it encodes, prepares, counts, shows progress, calls back and decodes. What it does
-with predictions (guide, step) is taken over: while the engine runs, the pipeline gets predictions of one pixel, on
-which that costs nothing. The canvas stays in the engine's buffers, moved on by :func:`tiledcore.ops.fused_step`, and
-the pipeline gets a copy of it after each step.
+The pipeline encodes, counts, shows progress, calls back and decodes as ever. Guidance and the scheduler's step are done
+here instead, on the engine's own buffers: the pipeline gets predictions of one pixel, which cost nothing, and a copy of
+the canvas after each step.
 """
 
 from __future__ import annotations
@@ -53,16 +52,16 @@ class Buffers:
 
 
 class Engine:
-    """One call of a pipeline. A context: inside of it, the pipeline's scheduler is the engine's.
+    """The fused loop of one call. A context: inside it, the pipeline's scheduler is the engine's.
 
     Args:
         pipe: the pipeline.
         call: the arguments of its call, by name.
         settings: what else the image depends on (the tiling, the regions); a checkpoint compares it.
-        graphs: of the steps, kept from call to call.
+        graphs: CUDA graphs of the steps, kept from call to call.
         features: of the call, entered already.
         checkpoint: where the call is saved, and goes on from.
-        fused: whether the step may be fused.
+        fused: False: always the pipeline's own loop.
 
     Raises:
         ValueError: the call cannot be saved, or cannot go on from what is there.
@@ -197,16 +196,13 @@ class Engine:
         return float(getattr(self.pipe, "guidance_rescale", 0.0) or 0.0) if self.branches == 2 else 0.0
 
     def run_step(self, denoiser: TileDenoiser, forward: Forward, timestep: Any, conditions: dict[str, Any]) -> Tensor:
-        """One evaluation of the canvas and the step after it.
+        """One evaluation of the canvas and the step after it; returns the stand-in for the prediction.
 
         Args:
             denoiser: the tiling.
             forward: the network, as :meth:`~tiledcore.tiles.denoiser.TileDenoiser.evaluate` calls it.
             timestep: as the pipeline gives it.
             conditions: the other arguments of the network's forward.
-
-        Returns:
-            The stand-in for the prediction.
         """
         assert self._solver is not None
         buffers, index = self.buffers, self.index

@@ -1,4 +1,4 @@
-"""The fallback loop: the pipeline's own loop with the scheduler's own step, and the features of the call around it."""
+"""The fallback loop: the pipeline's own loop and the scheduler's own step, with the call's features around them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,7 @@ from tiledcore.tiles.families import network_of, to_image, to_tokens
 
 
 class Fallback:
-    """The steps of one call.
-
-    Args:
-        pipe: the pipeline.
-        features: of the call.
-    """
+    """The steps of one call."""
 
     canvas_size: Pair = (0, 0)  # In canvas pixels; known once the network has been called
     denoiser: TileDenoiser | None = None  # Known at the same time

@@ -1,8 +1,7 @@
-"""The step as a CUDA graph: captured once, replayed where that is measured to pay.
+"""The step as a CUDA graph: captured once, and replayed if measured to be faster.
 
-A graph replays the same kernels on the same addresses. So whoever runs steps through here keeps everything that a
-step reads or writes in buffers that stay, and puts new values into them between steps. The buffers belong to
-the graph: both are kept under one key, and the least recently used pair goes first.
+A graph replays the same kernels on the same addresses. So a step's inputs and outputs stay in buffers, which are kept
+with their graph under one key; the least recently used pair is dropped first.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ GAIN = 0.03  # A graph is kept if it saves more than this share of the eager ste
 
 
 class Backend(Protocol):
-    """What captures and times; CUDA, or a test's double of it."""
+    """What captures and times: CUDA, or a test's double."""
 
     def capture(self, body: Body) -> Body:
         """Record a step without running it; the result replays it."""
@@ -89,9 +88,8 @@ class StepGraphs:
     """Runs steps, as graphs where they pay.
 
     Args:
-        mode: ``"auto"``: the first two steps of a key run eagerly, the second is timed; the third is captured and the
-            fourth timed; the graph stays if it gains more than :data:`GAIN`. True: captured after one eager
-            step and always kept; what prevents that is raised. False: never.
+        mode: ``"auto"``: the second step of a key is timed, the third captured, the fourth timed; the graph stays if it
+            gains more than :data:`GAIN`. True: captured after one step and kept; a failure raises. False: never.
         size: how many keys are kept.
         reserve: bytes of device memory that must stay free after a capture; otherwise the graph is dropped.
         backend: what captures; None: no device here can.
@@ -109,11 +107,11 @@ class StepGraphs:
             raise ValueError(f"cuda_graph={self.mode!r}: must be 'auto', True or False")
 
     def entry(self, key: Hashable, make: Callable[[], Any]) -> Entry:
-        """The buffers and the graph under a key, made if they are not there.
+        """The buffers and the graph of a key, made if new.
 
         Args:
-            key: everything that the step's kernels depend on beside the buffers' contents: shapes, dtypes, device,
-                the network, and every number that is baked into a launch.
+            key: all that the step's kernels depend on beside the buffers' contents: shapes, dtypes, device, network,
+                numbers.
             make: makes the buffers.
         """
         if key not in self._entries:
@@ -124,12 +122,12 @@ class StepGraphs:
         return self._entries[key]
 
     def run(self, entry: Entry, body: Body, refused: str | None = None) -> None:
-        """Run one step, in whichever way.
+        """Run one step, eagerly or as a graph.
 
         Args:
             entry: from :meth:`entry`.
-            body: the step; it touches nothing but the entry's buffers.
-            refused: why this step must run eagerly, in words.
+            body: the step; it touches only the entry's buffers.
+            refused: why this step must run eagerly.
 
         Raises:
             RuntimeError: ``mode`` is True, and the step was refused or could not be captured.

@@ -1,6 +1,6 @@
-"""Run a scheduler on unit vectors and record how each step makes its output from its inputs.
+"""Run a scheduler on unit vectors, and record how each step makes its output from its inputs.
 
-Each tensor of the sample's shape that the scheduler holds is state. Nothing here is specific to one scheduler.
+Each tensor of the sample's shape that the scheduler holds counts as its state.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""Tile mode: one network evaluation of the whole canvas as gather -> network on tile batches -> blend."""
+"""TileDenoiser: one network evaluation of the whole canvas as gather -> network on tile batches -> blend."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class TileDenoiser:
         native: tile size (latent pixels) where the config has none.
         pixels: image pixels per latent pixel, for SDXL's crop coordinates.
         patch: latent pixels per token along an axis, of which a tile must be a multiple.
-        unit: latent pixels per canvas pixel along an axis: ``patch`` where the pipeline packs latents into tokens.
+        unit: latent pixels per canvas pixel along an axis: ``patch`` for packed latents, else 1.
     """
 
     def __init__(
@@ -106,10 +106,9 @@ class TileDenoiser:
         return grid.shifted(self.step(timestep)[0], motion.seed)
 
     def step(self, timestep: torch.Tensor | float) -> tuple[int, int]:
-        """Which step of the running schedule this is, and of how many; of an unknown one, some step of many.
+        """Which step of the running schedule this is, and of how many; of an unknown schedule, some step of many.
 
-        Told by the timestep itself: both guidance branches of a step see the same tiles, whether the pipeline evaluates
-        them together or one after the other, and schedulers that evaluate one timestep twice do so in one step.
+        Told by the timestep: guidance branches and schedulers that evaluate a timestep twice then see the same tiles.
         """
         time = float(torch.as_tensor(timestep).flatten()[0])
         if self.timesteps is None:
@@ -128,11 +127,7 @@ class TileDenoiser:
     def __call__(
         self, forward: Callable[..., Any], sample: torch.Tensor, timestep: torch.Tensor | float, **kwargs: Any
     ) -> torch.Tensor:
-        """Predict for the whole canvas: :meth:`attempt`, then blend.
-
-        Returns:
-            ``[B, C', H, W]``, the blended prediction, in the denoiser's dtype.
-        """
+        """Predict for the whole canvas: :meth:`attempt`, then blend. ``[B, C', H, W]`` in the denoiser's dtype."""
         self.place((sample.shape[2], sample.shape[3]), timestep, sample.device)
         tiles, offsets, size, ramp = self.attempt(forward, sample, timestep, **kwargs)
         if len(offsets) == 1:  # as it came, so that no bit changes
@@ -144,7 +139,7 @@ class TileDenoiser:
         """Lay out the tiles of a step, and put their offsets on the device, always in the same tensor.
 
         Returns:
-            Whether all steps have as many tiles of the same sizes, so that a graph of this one serves the others.
+            Whether all steps have as many tiles of the same sizes, so that one CUDA graph serves them all.
         """
         tiling = self.tiling(*size, timestep)
         uniform = isinstance(tiling, Tiling) or len(tiling.groups) == 1
@@ -164,14 +159,13 @@ class TileDenoiser:
         """Predict for all tiles of a canvas, where :meth:`place` has put them.
 
         Args:
-            forward: the denoiser; called as ``forward(tiles, timestep, **kwargs)``, returns a tuple whose
-                first entry is ``[N, C', h, w]``.
+            forward: called as ``forward(tiles, timestep, **kwargs)``; returns a tuple, first ``[N, C', h, w]``.
             sample: canvas ``[B, C, H, W]``.
             timestep: scalar, or ``[B]``.
             kwargs: the denoiser's other arguments; ``regions``: a ``Regional``, or None.
 
         Returns:
-            The tiles' predictions, in the denoiser's dtype, in a buffer that the next evaluation overwrites.
+            The tiles' predictions, in a buffer that the next evaluation overwrites.
         """
         batch, _, height, width = sample.shape
         size = (height, width)
@@ -211,8 +205,6 @@ class TileDenoiser:
     ) -> Prediction:
         """:meth:`evaluate`; out of memory, again with half the tile batch, or one guidance branch at a time.
 
-        An evaluation changes nothing but its own buffer, so that nothing of the step has to be undone.
-
         Raises:
             torch.OutOfMemoryError: there is nothing left to lower.
         """
@@ -229,14 +221,14 @@ class TileDenoiser:
                 torch.cuda.empty_cache()
 
     def renewed(self, other: TileDenoiser) -> TileDenoiser:
-        """This one, in another call, of which ``other`` was made; what was lowered before stays."""
+        """This one, for another call that made ``other``; what was lowered before stays."""
         if other.attention is not None and self.reductions:
             other.attention.guidance_batch = False
         self.attention, self.timesteps = other.attention, other.timesteps
         return self
 
     def _reduce(self, batch: int) -> bool:
-        """Lower what an evaluation takes at a time; False where that is the least already."""
+        """Lower what an evaluation takes at a time; False if it is the least already."""
         if self.config.mode == "canvas":
             if self.attention is None or not self.attention.guidance_batch or batch == 1:
                 return False
@@ -261,7 +253,7 @@ class TileDenoiser:
         timestep: torch.Tensor | float,
         kwargs: dict[str, Any],
     ) -> Prediction:
-        """Tiles of several sizes, each of which is put where it belongs: nothing overlaps, nothing to blend."""
+        """Tiles of several sizes that do not overlap: each is copied to its place."""
         batch, _, height, width = sample.shape
         kwargs["timestep"] = timestep
         for (h, w), places in partition.groups.items():
@@ -333,10 +325,9 @@ class TileDenoiser:
         return out
 
     def _time_ids(self, time_ids: torch.Tensor, offsets: torch.Tensor, tile: Pair, canvas: Pair) -> torch.Tensor:
-        """SDXL's micro-conditioning (Podell et al. 2023, 2.2) of each tile: the tile is a crop of the canvas.
+        """SDXL's size and crop conditions (Podell et al. 2023, 2.2), in image pixels: a tile is a crop of the canvas.
 
-        Columns: original height and width, crop top and left, then target height and width (or, in the
-        refiner, an aesthetic score). Image pixels; the caller's own crop and scale stay in force.
+        Columns: original (height, width), crop (top, left), target (height, width) or, in the refiner, a score.
         """
         ids = time_ids.repeat(len(offsets), 1)
         ids[:, 2:4] += (offsets * self.pixels).to(ids.dtype).repeat_interleave(len(time_ids), 0)

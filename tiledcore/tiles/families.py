@@ -1,12 +1,8 @@
-"""The networks that can be tiled: how the arguments and the result of each one's forward map to a canvas.
+"""The networks that can be tiled: how each one's forward maps to a canvas.
 
-A forward is always described by its arguments by name. What a family does not say is the same for all:
-which arguments have one row per image (:data:`tiledcore.tiles.conditioning.PER_IMAGE`) and which cannot be tiled.
-
-Positions: every tile is an image of its own size that starts at 0. So no position lies outside of what
-the network was trained on, however large the canvas is. Position embeddings that a network computes from
-the size of its input (SD3, PixArt, Sana, Z-Image) do so by themselves; where the pipeline passes
-positions (FLUX, Qwen-Image), those of the tile replace those of the canvas.
+Every tile is an image of its own size whose positions start at 0, so no position is outside of what the network was
+trained on. Where a pipeline passes positions (FLUX, Qwen-Image), the tile's replace the canvas'. Arguments that all
+families share are in :mod:`tiledcore.tiles.conditioning`.
 """
 
 from __future__ import annotations
@@ -38,8 +34,7 @@ Arguments = dict[str, Any]
 class Family:
     """How one class of networks maps to a canvas ``[B, C, H, W]``.
 
-    A *canvas pixel* is a latent pixel, or a token of ``patch`` by ``patch`` latent pixels where the
-    pipeline packs them (``packed``).
+    A *canvas pixel* is a latent pixel, or a token of ``patch`` x ``patch`` latent pixels where ``packed``.
     """
 
     model: type
@@ -49,8 +44,8 @@ class Family:
     """``network`` -> latent pixels per token along one axis; 1 for a UNet."""
     packed: bool = False  # The pipeline passes tokens ``[B, H*W, C]``, row by row, in place of an image
     dynamic_shift: float | None = None
-    """The pipeline gives the scheduler a shift ``mu`` that grows with the number of tokens; this is its
-    ``max_shift`` where the scheduler's configuration names none. None: the pipeline gives no ``mu``."""
+    """``max_shift`` of the shift ``mu`` that the pipeline gives the scheduler and that grows with the number of tokens,
+    where the scheduler's configuration has none. None: the pipeline gives no ``mu``."""
     sample: str = "hidden_states"  # Name of the argument that holds the canvas
     timestep: str = "timestep"
     clock: Callable[[Tensor], Tensor] = lambda timesteps: timesteps
@@ -58,15 +53,14 @@ class Family:
     canvas: Callable[[Arguments], Tensor] = lambda arguments: arguments["hidden_states"]
     """The canvas in these arguments, which stay as they are."""
     tiles: Callable[[Tensor, Arguments, int], Arguments] = lambda tiles, arguments, pixels: {"hidden_states": tiles}
-    """``([N, C, h, w], arguments of the tile batch, image pixels per canvas pixel)`` -> the arguments that
-    differ: the tiles in the form of the sample, and what belongs to a tile and not to the canvas."""
+    """``([N, C, h, w], arguments of the tile batch, image pixels per canvas pixel)`` -> the arguments that differ."""
     prediction: Callable[[Any, tuple[int, int]], Tensor] = lambda output, size: output
     """``(what forward predicted, (h, w))`` -> ``[N, C', h, w]``."""
     result: Callable[[Tensor], Any] = lambda prediction: prediction
     """``[B, C', H, W]`` -> the form in which forward gives it."""
     output: type = Transformer2DModelOutput
     shifts: bool = False
-    """Whether tiles that move are the default: where ``bench/modes.py`` finds them nearly as good as overlap."""
+    """Whether moving tiles are the default: ``bench/modes.py`` finds them nearly as good as overlap."""
 
     def unit(self, network: Any) -> int:
         """Latent pixels per canvas pixel along an axis."""
@@ -74,7 +68,7 @@ class Family:
 
 
 def network_of(pipe: Any) -> tuple[Any, Family]:
-    """The network of a pipeline that predicts, compiled or not, and its family.
+    """The network of a pipeline, compiled or not, and its family.
 
     Raises:
         TypeError: the pipeline has none that can be tiled.
