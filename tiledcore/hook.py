@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import wraps
 from inspect import signature
 from threading import RLock, get_ident
@@ -13,13 +14,12 @@ from weakref import WeakKeyDictionary
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-from tiledcore._diffusers import uncompiled
+from tiledcore._diffusers import is_hinted, scales_predictions, uncompiled
 from tiledcore.canvas import attention
 from tiledcore.config import Execution, Motion, TilingConfig
 from tiledcore.geometry import Pair, both
 from tiledcore.intercept import around_of, intercept, release
 from tiledcore.loop.engine import Engine
-from tiledcore.schedulers.noise_levels import scales_predictions
 from tiledcore.tiles.denoiser import TileDenoiser
 from tiledcore.tiles.families import Family, network_of
 from tiledcore.utils import replaced
@@ -40,10 +40,9 @@ def default_tiling(pipe: Any) -> TilingConfig:
         TypeError: the pipeline has no network that can be tiled.
     """
     network, family = network_of(pipe)
-    hinted = any(getattr(pipe, name, None) is not None for name in ("controlnet", "adapter"))
     patch = family.patch(network)
     whole = patch == 1 or all(side % (8 * patch) == 0 for side in both(family.native(pipe, network)))
-    return TilingConfig(motion="moving") if family.shifts and whole and not hinted else TilingConfig()
+    return TilingConfig(motion="moving") if family.shifts and whole and not is_hinted(pipe) else TilingConfig()
 
 
 def with_fade(pipe: Any, config: TilingConfig, fades: bool) -> TilingConfig:
@@ -59,8 +58,6 @@ def with_fade(pipe: Any, config: TilingConfig, fades: bool) -> TilingConfig:
     if motion.fade:
         why = "only a TiledPipeline fades; call one" if not fades else f"{type(pipe.scheduler).__name__} cannot fade"
         raise ValueError(f"fade={motion.fade}: {why}, or give fade=0")
-    from dataclasses import replace
-
     return replace(config, motion=STEPWISE if config.motion == "moving" else replace(motion, fade=0))
 
 

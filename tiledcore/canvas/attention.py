@@ -9,23 +9,14 @@ from collections.abc import Callable, Iterator
 from inspect import signature
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    FluxTransformer2DModel,
-    QwenImageTransformer2DModel,
-    SanaTransformer2DModel,
-    UNet2DConditionModel,
-    ZImageTransformer2DModel,
-)
-from diffusers.models import attention_processor as diffusers_processors
 from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed
-from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
-from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
-from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor
 from torch import Tensor
 
-from tiledcore import ops, validate
-from tiledcore._diffusers import TEXT_MULTIPLE, uncompiled
+from tiledcore import _diffusers, ops, validate
+from tiledcore._diffusers import ADDED, JOINT, TEXT_MULTIPLE, uncompiled
+from tiledcore._diffusers import SELF as SELF
 from tiledcore.canvas.processors import FluxProcessor, QwenProcessor, SD3Processor, SelfProcessor, ZImageProcessor
 from tiledcore.canvas.windows import Canvas, Rotary, Windows
 from tiledcore.geometry import Pair
@@ -35,26 +26,6 @@ from tiledcore.tiles.families import FAMILIES
 
 # FLUX and Qwen-Image get 2x2 latent pixels packed into one token; their networks do not know it.
 PACKED = 2
-
-SELF = (
-    diffusers_processors.AttnProcessor,
-    diffusers_processors.AttnProcessor2_0,
-    diffusers_processors.FusedAttnProcessor2_0,
-    diffusers_processors.SlicedAttnProcessor,
-    diffusers_processors.XFormersAttnProcessor,
-)
-JOINT = (
-    diffusers_processors.JointAttnProcessor2_0,
-    diffusers_processors.FusedJointAttnProcessor2_0,
-    diffusers_processors.XFormersJointAttnProcessor,
-)
-# Text and image in one projection: these layers count as cross-attention, but attend to the whole image too.
-ADDED = (
-    diffusers_processors.AttnAddedKVProcessor,
-    diffusers_processors.AttnAddedKVProcessor2_0,
-    diffusers_processors.SlicedAttnAddedKVProcessor,
-    diffusers_processors.XFormersAttnAddedKVProcessor,
-)
 
 
 class CanvasAttention:
@@ -118,8 +89,8 @@ class CanvasAttention:
 
     def _levels(self, grid: Pair, pixels: int) -> Iterator[Windows]:
         """The windows of each level; sizes are rounded up, as the network's stride-2 convolutions do."""
-        levels = len(self._network.config.block_out_channels) if isinstance(self._network, UNet2DConditionModel) else 1
-        for level in range(levels):
+        unet = isinstance(self._network, diffusers.UNet2DConditionModel)
+        for level in range(len(self._network.config.block_out_channels) if unet else 1):
             factor = 2**level
 
             def down(size: Pair, factor: int = factor * pixels) -> Pair:
@@ -264,7 +235,7 @@ def _layers(network: Any) -> Iterator[tuple[str, Any]]:
 def _processor(network: Any, canvas: Canvas, name: str, layer: Any) -> Any:
     """What stands in for a layer's processor; None where the layer stays as it is."""
     kind = type(layer.processor)
-    if isinstance(network, SanaTransformer2DModel):
+    if isinstance(network, diffusers.SanaTransformer2DModel):
         return None
     if kind not in ADDED and getattr(layer, "is_cross_attention", False):
         return None
@@ -272,12 +243,12 @@ def _processor(network: Any, canvas: Canvas, name: str, layer: Any) -> Any:
         return SD3Processor(canvas)
     if kind in (*SELF, *JOINT) and layer.inner_kv_dim == layer.inner_dim and not layer.is_causal:
         return SelfProcessor(canvas)
-    if kind is FluxAttnProcessor:
+    if kind is _diffusers.FluxAttnProcessor:
         return FluxProcessor(canvas, Rotary(tuple(network.config.axes_dims_rope), network.pos_embed.theta))
-    if kind is QwenDoubleStreamAttnProcessor2_0 and not network.config.use_layer3d_rope:
+    if kind is _diffusers.QwenDoubleStreamAttnProcessor2_0 and not network.config.use_layer3d_rope:
         rotary = Rotary(tuple(network.config.axes_dims_rope), network.pos_embed.theta, network.pos_embed.scale_rope)
         return QwenProcessor(canvas, rotary)
-    if kind is ZSingleStreamAttnProcessor:
+    if kind is _diffusers.ZSingleStreamAttnProcessor:
         if name.startswith(("context_refiner", "siglip_refiner")):  # no image tokens
             return None
         return ZImageProcessor(canvas, Rotary(tuple(network.axes_dims), network.rope_theta))
@@ -289,15 +260,15 @@ def _processor(network: Any, canvas: Canvas, name: str, layer: Any) -> Any:
 
 def _grid(network: Any, kwargs: dict[str, Any]) -> tuple[Pair, int]:
     """Rows and columns of image tokens at the network's entrance, and latent pixels per token."""
-    if isinstance(network, UNet2DConditionModel):
+    if isinstance(network, diffusers.UNet2DConditionModel):
         return tuple(kwargs["sample"].shape[-2:]), 1
-    if isinstance(network, FluxTransformer2DModel):
+    if isinstance(network, diffusers.FluxTransformer2DModel):
         return _packed_grid(kwargs["img_ids"], kwargs["hidden_states"].shape[1]), PACKED
-    if isinstance(network, QwenImageTransformer2DModel):
+    if isinstance(network, diffusers.QwenImageTransformer2DModel):
         shapes = kwargs["img_shapes"][0]
         frames, height, width = shapes[0] if isinstance(shapes, list) else shapes
         return _checked("img_shapes", (height, width), kwargs["hidden_states"].shape[1], frames), PACKED
-    if isinstance(network, ZImageTransformer2DModel):
+    if isinstance(network, diffusers.ZImageTransformer2DModel):
         images, patch = kwargs["x"], kwargs.get("patch_size", 2)
         if isinstance(images[0], list) or len({tuple(image.shape) for image in images}) > 1 or images[0].shape[1] != 1:
             raise ValueError("x must be a list of latents [C, 1, H, W] of one size: canvas mode places one image")

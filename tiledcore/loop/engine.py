@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -29,11 +30,12 @@ from tiledcore.ops import guidance_rescale
 from tiledcore.schedulers.solver import LinearSolver, NotLinear
 from tiledcore.tiles.denoiser import Prediction, TileDenoiser
 from tiledcore.tiles.families import Family, network_of
-from tiledcore.utils import label
+from tiledcore.utils import label, replaced
 
 logger = logging.getLogger(__name__)
 
 Forward = Callable[..., Any]
+STEP = ("step", "scale_model_input")  # methods of the scheduler that the engine replaces
 
 
 @dataclass
@@ -83,6 +85,7 @@ class Engine:
         self.eta = call.get("eta", 0.0)
         # A callback may change the latents of a step.
         self.shows_latents = any(call.get(name) is not None for name in ("callback_on_step_end", "callback"))
+        self._watching = ExitStack()
         self.index = 0
         self.denoiser: TileDenoiser | None = None  # what evaluates, once it is known
         self.reason = why_not(pipe, call) if fused else "fused=False"
@@ -104,13 +107,14 @@ class Engine:
             raise ValueError(f"checkpoint: only the fused step can be resumed, and here: {self.reason}")
 
     def __enter__(self) -> Engine:
-        self._before = {name: vars(self.scheduler).get(name) for name in ("step", "scale_model_input")}
         if self.reason is None or self.features.watches:
             self._watch_scheduler()
         return self
 
     def _watch_scheduler(self) -> None:
-        own_step, own_scale = self.scheduler.step, getattr(self.scheduler, "scale_model_input", None)
+        scheduler = self.scheduler
+        self._before = {name: value for name, value in vars(scheduler).items() if name in STEP}
+        own_step, own_scale = scheduler.step, getattr(scheduler, "scale_model_input", None)
 
         @wraps(own_step)  # pipelines look at its signature
         def step(model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
@@ -120,33 +124,32 @@ class Engine:
             self.own.after(result[0])
             return result
 
-        self.scheduler.step = step
+        self._watching.enter_context(replaced(scheduler, step=step))
         if own_scale is not None:
 
             @wraps(own_scale)
             def scale(sample: Tensor, timestep: Any) -> Any:
                 return sample if self.runs(timestep) else own_scale(sample, timestep)
 
-            self.scheduler.scale_model_input = scale
+            self._watching.enter_context(replaced(scheduler, scale_model_input=scale))
 
     def __exit__(self, *_: object) -> None:
-        self._put_back(self.scheduler)
+        self._watching.close()
 
-    def _put_back(self, scheduler: Any) -> None:
-        """Give it, or a copy of it, the methods that it had before the engine's."""
-        for name, value in self._before.items():
-            vars(scheduler).pop(name, None)
-            if value is not None:
-                setattr(scheduler, name, value)
+    def _plain(self) -> Any:
+        """A copy of the scheduler with the methods that it had before the engine's."""
+        plain = copy.copy(self.scheduler)
+        for name in STEP:
+            vars(plain).pop(name, None)
+        vars(plain).update(self._before)
+        return plain
 
     def runs(self, timestep: Any) -> bool:
         """Whether the engine moves the canvas. Decided at the first evaluation, when the timesteps are known."""
         if not self._decided and self.reason is None:
             self._decided = True
-            plain = copy.copy(self.scheduler)
-            self._put_back(plain)
             first = float(torch.as_tensor(timestep).flatten()[0])
-            solver = fusable(self.pipe, plain, first, self.eta)
+            solver = fusable(self.pipe, self._plain(), first, self.eta)
             if isinstance(solver, NotLinear):
                 self.reason = solver.reason
                 self._check_saves()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiledcore._diffusers import places_of
 from tiledcore.feature import Features, Start, Step
 from tiledcore.geometry import Pair
 from tiledcore.tiles.denoiser import TileDenoiser
@@ -47,8 +48,6 @@ class Fallback:
     def _left(self, timestep: Any) -> Tensor:
         """The timesteps from the first one on."""
         scheduler = self.pipe.scheduler
-        begin = getattr(scheduler, "begin_index", None)
-        if begin is None:  # not told; a timestep that is there twice has one noise level
-            begin = int((scheduler.timesteps == timestep).nonzero()[0])
-        timesteps: Tensor = scheduler.timesteps[begin:]
+        # A timestep that is there twice has one noise level.
+        timesteps: Tensor = scheduler.timesteps[places_of(scheduler, timestep)[0] :]
         return timesteps

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 logger = logging.getLogger(__name__)
 
@@ -204,22 +205,20 @@ def identity(network: Any) -> tuple[Any, ...]:
 
 
 def clone(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {k: clone(v) for k, v in value.items()}
-    return type(value)(clone(v) for v in value) if isinstance(value, list | tuple) else value
+    """A structure with copies of its tensors."""
+    return tree_map_only(torch.Tensor, torch.clone, value)
 
 
 def refill(old: Any, new: Any) -> bool:
     """Copy new values into the tensors of a structure; False where it differs in anything else."""
-    if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
-        if old.shape != new.shape or old.dtype != new.dtype or old.device != new.device:
-            return False
-        old.copy_(new)
-        return True
-    if isinstance(old, dict) and isinstance(new, dict):
-        return old.keys() == new.keys() and all(refill(old[k], new[k]) for k in old)
-    if isinstance(old, list | tuple) and isinstance(new, list | tuple):
-        return len(old) == len(new) and all(refill(a, b) for a, b in zip(old, new, strict=True))
-    return type(old) is type(new) and bool(old == new)
+    (before, form), (after, new_form) = tree_flatten(old), tree_flatten(new)
+    return form == new_form and all(map(_refill, before, after))
+
+
+def _refill(old: Any, new: Any) -> bool:
+    if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):
+        return type(old) is type(new) and bool(old == new)
+    if (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device):
+        return False
+    old.copy_(new)
+    return True

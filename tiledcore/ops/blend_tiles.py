@@ -4,16 +4,7 @@ import torch
 from torch import Tensor
 
 from tiledcore.ops import reference
-from tiledcore.ops.checks import (
-    BLEND_DTYPES,
-    Window,
-    check_grid,
-    check_image,
-    check_offsets,
-    check_size,
-    check_window,
-    readable,
-)
+from tiledcore.ops.checks import BLEND_DTYPES, Window, check_grid, check_image, check_offsets, check_size, check_window
 from tiledcore.ops.dispatch import Impl, choose, define
 
 _SCHEMA = "(Tensor tiles, Tensor offsets, SymInt height, SymInt width, str window, int ramp) -> Tensor"
@@ -81,16 +72,13 @@ def blend_tiles(
         ValueError: a shape, size, device, offset, window, ramp or ``impl`` is not as above.
         RuntimeError: the named ``impl`` is unavailable here.
     """
-    check_image("tiles", tiles, "[T*B, C, h, w]")
-    if tiles.dtype not in BLEND_DTYPES:
-        raise TypeError(f"tiles must be of one of {BLEND_DTYPES}, got {tiles.dtype}")
+    check_image("tiles", tiles, "[T*B, C, h, w]", BLEND_DTYPES)
     size = check_size("canvas_size", canvas_size)
     tile = check_size("the tile's size", tiles.shape[2:])
     check_offsets(offsets, tiles, size, tile)
     if tiles.shape[0] % offsets.shape[0]:
         raise ValueError(f"tiles has {tiles.shape[0]} entries, no multiple of the {offsets.shape[0]} offsets")
-    if readable(offsets):
-        check_grid(offsets, size, tile)
+    check_grid(offsets, size, tile)
     window, ramp = check_window(window, ramp)
     op = choose("blend_tiles", impl, tiles.device, tiles.dtype)
     return op(tiles, offsets, size[0], size[1], window, ramp)

@@ -12,6 +12,7 @@ from tiledcore.ops.checks import (
     Window,
     check_grid,
     check_image,
+    check_like,
     check_offsets,
     check_size,
     check_window,
@@ -32,8 +33,6 @@ def _fake(*_: object) -> None:
 
 
 define("fused_step", _SCHEMA, _fake)
-
-
 torch.library.impl("tiledcore::fused_step_reference", ("cpu", "cuda"))(reference.fused_step)
 
 
@@ -42,17 +41,6 @@ def _triton(*arguments: Any) -> None:
     from tiledcore.kernels.fused_step import fused_step as kernel
 
     kernel(*arguments)
-
-
-def _check_like(name: str, tensor: Tensor, shape: tuple[int, ...], dims: str, dtype: torch.dtype, like: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor {dims}, got {type(tensor).__name__}")
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name} must be of dtype {dtype}, got {tensor.dtype}")
-    if tensor.shape != shape:
-        raise ValueError(f"{name} must have the shape {dims} = {shape}, got {tuple(tensor.shape)}")
-    if tensor.device != like.device:
-        raise ValueError(f"{name} is on {tensor.device}, but the tiles are on {like.device}")
 
 
 def _check_state(state: Tensor, tiles: Tensor) -> None:
@@ -133,9 +121,7 @@ def fused_step(
         ValueError: a shape, size, device, offset, step, window, ramp or ``impl`` is not as above.
         RuntimeError: the named ``impl`` is unavailable here.
     """
-    check_image("tiles", tiles, "[T*G*B, C, h, w]")
-    if tiles.dtype not in BLEND_DTYPES:
-        raise TypeError(f"tiles must be of one of {BLEND_DTYPES}, got {tiles.dtype}")
+    check_image("tiles", tiles, "[T*G*B, C, h, w]", BLEND_DTYPES)
     _check_state(state, tiles)
     S, B, C, H, W = state.shape
     tile = check_size("the tile's size", tiles.shape[2:])
@@ -143,22 +129,21 @@ def fused_step(
     _check_tiles(tiles, offsets.shape[0], 1 if guidance_scale is None else 2, B, C)
 
     dtype, n = state.dtype, max(1, len(table)) if isinstance(table, Tensor) and table.dim() else 1
-    _check_like("table", table, (n, S, S + 2), "[n, S, S+2]", dtype, tiles)
-    _check_like("input_scale", input_scale, (n + 1,), "[n+1]", dtype, tiles)
-    _check_like("step", step, (1,), "[1]", torch.int64, tiles)
-    _check_like("model_input", model_input, (B, C, H, W), "[B, C, H, W]", tiles.dtype, tiles)
+    check_like("table", table, (n, S, S + 2), "[n, S, S+2]", dtype, tiles)
+    check_like("input_scale", input_scale, (n + 1,), "[n+1]", dtype, tiles)
+    check_like("step", step, (1,), "[1]", torch.int64, tiles)
+    check_like("model_input", model_input, (B, C, H, W), "[B, C, H, W]", tiles.dtype, tiles)
     for name, tensor in (("state", state), ("model_input", model_input)):
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, as it is written in place, got strides {tensor.stride()}")
     if guidance_scale is not None:
         one = isinstance(guidance_scale, Tensor) and guidance_scale.shape == (1,)
-        _check_like("guidance_scale", guidance_scale, (1 if one else B,), "[1] or [B]", dtype, tiles)
+        check_like("guidance_scale", guidance_scale, (1 if one else B,), "[1] or [B]", dtype, tiles)
     if noise is not None:
-        _check_like("noise", noise, (B, C, H, W), "[B, C, H, W]", dtype, tiles)
+        check_like("noise", noise, (B, C, H, W), "[B, C, H, W]", dtype, tiles)
     if rescale is not None:
-        _check_like("rescale", rescale, (B,), "[B]", dtype, tiles)
-    if readable(offsets):
-        check_grid(offsets, (H, W), tile)
+        check_like("rescale", rescale, (B,), "[B]", dtype, tiles)
+    check_grid(offsets, (H, W), tile)
     if readable(step):
         _check_evaluation(table, step, noise)
     window, ramp = check_window(window, ramp)
@@ -215,7 +200,7 @@ def guidance_rescale(
     dtype = torch.float64 if tiles.dtype == torch.float64 else torch.float32
     B = blended.shape[0] // 2
     one = isinstance(guidance_scale, Tensor) and guidance_scale.shape == (1,)
-    _check_like("guidance_scale", guidance_scale, (1 if one else B,), "[1] or [B]", dtype, tiles)
+    check_like("guidance_scale", guidance_scale, (1 if one else B,), "[1] or [B]", dtype, tiles)
     unconditional, conditional = blended.to(dtype).chunk(2)
     guided = unconditional + guidance_scale.view(-1, 1, 1, 1) * (conditional - unconditional)
     ratio = conditional.flatten(1).std(1) / guided.flatten(1).std(1)

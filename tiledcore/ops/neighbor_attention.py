@@ -9,15 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiledcore.ops import reference
+from tiledcore.ops.checks import BLEND_DTYPES
 from tiledcore.ops.dispatch import Impl, choose, define
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor? global_q, Tensor? global_k, Tensor? global_v, SymInt[2] canvas, "
     "int[2] tile, int[2] halo, bool[2] wrap, float scale) -> Tensor"
 )
-# What gathered windows may take at a time. On a GPU a chunk must fill the device; on a CPU it had better stay
-# near the caches.
+# Bytes of windows that are gathered at a time: enough to fill a GPU, or to stay near a CPU's caches.
 _CHUNK_BYTES = {"cuda": 512 << 20, "cpu": 8 << 20}
 
 TRITON_HEAD_DIM = 160  # the widest head that the Triton kernel takes
@@ -34,17 +33,9 @@ define("neighbor_attention", _SCHEMA, _fake, ("reference", "native", "triton", "
 
 @torch.library.impl("tiledcore::neighbor_attention_reference", ("cpu", "cuda"))
 @torch.no_grad()
-def _reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    global_q: Tensor | None,
-    global_k: Tensor | None,
-    global_v: Tensor | None,
-    *geometry: Any,
-) -> Tensor:
-    canvas, tile, halo, wrap, scale = geometry
-    return reference.neighbor_attention(q, k, v, canvas, tile, halo, wrap, scale, global_q, global_k, global_v)
+def _reference(*arguments: Any) -> Tensor:
+    tensors, geometry = arguments[:6], arguments[6:]
+    return reference.neighbor_attention(*tensors[:3], *geometry, *tensors[3:])
 
 
 @torch.library.impl("tiledcore::neighbor_attention_triton", ("cpu", "cuda"))
@@ -64,23 +55,18 @@ def _sdpa(
     global_q: Tensor | None,
     global_k: Tensor | None,
     global_v: Tensor | None,
-    canvas: Pair,
-    tile: Pair,
-    halo: Pair,
-    wrap: tuple[bool, bool],
-    scale: float,
+    *geometry: Any,
 ) -> Tensor:
     """Gather each tile's queries and keys, and call torch's attention on batches of tiles of equal shape."""
+    *axes, scale = geometry
     B, _, heads, D = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     G = 0 if global_k is None else global_k.shape[1]
-    # Other queries for the global tokens: [q, global_q] against [k, 0] and [0, global_k] gives one exact softmax
-    # over both kinds of scores. Merging two partial softmaxes would cost less, but torch's public attention does
-    # not return the logarithm of its sum. v is padded to the same width, because torch's fused kernels want one
-    # head dimension.
+    # With other queries for the global tokens, [q, global_q] against [k, 0] and [0, global_k] gives one exact softmax.
+    # v is padded too, because torch's fused kernels want one head dimension.
     split = global_q is not None and G > 0
     budget = _CHUNK_BYTES.get(q.device.type, _CHUNK_BYTES["cpu"])
-    for queries, window in _batches(canvas, tile, halo, wrap):
+    for queries, window in _batches(*axes):
         per_tile = B * heads * D * (1 + split) * q.element_size() * 2 * (queries.shape[1] + window.shape[1] + G)
         step = max(1, budget // per_tile)
         for at, seen in zip(queries.split(step), window.split(step), strict=True):
@@ -140,8 +126,8 @@ def _check_tokens(name: str, tensor: Tensor, like: Tensor | None = None, tokens:
     """A tensor ``[B, tokens, heads, D]``; of q's dtype, device, batch, heads and D, where ``like`` is q."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor [B, tokens, heads, D], got {type(tensor).__name__}")
-    if tensor.dtype not in _DTYPES:
-        raise TypeError(f"{name} must be of one of {_DTYPES}, got {tensor.dtype}")
+    if tensor.dtype not in BLEND_DTYPES:
+        raise TypeError(f"{name} must be of one of {BLEND_DTYPES}, got {tensor.dtype}")
     if tensor.dim() != 4:
         raise ValueError(f"{name} must have the shape [B, tokens, heads, D], got {tuple(tensor.shape)}")
     if like is None:
@@ -252,8 +238,8 @@ def _op_name(impl: Impl | None, device: torch.device, dtype: torch.dtype) -> str
     return str(choose("neighbor_attention", impl, device, dtype)).removeprefix("tiledcore.")
 
 
-# What torch.compiler.assume_constant_result does, so that a compiled transformer block has no graph break here;
-# but that imports dynamo, and with it Triton, at once.
+# As torch.compiler.assume_constant_result, so that a compiled block has no graph break here, but without importing
+# dynamo and Triton at once.
 vars(_op_name)["_dynamo_marked_constant"] = True
 
 

@@ -19,11 +19,7 @@ def gather_tiles(canvas: Tensor, offsets: Tensor, tile: tuple[int, int]) -> Tens
 
 
 def blend_tiles(
-    tiles: Tensor,
-    offsets: Tensor,
-    canvas_size: tuple[int, int],
-    window: str = "ramp",
-    ramp: int = 8,
+    tiles: Tensor, offsets: Tensor, canvas_size: tuple[int, int], window: str = "ramp", ramp: int = 8
 ) -> Tensor:
     """Blend the tiles into a canvas; see :func:`tiledcore.ops.blend_tiles`."""
     height, width = canvas_size

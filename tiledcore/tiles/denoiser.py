@@ -8,6 +8,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from tiledcore import ops
 from tiledcore.config import Execution, Motion, TilingConfig
@@ -60,13 +61,7 @@ class TileDenoiser:
     """
 
     def __init__(
-        self,
-        config: TilingConfig,
-        execution: Execution,
-        native: int | Pair,
-        pixels: int,
-        patch: int = 1,
-        unit: int = 1,
+        self, config: TilingConfig, execution: Execution, native: int | Pair, pixels: int, patch: int = 1, unit: int = 1
     ) -> None:
         self.config, self.execution, self.native, self.patch, self.unit = config, execution, native, patch, unit
         self.pixels = pixels * unit  # per canvas pixel
@@ -310,15 +305,10 @@ class TileDenoiser:
         """The arguments of one tile batch: per-image tensors repeated, tile-major, and SDXL's crops moved."""
         count = len(offsets)
 
-        def repeat(value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
-                rows = value.ndim > 0 and value.shape[0] == batch
-                return value.repeat(count, *[1] * (value.ndim - 1)) if rows else value
-            if isinstance(value, list | tuple):
-                return type(value)(repeat(v) for v in value)
-            return {k: repeat(v) for k, v in value.items()} if isinstance(value, dict) else value
+        def repeat(value: torch.Tensor) -> torch.Tensor:
+            return value.repeat(count, *[1] * (value.ndim - 1)) if value.ndim and len(value) == batch else value
 
-        out = {k: repeat(v) if k in PER_IMAGE else v for k, v in kwargs.items()}
+        out = {k: tree_map_only(torch.Tensor, repeat, v) if k in PER_IMAGE else v for k, v in kwargs.items()}
         time_ids = (kwargs.get("added_cond_kwargs") or {}).get("time_ids")
         if time_ids is not None:
             out["added_cond_kwargs"]["time_ids"] = self._time_ids(time_ids, offsets, tile, canvas)

@@ -11,16 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    FluxTransformer2DModel,
-    PixArtTransformer2DModel,
-    QwenImageTransformer2DModel,
-    SanaTransformer2DModel,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
-    ZImageTransformer2DModel,
-)
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
@@ -172,7 +164,7 @@ def _sample_size(pipe: Any, network: Any) -> int | tuple[int, int]:
 
 FAMILIES: tuple[Family, ...] = (
     Family(
-        UNet2DConditionModel,
+        diffusers.UNet2DConditionModel,
         native=_sample_size,
         sample="sample",
         canvas=lambda arguments: arguments["sample"],
@@ -180,9 +172,9 @@ FAMILIES: tuple[Family, ...] = (
         output=UNet2DConditionOutput,
         shifts=True,
     ),
-    Family(SD3Transformer2DModel, native=_sample_size, patch=_patch_size, dynamic_shift=1.16),
+    Family(diffusers.SD3Transformer2DModel, native=_sample_size, patch=_patch_size, dynamic_shift=1.16),
     Family(
-        FluxTransformer2DModel,
+        diffusers.FluxTransformer2DModel,
         # A constant of the pipeline's class, unless whoever opened the network knows better.
         native=lambda pipe, network: getattr(network, "native_size", pipe.default_sample_size),
         patch=lambda network: 2,  # packed by the pipeline: the network's own patch_size is 1
@@ -195,10 +187,10 @@ FAMILIES: tuple[Family, ...] = (
         prediction=to_image,
         result=to_tokens,
     ),
-    Family(PixArtTransformer2DModel, native=_sample_size, patch=_patch_size, tiles=_pixart_tiles),
-    Family(SanaTransformer2DModel, native=_sample_size, patch=_patch_size),
+    Family(diffusers.PixArtTransformer2DModel, native=_sample_size, patch=_patch_size, tiles=_pixart_tiles),
+    Family(diffusers.SanaTransformer2DModel, native=_sample_size, patch=_patch_size),
     Family(
-        ZImageTransformer2DModel,
+        diffusers.ZImageTransformer2DModel,
         # Neither the network nor the pipeline holds the size: the pipeline's default is 1024 image pixels.
         native=lambda pipe, network: 1024 // pipe.vae_scale_factor,
         patch=lambda network: network.config.all_patch_size[0],
@@ -212,7 +204,7 @@ FAMILIES: tuple[Family, ...] = (
         result=lambda prediction: list(prediction.unsqueeze(2).unbind(0)),
     ),
     Family(
-        QwenImageTransformer2DModel,
+        diffusers.QwenImageTransformer2DModel,
         native=lambda pipe, network: pipe.default_sample_size,
         patch=lambda network: 2,
         packed=True,
