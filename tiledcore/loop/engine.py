@@ -237,9 +237,9 @@ class Engine:
             buffers.noise.copy_(self._solver.noise(self.generator, buffers.model_input))
         self.graphs.run(self.entry, lambda: self._step(denoiser, forward, timestep, conditions, index), refusal)
         self.index += 1
-        self.features.after_step(self.index, buffers.state[0])
         if self._saves is not None:
             self._saves.after(self.index, len(self._solver), buffers, self.features.tensors())
+        self.features.after_step(self.index, buffers.state[0])
         return self._prediction()
 
     def _step(
