@@ -163,7 +163,7 @@ class TilingConfig:
         share = 1.0 if self.moving is None else min(1.0, self.moving.blended / steps)
         return 1.0 + share * (grid.area_factor - 1.0)
 
-    def grid(self, height: int, width: int, native: int | Pair, unit: int = 1) -> TileGrid:
+    def grid(self, height: int, width: int, native: int | Pair, unit: int = 1, snap: int = 1) -> TileGrid:
         """The tiles of a canvas.
 
         Args:
@@ -171,6 +171,7 @@ class TilingConfig:
             width: the same.
             native: the tile size where none was asked for, in latent pixels.
             unit: latent pixels per pixel of the grid, along each axis: a token's side for packed latents.
+            snap: of :class:`~tiledcore.geometry.TileGrid`.
 
         Returns:
             The grid, in units; of tiles that move, that of the blended steps.
@@ -180,7 +181,7 @@ class TilingConfig:
         """
         tile = both(native if self.tile is None else self.tile)
         overlap = self._overlap(tile, unit)
-        grid = TileGrid(height, width, tile=tile, overlap=overlap, wrap=self.wrap)
+        grid = TileGrid(height, width, tile=tile, overlap=overlap, wrap=self.wrap, snap=snap)
         if unit == 1:
             return grid
         for name, size in (("canvas", (height, width)), ("tile", tile), ("overlap", overlap)):

@@ -41,10 +41,9 @@ def default_tiling(pipe: Any) -> TilingConfig:
         TypeError: the pipeline has no network that can be tiled.
     """
     network, family = network_of(pipe)
-    hinted = any(getattr(pipe, name, None) is not None for name in ("controlnet", "adapter"))
     patch = family.patch(network)
     whole = patch == 1 or all(side % (8 * patch) == 0 for side in both(family.native(pipe, network)))
-    return TilingConfig(motion="moving") if family.shifts and whole and not hinted else TilingConfig()
+    return TilingConfig(motion="moving") if family.shifts and whole and not _hinted(pipe) else TilingConfig()
 
 
 def with_fade(pipe: Any, config: TilingConfig, fades: bool) -> TilingConfig:
@@ -161,12 +160,23 @@ def _denoiser(pipe: Any, config: TilingConfig, execution: Execution) -> TileDeno
     network, family = network_of(pipe)
     native = family.native(pipe, network)
     unit = family.unit(network)
-    denoiser = TileDenoiser(config, execution, native, pipe.vae_scale_factor, family.patch(network), unit)
+    denoiser = TileDenoiser(config, execution, native, pipe.vae_scale_factor, family.patch(network), unit, _snap(pipe))
     height, width = both(config.tile or native)
     denoiser.tiling(2 * height // unit, 2 * width // unit, 0)
     scheduler, clock = pipe.scheduler, family.clock
     denoiser.timesteps = lambda: clock(torch.as_tensor(scheduler.timesteps).float()).tolist()
     return denoiser
+
+
+def _hinted(pipe: Any) -> bool:
+    """Whether residuals of a ControlNet or an adapter go into the network, which have its levels' resolutions."""
+    return any(getattr(pipe, name, None) is not None for name in ("controlnet", "adapter"))
+
+
+def _snap(pipe: Any) -> int:
+    """What tiles must begin at multiples of, latent pixels."""
+    levels = len(getattr(uncompiled(network_of(pipe)[0]).config, "block_out_channels", (1,)))
+    return 2 ** (levels - 1) if _hinted(pipe) else 1
 
 
 class TiledCalls:

@@ -57,7 +57,7 @@ def test_each_tile_gets_its_own_part(pipe: Any, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(TileDenoiser, "evaluate", spy)
     monkeypatch.setattr(TileDenoiser, "_network", staticmethod(look))
-    run(pipe, still(overlap=4, tile_batch=100), hint(224, 128), num_inference_steps=1)
+    run(pipe, still(overlap=4), hint(224, 128), num_inference_steps=1)
     ((offsets, given),), ((inputs, got),) = whole, tiles
     assert offsets == [[0, 0], [0, 12]] and inputs.shape == (4, 4, 16, 16)
     down, mid = given["down_block_additional_residuals"], given["mid_block_additional_residual"]

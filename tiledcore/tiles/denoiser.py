@@ -12,7 +12,15 @@ import torch
 from tiledcore import ops
 from tiledcore.config import Execution, Motion, TilingConfig
 from tiledcore.geometry import Pair, Partition, TileGrid, Tiling, both
-from tiledcore.tiles.conditioning import PER_IMAGE, REFUSED, RESIDUALS, check_residuals, crop_residuals
+from tiledcore.tiles.conditioning import (
+    PER_IMAGE,
+    REFUSED,
+    RESIDUALS,
+    check_residuals,
+    crop_residuals,
+    cut_attention_kwargs,
+    swap_major,
+)
 from tiledcore.utils import label
 
 logger = logging.getLogger(__name__)
@@ -60,6 +68,7 @@ class TileDenoiser:
         pixels: image pixels per latent pixel, for SDXL's crop coordinates.
         patch: latent pixels per token along an axis, of which a tile must be a multiple.
         unit: latent pixels per canvas pixel along an axis: ``patch`` where the pipeline packs latents into tokens.
+        snap: tiles begin at multiples of so many latent pixels, where tile and canvas are such multiples.
     """
 
     def __init__(
@@ -70,7 +79,9 @@ class TileDenoiser:
         pixels: int,
         patch: int = 1,
         unit: int = 1,
+        snap: int = 1,
     ) -> None:
+        self.snap = snap
         self.config, self.execution, self.native, self.patch, self.unit = config, execution, native, patch, unit
         self.pixels = pixels * unit  # per canvas pixel
         self.tile_batch = execution.tile_batch  # as long as it fits
@@ -88,7 +99,7 @@ class TileDenoiser:
     def tiling(self, height: int, width: int, timestep: torch.Tensor | float) -> Tiling | Partition:
         """The tiles of this step: always the same ones, or shifted from step to step."""
         if self._grid is None or (self._grid.height, self._grid.width) != (height, width):
-            grid = self.config.grid(height * self.unit, width * self.unit, self.native, self.unit)
+            grid = self.config.grid(height * self.unit, width * self.unit, self.native, self.unit, self.snap)
             tile = (grid.tile_size[0] * self.unit, grid.tile_size[1] * self.unit)
             size = (height * self.unit, width * self.unit)
             # Lines that move do so by eighths of a tile, and what is left at the canvas' end is a tile too.
@@ -295,14 +306,20 @@ class TileDenoiser:
         tile: Pair,
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
+        """Predictions of some tiles, tile-major. The network sees them branch-major, as it sees images: what chunks
+        the batch by guidance branch (PAG, GLIGEN, skip-layer guidance) then finds whole branches."""
+        batch, count = len(sample), len(offsets)
         with label("gather"):
-            inputs = ops.gather_tiles(sample, offsets, tile, impl=self.execution.impl)
+            inputs = swap_major(ops.gather_tiles(sample, offsets, tile, impl=self.execution.impl), count, batch)
         canvas = (sample.shape[2], sample.shape[3])
-        conditions = self._repeat(kwargs, offsets, tile, canvas, len(sample))
+        conditions = self._repeat(kwargs, offsets, tile, canvas, batch)
         for name in RESIDUALS:
             if kwargs.get(name) is not None:
                 conditions[name] = crop_residuals(kwargs[name], offsets, tile, canvas, self.execution.impl)
-        return self._network(forward, inputs, **conditions)
+        if kwargs.get("cross_attention_kwargs"):
+            given = kwargs["cross_attention_kwargs"]
+            conditions["cross_attention_kwargs"] = cut_attention_kwargs(given, offsets, tile, canvas, batch)
+        return swap_major(self._network(forward, inputs, **conditions), batch, count)
 
     @staticmethod
     def _network(forward: Callable[..., Any], inputs: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -319,13 +336,13 @@ class TileDenoiser:
     def _repeat(
         self, kwargs: dict[str, Any], offsets: torch.Tensor, tile: Pair, canvas: Pair, batch: int
     ) -> dict[str, Any]:
-        """The arguments of one tile batch: per-image tensors repeated, tile-major, and SDXL's crops moved."""
+        """The arguments of one tile batch: per-image tensors repeated, branch-major, and SDXL's crops moved."""
         count = len(offsets)
 
         def repeat(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
                 rows = value.ndim > 0 and value.shape[0] == batch
-                return value.repeat(count, *[1] * (value.ndim - 1)) if rows else value
+                return value.repeat_interleave(count, 0) if rows else value
             if isinstance(value, list | tuple):
                 return type(value)(repeat(v) for v in value)
             return {k: repeat(v) for k, v in value.items()} if isinstance(value, dict) else value
@@ -342,8 +359,8 @@ class TileDenoiser:
         Columns: original height and width, crop top and left, then target height and width (or, in the
         refiner, an aesthetic score). Image pixels; the caller's own crop and scale stay in force.
         """
-        ids = time_ids.repeat(len(offsets), 1)
-        ids[:, 2:4] += (offsets * self.pixels).to(ids.dtype).repeat_interleave(len(time_ids), 0)
+        ids = time_ids.repeat_interleave(len(offsets), 0)
+        ids[:, 2:4] += (offsets * self.pixels).to(ids.dtype).repeat(len(time_ids), 1)
         if ids.shape[1] == 6:
             ids[:, 4] *= tile[0] / canvas[0]
             ids[:, 5] *= tile[1] / canvas[1]
