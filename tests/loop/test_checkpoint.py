@@ -19,7 +19,7 @@ from tiny import tiny_sd, tiny_sdxl
 from tiny_transformers import NATIVE, build, call, tiny_flux, tiny_pixart_sigma, tiny_sd3
 from torch import Tensor
 
-from tiledcore import TiledPipeline, TilingConfig
+from tiledcore import Execution, TiledPipeline, TilingConfig
 from tiledcore.cli.main import main
 from tiledcore.loop.checkpoint import FILE, Checkpoint, load
 
@@ -100,7 +100,7 @@ def test_saved_every_few_evaluations(tmp_path: Path) -> None:
 def test_memory_settings_may_change(tmp_path: Path) -> None:
     whole, _ = run(tiny_sd())
     broken_off(2, tiny_sd, checkpoint=tmp_path)
-    resumed, report = run(tiny_sd(), tiling=still(overlap=4, tile_batch=1), checkpoint=tmp_path)
+    resumed, report = run(tiny_sd(), execution=Execution(tile_batch=1), checkpoint=tmp_path)
     assert report.resumed == 2
     torch.testing.assert_close(resumed, whole)
 
@@ -149,7 +149,7 @@ def other_weights() -> Any:
         (tiny_sd, {"seed": 1}, "generator: .*seed 0, .* there, .*seed 1, .* now"),
         (tiny_sd, {"num_inference_steps": 6}, "num_inference_steps: 4 there, 6 now"),
         (tiny_sd, {"prompt_embeds": torch.zeros(1, 40, 32), "prompt": None}, "prompt_embeds: None there, .*tensor"),
-        (tiny_sd, {"tiling": still(overlap=8)}, "tiling.overlap: 4 there, 8 now"),
+        (tiny_sd, {"tiling": still(overlap=8)}, "tiling.overlap: '4' there, '8' now"),
         (with_scheduler("EulerDiscreteScheduler"), {}, "scheduler: DDIMScheduler .* there, EulerDiscreteScheduler"),
         (other_weights, {}, "weights of unet"),
         (tiny_sdxl, {}, "pipeline: StableDiffusionPipeline there, StableDiffusionXLPipeline now"),

@@ -5,15 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from tilings import CANVAS, canvas_mode
+from tilings import CANVAS, RAMP
 from tiny import tiny_sdxl
 
-from tiledcore import TiledPipeline, TilingConfig
-
-TILES = {"tile": 16, "overlap": 4}
+from tiledcore import Execution, TiledPipeline, TilingConfig
 
 
-def generate(tiling: TilingConfig, most: int | None = None, calls: int | None = None, fused: bool = True) -> Any:
+def generate(
+    execution: Execution,
+    tiling: TilingConfig = RAMP,
+    most: int | None = None,
+    calls: int | None = None,
+    fused: bool = True,
+) -> Any:
     """Latents and report of a pipeline whose network holds ``most`` images, from its evaluation ``calls`` on."""
     pipe = tiny_sdxl()
     pipe.set_progress_bar_config(disable=True)
@@ -27,7 +31,7 @@ def generate(tiling: TilingConfig, most: int | None = None, calls: int | None = 
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     pipe.unet.conv_in.register_forward_pre_hook(lambda m, args: limit(m, args, {}))
-    wrapped = TiledPipeline.from_pipe(pipe, tiling=tiling, fused=fused)
+    wrapped = TiledPipeline.from_pipe(pipe, tiling=tiling, execution=execution, fused=fused)
     latents = wrapped(
         "a cat",
         height=192,
@@ -42,9 +46,9 @@ def generate(tiling: TilingConfig, most: int | None = None, calls: int | None = 
 @pytest.mark.parametrize("calls", [0, 5])
 @pytest.mark.parametrize("fused", [True, False])
 def test_tile_batches_are_halved(fused: bool, calls: int, caplog: pytest.LogCaptureFixture) -> None:
-    expected, _ = generate(TilingConfig(tile_batch=1, **TILES), fused=fused)
+    expected, _ = generate(Execution(tile_batch=1), fused=fused)
     with caplog.at_level(logging.WARNING, logger="tiledcore"):
-        latents, report = generate(TilingConfig(tile_batch=4, **TILES), most=2, calls=calls, fused=fused)
+        latents, report = generate(Execution(tile_batch=4), most=2, calls=calls, fused=fused)
     # The same tiles in other batches: a convolution may round otherwise.
     torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-4)
     said = [record.message for record in caplog.records if "out of memory" in record.message]
@@ -54,19 +58,19 @@ def test_tile_batches_are_halved(fused: bool, calls: int, caplog: pytest.LogCapt
 
 
 def test_from_the_start_it_is_bit_for_bit_the_smaller_batch() -> None:
-    expected, report = generate(TilingConfig(tile_batch=2, **TILES))
+    expected, report = generate(Execution(tile_batch=2))
     assert report.reductions == ()
-    latents, _ = generate(TilingConfig(tile_batch=4, **TILES), most=4)
+    latents, _ = generate(Execution(tile_batch=4), most=4)
     assert torch.equal(latents, expected)
 
 
 def test_canvas_mode_splits_guidance() -> None:
-    expected, _ = generate(canvas_mode(guidance_batch=False))
-    latents, report = generate(CANVAS, most=1)
+    expected, _ = generate(Execution(guidance_batch=False), CANVAS)
+    latents, report = generate(Execution(), CANVAS, most=1)
     assert torch.equal(latents, expected)
     assert report.reductions == ("guidance branches one after the other",)
 
 
 def test_when_nothing_is_left_to_lower_it_is_raised() -> None:
     with pytest.raises(torch.OutOfMemoryError):
-        generate(TilingConfig(tile_batch=4, **TILES), most=0)
+        generate(Execution(tile_batch=4), most=0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny_sd
 
-from tiledcore import TiledPipeline, TilingConfig
+from tiledcore import Execution, TiledPipeline, TilingConfig
 from tiledcore.memory.budget import _offloaded, within
 from tiledcore.memory.planner import Plan
 from tiledcore.memory.prediction import Phase
@@ -18,6 +18,7 @@ OFFLOADING = Plan(
     device="cpu",
     dtype="float32",
     tiling=TilingConfig(),
+    execution=Execution(),
     offload=True,
     vae_band=None,
     vae_room=None,

@@ -1,5 +1,6 @@
 """TileDenoiser and TilingConfig, with functions in place of the network."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tilings import moving, still
 
-from tiledcore.config import TilingConfig
+from tiledcore.config import Execution, Motion, TilingConfig
 from tiledcore.tiles.denoiser import TileDenoiser
 
 
@@ -42,10 +43,11 @@ def test_a_pointwise_network_is_evaluated_exactly(
     shift: bool,
     batch: int,
 ) -> None:
-    overlap = 0 if shift else int(share * tile)
-    config = TilingConfig(tile=tile, overlap=overlap, window=window, wrap=wrap, shift=shift)
+    overlap = int(share * tile)
+    make = moving if shift else partial(still, overlap=overlap)
+    config = make(tile=tile, window=window, wrap=wrap)
     canvas = torch.randn(batch, 3, height, width)
-    out = TileDenoiser(config, tile, 8)(pointwise, canvas, 10)
+    out = TileDenoiser(config, Execution(), tile, 8)(pointwise, canvas, 10)
     torch.testing.assert_close(out, 2 * canvas + 1, rtol=1e-5, atol=1e-5)
 
 
@@ -55,8 +57,7 @@ def test_neither_tile_batch_nor_the_order_of_tiles_changes_a_bit(
     canvas = torch.randn(2, 4, 50, 37)
 
     def run(tile_batch: int) -> torch.Tensor:
-        config = still(overlap=6, tile_batch=tile_batch)
-        return TileDenoiser(config, 16, 8)(windowed, canvas, 10)
+        return TileDenoiser(still(overlap=6), Execution(tile_batch=tile_batch), 16, 8)(windowed, canvas, 10)
 
     expected = run(1)
     for tile_batch in (2, 5, 1000):
@@ -69,12 +70,12 @@ def test_neither_tile_batch_nor_the_order_of_tiles_changes_a_bit(
 
 
 def test_shift_follows_the_timestep_only() -> None:
-    denoiser = TileDenoiser(moving(tile=8, seed=3), 8, 8)
+    denoiser = TileDenoiser(moving(tile=8, seed=3), Execution(), 8, 8)
     first = denoiser.tiling(32, 32, torch.tensor(981))
     assert denoiser.tiling(32, 32, torch.tensor([981, 981])) == first
     assert denoiser.tiling(32, 32, 981.0) == first
     assert denoiser.tiling(32, 32, 961) != first
-    other = TileDenoiser(moving(tile=8, seed=4), 8, 8)
+    other = TileDenoiser(moving(tile=8, seed=4), Execution(), 8, 8)
     assert other.tiling(32, 32, 981) != first
 
 
@@ -88,7 +89,7 @@ def test_per_image_arguments_are_repeated_tile_major() -> None:
     text = torch.arange(2.0).view(2, 1, 1)
     image_embeds = [torch.arange(2.0).view(2, 1)]
     canvas = torch.stack([torch.zeros(4, 8, 16), torch.ones(4, 8, 16)])
-    TileDenoiser(still(tile=8, overlap=0, tile_batch=2), 8, 8)(
+    TileDenoiser(still(tile=8, overlap=0), Execution(tile_batch=2), 8, 8)(
         spy,
         canvas,
         torch.tensor([7, 7]),
@@ -113,7 +114,7 @@ def test_time_ids_are_the_tile_as_a_crop_of_the_canvas() -> None:
         return (sample,)
 
     ids = torch.tensor([[128.0, 256, 5, 7, 128, 256], [128, 256, 0, 0, 128, 256]])
-    denoiser = TileDenoiser(still(tile=(8, 16), overlap=0, tile_batch=1), 8, 8)
+    denoiser = TileDenoiser(still(tile=(8, 16), overlap=0), Execution(tile_batch=1), 8, 8)
     denoiser(spy, torch.zeros(2, 4, 16, 32), 1, added_cond_kwargs={"time_ids": ids})
     assert [s[0].tolist() for s in seen] == [
         [128, 256, 5, 7, 64, 128],
@@ -132,9 +133,9 @@ def test_time_ids_are_the_tile_as_a_crop_of_the_canvas() -> None:
     ("arguments", "message"),
     [
         ({"window": "hann"}, "window='hann'"),
-        ({"tile_batch": 0}, "tile_batch=0"),
         ({"ramp": 0}, "ramp=0"),
-        ({"shift": True, "overlap": 4}, "overlap=4"),
+        ({"motion": Motion(0, 0), "overlap": 4}, "overlap=4"),
+        ({"motion": "still life"}, "motion='still life'"),
         ({"tile": 0}, "tile="),
         ({"tile": 16, "overlap": 16}, "overlap="),
     ],
@@ -144,7 +145,14 @@ def test_bad_settings_are_named(arguments: dict[str, Any], message: str) -> None
         TilingConfig(**arguments)
 
 
+def test_a_bad_execution_is_named() -> None:
+    with pytest.raises(ValueError, match="tile_batch=0"):
+        Execution(tile_batch=0)
+    with pytest.raises(ValueError, match="impl='cuda'"):
+        Execution(impl="cuda")  # type: ignore[arg-type]
+
+
 def test_residuals_of_adapters_are_refused() -> None:
-    denoiser = TileDenoiser(still(tile=8), 8, 8)
+    denoiser = TileDenoiser(still(tile=8), Execution(), 8, 8)
     with pytest.raises(ValueError, match="controlnet_block_samples"):
         denoiser(pointwise, torch.zeros(1, 4, 16, 16), 1, controlnet_block_samples=torch.ones(1))

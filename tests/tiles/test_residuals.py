@@ -9,7 +9,7 @@ from PIL import Image
 from tilings import CANVAS, ONE, RAMP, still
 from tiny import tiny_sd
 
-from tiledcore import TiledPipeline, TilingConfig
+from tiledcore import Execution, TiledPipeline, TilingConfig
 from tiledcore.hook import default_tiling
 from tiledcore.tiles.denoiser import TileDenoiser
 
@@ -28,7 +28,7 @@ def pipe() -> Any:
 
 
 def run(pipe: Any, tiling: TilingConfig, hint: Image.Image, **kwargs: Any) -> torch.Tensor:
-    wrapped = TiledPipeline.from_pipe(pipe, tiling=tiling)
+    wrapped = TiledPipeline.from_pipe(pipe, tiling=tiling, execution=Execution(tile_batch=100))
     generator = torch.Generator().manual_seed(0)
     arguments: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent", **kwargs}
     return wrapped("a coast", image=hint, generator=generator, **arguments).images
@@ -57,7 +57,7 @@ def test_each_tile_gets_its_own_part(pipe: Any, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(TileDenoiser, "evaluate", spy)
     monkeypatch.setattr(TileDenoiser, "_network", staticmethod(look))
-    run(pipe, still(overlap=4, tile_batch=100), hint(224, 128), num_inference_steps=1)
+    run(pipe, RAMP, hint(224, 128), num_inference_steps=1)
     ((offsets, given),), ((inputs, got),) = whole, tiles
     assert offsets == [[0, 0], [0, 12]] and inputs.shape == (4, 4, 16, 16)
     down, mid = given["down_block_additional_residuals"], given["mid_block_additional_residual"]
