@@ -176,7 +176,10 @@ class Call:
         bound = signature(type(self.pipe).__call__).bind_partial(self.pipe, **self.arguments)
         bound.apply_defaults()
         settings: dict[str, Any] = {"regions": [vars(region) for region in self.options.regions]}
-        settings |= {f"tiling.{name}": repr(value) for name, value in vars(self.tiling).items()}
+        settings |= {
+            f"tiling.{name}": value if isinstance(value, str | int | float | None) else str(value)
+            for name, value in vars(self.tiling).items()
+        }
         with (
             tiled(self.pipe, self.tiling, self.execution) as hook,
             Features(self.features(hook)) as features,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import wraps
 from inspect import signature
 from threading import RLock, get_ident
@@ -57,10 +58,8 @@ def with_fade(pipe: Any, config: TilingConfig, fades: bool) -> TilingConfig:
     if motion is None or can:
         return config
     if motion.fade:
-        why = "only a TiledPipeline fades; call one" if not fades else f"{type(pipe.scheduler).__name__} cannot fade"
-        raise ValueError(f"fade={motion.fade}: {why}, or give fade=0")
-    from dataclasses import replace
-
+        why = "only a TiledPipeline fades" if not fades else f"{type(pipe.scheduler).__name__} cannot fade"
+        raise ValueError(f"fade={motion.fade}: {why}; give fade=0")
     return replace(config, motion=STEPWISE if config.motion == "moving" else replace(motion, fade=0))
 
 

@@ -259,7 +259,8 @@ class Engine:
             assert denoiser.placed is not None
             prediction = self._guided(predicted, guidance, rescale, options)
             step = Step(index, buffers.state[0], denoiser.placed)
-            predicted, guidance, rescale = denoiser.whole(self.features.after_prediction(step, prediction)), None, None
+            changed = self.features.after_prediction(step, prediction).to(buffers.model_input.dtype)
+            predicted, guidance, rescale = denoiser.whole(changed), None, None
         with label("step"):
             ops.fused_step(
                 predicted.tiles.contiguous(),

@@ -111,7 +111,7 @@ def cut_attention_kwargs(
 
     Args:
         given: those of the canvas. ``ip_adapter_masks``: ``[1, images, H, W]`` in any resolution, or a list of such;
-            ``gligen``: ``boxes [B, N, 4]`` (left, top, right, bottom, 0 to 1), ``masks [B, N]`` and others ``[B, ...]``.
+            ``gligen``: ``boxes [B, N, 4]`` (left, top, right, bottom, 0 to 1), ``masks [B, N]`` and others.
         offsets: ``[T, 2]``, the tiles' (y, x), canvas pixels.
         tile: (height, width) of each tile.
         canvas: (height, width).
