@@ -137,6 +137,6 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert found["fits"] and found["needs"] <= 2 * GIB and found["size"] == [512, 256]
     assert main(["plan", "--model", "earth", "--size", "512x500", "--budget", "2GiB"]) == 2
-    assert "size=512x500: both sides must be multiples of 8 px" in capsys.readouterr().err
+    assert "--size 512x500: each side must be a multiple of 8 px, such as 512x496 or 512x504" in capsys.readouterr().err
     assert main(["plan", "--model", "nowhere", "--size", "512x512", "--budget", "2GiB"]) == 2
     assert "must be one of sd15, sdxl, sd3, flux" in capsys.readouterr().err

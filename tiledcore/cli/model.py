@@ -72,7 +72,10 @@ def read_model(name: str) -> Model:
     if role == "unet" and size is None:
         raise CommandError(f"--model {name}: its UNet names no native size (sample_size), and cannot be tiled")
     try:
-        native = None if size is None else (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+        if not isinstance(size, int | list | None):
+            raise TypeError(f"sample_size={size!r}")
+        height, width = size if isinstance(size, list) else (size or 0, size or 0)
+        native = None if size is None else (int(height), int(width))
         unit = unit_of(network, config, vae)
     except (TypeError, ValueError, LookupError) as error:
         raise CommandError(f"--model {name}: its configuration is damaged: {error}") from error

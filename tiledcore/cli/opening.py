@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import textwrap
 from dataclasses import replace
 from inspect import signature
@@ -92,7 +93,7 @@ def _why_not_opened(model: str, error: BaseException) -> str:
     text = str(error)
     if "trust_remote_code" in text:
         return "needs code of its own, which is not run"
-    if any(word in text for word in ("weights_only", "pickle", "Unpickling", "PytorchStreamReader")):
+    if re.search(r"weights_only|pickle|PytorchStreamReader|Unable to load weights .*\.bin\b", text):
         return (
             "a file of its weights is a pickle (.bin) that is damaged or holds more than tensors. It is not opened, "
             "because a pickle can run any code. If you trust it, load it with diffusers and write it as safetensors "
