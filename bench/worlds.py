@@ -33,9 +33,9 @@ from bench.modes import kept, period
 from bench.quality import outermost, seam_profile
 from tiledcore import TiledPipeline, TilingConfig
 from tiledcore.compose.connected import Joint, connected
-from tiledcore.vae.wrap import wrapped
 from tiledcore.models import call_defaults
 from tiledcore.models.architecture import NATIVE
+from tiledcore.vae.wrap import wrapped
 
 MAP = "satellite view of continents and oceans"
 TEXTURE = "relief map of mountains"

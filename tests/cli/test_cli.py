@@ -13,17 +13,20 @@ import diffusers
 import pytest
 import torch
 from PIL import Image
-from tilings import moving, still
+from tilings import still
 from tiny import tiny_sdxl
 from tiny_command import FAST, SCENE, generate, pixels, saved_model, spied_denoiser, stored, verbosity_put_back
 
-from tiledcore import TiledPipeline, TilingConfig, ops
+from tiledcore import Motion, TiledPipeline, TilingConfig, ops
 from tiledcore.cli import choices
 from tiledcore.cli import generate as command
 from tiledcore.cli import main as cli
 from tiledcore.cli.main import main
 from tiledcore.io import images
 from tiledcore.models import EMBEDDED
+
+OWN_MOTION = {"blend_first": 2, "blend_last": 1, "fade": None, "seed": 5}
+"""How tiles move with ``--motion moving`` and the seed of ``FAST``."""
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +70,7 @@ def test_an_image_with_its_settings(model: str, capsys: pytest.CaptureFixture[st
             "halo": None,
             "window": "ramp",
             "ramp": 4,
-            "shift": False,
-            "blend_steps": 0,
-            "blend_first": 0,
-            "fade": 0,
+            "motion": "still",
             "wrap": [False, False],
             "tiles": 4,
             "area_factor": round(4 * 16 * 16 / (24 * 20), 4),
@@ -131,22 +131,23 @@ def test_a_halo_is_of_canvas_mode(model: str) -> None:
     assert generate(model, "--halo", "4") == 2
 
 
-def test_shifted_tiles_whose_last_step_is_blended(model: str) -> None:
-    assert generate(model, "--tile", "8", "--shift", "--blend-steps", "1", "--overlap", "2") == 0
+def test_moving_tiles_of_which_three_steps_are_blended(model: str) -> None:
+    assert generate(model, "--tile", "8", "--motion", "moving", "--overlap", "2", "--steps", "4") == 0
     tiling = stored()["tiling"]
     grid = still(tile=8, overlap=2).grid(20, 24, 16)
-    assert (tiling["blend_steps"], tiling["window"], tiling["ramp"]) == (1, "ramp", 2)
+    assert tiling["motion"] == OWN_MOTION
+    assert (tiling["window"], tiling["ramp"]) == ("ramp", 2)
     assert tiling["lines_y"] == [8 * y for y in grid.lines[0]]
-    assert tiling["area_factor"] == pytest.approx((1 + grid.area_factor) / 2, abs=1e-4)  # of two steps
-    assert generate(model, "--blend-steps", "1") == 2
+    assert tiling["area_factor"] == pytest.approx((1 + 3 * grid.area_factor) / 4, abs=1e-4)  # of four steps
 
 
-def test_shifted_tiles(model: str) -> None:
-    assert generate(model, "--shift", "--tile", "8x16", "--tile-batch", "2") == 0
+def test_moving_tiles(model: str) -> None:
+    assert generate(model, "--motion", "moving", "--tile", "8x16", "--tile-batch", "2") == 0
     tiling = stored()["tiling"]
-    assert (tiling["shift"], tiling["overlap"], tiling["tile"]) == (True, [0, 0], [8, 16])
-    assert (tiling["tiles"], tiling["area_factor"], tiling["window"]) == (3 * 2, 1.0, None)
-    grid = moving(tile=(8, 16)).grid(20, 24, 16)
+    assert (tiling["motion"], tiling["overlap"], tiling["tile"]) == (OWN_MOTION, [1, 2], [8, 16])
+    assert (tiling["tiles"], tiling["window"], tiling["ramp"]) == (3 * 2, "ramp", 1)
+    grid = still(tile=(8, 16), overlap=(1, 2)).grid(20, 24, 16)
+    assert tiling["area_factor"] == round(grid.area_factor, 4)  # both steps are blended
     assert tiling["lines_y"] == [8 * y for y in grid.lines[0]]
 
 
@@ -207,13 +208,14 @@ def test_from_an_image(model: str) -> None:
 
 
 def test_stages(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    args = ["--stages", "auto", "--size", "256x256", "--steps", "4", "--strength", "0.5", "--shift"]
+    args = ["--stages", "auto", "--size", "256x256", "--steps", "4", "--strength", "0.5", "--motion", "moving"]
     assert generate(model, *args) == 0
     err = capsys.readouterr().err
-    assert "stage 1: 128x128, 4 steps, 1 tiles\nstage 2: 256x256, 2 steps from strength 0.5, 4 tiles" in err
-    assert "all stages: 1.5 x the floor of the last one's steps" in err  # (4 / 4 + 2) / 2
-    assert stored()["stages"] == ["128x128, 4 steps, 1 tiles", "256x256, 2 steps from strength 0.5, 4 tiles"]
-    expected = TiledPipeline.from_pretrained(model, tiling=TilingConfig(shift=True, seed=5), stages="auto")(
+    assert "stage 1: 128x128, 4 steps, 1 tiles\nstage 2: 256x256, 2 steps from strength 0.5, 9 tiles" in err
+    # (4 / 4 + 2 * 9 / 4) / 2: both steps of the last stage are blended.
+    assert "all stages: 2.75 x the floor of the last one's steps" in err
+    assert stored()["stages"] == ["128x128, 4 steps, 1 tiles", "256x256, 2 steps from strength 0.5, 9 tiles"]
+    expected = TiledPipeline.from_pretrained(model, tiling=TilingConfig(motion=Motion(seed=5)), stages="auto")(
         "a coast",
         width=256,
         height=256,
@@ -305,16 +307,16 @@ def test_a_prompt_that_is_cut_off_is_reported(model: str, capsys: pytest.Capture
 
 def test_how_tiles_meet_is_the_models_own_unless_said(model: str) -> None:
     def meet() -> tuple[Any, ...]:
-        return tuple(stored()["tiling"][name] for name in ("tile", "overlap", "shift", "blend_steps", "fade", "mode"))
+        return tuple(stored()["tiling"][name] for name in ("tile", "overlap", "motion", "mode"))
 
     assert generate(model, "--tile", "16") == 0
-    assert meet() == ([16, 16], [2, 2], True, 1, 3, "tiles")
+    assert meet() == ([16, 16], [2, 2], OWN_MOTION, "tiles")
     assert generate(model, "--tile", "16", "--overlap", "4") == 0
-    assert meet() == ([16, 16], [4, 4], False, 0, 0, "tiles")
+    assert meet() == ([16, 16], [4, 4], "still", "tiles")
     assert generate(model, "--tile", "16", "--window", "mean") == 0
-    assert meet() == ([16, 16], [2, 2], False, 0, 0, "tiles")
+    assert meet() == ([16, 16], [2, 2], "still", "tiles")
     assert generate(model, "--tile", "16", "--mode", "canvas") == 0
-    assert meet() == ([16, 16], [0, 0], False, 0, 0, "canvas")
+    assert meet() == ([16, 16], [0, 0], "still", "canvas")
 
 
 # ----------------------------------------------------------------------------- info
@@ -332,7 +334,8 @@ def test_info(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["prompt"] == "a coast"
     assert rows["negative prompt"] == "-"
     assert rows["size"] == "192x160"
-    assert (rows["tile"], rows["wrap"], rows["shift"]) == ("16x8", "xy", "yes")
+    assert (rows["tile"], rows["wrap"]) == ("16x8", "xy")
+    assert all(name in rows["motion"] for name in OWN_MOTION)
     assert rows["lines x"] == " ".join(map(str, stored()["tiling"]["lines_x"]))
 
 

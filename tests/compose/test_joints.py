@@ -9,7 +9,7 @@ from tilings import RAMP, still
 from tiny import tiny_sd, tiny_sdxl
 from tiny_transformers import tiny_flux
 
-from tiledcore import TiledPipeline, TilingConfig
+from tiledcore import Execution, TiledPipeline, TilingConfig
 from tiledcore.compose.connected import SHARED, CanvasGraph, ConnectedDenoiser, Joint, _shared_statistics, connected
 
 SELF = [Joint("x", (0,), (0,)), Joint("y", (0,), (0,))]
@@ -61,7 +61,7 @@ def windowed(sample: torch.Tensor, timestep: Any, **kwargs: Any) -> tuple[torch.
 
 def test_edges_are_predicted_in_the_sight_of_the_neighbour() -> None:
     """Against the same prediction of the two images as one torus."""
-    denoiser = ConnectedDenoiser(still(tile=(8, 24)), 8, 8)
+    denoiser = ConnectedDenoiser(still(tile=(8, 24)), Execution(), 8, 8)
     denoiser.graph, denoiser.reach = CanvasGraph(2, RING), (4, 4)
     canvases = torch.randn(2, 3, 8, 16)
     out = denoiser(windowed, canvases, 10)

@@ -6,29 +6,31 @@ import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
-from tilings import CANVAS, MOVING, canvas_mode, still
+from tilings import CANVAS, MOVING, still
 from tiny import tiny_sd, tiny_sdxl
 from tiny_transformers import build, call, tiny_flux, tiny_pixart_sigma, tiny_sd3, tiny_z_image
 from torch import Tensor
 
-from tiledcore import Region, TiledPipeline, TilingConfig, apply_tiling
+from tiledcore import Execution, Region, TiledPipeline, TilingConfig
+from tiledcore.compose.regional import Regional
 from tiledcore.compose.regions import region_weights
-from tiledcore.hook import regional
+from tiledcore.hook import tiled
 from tiledcore.tiles.denoiser import TileDenoiser
 
 SIDE = 208
 BOX = (64, 80, 160, 144)
 CONFIGS = {
-    "tiles": still(overlap=4, tile_batch=3),
+    "tiles": still(overlap=4),
     "wrap": still(overlap=4, wrap=True),
-    "shift": MOVING,
+    "moving": MOVING,
     "one tile": still(tile=32),
 }
 TILES = CONFIGS["tiles"]
 
 
 def generate(pipe: Any, tiling: TilingConfig, regions: Any = None, prompt: str = "a cat", **kwargs: Any) -> Tensor:
-    wrapped = TiledPipeline.from_pipe(pipe, tiling=tiling, fused=kwargs.pop("fused", True))
+    execution = Execution(tile_batch=3, guidance_batch=kwargs.pop("guidance_batch", True))
+    wrapped = TiledPipeline.from_pipe(pipe, tiling=tiling, execution=execution, fused=kwargs.pop("fused", True))
     pipe.set_progress_bar_config(disable=True)
     arguments: dict[str, Any] = {"height": SIDE, "width": SIDE, "num_inference_steps": 2, "output_type": "latent"}
     generator = torch.Generator().manual_seed(0)
@@ -97,7 +99,7 @@ def test_only_the_prompts_of_a_tile_are_evaluated(
     assert pipe.report is not None and pipe.report.region_tiles == count
 
 
-@pytest.mark.parametrize("name", ["tiles", "wrap", "shift"])
+@pytest.mark.parametrize("name", ["tiles", "wrap", "moving"])
 def test_a_region_with_a_seed_can_be_moved_without_changing(name: str) -> None:
     """Its tiles see nothing else here: the box is whole tiles, without a feather."""
     pipe, side = tiny_sd(), 20  # two tiles that share 12 latent pixels
@@ -172,6 +174,7 @@ def test_image_to_image_has_regions_but_no_seeds() -> None:
 
 def test_a_pipeline_tiled_by_hand() -> None:
     pipe = tiny_sd()
+    pipe.set_progress_bar_config(disable=True)
     regions = [Region("the ocean", box=BOX)]
     expected = generate(pipe, TILES, regions)
     kwargs: dict[str, Any] = {"height": SIDE, "width": SIDE, "num_inference_steps": 2, "output_type": "latent"}
@@ -179,14 +182,14 @@ def test_a_pipeline_tiled_by_hand() -> None:
     def run() -> Tensor:
         return pipe("a cat", generator=torch.Generator().manual_seed(0), **kwargs).images
 
-    with pytest.raises(ValueError, match="apply_tiling"), regional(pipe, regions):
-        pass
-    apply_tiling(pipe, TILES)
-    before = run()
-    with regional(pipe, regions):
-        assert_close(run(), expected)
-        assert_close(run(), expected)
-    assert torch.equal(run(), before)
+    plain = run()
+    with tiled(pipe, TILES) as hook:
+        before = run()
+        with Regional(pipe, pipe.unet, regions, hook):
+            assert_close(run(), expected)
+            assert_close(run(), expected)
+        assert torch.equal(run(), before)
+    assert torch.equal(run(), plain)
     assert "encode_prompt" not in vars(pipe)
 
 
@@ -219,8 +222,8 @@ def test_what_is_no_region_is_named() -> None:
 @pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
 @pytest.mark.parametrize(("guidance_batch", "fused"), [(True, True), (False, False)])
 def test_canvas_mode_masks_cross_attention(make: Any, guidance_batch: bool, fused: bool) -> None:
-    pipe, tiling = make(), canvas_mode(guidance_batch=guidance_batch)
-    options: dict[str, Any] = {"fused": fused, "height": 216}
+    pipe, tiling = make(), CANVAS
+    options: dict[str, Any] = {"fused": fused, "guidance_batch": guidance_batch, "height": 216}
     plain = generate(pipe, tiling, **options)
     assert_close(generate(pipe, tiling, [Region("a cat", box=BOX)], **options), plain)
     assert not torch.allclose(generate(pipe, tiling, [Region("the ocean", box=BOX)], **options), plain, atol=1e-2)

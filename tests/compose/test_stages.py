@@ -13,7 +13,7 @@ from tilings import MOVING, ONE, RAMP, moving, still
 from tiny import tiny_sd
 from tiny_transformers import build, call, tiny_flux, tiny_pixart_sigma, tiny_qwen, tiny_sd3, tiny_z_image
 
-from tiledcore import TiledPipeline, TilingConfig
+from tiledcore import Motion, TiledPipeline, TilingConfig
 from tiledcore.compose import stages as stages_module
 from tiledcore.compose.pictures import match_colour
 from tiledcore.compose.stage_plan import Stage, Staging, plan_stages, staging
@@ -91,10 +91,11 @@ def test_all_stages_cost_at_most_one_and_a_half_times_the_floor_of_the_last(nati
     pipe.unet.register_to_config(sample_size=native)
     plan = StagePlan(pipe, (8 * native * scale,) * 2, Staging(), moving(tile=native))
     assert plan.rows(10)[-1]["of_floor"] <= 1.5
-    default = moving(tile=native, blend_first=2, blend_steps=1, fade=4)
+    default = moving(tile=native, blend_first=2, blend_last=1, fade=4)
     plan = StagePlan(pipe, (8 * native * scale,) * 2, Staging(), default)
-    assert [tiling.blend_steps for tiling in plan.tilings()] == [0] * (len(plan.stages) - 1) + [3]
-    assert {tiling.blend_first for tiling in plan.tilings()} == {0} and plan.tilings()[-1].fade == 4
+    first, *between, last = (tiling.motion for tiling in plan.tilings())
+    assert first == "still" and set(between) <= {Motion(blend_first=0, blend_last=0, fade=4)}
+    assert last == Motion(blend_first=0, blend_last=3, fade=4)
     assert plan.rows(10 if scale == 8 else 20)[-1]["of_floor"] <= 1.5
 
 
@@ -295,9 +296,8 @@ def test_what_does_not_go_with_stages() -> None:
         call(pixart, tiny_pixart_sigma, (32, 32))
 
 
-@pytest.mark.parametrize("more", [{"shift": True, "blend_steps": 1, "fade": 2}, {"halo": 4}])
-def test_the_first_stage_is_whole_whatever_the_tiling_of_the_others(more: dict[str, Any]) -> None:
-    config = TilingConfig(tile=16, **more)
+@pytest.mark.parametrize("config", [moving(blend_last=1, fade=2, overlap=4), still(overlap=4)])
+def test_the_first_stage_is_whole_whatever_the_tiling_of_the_others(config: TilingConfig) -> None:
     first = stage_tiling(Stage(128, 128, None), config, (16, 16), 8, 1)
     assert first == still(tile=(16, 16))
     assert stage_tiling(Stage(256, 256, 0.5), config, (16, 16), 8, 1) == config

@@ -57,9 +57,9 @@ def pixels(picture: Any) -> np.ndarray:
 def shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
     """A copy of every preview, in the order in which they were written, under the number of its evaluation."""
     copies: list[Path] = []
-    own = Previewing.after
+    own = Previewing.after_step
 
-    def after(self: Previewing, index: int, *args: Any) -> None:
+    def after_step(self: Previewing, index: int, *args: Any) -> None:
         self.preview.path.unlink(missing_ok=True)
         own(self, index, *args)
         if self.preview.path.exists():
@@ -67,7 +67,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
             shutil.copy(self.preview.path, copy)
             copies.append(copy)
 
-    monkeypatch.setattr(Previewing, "after", after)
+    monkeypatch.setattr(Previewing, "after_step", after_step)
     return copies
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from allocator import allocated
-from tilings import CANVAS, moving, still
+from tilings import CANVAS, FADING, still
 from tiny import tiny_sdxl
 
-from tiledcore import TiledPipeline, TilingConfig
+from tiledcore import Execution, TiledPipeline, TilingConfig
 from tiledcore.cli.main import main
 from tiledcore.memory.architectures import architecture
 from tiledcore.memory.planner import SAFETY, DoesNotFit, Planner, plan
@@ -18,8 +18,7 @@ from tiledcore.memory.simulation import attention_pairs
 from tiledcore.vae.live_bytes import LiveBytes
 
 GIB = 2**30
-WAYS = {"tiles": still(overlap=4, tile_batch=2), "canvas": CANVAS}
-WAYS["fading"] = moving(tile_batch=2, fade=3)
+WAYS = {"tiles": still(overlap=4), "canvas": CANVAS, "fading": FADING}
 
 
 def embedded() -> Any:
@@ -40,7 +39,8 @@ def embedded() -> Any:
 def test_a_prediction_is_within_a_tenth_of_what_was_allocated(make: Any, way: str, output: str) -> None:
     pipe = make()
     pipe.set_progress_bar_config(disable=True)
-    wrapped = TiledPipeline.from_pipe(pipe, tiling=WAYS[way], memory_budget="8GiB")
+    pairs = Execution(tile_batch=2)
+    wrapped = TiledPipeline.from_pipe(pipe, tiling=WAYS[way], execution=pairs, memory_budget="8GiB")
     call: dict[str, Any] = {"height": 320, "width": 384, "num_inference_steps": 1, "output_type": output}
     real = allocated(wrapped, call)
     assert wrapped.report is not None and wrapped.report.plan is not None
@@ -92,9 +92,9 @@ def test_sdxl_fits_in_every_phase(side: int, budget: int) -> None:
 def test_a_smaller_budget_takes_smaller_batches_and_then_is_refused() -> None:
     predictor = Predictor(architecture("earth", torch.float32), "cpu")
     wide = Planner(predictor, 8 * GIB).plan((384, 384), TilingConfig())
-    assert wide.tiling.tile_batch == 4 and wide.vae_band is None
+    assert wide.execution.tile_batch == 4 and wide.vae_band is None
     lean = Planner(predictor, int(wide.phases[1].peak * SAFETY) - 1).plan((384, 384), TilingConfig())
-    assert lean.tiling.tile_batch < 4 and lean.vae_band is not None and lean.fits
+    assert lean.execution.tile_batch < 4 and lean.vae_band is not None and lean.fits
     with pytest.raises(DoesNotFit, match=r"What would fit: budget [0-9]+MiB; no smaller size") as refused:
         Planner(predictor, 2**20).plan((384, 384), TilingConfig())
     assert refused.value.size is None and not refused.value.leanest.fits

@@ -1,6 +1,5 @@
 """apply_tiling and TiledPipeline on tiny pipelines of the real classes."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,9 +16,9 @@ from PIL import Image
 from tilings import CANVAS, ONE, canvas_mode, moving, still
 from tiny import tiny_sd, tiny_sdxl
 
-from tiledcore import TiledPipeline, apply_tiling, ops, remove_tiling
+from tiledcore import Execution, TiledPipeline, TilingConfig, apply_tiling, ops, remove_tiling
 
-TILES = still(overlap=4, tile_batch=3)
+TILES = still(overlap=4)
 
 
 def run(pipe: Any, seed: int = 0, **kwargs: Any) -> torch.Tensor:
@@ -56,13 +55,14 @@ def test_applying_twice_keeps_the_second(pipe: Any) -> None:
 
 @pytest.mark.parametrize("size", [(136, 264), (8, 200), (64, 64), (328, 128)])
 def test_any_size_that_the_vae_allows(pipe: Any, size: tuple[int, int]) -> None:
-    apply_tiling(pipe, TILES)
+    apply_tiling(pipe, TILES, Execution(tile_batch=3))
     images = run(pipe, height=size[0], width=size[1], output_type="np", num_inference_steps=1)
     assert images.shape == (1, *size, 3)
 
 
 def test_tile_batch_does_not_matter(pipe: Any) -> None:
-    results = [run(apply_tiling(pipe, still(overlap=4, tile_batch=n)), height=200, width=264) for n in (1, 2, 7, 100)]
+    batches = [Execution(tile_batch=n) for n in (1, 2, 7, 100)]
+    results = [run(apply_tiling(pipe, TILES, batch), height=200, width=264) for batch in batches]
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-5)
 
@@ -134,8 +134,7 @@ def test_lora_changes_the_tiled_result_and_can_be_switched_off(pipe: Any) -> Non
 
 
 def test_a_compiled_unet_is_called_on_tile_batches_of_one_shape(pipe: Any) -> None:
-    config = still(overlap=4, tile_batch=4)
-    expected = run(apply_tiling(pipe, config), height=256, width=256)
+    expected = run(apply_tiling(pipe, TILES), height=256, width=256)
     remove_tiling(pipe)
     unet, shapes = pipe.unet, set[torch.Size]()
 
@@ -148,7 +147,7 @@ def test_a_compiled_unet_is_called_on_tile_batches_of_one_shape(pipe: Any) -> No
 
     pipe.unet = torch.compile(unet, backend=backend, dynamic=False)
     try:
-        torch.testing.assert_close(run(apply_tiling(pipe, config), height=256, width=256), expected)
+        torch.testing.assert_close(run(apply_tiling(pipe, TILES), height=256, width=256), expected)
         remove_tiling(pipe)
     finally:
         pipe.unet = unet
@@ -204,6 +203,30 @@ def test_the_wrapper_is_the_same_pipeline(pipe: Any, tmp_path: Any) -> None:
     torch.testing.assert_close(run(opened, height=192, width=160), run(wrapped, height=192, width=160))
 
 
+def test_tiling_and_execution_are_of_one_call_or_of_all() -> None:
+    wrapped = TiledPipeline.from_pipe(tiny_sd(), tiling=TILES)
+    wrapped.set_progress_bar_config(disable=True)
+    rows: list[int] = []
+    hook = wrapped.unet.register_forward_pre_hook
+    hook(lambda module, args, kwargs: rows.append(len(kwargs["sample"])), with_kwargs=True)
+
+    def seen(**kwargs: Any) -> list[int]:
+        rows.clear()
+        run(wrapped, height=192, width=160, num_inference_steps=1, **kwargs)
+        return list(rows)
+
+    assert seen() == [8]  # four tiles, each of both guidance branches
+    assert seen(execution=Execution(tile_batch=3)) == [6, 2]
+    wrapped.execution = Execution(tile_batch=2)
+    assert seen() == [4, 4]
+    assert seen(tiling=still(tile=32)) == [2]
+    assert seen() == [4, 4]
+    wrapped.tiling = still(tile=32)
+    assert seen() == [2]
+    wrapped.tiling = None
+    assert wrapped.tiling == TilingConfig(motion="moving")  # the default of a UNet
+
+
 def test_the_wrapped_pipeline_stays_untiled_even_after_an_error(pipe: Any) -> None:
     plain = run(pipe, height=192, width=160)
     wrapped = TiledPipeline.from_pipe(pipe, tiling=TILES)
@@ -223,8 +246,8 @@ def test_a_tiling_that_was_there_before_comes_back(pipe: Any) -> None:
 
 
 def test_a_vae_without_bands_is_tiled_where_the_image_is_too_large(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tiledcore.pipeline.EXACT_DECODE_PIXELS", 64 * 64)
-    monkeypatch.setattr("tiledcore.pipeline.why_not_exact", lambda vae, pixels: "it is of another class")
+    monkeypatch.setattr("tiledcore.call.EXACT_DECODE_PIXELS", 64 * 64)
+    monkeypatch.setattr("tiledcore.call.why_not_exact", lambda vae, pixels: "it is of another class")
     used: list[bool] = []
     decode = AutoencoderKL.decode
 
@@ -257,14 +280,15 @@ def test_settings_of_canvas_mode_reach_the_network(pipe: Any, monkeypatch: pytes
         return attention(q, *others, **kwargs)
 
     monkeypatch.setattr("tiledcore.canvas.processors.ops.neighbor_attention", spy)
-    config = canvas_mode(halo=(4, 2), wrap=(False, True), guidance_batch=False, impl="reference")
+    config = canvas_mode(halo=(4, 2), wrap=(False, True))
+    lean = Execution(guidance_batch=False, impl="reference")
     size = {"height": 192, "width": 160, "num_inference_steps": 1}
-    one_by_one = run(TiledPipeline.from_pipe(pipe, tiling=config), **size)
+    one_by_one = run(TiledPipeline.from_pipe(pipe, tiling=config, execution=lean), **size)
     finest = [call for call in calls if call["canvas"] == (24, 20)]
     assert {(c["tile"], c["halo"], c["wrap"]) for c in finest} == {((16, 16), (4, 2), (False, True))}
     assert {(c["images"], c["impl"]) for c in calls} == {(1, "reference")}
     calls.clear()
-    both = run(TiledPipeline.from_pipe(pipe, tiling=replace(config, guidance_batch=True, impl=None)), **size)
+    both = run(TiledPipeline.from_pipe(pipe, tiling=config), **size)
     assert {(c["images"], c["impl"]) for c in calls} == {(2, None)}
     torch.testing.assert_close(one_by_one, both, rtol=1e-4, atol=1e-4)
 

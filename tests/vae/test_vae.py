@@ -254,11 +254,11 @@ def test_a_pipeline_decodes_large_images_exactly(make: Any, monkeypatch: pytest.
     monkeypatch.setattr(bands, "_start", lambda *a, **k: calls.append(1) or start(*a, **k))
     small = run()
     assert not calls
-    monkeypatch.setattr("tiledcore.pipeline.EXACT_DECODE_PIXELS", side * side - 1)
+    monkeypatch.setattr("tiledcore.call.EXACT_DECODE_PIXELS", side * side - 1)
     large = run()
     assert calls == [1] and not pipe.vae.use_tiling
     assert abs(large - small).max() < 1e-5
-    monkeypatch.setattr("tiledcore.pipeline.EXACT_DECODE_PIXELS", side * side)
+    monkeypatch.setattr("tiledcore.call.EXACT_DECODE_PIXELS", side * side)
     assert (run() == small).all()
 
 

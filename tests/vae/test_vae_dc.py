@@ -242,10 +242,10 @@ def test_sana_decodes_large_images_in_bands(monkeypatch: pytest.MonkeyPatch) -> 
     calls: list[int] = []
     start = bands._start
     monkeypatch.setattr(bands, "_start", lambda *a, **k: calls.append(1) or start(*a, **k))
-    monkeypatch.setattr("tiledcore.pipeline.EXACT_DECODE_PIXELS", pixels)
+    monkeypatch.setattr("tiledcore.call.EXACT_DECODE_PIXELS", pixels)
     small = run()
     assert not calls
-    monkeypatch.setattr("tiledcore.pipeline.EXACT_DECODE_PIXELS", pixels - 1)
+    monkeypatch.setattr("tiledcore.call.EXACT_DECODE_PIXELS", pixels - 1)
     large = run()
     assert calls == [1] and not pipe.vae.use_tiling
     assert small.std() > 0.01 and abs(large - small).max() < 1e-5
