@@ -53,12 +53,12 @@ def read_model(name: str) -> Model:
     index = _json(folder / "model_index.json")
     if index is None:
         raise CommandError(f"--model {name}: there is no model_index.json in {folder}")
-    pipeline = index.get("_class_name")
-    if not isinstance(pipeline, str):
-        raise CommandError(f"--model {name}: its pipeline is code of its own ({pipeline}); only diffusers' own are run")
     role = next((role for role in ("unet", "transformer") if role in index), None)
     if role is None:
         raise CommandError(f"--model {name}: has neither a UNet nor a transformer, and cannot be tiled")
+    pipeline = index.get("_class_name")
+    if not isinstance(pipeline, str):
+        raise CommandError(f"--model {name}: its pipeline is code of its own ({pipeline}); only diffusers' own are run")
     if "vae" not in index:
         raise CommandError(f"--model {name}: {pipeline} has no autoencoder (vae), and cannot be tiled")
     config = _json(folder / role / "config.json")
