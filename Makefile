@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.tiledcore
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: install test lint format demo bench bench-peers bench-scaling train clean
+.PHONY: install lint check test test-all format demo bench bench-peers train clean
 .DEFAULT_GOAL := install
 
 $(BIN)/python:
@@ -30,11 +30,23 @@ lint: install
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 # `pytest`, not `python -m pytest`: the latter puts the root, and so `kernels`, on sys.path.
 # Two processes: a test keeps one core busy, and more would need more memory than small machines have.
+PYTEST := $(BIN)/pytest -n 2 --dist worksteal
+
+# One minute: the rooms of the core without the ops, whose kernels are interpreted.
+check: lint
+	$(PYTEST) -m "not slow" tests/canvas tests/loop tests/schedulers tests/tiles tests/test_geometry.py tests/test_utils.py $(PYTEST_ARGS)
+
+# Five minutes: all but what is marked slow. This is the gate.
 test: lint
-	$(BIN)/pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+# Everything, with new and many examples of every property.
+test-all: lint
+	HYPOTHESIS_PROFILE=search $(PYTEST) $(PYTEST_ARGS)
 
 format: install
 	$(BIN)/ruff format
@@ -46,7 +58,7 @@ demo: install
 	$(BIN)/python -m bench.seams demo.png
 
 # Every figure of docs/benchmarks.md, and of README.md where it has markers. BENCH_ARGS=--quick for the small cases.
-# The peers take about 20 minutes on two cores and the scaling as long: `make bench-peers bench-scaling`.
+# The peers take about 20 minutes on two cores: `make bench-peers`.
 bench: install
 	$(BIN)/python -m bench run --json bench/results/cpu_suite.json $(BENCH_ARGS)
 	$(BIN)/python -m bench.oracle --json bench/results/oracle.json
@@ -54,10 +66,6 @@ bench: install
 
 bench-peers: install
 	$(BIN)/python -m bench.peers_table --json bench/results/peers_earth.json $(BENCH_ARGS)
-	$(BIN)/python -m bench tables
-
-bench-scaling: install
-	$(BIN)/python -m bench.scaling --json bench/results/scaling_earth.json $(BENCH_ARGS)
 	$(BIN)/python -m bench tables
 
 # -P keeps the root, and so `kernels`, off sys.path.

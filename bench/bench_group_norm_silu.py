@@ -1,24 +1,21 @@
-"""group_norm_silu against torch's own operations on the same band, in time and in bytes moved.
+"""Cases of group_norm_silu on a band of an image, against torch's own operations.
 
-The statistics are given to all of them: "affine" is the normalisation written out with torch's elementwise
-operations and F.silu, "group_norm" is F.group_norm, which computes statistics of the band that a band has
-no use for, and F.silu.
-
-    python -m bench.bench_group_norm_silu [--device cuda] [--dtype float16] [--json out.json]
+The statistics are given. ``affine`` writes the normalisation out with elementwise operations and ``F.silu``;
+``group_norm`` is ``F.group_norm`` and ``F.silu``, which computes statistics of the band that nobody needs.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import timing
+from bench.case import Case, Ready, implementations
+from bench.measure import Run
 from tiledcore import ops
 
-# channels, rows, width: bands of 64 px of a 1024 px wide image, from the last level of an SDXL decoder up
 CASES = [(128, 64, 1024), (256, 64, 1024), (512, 32, 512), (512, 16, 256)]
+"""Channels, rows, width: bands of 64 px of an image 1024 px wide, in the levels of an SDXL decoder."""
 GROUPS = 32
 
 
@@ -33,33 +30,38 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.silu(F.group_norm(x, GROUPS, weight, bias, 1e-6))
 
 
-def main() -> None:
-    args = timing.parser(__doc__.split("\n")[0] if __doc__ else None).parse_args()
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
-    print(timing.machine(device), args.dtype)
-    rows = []
-    for channels, height, width in CASES:
-        x = torch.randn(1, channels, height, width, device=device).to(dtype)
-        mean = torch.randn(1, GROUPS, device=device, dtype=exact)
-        rstd = torch.rand(1, GROUPS, device=device, dtype=exact) + 0.5
-        weight, bias = (torch.randn(channels, device=device).to(dtype) for _ in range(2))
-        out = torch.empty_like(x)
-        candidates: dict[str, Callable[[], Tensor]] = {
-            "copy": partial(out.copy_, x),
-            "affine": partial(affine, x, mean, rstd, weight, bias),
-            "group_norm": partial(group_norm, x, weight, bias),
-        }
-        implementations: tuple[ops.Impl, ...] = ("reference", "native", "triton")
-        for impl in implementations:
-            if ops.unavailable("group_norm_silu", impl, device) is None:
-                candidates[impl] = partial(ops.group_norm_silu, x, mean, rstd, weight, bias, out=out, impl=impl)
-        seconds = timing.interleaved(candidates, device, args.rounds)
-        # Read once and written once: the others move more, and are charged with this.
-        moved = dict.fromkeys(candidates, 2 * x.nbytes)
-        rows += timing.report(f"{channels} channels, {height} rows of {width}", seconds, moved, "affine")
-    timing.save(args.json, device, rows)
+def prepare(channels: int, height: int, width: int, device: torch.device, dtype: torch.dtype) -> Ready:
+    exact = torch.float64 if dtype == torch.float64 else torch.float32  # of the statistics
+    x, out = (torch.randn(1, channels, height, width, device=device).to(dtype) for _ in range(2))
+    mean = torch.randn(1, GROUPS, device=device, dtype=exact)
+    rstd = torch.rand(1, GROUPS, device=device, dtype=exact) + 0.5
+    weight, bias = (torch.randn(channels, device=device).to(dtype) for _ in range(2))
+    norm = partial(ops.group_norm_silu, x, mean, rstd, weight, bias, out=out)
+    ours, missing = implementations("group_norm_silu", norm, device)
+    runs: dict[str, Run] = {
+        "copy": partial(out.copy_, x),
+        "affine": partial(affine, x, mean, rstd, weight, bias),
+        "group_norm": partial(group_norm, x, weight, bias),
+        **ours,
+    }
+    return Ready(
+        runs,
+        baseline="affine",
+        bytes=dict.fromkeys(runs, 2 * x.nbytes),
+        expected=lambda: affine(*(t.double() for t in (x, mean, rstd, weight, bias))),
+        checked=("affine", *ours),
+        not_run=missing,
+    )
 
 
-if __name__ == "__main__":
-    main()
+def cases() -> list[Case]:
+    return [
+        Case(
+            "group_norm_silu",
+            f"{channels} channels, {height} rows of {width}",
+            "torch in float64",
+            partial(prepare, channels, height, width),
+            quick=height < 64,
+        )
+        for channels, height, width in CASES
+    ]

@@ -1,62 +1,73 @@
-"""One entry of the suite: what is timed, against what, and what it must move and compute."""
+"""A case of the suite: what is timed, what it is compared with, and what it must compute."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from bench.measure import Run
 from tiledcore import ops
+
+IMPLS: tuple[ops.Impl, ...] = ("reference", "native", "triton")
+"""Implementations that most ops have."""
 
 
 @dataclass(frozen=True)
 class Ready:
     """A case with its inputs on the device."""
 
-    runs: dict[str, Callable[[], Any]]
-    """Provider -> one call: the implementations, the baseline, rivals, and what bounds them, such as ``copy``."""
+    runs: dict[str, Run]
+    """Provider -> one call. Providers are our implementations, the baseline, rivals, and ``copy`` as a bound."""
     baseline: str
-    """The provider that speed-ups are over."""
+    """The provider that speed-ups are relative to."""
     bytes: dict[str, int]
-    """Provider -> bytes that it has to move; what others are charged with where it is missing."""
+    """Provider -> bytes that it has to move. May be empty."""
     flops: int = 0
     """Useful ones: what the result needs, whoever computes it."""
-    errors: Callable[[], dict[str, float]] = dict
-    """Provider -> largest |difference| from the oracle over its largest entry."""
+    expected: Callable[[], Tensor] | None = None
+    """The result by the oracle."""
+    checked: Sequence[str] = ()
+    """Providers whose first result must be the expected one."""
     not_run: dict[str, str] = field(default_factory=dict)
     """Provider -> why it cannot run here."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What can be prepared on any device.
-
-    ``prepare`` makes new inputs at each call, so that buffers can be rotated.
-    """
+    """One entry of the suite. ``prepare`` makes the inputs."""
 
     op: str
     shapes: str
     oracle: str
-    """What results are compared with before anything is timed."""
+    """What results are compared with, in words."""
     prepare: Callable[[torch.device, torch.dtype], Ready]
     quick: bool = False
+    """Also part of ``--quick``."""
 
     @property
     def name(self) -> str:
         return f"{self.op}: {self.shapes}"
 
 
-def why_not(op: str, impl: ops.Impl, device: torch.device) -> str | None:
-    """Why an implementation cannot be timed on a device, or None where it can."""
-    if impl == "triton" and device.type == "cpu":
-        return "interpreted, its time would mean nothing"
-    return ops.unavailable(op, impl, device)
+def implementations(
+    op: str, call: Callable[..., Tensor], device: torch.device, names: Sequence[ops.Impl] = IMPLS
+) -> tuple[dict[str, Run], dict[str, str]]:
+    """Our implementations that can run on the device as ``call(impl=name)``, and why the others cannot."""
+    runs: dict[str, Run] = {}
+    missing: dict[str, str] = {}
+    for name in names:
+        interpreted = name == "triton" and device.type == "cpu"
+        reason = "interpreted, its time would mean nothing" if interpreted else ops.unavailable(op, name, device)
+        if reason is None:
+            runs[name] = partial(call, impl=name)
+        else:
+            missing[name] = reason
+    return runs, missing
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Largest |difference| over the largest |expected|; infinite where something is not finite."""
+    """Largest |difference| divided by the largest |expected|. Infinite where something is not finite."""
     difference = float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
     return difference if difference == difference else float("inf")

@@ -28,12 +28,6 @@ def spectrum(side: int, cutoff: float = 48.0) -> Floats:
     return power / power.mean()
 
 
-def fields(power: Floats, count: int, seed: int) -> Floats:
-    """``[count, side, side]``: exact samples of the field."""
-    noise = np.random.default_rng(seed).standard_normal((count, *power.shape))
-    return np.fft.ifft2(np.fft.fft2(noise) * np.sqrt(power)).real
-
-
 class IdealDenoiser:
     """The conditional mean of the noise minus the field, what flow matching predicts, for tiles of any size.
 
@@ -97,19 +91,3 @@ def _even_odd(h: int) -> Tensor:
     """``[2, h / 2, h]``, orthogonal: the even and the odd part of a vector of length h."""
     half = torch.eye(h // 2, dtype=torch.float64)
     return torch.stack([torch.cat([half, s * half.flip(1)], 1) for s in (1, -1)]) / math.sqrt(2)
-
-
-def coarser(power: Floats, side: int) -> Floats:
-    """``[side, side]``: the spectrum of the field with only the modes that a picture of this side has."""
-    modes = (np.fft.fftfreq(side) * side).astype(int)
-    return power[np.ix_(modes, modes)] * (side / power.shape[0]) ** 2
-
-
-def coarser_noise(noise: Tensor, side: int, generator: torch.Generator) -> Tensor:
-    """White noise ``[B, 1, side, side]`` with the low modes of ``noise``; the highest ones, which fold, are new."""
-    count, full = noise.shape[0], noise.shape[-1]
-    result = torch.fft.fft2(torch.randn(count, 1, side, side, generator=generator, dtype=noise.dtype))
-    modes = torch.arange(1 - side // 2, side // 2)
-    within, whole = modes % side, modes % full
-    result[..., within[:, None], within] = torch.fft.fft2(noise)[..., whole[:, None], whole] * (side / full)
-    return torch.fft.ifft2(result).real

@@ -1,29 +1,22 @@
-"""tiledcore and its peers side by side: same weights, noise, prompt, steps and output size.
+"""tiledcore and other methods side by side: same weights, noise, prompt, steps and output size.
 
     python -m bench.peers_table --size 1024 --steps 8 --json bench/results/peers_earth.json
 
-Every result is kept in ``--work`` (image, seconds, memory), so a run that was stopped goes on where it was. One step of
-all ways at 1024² costs as much as about 80 of the plain grid do; the stride of an eighth alone costs 39.
+Images and costs are kept in ``--work``. One step of all ways at 1024² costs as much as about 80 of the plain grid; the
+stride of an eighth alone costs 39.
 
-- s: of denoising, text encoding included, without decoding; one run, so trust nothing below some per cent of it.
-- area: latent pixels given to the network over canvas pixels, steps and guidance branches; counted, not calculated.
-- calls: forwards of the network; windows go in batches of 4, but for diffusers' panorama, which is run as it ships.
-- MB: growth of the resident set (CUDA: of what is allocated) at its peak over what it was before, denoising alone.
-- seam: mean seam ratio (bench/quality.py) of the lines on which the method's own windows start and end, and of the
-  plain grid's for what has none that stay, over that of all other lines between two latent pixels; 1 is ideal. Such
-  lines stand out in any image of this decoder, so they are compared with their like. Worst: the largest ratio of a
-  line over the 99.9th percentile of the others. Tone: tone step on the plain grid's lines over that elsewhere.
-- low, patches: power at low frequencies over that of native samples, and sliced Wasserstein distance to them, both as
-  bench/modes.py has them.
-- repeat: largest normalised cross-correlation between distant tiles (bench/repetition.py). PSNR: against the
-  dense whole canvas, in dB.
+- s: of denoising, text encoding included, without decoding; one run, so differences of some per cent mean nothing.
+- area: latent pixels given to the network, over canvas pixels, steps and guidance branches; counted while running.
+- calls: of the network. Windows go in batches of 4, except for diffusers' panorama, which runs as it ships.
+- MB: growth of the resident set (CUDA: of what is allocated) at its peak while denoising.
+- seam, worst / limit, low, patches: as in bench/study.py. The lines are those on which the method's own windows start
+  and end, or the plain grid's if it has none that stay. All images are decoded as a whole by one decoder, so lines are
+  compared with lines between latent pixels.
+- tone: tone step on the plain grid's lines over that elsewhere; alike: likeness of distant tiles (bench/quality.py).
 
-A peer is beaten by a way that is faster and at least as good in seam and patches, where as good is within 5 %: one
-seed tells no more. Seam to repeat are means over prompts and seeds, but for the worst line. All images are decoded
-whole, by one decoder.
+A method is beaten by a way that is faster and at least as good in seam and patches. Up to 5 % apart counts as equal:
+one seed tells no more. Figures are means over prompts and seeds, except for the worst line.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -38,15 +31,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bench import timing
-from bench.modes import PX, WINDOWS, Images, kept, native_samples
+from bench import measure, study
 from bench.peers import methods
 from bench.peers.model import Model, counted, starts
-from bench.quality import cut_windows, low_frequency_power, psnr, seam_check, tone_step
-from bench.repetition import repetition
-from tiledcore import TiledPipeline, TilingConfig
+from bench.quality import Pixels, likeness, tone_step
+from bench.study import PX, Figures
+from tiledcore import Motion, TiledPipeline, TilingConfig
 from tiledcore.models import call_defaults
-from tiledcore.models.evaluate import patch_distance
 
 Denoise = Callable[[Any, Tensor, str, dict[str, Any]], Tensor]
 EQUAL = 1.05
@@ -61,17 +52,17 @@ COLUMNS = {
     "tone": "tone",
     "low_frequency_kept": "low",
     "patches": "patches",
-    "repetition": "repeat",
-    "psnr_to_whole": "PSNR",
+    "likeness": "alike",
 }
+DIGITS = {"patches": 4, "evaluations": 0, "peak_megabytes": 0, "seconds": 1}
 
 
 def tiledcore_ways(tile: int) -> dict[str, TilingConfig]:
     return {
         "tiledcore, 25 % ramp": TilingConfig(tile=tile, overlap=tile // 4),
         "tiledcore, 12 % ramp": TilingConfig(tile=tile),
-        "tiledcore, shift": TilingConfig(tile=tile, shift=True),
-        "tiledcore, default": TilingConfig(tile=tile, shift=True, blend_first=2, blend_steps=1, fade=tile * 3 // 16),
+        "tiledcore, shift": TilingConfig(tile=tile, motion=Motion(0, 0, 0)),
+        "tiledcore, default": TilingConfig(tile=tile, motion="moving"),
         "tiledcore, canvas, halo half": TilingConfig(tile=tile, mode="canvas"),
     }
 
@@ -115,7 +106,7 @@ def lines(name: str, stride: int, side: int, tile: int) -> list[int]:
     """Latent lines along one axis on which windows start or end."""
     if not stride:
         config = tiledcore_ways(tile)[name]
-        if not config.shift:
+        if not config.moving:
             return list(config.grid(side, side, tile).lines[0])
         stride = tile
     window = 64 if name.startswith("diffusers") else tile
@@ -126,8 +117,8 @@ def lines(name: str, stride: int, side: int, tile: int) -> list[int]:
 
 def make(
     pipe: Any, denoise: Denoise, size: int, prompt: str, seed: int, call: dict[str, Any]
-) -> tuple[Images, dict[str, float]]:
-    """One image ``[size, size, 3]`` in 0..1, and what it cost."""
+) -> tuple[Pixels, Figures]:
+    """One image ``[size, size, 3]``, 0 to 1, and what it cost."""
     side, device = size // PX, pipe._execution_device
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(1, pipe.unet.config.in_channels, side, side, generator=generator).to(device, pipe.unet.dtype)
@@ -143,7 +134,7 @@ def make(
 
     with torch.inference_mode():
         with counted(pipe) as spent:
-            memory = timing.peak_growth(run, torch.device(device))
+            memory = measure.peak_growth(run, torch.device(device))
         decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
     image = (decoded[0].permute(1, 2, 0).float().cpu().numpy() / 2 + 0.5).clip(0, 1)
     area = spent.pixels / (2 * call["num_inference_steps"] * side * side)
@@ -151,49 +142,33 @@ def make(
     return image, cost
 
 
-def made(path: Path, run: Callable[[], tuple[Images, dict[str, float]]]) -> tuple[Images, dict[str, float]]:
-    """The image and its cost stored at ``path``; made first if they are not there."""
+def made(path: Path, run: Callable[[], tuple[Pixels, Figures]]) -> tuple[Pixels, Figures]:
+    """The image stored at ``path`` and its cost, stored beside it. Both are made first if they are not there."""
+    costs = path.with_suffix(".json")
 
-    def image() -> list[Images]:
+    def image() -> list[Pixels]:
         pixels, cost = run()
-        path.with_suffix(".json").write_text(json.dumps(cost))  # first: an image without its cost would stay so
+        costs.parent.mkdir(parents=True, exist_ok=True)
+        costs.write_text(json.dumps(cost))  # before the image: an image without its cost would stay so
         return [pixels]
 
-    pixels = kept(path, image)
-    return pixels, json.loads(path.with_suffix(".json").read_text())
+    pixels = study.kept(path, image)
+    return pixels, json.loads(costs.read_text())
 
 
-def judge(image: Images, whole: Images, native: Images, at: list[int], tile: int) -> dict[str, float]:
-    """All columns that are about the image."""
-    plain = list(range(PX * tile, image.shape[0], PX * tile))
-    windows, on = cut_windows(image, native.shape[1], WINDOWS), [PX * line for line in at]
-    seams = seam_check(image, on, on, period=PX)
-    return {
-        "seam_mean": seams.mean,
-        "seam_worst_over_limit": seams.worst / seams.limit,
-        "tone": tone_step(image, plain, plain).ratio,
-        "low_frequency_kept": low_frequency_power(windows) / low_frequency_power(native),
-        "patches": patch_distance(windows, native),
-        "repetition": repetition(image, PX * tile),
-        "psnr_to_whole": psnr(image, whole),
-    }
+def judge(image: Pixels, native: Pixels, at: list[int], tile: int) -> Figures:
+    """All figures of an image. ``at`` has the method's own lines and ``tile`` the grid's, in latent pixels."""
+    on, plain = [PX * line for line in at], list(range(PX * tile, image.shape[0], PX * tile))
+    more = {"tone": tone_step(image, plain, plain), "likeness": likeness(image, PX * tile)}
+    return study.judge(image, native, (on, on), PX) | more
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    text = ["| way | " + " | ".join(COLUMNS.values()) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
-    for row in rows:
-        cells = []
-        for column in COLUMNS:
-            value = row.get(column)
-            digits = {"patches": 4, "evaluations": 0, "peak_megabytes": 0, "seconds": 1, "psnr_to_whole": 1}
-            plain = value is None or not np.isfinite(value)
-            cells.append("–" if plain else f"{value:.{digits.get(column, 2)}f}")
-        text.append(f"| {row['name']} | " + " | ".join(cells) + " |")
-    return "\n".join(text)
+    return study.table(rows, COLUMNS, DIGITS)
 
 
 def verdict(rows: list[dict[str, Any]]) -> list[str]:
-    """For every tiled peer, the fastest way of ours that is at least as good in seams and patches, or that none is."""
+    """A line for each tiled method: by which way of ours it is beaten, or that it is not."""
     mine = [row for row in rows if row["name"].startswith("tiledcore")]
     text = []
     for row in rows:
@@ -217,15 +192,31 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
     return text
 
 
+def judged(
+    pipe: Any, chosen: dict[str, tuple[Denoise, int]], args: argparse.Namespace, tile: int, call: dict[str, Any]
+) -> tuple[dict[str, list[Figures]], list[Figures]]:
+    """Figures of each image of each way, and the noise floors."""
+    work, tiled = args.work / f"earth {args.device} {args.steps} steps", TiledPipeline.from_pipe(pipe)
+    found: dict[str, list[Figures]] = {name: [] for name in chosen}
+    floors = []
+    for prompt in args.prompts:
+        natives = study.native_samples(tiled, work, prompt, call)
+        floors.append(study.noise_floor(natives))
+        native = np.concatenate(natives)
+        for seed in range(args.seeds):
+            about = f"{args.size} {prompt} {seed}.png"
+            for name, (denoise, stride) in chosen.items():
+                run = partial(make, pipe, denoise, args.size, prompt, seed, call)
+                image, cost = made(work / f"{name.replace('/', '-')} {about}", run)
+                at = lines(name, stride, args.size // PX, tile)
+                found[name].append(cost | judge(image, native, at, tile))
+                print(name, prompt, seed, {k: round(v, 3) for k, v in found[name][-1].items()}, flush=True)
+    return found, floors
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=1024, help="px, a multiple of 256")
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--seeds", type=int, default=1, help="images of each prompt")
-    parser.add_argument("--prompts", nargs="+", default=["relief map of a rugged coast"])
-    parser.add_argument("--only", nargs="+", help="names of ways")
-    parser.add_argument("--work", type=Path, default=Path("runs/peers"))
-    parser.add_argument("--json", type=Path)
+    parser = study.parser(__doc__, 8, ["relief map of a rugged coast"], "runs/peers")
+    parser.set_defaults(size=1024)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     Image.MAX_IMAGE_PIXELS = None
@@ -234,41 +225,16 @@ def main(argv: list[str] | None = None) -> None:
     tile = pipe.unet.config.sample_size
     if args.size % (PX * tile):
         parser.error(f"--size {args.size}: must be a multiple of {PX * tile}")
-    call = call_defaults("earth") | {"num_inference_steps": args.steps}
-    work, chosen = args.work / f"earth {args.device} {args.steps} steps", ways(tile)
-    if unknown := set(args.only or []) - chosen.keys():
-        parser.error(f"--only {', '.join(unknown)}: must be of {', '.join(chosen)}")
-    chosen = {n: way for n, way in chosen.items() if n in (args.only or [n])}
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
-    floor: list[dict[str, float]] = []
-    native_pipe = TiledPipeline.from_pipe(pipe)
-    for prompt in args.prompts:
-        native, other = (native_samples(native_pipe, work, prompt, first, call) for first in (1000, 2000))
-        low = low_frequency_power(other) / low_frequency_power(native)
-        floor.append({"patches": patch_distance(other, native), "low_frequency_kept": low})
-        native = np.concatenate([native, other])
-        for seed in range(args.seeds):
-            about = f"{args.size} {prompt} {seed}.png"
-            dense = partial(make, pipe, peer(methods.dense), args.size, prompt, seed, call)
-            whole, _ = made(work / f"dense whole canvas {about}", dense)
-            for name, (denoise, stride) in chosen.items():
-                run = partial(make, pipe, denoise, args.size, prompt, seed, call)
-                image, cost = made(work / f"{name.replace('/', '-')} {about}", run)
-                at = lines(name, stride, args.size // PX, tile)
-                found[name].append(cost | judge(image, whole, native, at, tile))
-                print(name, prompt, seed, {k: round(v, 3) for k, v in found[name][-1].items()}, flush=True)
-    rows: list[dict[str, Any]] = []
-    for name, each in found.items():
-        row = {key: float(np.mean([one[key] for one in each])) for key in each[0]}
-        worst = max(one["seam_worst_over_limit"] for one in each)
-        rows.append({"name": name} | row | {"seam_worst_over_limit": worst})
-    rows.append({"name": "native samples"} | {k: float(np.mean([one[k] for one in floor])) for k in floor[0]})
+    call, every = call_defaults("earth") | {"num_inference_steps": args.steps}, ways(tile)
+    if unknown := set(args.only or []) - every.keys():
+        parser.error(f"--only {', '.join(unknown)}: must be of {', '.join(every)}")
+    chosen = {name: way for name, way in every.items() if name in (args.only or every)}
+    found, floors = judged(pipe, chosen, args, tile, call)
+    rows: list[dict[str, Any]] = [{"name": name} | study.mean(figures) for name, figures in found.items()]
+    rows.append({"name": "native samples"} | study.mean(floors))
     print(table(rows), *verdict(rows), sep="\n")
-    if args.json:
-        about_run = {"size": args.size, "tile": tile, "prompts": args.prompts, "seeds": args.seeds, "call": call}
-        machine = timing.machine(torch.device(args.device))
-        data = {"machine": machine, "about": about_run, "rows": rows, "verdict": verdict(rows)}
-        args.json.write_text(json.dumps(data, indent=1) + "\n")
+    about = {"size": args.size, "tile": tile, "prompts": args.prompts, "seeds": args.seeds, "call": call}
+    measure.save(args.json, torch.device(args.device), about=about, rows=rows, verdict=verdict(rows))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,18 @@
-"""How coherent a tiled image is, in numbers. Needs no model and no second image.
+"""Metrics: how coherent a tiled image is, in numbers. No model and no second image is needed.
 
-The seam ratio compares a line with its own surroundings, so texture and brightness, which raise the
-differences on all lines of a region alike, cancel out. A *line* y lies between pixels y - 1 and y;
-line 0 joins the last row to the first one and only exists on a wrapped axis.
+The seam ratio compares a line with the lines around it, so texture and brightness cancel out. A *line* y is between the
+pixels y - 1 and y. Line 0 joins the last row to the first one, and only exists on an axis that wraps.
 
-Networks draw a grid of their own: lines between latent pixels, or between the patches of a transformer,
-differ more than lines within one, tiles or no tiles. Tile lines lie on that grid, so they are compared with
-lines on it: ``period`` is its spacing in image pixels, and a ratio is divided by what is usual for its line's
-place in the period.
+Networks draw a grid of their own: lines between latent pixels, or between the patches of a transformer, differ more
+than other lines, with tiles or without. Tile lines are on that grid, so they must be compared with lines on it.
+``period`` is its spacing in image pixels.
 """
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,17 +21,18 @@ NEIGHBOURS = 16
 PERCENTILE = 99.9
 
 Floats = NDArray[np.float64]
+Pixels = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
 class AxisSeams:
-    """The tile lines of one axis."""
+    """The tile lines of one axis. Without tile lines, ratios are NaN."""
 
     lines: int
     mean: float
-    """Mean ratio of the tile lines; 1 is what an ordinary line has. NaN without tile lines."""
+    """Mean ratio of the tile lines; 1 is what an ordinary line has."""
     worst: float
-    """Largest ratio of a tile line. NaN without tile lines."""
+    """Largest ratio of a tile line."""
     worst_line: int | None
     """Where, in pixels."""
 
@@ -42,7 +42,7 @@ class SeamCheck:
     """What :func:`seam_check` found."""
 
     limit: float
-    """The 99.9th percentile of the ordinary lines' ratios, both axes pooled."""
+    """The 99.9th percentile of the ordinary lines' ratios, both axes together."""
     y: AxisSeams
     """Lines along which y is constant: horizontal seams."""
     x: AxisSeams
@@ -61,59 +61,38 @@ class SeamCheck:
 
     @property
     def passes(self) -> bool:
-        """No tile line stands out more than the most conspicuous 0.1 % of ordinary lines."""
+        """No tile line stands out more than the worst 0.1 % of the ordinary lines."""
         return self.worst <= self.limit
 
 
-@dataclass(frozen=True)
-class ToneStep:
-    """What :func:`tone_step` found."""
-
-    on_lines: float
-    """Mean |difference| of tone across tile lines."""
-    elsewhere: float
-    """The same across the lines moved by random offsets."""
-    ratio: float
-
-
-def seam_profile(
-    image: NDArray[np.floating], wrap: tuple[bool, bool] = (False, False), period: int = 1
-) -> tuple[Floats, Floats]:
+def seam_profile(image: Pixels, wrap: tuple[bool, bool] = (False, False), period: int = 1) -> tuple[Floats, Floats]:
     """The seam ratio of every line of both axes.
 
-    The ratio is the mean absolute difference across a line, over the mean of the same across the
-    16 nearest parallel lines: 8 on each side, or whichever are nearest at the image's end (fewer
-    than 16 only if there are no more). Ordinary lines have a ratio near 1. Where nothing at all
-    changes, it is 1.
+    It is the mean |difference| across the line, over the same mean for the 16 nearest parallel lines, 8 on each side
+    where there are as many. Ordinary lines have a ratio near 1. Where nothing changes at all, it is 1.
 
     Args:
         image: ``[H, W]`` or ``[H, W, channels]``, any scale.
-        wrap: whether the last pixel row (column) is adjacent to the first.
+        wrap: (y, x), whether the last pixel row (column) is next to the first.
         period: image pixels of a latent pixel, or of a token of a patched transformer. Each ratio is divided by the
-            median of its axis's lines at the same place in the period, which tile lines must not be half of.
+            median for the same place in the period. At most half of the lines at one place may be tile lines.
 
     Returns:
-        Ratios of lengths H and W, indexed by line; NaN at line 0 of an axis that does not wrap.
+        Ratios of lengths H and W, by line; NaN at line 0 of an axis that does not wrap.
     """
     if period < 1:
         raise ValueError(f"period={period} must be at least 1")
     if image.ndim not in (2, 3) or min(image.shape[:2]) < 3:
         raise ValueError(f"image of shape {image.shape} must be [H, W] or [H, W, C] with H, W of at least 3")
     if not np.issubdtype(image.dtype, np.floating):
-        image = image.astype(np.float32)  # unsigned differences would wrap round
+        image = image.astype(np.float32)  # differences of unsigned integers would wrap
     turned = np.swapaxes(image, 0, 1)
     y, x = _ratios(_differences(image), wrap[0]), _ratios(_differences(turned), wrap[1])
     return _by_phase(y, period), _by_phase(x, period)
 
 
-def outermost(size: int, wrap: bool) -> list[int]:
-    """Lines that have not half of their neighbours on each side; line 0 of an open axis is none at all."""
-    each_side = NEIGHBOURS // 2
-    return [] if wrap else [line for line in range(size) if line <= each_side or line > size - each_side - 1]
-
-
 def seam_check(
-    image: NDArray[np.floating],
+    image: Pixels,
     lines_y: Iterable[int],
     lines_x: Iterable[int],
     wrap: tuple[bool, bool] = (False, False),
@@ -121,17 +100,16 @@ def seam_check(
 ) -> SeamCheck:
     """Whether the lines on which tiles meet stand out from all the others.
 
-    Every line that is no tile line is an ordinary one, but for the outermost 8 at an open border: decoders draw the
-    border itself more strongly than any seam, and it would set the limit. The two axes' ordinary lines are pooled: a
-    99.9th percentile needs thousands of lines, and the ratio is already relative to its
-    surroundings. By definition one ordinary line in a thousand would fail, too.
+    Every line that is no tile line is an ordinary one, except for the outermost 8 at an open border: decoders draw the
+    border more strongly than any seam, and it would set the limit. Both axes count together, because a 99.9th
+    percentile needs thousands of lines. By definition one ordinary line in a thousand would fail, too.
 
     Args:
-        image: as for :func:`seam_profile`.
+        image: as for :func:`seam_profile`, and so are ``wrap`` and ``period``.
         lines_y: y in pixels of every line where a tile starts or ends or two cores meet.
         lines_x: the same along x.
-        wrap: as for :func:`seam_profile`; line 0 only counts on an axis that wraps.
-        period: as for :func:`seam_profile`.
+        wrap: line 0 only counts on an axis that wraps.
+        period: of the network's own grid.
     """
     profile = seam_profile(image, wrap, period)
     tile_lines = [
@@ -140,7 +118,7 @@ def seam_check(
     ]
     ordinary = np.concatenate(
         [
-            np.delete(ratios, sorted({*outermost(len(ratios), wraps), *lines}))
+            np.delete(ratios, sorted({*_outermost(len(ratios), wraps), *lines}))
             for ratios, lines, wraps in zip(profile, tile_lines, wrap, strict=True)
         ]
     )
@@ -150,18 +128,17 @@ def seam_check(
     return SeamCheck(float(np.percentile(ordinary, PERCENTILE)), y, x)
 
 
-def cut_windows(image: NDArray[np.floating], size: int, count: int, seed: int = 0) -> Floats:
-    """``[count, size, size, C]``: windows of an image ``[H, W, C]`` at random places, not aligned to any tile."""
+def cut_windows(image: Pixels, size: int, count: int, seed: int = 0) -> Floats:
+    """``[count, size, size, C]``: windows of an image ``[H, W, C]`` at random places."""
     rng = np.random.default_rng(seed)
     places = zip(*(rng.integers(0, side - size + 1, count) for side in image.shape[:2]), strict=True)
     return np.stack([image[y : y + size, x : x + size] for y, x in places]).astype(np.float64)
 
 
-def low_frequency_power(images: NDArray[np.floating]) -> float:
-    """Power of the luminance at one to two cycles per image side, the scale at which tiles go astray.
+def low_frequency_power(images: Pixels) -> float:
+    """Power of the luminance at one to two cycles per image side. Compare it with that of the model's native samples.
 
-    Tiles that do not know of each other cancel where they are averaged: the low frequencies of the canvas
-    are what is lost first. To be compared with the same figure of the model's own native samples.
+    Tiles that do not know of each other cancel where they are averaged, and low frequencies are lost first.
 
     Args:
         images: ``[N, size, size, C]``, any scale; Hann-windowed, mean over N.
@@ -176,48 +153,40 @@ def low_frequency_power(images: NDArray[np.floating]) -> float:
 
 
 def tone_step(
-    image: NDArray[np.floating],
-    lines_y: Iterable[int],
-    lines_x: Iterable[int],
-    band: int = 32,
-    offsets: int = 64,
-    seed: int = 0,
-) -> ToneStep:
+    image: Pixels, lines_y: Iterable[int], lines_x: Iterable[int], band: int = 32, offsets: int = 64
+) -> float:
     """Whether tiles differ in tone from their neighbours, which a ramp hides from the seam ratio.
 
-    At each line the means of the two bands of ``band`` pixels beside it are compared, tile by tile: along the line in
-    pieces between the crossing lines. The same is measured with all lines moved by random offsets, the same for all,
-    that keep them at least ``band`` away from the tile lines where these are far enough apart; else half as far
-    as the nearest two lines are.
+    At each line the means of the ``band`` pixels on both sides are compared, in pieces between the crossing lines. The
+    same is measured with all lines moved together by random offsets, by at least ``band`` or a quarter of the smallest
+    distance between lines.
 
     Args:
         image: ``[H, W]`` or ``[H, W, C]``.
         lines_y: y in pixels of the lines between tiles.
         lines_x: the same along x.
-        band: pixels on each side whose tone counts.
+        band: pixels on each side.
         offsets: how many random offsets to compare with.
-        seed: of these.
 
     Returns:
-        The mean step on tile lines, and over that at random offsets; 1 is ideal, NaN without tile lines.
+        Mean |difference| on the lines over that elsewhere; 1 is ideal, NaN without tile lines.
 
     Raises:
-        ValueError: no line has ``band`` pixels on both sides, or there are no two lines' widths to move them in.
+        ValueError: no line has ``band`` pixels on both sides.
     """
     grey = image.astype(np.float64) if image.ndim == 2 else image.mean(-1, dtype=np.float64)
-    axes = [sorted(_valid(lines, size, axis, False)) for lines, size, axis in
-            zip((lines_y, lines_x), grey.shape, "yx", strict=True)]  # fmt: skip
+    named = zip((lines_y, lines_x), grey.shape, "yx", strict=True)
+    axes = [sorted(_valid(lines, size, axis, False)) for lines, size, axis in named]
     if not any(axes):
-        return ToneStep(float("nan"), float("nan"), float("nan"))
+        return math.nan
     on = _steps(grey, axes, band, (0, 0))
     if not on.size:
         raise ValueError(f"band={band}: no tile line of an image of {grey.shape} has that many pixels on both sides")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     ranges = [_free_offsets(lines, size, band) for lines, size in zip(axes, grey.shape, strict=True)]
     moved = [_steps(grey, axes, band, tuple(int(rng.choice(r)) for r in ranges)) for _ in range(offsets)]
-    elsewhere = float(np.mean([steps.mean() for steps in moved if steps.size]))
-    found = float(on.mean())
-    return ToneStep(found, elsewhere, 1.0 if found == elsewhere else found / elsewhere if elsewhere else float("inf"))
+    elsewhere, found = float(np.mean([steps.mean() for steps in moved if steps.size])), float(on.mean())
+    return 1.0 if found == elsewhere else found / elsewhere if elsewhere else math.inf
 
 
 def _free_offsets(lines: list[int], size: int, band: int) -> NDArray[np.int64]:
@@ -246,34 +215,38 @@ def _steps(grey: Floats, axes: list[list[int]], band: int, offset: tuple[int, ..
     return np.array(found)
 
 
-def psnr(image: NDArray[np.floating], whole: NDArray[np.floating], peak: float = 1.0) -> float:
-    """Peak signal-to-noise ratio in dB of a tiled image against the same one made whole; infinite where they agree."""
-    if image.shape != whole.shape:
-        raise ValueError(f"image of shape {image.shape} and whole of shape {whole.shape} must have the same shape")
-    error = float(np.mean((image.astype(np.float64) - whole) ** 2))
-    return math.inf if error == 0 else 10 * math.log10(peak**2 / error)
+def likeness(image: Pixels, tile: int, bins: int = 16) -> float:
+    """How far distant tiles show the same things: mean intersection of their colour histograms, 0 to 1.
 
-
-def tiling_score(image: NDArray[np.floating], wrap: tuple[bool, bool] = (True, True)) -> float:
-    """How well an image joins itself: mean |difference| of the pixels that meet across its wrapped borders.
-
-    After the Tiling Score of Tiled Diffusion (Madar and Fried, CVPR 2025), which compares the pixels along the sides
-    that are to be connected; 0 is ideal, and its authors report 0.03 to 0.04. The paper's formula was not at hand:
-    the mean over both axes, pixels and channels of an image in 0..1 is this project's reading of that description. An
-    untouched image has about what two neighbouring rows have.
+    A tile of one large picture shows a part of it, such as sea here and land there. Tiles that do not know of each
+    other each draw a whole picture with some of everything, so their colours are the same.
+    Histogram intersection as in Swain and Ballard (1991), over ``bins`` levels of each channel, smoothed by 1 2 1 along
+    each channel, so that a colour near a bin's edge counts the same on both sides of it.
 
     Args:
-        image: ``[H, W]`` or ``[H, W, C]``, 0 to 1.
-        wrap: which axes join.
+        image: ``[H, W, 3]``, 0 to 1.
+        tile: side of a tile in pixels.
+        bins: for each channel.
+
+    Returns:
+        Mean over all pairs of tiles that do not touch, not even at a corner. NaN if there are none.
     """
-    if not any(wrap):
-        raise ValueError(f"wrap={wrap}: at least one axis must be wrapped")
-    sides = [np.abs(image[0] - image[-1])] if wrap[0] else []
-    sides += [np.abs(image[:, 0] - image[:, -1])] if wrap[1] else []
-    return float(np.mean([side.mean(dtype=np.float64) for side in sides]))
+    rows, cols = (n // tile for n in image.shape[:2])
+    tiles = image[: rows * tile, : cols * tile].reshape(rows, tile, cols, tile, 3).swapaxes(1, 2)
+    level = np.clip(tiles.reshape(rows * cols, tile * tile, 3) * bins, 0, bins - 1).astype(np.int64)
+    colour = (level[..., 0] * bins + level[..., 1]) * bins + level[..., 2]
+    count = np.stack([np.bincount(c, minlength=bins**3) for c in colour]).reshape(-1, bins, bins, bins)
+    for axis in (1, 2, 3):
+        padded = np.moveaxis(np.pad(count, [(0, 0)] + [(1, 1) if a == axis else (0, 0) for a in (1, 2, 3)]), axis, 0)
+        count = np.moveaxis(padded[:-2] + 2 * padded[1:-1] + padded[2:], 0, axis)
+    share = count.reshape(rows * cols, -1) / count.sum((1, 2, 3))[:, None]
+    y, x = np.divmod(np.arange(rows * cols), max(cols, 1))
+    distant = np.maximum(np.abs(y[:, None] - y), np.abs(x[:, None] - x)) > 1
+    found = [np.minimum(share[i], share[j]).sum() for i, j in zip(*np.nonzero(distant), strict=True)]
+    return float(np.mean(found)) if found else float("nan")
 
 
-def _differences(image: NDArray[np.floating]) -> Floats:
+def _differences(image: Pixels) -> Floats:
     """Mean |difference| across each line of the first axis, line 0 being the wrapped one."""
     size = len(image)
     result = np.empty(size)
@@ -316,6 +289,12 @@ def _by_phase(ratios: Floats, period: int) -> Floats:
         if 0 < usual < math.inf:  # of a picture of flat blocks it may be neither
             result[phase::period] /= usual
     return result
+
+
+def _outermost(size: int, wrap: bool) -> set[int]:
+    """Lines with less than 8 neighbours on a side, and line 0, which does not exist on an open axis."""
+    near = NEIGHBOURS // 2
+    return set() if wrap else set(range(size)) - set(range(near + 1, size - near))
 
 
 def _valid(lines: Iterable[int], size: int, axis: str, wrap: bool) -> set[int]:

@@ -1,6 +1,4 @@
-"""The tables of docs/benchmarks.md and README.md, written between their markers: `python -m bench tables`."""
-
-from __future__ import annotations
+"""Write the tables of README.md and docs/benchmarks.md from bench/results: ``python -m bench tables``."""
 
 import json
 import re
@@ -8,114 +6,78 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import modes, oracle, peers_table, regions, restyle, scaling, stages, suite, worlds
+from bench import modes, oracle, peers_table, suite
+from tiledcore.models.architecture import NATIVE
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "README.md")
 RESULTS = ROOT / "bench" / "results"
 
-
-def _about(data: dict[str, Any]) -> str:
-    machine = data["machine"]
-    return f"{machine['device']}, torch {machine['torch']}"
+Data = dict[str, Any]
 
 
-def _ops(data: dict[str, Any]) -> str:
+def _machine(data: Data) -> str:
+    return f"{data['machine']['device']}, torch {data['machine']['torch']}"
+
+
+def _ops(data: Data) -> str:
     cases = len({row["case"] for row in data["results"]})
     return suite.markdown(data).replace("\n", f"; {cases} cases in {data['took_seconds']:.0f} s\n", 1)
 
 
-def _ways(data: dict[str, Any], op: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """Shapes of an op -> way -> row, of what was timed."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in data["results"]:
-        if row["op"] == op and "seconds" in row:
-            found.setdefault(row["shapes"], {})[row["name"]] = row
-    return found
+def _pairs(data: Data, op: str, baseline: str, own: str) -> list[tuple[Data, Data, str]]:
+    """The rows of the baseline and of ours for each case of an op, and the start of a row that has both times."""
+    timed = {(row["shapes"], row["name"]): row for row in data["results"] if row["op"] == op and "seconds" in row}
+    found = [(timed[shapes, baseline], timed[shapes, own]) for shapes, name in timed if name == own]
+    return [
+        (a, b, f"| {b['shapes']} | {a['seconds'] * 1e3:.2f} ms | {b['seconds'] * 1e3:.2f} ms | {b['speedup']:.1f}× |")
+        for a, b in found
+    ]
 
 
-def _blend(data: dict[str, Any]) -> str:
+def _blend(data: Data) -> str:
     lines = ["| `blend_tiles`, ramp | Python loop | native | | of the ceiling |", "|---" * 5 + "|"]
-    for shapes, ways in _ways(data, "blend_tiles").items():
-        if "native" in ways:
-            loop, own = ways["python loop"], ways["native"]
-            lines.append(
-                f"| {shapes} | {loop['seconds'] * 1e3:.2f} ms | {own['seconds'] * 1e3:.2f} ms "
-                f"| {own['speedup']:.1f}× | {own['of_ceiling']:.0%} |"
-            )
-    return "\n".join(lines)
+    pairs = _pairs(data, "blend_tiles", "python loop", "native")
+    return "\n".join([*lines, *(f"{start} {own['of_ceiling']:.0%} |" for _, own, start in pairs)])
 
 
-def _step(data: dict[str, Any]) -> str:
+def _step(data: Data) -> str:
     lines = ["| a step outside the network | loop | fused, ramp | | MB moved, fused of loop |", "|---" * 5 + "|"]
-    for shapes, ways in _ways(data, "fused_step").items():
-        loop, own = ways["loop"], ways["ramp"]
-        lines.append(
-            f"| {shapes} | {loop['seconds'] * 1e3:.2f} ms | {own['seconds'] * 1e3:.2f} ms | {own['speedup']:.1f}× "
-            f"| {own['bytes'] / 1e6:.0f} of {loop['bytes'] / 1e6:.0f} |"
-        )
+    for loop, own, start in _pairs(data, "fused_step", "loop", "ramp"):
+        lines.append(f"{start} {own['bytes'] / 1e6:.0f} of {loop['bytes'] / 1e6:.0f} |")
     return "\n".join(lines)
 
 
-def _modes(data: dict[str, Any]) -> str:
+def _of_modes(data: Data) -> list[Data]:
+    """Rows of the ways that there still are."""
+    return [row for row in data["rows"] if row["name"] in {*modes.ways(NATIVE), "native samples"}]
+
+
+def _modes(data: Data) -> str:
     about = data["about"]
-    head = f"{_about(data)}; {about['model']}, {about['size']}², {about['call']['num_inference_steps']} steps"
-    return "\n".join([head, "", modes.table(data["rows"])])
+    head = f"{_machine(data)}; {about['model']}, {about['size']}², {about['call']['num_inference_steps']} steps"
+    return "\n".join([head, "", modes.table(_of_modes(data))])
 
 
-def _against(data: dict[str, Any]) -> str:
+def _against(data: Data) -> str:
     images = max(row.get("images", 0) for row in data["rows"])
-    head = f"{_about(data)}; {data['about']['model']}, {data['about']['size']}², at most {images} images"
-    return "\n".join([head, "", *modes.verdict(data["rows"])])
+    head = f"{_machine(data)}; {data['about']['model']}, {data['about']['size']}², at most {images} images"
+    return "\n".join([head, "", *modes.verdict(_of_modes(data))])
 
 
-def _peers(data: dict[str, Any]) -> str:
+def _peers(data: Data) -> str:
     about = data["about"]
-    head = f"{_about(data)}; {about['size']}², {about['call']['num_inference_steps']} steps, {about['seeds']} seed(s)"
+    head = f"{_machine(data)}; {about['size']}², {about['call']['num_inference_steps']} steps, {about['seeds']} seed(s)"
     return "\n".join([head, "", peers_table.table(data["rows"]), "", *(f"- {line}" for line in data["verdict"])])
 
 
-def _scaling(data: dict[str, Any]) -> str:
-    powers = ", ".join(f"{k} {v:.2f}" for k, v in data["about"]["fitted_powers_of_the_area"].items())
-    head = f"{_about(data)}; {data['about']['way']}, {data['about']['steps']} steps"
-    return "\n".join([head, "", scaling.table(data["rows"]), "", f"Fitted powers of the area: {powers}."])
-
-
-def _oracle(data: dict[str, Any]) -> str:
+def _oracle(data: Data) -> str:
     about = data["about"]
     head = f"{about['seeds']} times {about['fields']} fields of {about['side']}², {about['steps']} steps"
     return "\n".join([head, "", oracle.table(data["rows"])])
 
 
-def _stages(data: dict[str, Any]) -> str:
-    about = data["about"]
-    images = len(about["prompts"]) * about["seeds"]
-    steps = about["call"]["num_inference_steps"]
-    count = about["blend_steps"]
-    blended = "default tiling" if count is None else f"the last {count} blended" if count else "none blended"
-    head = f"{_about(data)}; earth-flux, {about['size']}², {steps} steps, {blended}, {images} images a way"
-    return "\n".join([head, "", stages.table(data["rows"])])
-
-
-def _regions(data: dict[str, Any]) -> str:
-    about = data["about"]
-    head = f"{_about(data)}; {about['model']}, {about['size']}², feather {about['feather']} px, {about['seeds']} scenes"
-    return "\n".join([head, "", regions.table(data)])
-
-
-def _worlds(data: dict[str, Any]) -> str:
-    about = data["about"]
-    head = f"{_about(data)}; {about['model']}, {about['size']}, {about['call']['num_inference_steps']} steps"
-    return "\n".join([head, "", worlds.table(data["rows"])])
-
-
-def _restyle(data: dict[str, Any]) -> str:
-    about = data["about"]
-    head = f"{_about(data)}; earth-flux, {about['size']}², {about['call']['num_inference_steps']} steps"
-    return "\n".join([head, "", restyle.table(data["rows"])])
-
-
-TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+TABLES: dict[str, tuple[str, Callable[[Data], str]]] = {
     "oracle": ("oracle.json", _oracle),
     "ops": ("cpu_suite.json", _ops),
     "blend": ("cpu_suite.json", _blend),
@@ -124,24 +86,15 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "modes-flux": ("modes_flux.json", _modes),
     "against-earth": ("modes_earth.json", _against),
     "against-flux": ("modes_flux.json", _against),
-    "against-earth-1024": ("modes_earth_1024.json", _against),
-    "against-flux-1024": ("modes_flux_1024.json", _against),
     "peers": ("peers_earth.json", _peers),
-    "scaling": ("scaling_earth.json", _scaling),
-    "stages": ("stages_flux.json", _stages),
-    "stages-1024": ("stages_flux_1024.json", _stages),
-    "regions": ("regions_earth.json", _regions),
-    "worlds": ("worlds_earth.json", _worlds),
-    "worlds-map": ("worlds_map_4096.json", _worlds),
-    "restyle": ("restyle_flux.json", _restyle),
 }
-"""Marker -> its file in bench/results, and how that is written."""
+"""Marker -> its file in bench/results, and how the table is written."""
 
 
 def filled(text: str, results: Path = RESULTS) -> str:
-    """The page with what is between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->`` made anew.
+    """The page with new tables between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``.
 
-    Where there are no results yet, the page says so and nothing else.
+    Without a result file the page says that nothing was measured.
 
     Raises:
         ValueError: a marker is of no table, or is not closed.
@@ -165,7 +118,7 @@ def filled(text: str, results: Path = RESULTS) -> str:
 
 
 def main(check: bool = False, pages: Sequence[Path] = PAGES, results: Path = RESULTS) -> int:
-    """Write the pages, or with ``check`` tell by 1 that one would change. A page without markers stays as it is."""
+    """Write the pages. With ``check`` write nothing, and return 1 if a page would change."""
     changed = 0
     for page in pages:
         old = page.read_text()

@@ -126,13 +126,15 @@ Plan<Acc> make_plan(
   const auto place = [](const std::vector<int64_t>& starts, int64_t start) {
     return std::lower_bound(starts.begin(), starts.end(), start) - starts.begin();
   };
-  plan.grid.assign(rows * columns, -1);
+  STD_TORCH_CHECK(
+      T == rows * columns, "offsets must be every pair of ", rows, " rows and ", columns,
+      " columns once, got ", T);
+  plan.grid.assign(T, -1);
   for (int64_t t = 0; t < T; ++t) {
     plan.grid[place(plan.down.starts, ys[t]) * columns + place(plan.across.starts, xs[t])] = t;
   }
-  // Every place of the grid must be taken exactly once.
   STD_TORCH_CHECK(
-      T == rows * columns && std::count(plan.grid.begin(), plan.grid.end(), -1) == 0,
+      std::count(plan.grid.begin(), plan.grid.end(), -1) == 0,
       "offsets must be every pair of ", rows, " rows and ", columns, " columns once, got ", T);
   return plan;
 }

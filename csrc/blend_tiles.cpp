@@ -83,8 +83,12 @@ Tensor blend_tiles_cpu(
   STD_TORCH_CHECK(
       tiles.size(0) % offsets.size(0) == 0,
       tiles.size(0), " tiles cannot be shared by ", offsets.size(0), " offsets");
-  Tensor out = torch::stable::new_empty(
-      tiles, {tiles.size(0) / offsets.size(0), tiles.size(1), H, W});
+  const int64_t B = tiles.size(0) / offsets.size(0), C = tiles.size(1);
+  product("the canvas", {B, C, H, W});
+  Tensor out = torch::stable::new_empty(tiles, {B, C, H, W});
+  if (out.numel() == 0) {
+    return out;
+  }
   switch (tiles.scalar_type()) {
     case ScalarType::Float:
       blend<F32>(tiles, offsets, out, window, ramp);

@@ -12,6 +12,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <initializer_list>
 
 // Baseline machine code plus clones that the loader picks by CPU: a wheel built here runs anywhere
 // (-march=native would not), and still uses the wide registers of the machine that it runs on.
@@ -26,6 +27,16 @@ namespace tiledcore {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// The product of sizes that a caller chose; an error where it does not fit 64 bits. Torch checks the sizes
+// of tensors itself, but a wrapped product could agree with a tensor's size, 0 among them.
+inline int64_t product(const char* name, std::initializer_list<int64_t> sizes) {
+  int64_t result = 1;
+  for (const int64_t size : sizes) {
+    STD_TORCH_CHECK(!__builtin_mul_overflow(result, size, &result), name, " does not fit 64 bits");
+  }
+  return result;
+}
 
 // Offsets as contiguous pairs (y, x), every one on the canvas.
 inline Tensor checked_offsets(const Tensor& offsets, int64_t height, int64_t width) {

@@ -324,7 +324,8 @@ void fused_step_cpu(
       torch::stable::contiguous(table), torch::stable::contiguous(input_scale), step, model_input,
       contiguous(guidance_scale), contiguous(noise), contiguous(rescale), window, ramp};
   const int64_t halves = guidance_scale ? 2 : 1;
-  check("tiles", tiles, tiles.scalar_type(), {a.offsets.size(0) * halves * B, C, h, w});
+  const int64_t count = product("tiles times batch", {a.offsets.size(0), halves, B});
+  check("tiles", tiles, tiles.scalar_type(), {count, C, h, w});
   check("state", state, type, {S, B, C, H, W});
   check("table", table, type, {table.size(0), S, S + 2});
   check("input_scale", input_scale, type, {table.size(0) + 1});
@@ -338,6 +339,9 @@ void fused_step_cpu(
   }
   if (rescale) {
     check("rescale", *rescale, type, {B});
+  }
+  if (state.numel() == 0) {
+    return;
   }
   switch (tiles.scalar_type()) {
     case ScalarType::Float:

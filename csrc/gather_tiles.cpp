@@ -16,11 +16,13 @@ Tensor gather_tiles_cpu(
       "tile ", h, " x ", w, " does not fit the canvas ", H, " x ", W);
   const Tensor canvas = torch::stable::contiguous(canvas_in);
   const Tensor offsets = checked_offsets(offsets_in, H, W);
-  const int64_t T = offsets.size(0), planes = B * C;
-  Tensor out = torch::stable::new_empty(canvas, {T * B, C, h, w});
-  if (planes == 0) {
+  const int64_t T = offsets.size(0);
+  Tensor out =
+      torch::stable::new_empty(canvas, {product("tiles times batch", {T, B}), C, h, w});
+  if (out.numel() == 0) {
     return out;
   }
+  const int64_t planes = B * C;
 
   const int32_t* at = offsets.const_data_ptr<int32_t>();
   const char* from = static_cast<const char*>(canvas.const_data_ptr());

@@ -202,9 +202,11 @@ Tensor neighbor_attention_cpu(
   STD_TORCH_CHECK(q_in.dim() == 4, "q must be [B, H * W, heads, D]");
   STD_TORCH_CHECK(
       global_k_in.has_value() == global_v_in.has_value(), "global_k and global_v need each other");
-  const int64_t N = canvas[0] * canvas[1];
+  const int64_t N = product("canvas", {canvas[0], canvas[1]});
   const Tensor q = checked("q", q_in, q_in, N), k = checked("k", k_in, q, N);
   const Tensor v = checked("v", v_in, q, N);
+  STD_TORCH_CHECK(
+      q.size(0) >= 1 && q.size(2) >= 1 && q.size(3) >= 1, "q must have no dimension 0");
   Tensor out = torch::stable::new_empty(q, {q.size(0), N, q.size(2), q.size(3)});
   Problem p{strided(q), strided(k), strided(v), {}, {}, {}, out.mutable_data_ptr(),
             q.size(0), canvas[0], canvas[1], q.size(2), q.size(3), 0, scale};

@@ -31,6 +31,9 @@ _END = tl.constexpr(1 << 62)
 LIMIT = 1 << 20
 PLANE_LIMIT = 1 << 29  # pixels: 32-bit addresses within the planes of a program, at most 4
 
+# Triton compiles no variants for their values: they change from call to call, and each of them would have three
+# (1, a multiple of 16, any other). So what is compiled ahead of time is also what runs.
+SCALARS = ["T", "H", "W", "h", "w", "planes", "ramp"]
 _ELEMENTS = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
 
 
@@ -99,7 +102,7 @@ def _scale(extent, ramp, WINDOW: tl.constexpr, ACC: tl.constexpr):
     return scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SCALARS)
 def blend_tiles_kernel(
     tiles,  # [T, planes, h, w]
     offsets,  # [T, 2] int32
@@ -207,7 +210,7 @@ def blend_tiles(tiles: Tensor, offsets: Tensor, canvas_size: tuple[int, int], wi
 
 def aot_configurations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int]]:
     """Yield (kernel, signature, constants, warps) of every variant that can be launched."""
-    sizes = dict.fromkeys(["T", "H", "W", "h", "w", "planes", "ramp"], "i32")
+    sizes = dict.fromkeys(SCALARS, "i32")
     for element, size in _ELEMENTS.items():
         for window in ("mean", "gaussian", "ramp"):
             constants: dict[str, Any] = {"WINDOW": window, "SCAN": SCAN, **CONFIGS[size]}

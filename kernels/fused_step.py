@@ -39,6 +39,10 @@ CONFIGS = {
 }
 REGISTERS = 168
 
+# Triton compiles no variants for their values: they change from call to call, and each of them would have three
+# (1, a multiple of 16, any other). So what is compiled ahead of time is also what runs.
+SCALARS = ["T", "H", "W", "h", "w", "planes", "channels", "ramp", "guidance_stride", "has_noise", "has_rescale"]
+
 
 @triton.jit
 def _predicted(tile, within, half, mask, guidance, G: tl.constexpr, ACC: tl.constexpr):
@@ -137,7 +141,7 @@ def _if_set(mask, plane, bits, place):
     return mask & (plane < ((bits >> place) & 1) << 20)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SCALARS)
 def fused_step_kernel(
     tiles,  # [T, G, planes, h, w]
     offsets,  # [T, 2] int32
@@ -275,7 +279,7 @@ def fused_step(
             G=1 if guidance_scale is None else 2,
             WINDOW="whole" if T == 1 else window,
             SCAN=SCAN,
-            maxnreg=REGISTERS,
+            **({} if torch.version.hip else {"maxnreg": REGISTERS}),  # an option for NVIDIA alone
             **config,
         )
 
@@ -289,7 +293,6 @@ def aot_configurations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], 
     variants = [("fp16", window, 2, 2) for window in ("mean", "gaussian", "ramp", "whole")]
     variants += [("fp32", "gaussian", 2, 3), ("fp64", "gaussian", 2, 2), ("bf16", "ramp", 1, 1)]
     variants += [("fp16", "ramp", 2, 4), ("fp32", "ramp", 2, 8)]
-    sizes = ["T", "H", "W", "h", "w", "planes", "channels", "ramp", "guidance_stride", "has_noise", "has_rescale"]
     for element, window, halves, slots in variants:
         size = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}[element]
         constants: dict[str, Any] = {"S": slots, "G": halves, "WINDOW": window, "SCAN": SCAN, **CONFIGS[size]}
@@ -298,5 +301,5 @@ def aot_configurations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], 
         pointers = {"tiles": element, "offsets": "i32", "state": exact, "table": exact, "input_scale": exact}
         pointers |= {"step": "i64", "model_input": element, "guidance_scale": exact, "noise": exact, "rescale": exact}
         signature = {name: f"*{pointee}" for name, pointee in pointers.items()}
-        signature |= dict.fromkeys(sizes, "i32") | dict.fromkeys(constants, "constexpr")
+        signature |= dict.fromkeys(SCALARS, "i32") | dict.fromkeys(constants, "constexpr")
         yield fused_step_kernel, signature, constants, warps, {"maxnreg": REGISTERS}

@@ -26,8 +26,12 @@ CONFIGS = {
 }
 PLANE_LIMIT = 1 << 29  # pixels: 32-bit addresses within the planes of a program, at most 4
 
+# Triton compiles no variants for their values: they change from call to call, and each of them would have three
+# (1, a multiple of 16, any other). So what is compiled ahead of time is also what runs.
+SCALARS = ["H", "W", "h", "w", "planes"]
 
-@triton.jit
+
+@triton.jit(do_not_specialize=SCALARS)
 def gather_tiles_kernel(
     canvas,  # [planes, H, W]
     offsets,  # [T, 2] int32
@@ -97,7 +101,7 @@ def gather_tiles(canvas: Tensor, offsets: Tensor, tile: tuple[int, int]) -> Tens
 
 def aot_configurations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int]]:
     """Yield (kernel, signature, constants, warps) of every variant that can be launched."""
-    sizes = dict.fromkeys(["H", "W", "h", "w", "planes"], "i32")
+    sizes = dict.fromkeys(SCALARS, "i32")
     for size, config in CONFIGS.items():
         constants: dict[str, Any] = dict(config)
         warps = constants.pop("num_warps")

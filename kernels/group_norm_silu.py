@@ -24,7 +24,9 @@ CONFIGS = {
 PLANE_LIMIT = 1 << 30  # elements of a band's channel: addressed by 32 bits
 
 
-@triton.jit
+# Triton compiles no variants for their values. `n` and the strides have two each, a multiple of 16 or not, because
+# this is what lets a thread move 16 bytes at a time.
+@triton.jit(do_not_specialize=["C", "G"])
 def group_norm_silu_kernel(
     x,  # [B, C, n], strides x_batch, x_channel, 1
     mean,  # [B, G]

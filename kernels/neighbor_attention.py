@@ -144,10 +144,11 @@ def neighbor_attention_kernel(
     block = blocks + pid % n_blocks * 8
     head = (pid // n_blocks % heads).to(tl.int64)
     b = (pid // (n_blocks * heads)).to(tl.int64)
-    # Strides in these units show the compiler that VECTOR elements are one load.
-    q_b, q_t, q_h = q_b * VECTOR, q_t * VECTOR, q_h * VECTOR
-    k_b, k_t, k_h = k_b * VECTOR, k_t * VECTOR, k_h * VECTOR
-    v_b, v_t, v_h = v_b * VECTOR, v_t * VECTOR, v_h * VECTOR
+    # Strides in these units show the compiler that VECTOR elements are one load. In 64 bits, because a stride
+    # between batch entries or heads may pass 2^31 elements; that of a token may not (strides_of).
+    q_b, q_t, q_h = tl.cast(q_b, tl.int64) * VECTOR, q_t * VECTOR, tl.cast(q_h, tl.int64) * VECTOR
+    k_b, k_t, k_h = tl.cast(k_b, tl.int64) * VECTOR, k_t * VECTOR, tl.cast(k_h, tl.int64) * VECTOR
+    v_b, v_t, v_h = tl.cast(v_b, tl.int64) * VECTOR, v_t * VECTOR, tl.cast(v_h, tl.int64) * VECTOR
     y = tl.load(block)
     x = tl.load(block + 1)
     mine = inside_patch(tl.load(block + 2), tl.load(block + 3), QY, QX)
@@ -206,12 +207,12 @@ def neighbor_attention_kernel(
         g_W = tl.load(block + 7)
         g_mine = inside_patch(tl.load(block + 2), tl.load(block + 3), QY, QX)
         gq_token, gk_token, gv_token = gq_t * VECTOR, gk_t * VECTOR, gv_t * VECTOR
-        g_start = global_q + b * (gq_b * VECTOR) + head * (gq_h * VECTOR) + first * gq_token
+        g_start = global_q + (b * gq_b + head * gq_h) * VECTOR + first * gq_token  # b and head have 64 bits
         g_tokens = tokens_of_patch(g_W, gq_token, QY, QX)
         g0 = load_rows(g_start, g_tokens, g_mine, 0, D0, D, True).to(COMPUTE)
         g1 = load_rows(g_start, g_tokens, g_mine, D0, D1, D, True).to(COMPUTE) if D1 > 0 else g0
-        gk_start = global_k + b * (gk_b * VECTOR) + head * (gk_h * VECTOR)
-        gv_start = global_v + b * (gv_b * VECTOR) + head * (gv_h * VECTOR)
+        gk_start = global_k + (b * gk_b + head * gk_h) * VECTOR
+        gv_start = global_v + (b * gv_b + head * gv_h) * VECTOR
         n = tl.arange(0, N)
         for start in tl.range(0, G, N, disable_licm=CHUNK > 0):
             at = tl.cast(start, tl.int64)

@@ -1,6 +1,8 @@
-"""Results of benchmarks as their files hold them, made up."""
+"""Results of a benchmark as its file holds them, made up."""
 
-PEERS = {
+from typing import Any
+
+PEERS: dict[str, Any] = {
     "machine": {"device": "a CPU", "torch": "2"},
     "about": {"size": 512, "seeds": 1, "call": {"num_inference_steps": 2}},
     "rows": [
@@ -13,12 +15,4 @@ PEERS = {
         {"name": "native samples", "patches": 0.05},
     ],
     "verdict": ["beaten: is beaten"],
-}
-SCALING = {
-    "machine": PEERS["machine"],
-    "about": {"way": "ramp", "steps": 2, "fitted_powers_of_the_area": {"seconds": 1.0}},
-    "rows": [
-        {"size": size, "seconds": size**2 / 1e5, "peak_bytes": 10**9, "growth_bytes": 10 * size**2}
-        for size in (256, 512)
-    ],
 }

@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from scipy import signal
 
 from bench import gaussian, oracle
-from tiledcore.compose.stage_plan import Staging
-from tiledcore.schedulers.pull import Pull, low_pass_matrix
+
+
+def fields(power: gaussian.Floats, count: int, seed: int) -> gaussian.Floats:
+    """``[count, side, side]``: exact samples of the field."""
+    noise = np.random.default_rng(seed).standard_normal((count, *power.shape))
+    return np.fft.ifft2(np.fft.fft2(noise) * np.sqrt(power)).real
 
 
 def dense_covariance(power: gaussian.Floats, tile: int) -> gaussian.Floats:
@@ -54,7 +57,7 @@ def test_many_steps_over_the_whole_canvas_are_the_exact_flow() -> None:
 
 def test_exact_samples_have_the_spectrum_and_no_seams() -> None:
     power = gaussian.spectrum(64)
-    images = gaussian.fields(power, 64, seed=0)
+    images = fields(power, 64, seed=0)
     assert images.var() == pytest.approx(1, rel=0.25)
     measured = (np.abs(np.fft.fft2(images)) ** 2).mean(0) / 64**2
     assert np.median(measured / power) == pytest.approx(1, abs=0.05)
@@ -88,74 +91,14 @@ CHEAP = (
 @pytest.mark.parametrize("row", [row for row in oracle.rows() if row.name.startswith(CHEAP)], ids=lambda row: row.name)
 def test_design_table_within_its_noise(row: oracle.Row) -> None:
     assert row.seam is not None and row.low is not None
-    found = oracle.measure(row, oracle.SIDE, oracle.TILE, count=1, steps=oracle.STEPS)
+    found = oracle.measured(row, oracle.SIDE, oracle.TILE, count=1, steps=oracle.STEPS)
     assert found["seam"] == pytest.approx(row.seam, abs=0.06 if row.seam < 1.1 else 0.35)
     assert found["low"] == pytest.approx(row.low, abs=0.07)
 
 
 def test_area_factors_of_the_table() -> None:
-    factors = [oracle.measure(row, 160, 32, count=1, steps=2)["area_factor"] for row in oracle.rows()[:5]]
+    factors = [oracle.measured(row, 160, 32, count=1, steps=2)["area_factor"] for row in oracle.rows()[:5]]
     assert factors == pytest.approx([1, 1, 4, 16, 1.96], abs=0.01)
-
-
-COARSE = {row.name: row for row in oracle.rows() if row.stages is not None}
-
-
-def test_the_field_of_a_smaller_picture_is_the_large_one_without_its_high_modes() -> None:
-    """Of the same noise the exact flow of the small canvas is the large one's, resampled: scipy does it."""
-    noise = torch.randn(3, 1, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    small = gaussian.coarser_noise(noise, 12, torch.Generator().manual_seed(1))
-    assert float(small.var()) == pytest.approx(1, abs=0.15)
-    power = gaussian.spectrum(32)
-    exact, coarse = (
-        np.fft.ifft2(np.fft.fft2(n[:, 0].numpy()) * np.sqrt(p)).real
-        for n, p in ((noise, power), (small, gaussian.coarser(power, 12)))
-    )
-    expected = signal.resample(signal.resample(exact, 12, axis=1), 12, axis=2)
-    within = np.abs(np.fft.fftfreq(12) * 12) < 6  # the highest modes fold, and are new
-    found, wanted = (np.fft.fft2(x)[:, within][:, :, within] for x in (coarse, expected))
-    np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-9)
-
-
-def test_refining_is_the_librarys_own_image_to_image_loop() -> None:
-    """Noise and steps by diffusers' scheduler, the pull at full weight by its definition: x0 with another low-pass."""
-    power, steps, sigma = gaussian.spectrum(32), 10, 2.0
-    forward = gaussian.IdealDenoiser(power)
-    picture = torch.from_numpy(gaussian.fields(power, 2, seed=3))[:, None]
-    noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    plain = oracle.scheduler(steps)
-    begin = 4
-    x = plain.scale_noise(picture, plain.timesteps[begin : begin + 1], noise)
-    plain.set_begin_index(begin)
-    low = low_pass_matrix(32, sigma, wrap=True)
-    for index, t in enumerate(plain.timesteps[begin:]):
-        (velocity,) = forward(x, t)
-        clean = x - t.double() / 1000 * velocity
-        weight = 0.5 * (1 - (index / 6) ** 4)
-        clean = clean + weight * low @ (picture - clean) @ low.mT
-        x = plain.step((x - clean) / (t.double() / 1000), t, x).prev_sample
-    found = oracle.sample(forward, noise, None, 16, steps, picture, 0.6, Pull(weight=0.5, sigma=sigma))
-    torch.testing.assert_close(found, x.double(), rtol=1e-5, atol=1e-5)
-
-
-def test_the_coarse_pass_keeps_what_tiles_lose() -> None:
-    alone = next(row for row in oracle.rows() if row.tiling == {"shift": True} and row.stages is None)
-    # Without a pull most of it is drawn anew: right only on average, which one field does not show.
-    pulled = COARSE["coarse pass, then shifted tiles, pull"]
-    whole, lost, kept = (
-        oracle.measure(row, oracle.SIDE, oracle.TILE, count=1, steps=oracle.STEPS)["low"]
-        for row in (oracle.rows()[0], alone, pulled)
-    )
-    assert lost < whole - 0.2
-    assert kept == pytest.approx(whole, abs=0.08)
-
-
-def test_the_area_factor_of_stages_is_that_of_all_of_them() -> None:
-    shifted = COARSE["coarse pass, then shifted tiles, pull"]
-    sides = {stage.width: stage.strength for stage in oracle.plan(160, 32, Staging())}
-    assert sides == {32: None, 56: 0.6, 96: 0.6, 160: 0.6}
-    canvases = (40 * 32**2 + 24 * (56**2 + 96**2 + 160**2)) / 160**2
-    assert oracle.area_factor(shifted, 160, 32, 40) == pytest.approx(canvases / 40)
 
 
 def test_a_row_of_several_seeds_has_their_mean_and_spread() -> None:

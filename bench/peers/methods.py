@@ -1,6 +1,6 @@
-"""The peers. Each takes a :class:`~bench.peers.model.Model` and the noise ``[1, C, H, W]``, and gives the latents.
+"""The other methods. Each takes a :class:`~bench.peers.model.Model` and noise ``[1, C, H, W]``, and gives latents.
 
-What a paper leaves open, or gives for another model's size, is kept in proportion to the window and said below.
+Sizes that a paper gives for another model are kept in proportion to the window.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from bench.peers.model import Corner, Model, average, cut, starts
 
 
 def dense(model: Model, noise: Tensor) -> Tensor:
-    """The whole canvas at once: what the model does when it is simply asked for more pixels."""
+    """The whole canvas at once, without tiles."""
     sample = noise
     for t in model.timesteps:
         sample = model.step(model.predict(sample, t), t, sample)
@@ -23,14 +23,9 @@ def dense(model: Model, noise: Tensor) -> Tensor:
 
 
 def multidiffusion(model: Model, noise: Tensor, stride: int | None = None) -> Tensor:
-    """MultiDiffusion (Bar-Tal et al., ICML 2023): step every window alone, and average where they overlap.
+    """MultiDiffusion (Bar-Tal et al., ICML 2023): step every window alone, and average where they overlap (eq. 5).
 
-    The least-squares problem of their eq. 3 with equal weights has this mean as its solution (eq. 5).
-
-    Args:
-        model: the model.
-        noise: ``[1, C, H, W]``.
-        stride: between windows. Default: an eighth of the window, as theirs of 8 latent pixels is of 64.
+    The stride is an eighth of the window by default: theirs is 8 of 64 latent pixels.
     """
     window = model.native
     corners = _grid(noise, window, window // 8 if stride is None else stride)
@@ -44,8 +39,7 @@ def multidiffusion(model: Model, noise: Tensor, stride: int | None = None) -> Te
 def mixture_of_diffusers(model: Model, noise: Tensor) -> Tensor:
     """Mixture of Diffusers (Jiménez 2023): predictions are averaged with Gaussian weights, then one step for all.
 
-    The Gaussian has variance 0.01 in units of the window and its mean in the middle. Windows share 3/8 of their side;
-    the paper's examples have 256 of 640 px.
+    The Gaussian has variance 0.01 in units of the window. Windows share 3/8 of their side (256 of 640 px in the paper).
     """
     window = model.native
     corners = _grid(noise, window, window - window * 3 // 8)
@@ -59,9 +53,9 @@ def mixture_of_diffusers(model: Model, noise: Tensor) -> Tensor:
 
 
 def spotdiffusion(model: Model, noise: Tensor, seed: int = 0) -> Tensor:
-    """SpotDiffusion (Frolov et al., WACV 2025): windows that do not overlap, all moved by a random offset in each step.
+    """SpotDiffusion (Frolov et al., WACV 2025): windows without overlap, all moved by a random offset in each step.
 
-    A window that leaves the canvas goes on at its other side, so that all have the size the model was trained at.
+    A window that leaves the canvas continues at the other side.
     """
     window, (height, width) = model.native, noise.shape[2:]
     if height % window or width % window:
@@ -78,17 +72,16 @@ def spotdiffusion(model: Model, noise: Tensor, seed: int = 0) -> Tensor:
 
 
 def demofusion(model: Model, noise: Tensor, seed: int = 0) -> Tensor:
-    """DemoFusion (Du et al., CVPR 2024): the canvas grows by one window's side a phase, each phase denoised anew.
+    """DemoFusion (Du et al., CVPR 2024): the canvas grows by one window's side in each phase and is denoised anew.
 
     - Progressive upscaling: the result of a phase is enlarged (bicubic) and noised to every timestep.
-    - Skip residual: before a step, that noised image is mixed in by c1 = ((1 + cos(pi (T - t) / T)) / 2)^3.
-    - Local paths: MultiDiffusion at half a window's stride, inner windows moved at random by up to a quarter.
-    - Dilated sampling: every s-th pixel along both axes is a window, too. These see the canvas through a Gaussian
-      filter whose width falls from 1 to 0.01 pixels as the same cosine does, exponent 1; mixed with the local result by
-      that cosine, exponent 1.
+    - Skip residual: before a step, that noised image is mixed in with weight c^3, c = (1 + cos(pi (T - t) / T)) / 2.
+    - Local paths: MultiDiffusion with a stride of half a window; inner windows move at random by up to a quarter.
+    - Dilated sampling: every s-th pixel along both axes is also a window. It sees the canvas through a Gaussian filter
+      of c pixels, 0.01 at the end. Its result is mixed with the local one, with weight c.
 
-    Two things are our reading: the filtered canvas is given the mean and deviation that it had, for a filtered noise is
-    less than noise; and it is only looked at, while the step is made from the canvas as it is.
+    Two things are our reading: the filtered canvas keeps its mean and deviation, and the step is made from the canvas
+    without the filter.
     """
     window, (height, width) = model.native, noise.shape[2:]
     if height != width or height % window:
@@ -150,7 +143,7 @@ def _gaussian(canvas: Tensor, sigma: float) -> Tensor:
 def panorama(model: Model, noise: Tensor, prompt: str) -> Tensor:
     """diffusers' ``StableDiffusionPanoramaPipeline`` as it ships: windows of 64 latent pixels, 8 apart, one at a time.
 
-    It leaves pixels beyond the last multiple of its stride without a window, so the canvas must be a multiple of 8.
+    The canvas must be a multiple of 8, or pixels at the end have no window.
     """
     from diffusers import StableDiffusionPanoramaPipeline
 

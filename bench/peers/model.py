@@ -25,7 +25,7 @@ class Spent:
 
 @contextmanager
 def counted(pipe: Any) -> Iterator[Spent]:
-    """Count at the network's first convolution: what wraps the forward, as tiledcore does, cannot hide it."""
+    """Count at the network's first convolution, which no wrapper of the forward hides."""
     spent = Spent()
 
     def count(_: Any, inputs: tuple[Tensor, ...]) -> None:
@@ -43,7 +43,7 @@ class Model:
     """A prompt's guided prediction on windows, and the scheduler's steps.
 
     Args:
-        pipe: a ``StableDiffusionPipeline`` whose scheduler keeps no history (DDIM), for the methods step windows alone.
+        pipe: a ``StableDiffusionPipeline`` with DDIM, which keeps no history: the methods step windows alone.
         prompt: what to draw.
         steps: denoising steps.
         guidance_scale: of classifier-free guidance (Ho and Salimans 2022).

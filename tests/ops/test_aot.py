@@ -1,61 +1,85 @@
-"""Every Triton variant that can be launched compiles for every supported GPU, without a GPU here.
+"""Triton kernels compile for every supported GPU, without a GPU here, and fit its registers and shared memory.
 
-bench/resources.py compiles, in a process of its own, because this one has Triton's interpreter switched
-on, with which nothing is compiled.
+Results are kept in pytest's cache under a hash of kernels/, so they are computed once.
 """
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may use
-COMPILER = Path(__file__).resolve().parents[2] / "bench" / "resources.py"
+ROOT = Path(__file__).resolve().parents[2]
+COMPILER = Path(__file__).with_name("compile_kernels.py")
+Rows = list[dict[str, Any]]
+
+
+def compiled(cache: Path, which: str) -> Rows:
+    """Rows of ``which`` variants (``gate`` or ``all``): from the cache, or compiled now."""
+    sources = [*sorted((ROOT / "kernels").glob("*.py")), ROOT / "bench" / "resources.py", COMPILER]
+    digest = sha256(b"\0".join([triton.__version__.encode(), *(source.read_bytes() for source in sources)]))
+    kept = cache / f"{which}-{digest.hexdigest()[:16]}.json"
+    with (cache / f"{which}.lock").open("w") as lock:  # pytest-xdist: one process compiles, the others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+            command = [sys.executable, COMPILER, which]
+            result = subprocess.run(command, env=environment, capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr
+            kept.write_text(result.stdout)
+    return json.loads(kept.read_text())
 
 
 @pytest.fixture(scope="module")
-def compiled() -> list[dict[str, Any]]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, COMPILER, "--json"], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+def everything(request: pytest.FixtureRequest) -> Rows:
+    return compiled(request.config.cache.mkdir("compiled"), "all")
 
 
-def test_every_configuration_compiles(compiled: list[dict[str, Any]]) -> None:
-    kernels = {(job["label"].split()[0], job["capability"]) for job in compiled}
+def check(rows: Rows) -> None:
+    """No error, no spilled register, no more shared memory than there is."""
+    for row in rows:
+        assert "error" not in row, row
+        assert row["usage"]["STACK"] == 0 and row["usage"]["LOCAL"] == 0, row
+        assert row["shared"] <= SHARED_LIMIT[row["capability"]], row
+
+
+def test_production_variants_compile_without_spills(request: pytest.FixtureRequest) -> None:
+    rows = compiled(request.config.cache.mkdir("compiled"), "gate")
+    check(rows)
+    by_descriptor = {(row["capability"], row["constants"]["D"]) for row in rows if row["TMA"]}
+    assert by_descriptor == {(90, "64"), (90, "128")}
+
+
+@pytest.mark.slow
+def test_every_variant_compiles_without_spills(everything: Rows) -> None:
+    check(everything)
+    kernels = {(row["label"].split()[0], row["capability"]) for row in everything}
     names = {"gather_tiles", "blend_tiles", "fused_step", "neighbor_attention", "group_norm_silu"}
     assert kernels >= {(name, capability) for name in names for capability in SHARED_LIMIT}
-    assert [job for job in compiled if "error" in job] == []
 
 
-def test_nothing_spills(compiled: list[dict[str, Any]]) -> None:
-    for job in compiled:
-        assert job["usage"]["STACK"] == 0 and job["usage"]["LOCAL"] == 0, job
-
-
-def test_shared_memory_fits(compiled: list[dict[str, Any]]) -> None:
-    for job in compiled:
-        assert job["shared"] <= SHARED_LIMIT[job["capability"]], job
-
-
-def test_attention_has_a_variant_for_every_dtype_and_head_dimension(compiled: list[dict[str, Any]]) -> None:
+@pytest.mark.slow
+def test_attention_has_a_variant_for_every_dtype_and_head_dimension(everything: Rows) -> None:
     there = {
-        (job["label"].split()[0], job["elements"][0], job["constants"]["D"], job["capability"])
-        for job in compiled
-        if job["kernel"].startswith("neighbor_attention")
+        (row["elements"][0], row["constants"]["D"], row["capability"])
+        for row in everything
+        if row["kernel"] == "neighbor_attention_kernel"
     }
     for capability in SHARED_LIMIT:
         for D in ("40", "64", "80", "96", "128", "160"):
             for element in ("fp16", "bf16", "fp32"):
-                assert ("neighbor_attention", element, D, capability) in there
+                assert (element, D, capability) in there
 
 
-def test_hopper_reads_whole_patches_by_tma(compiled: list[dict[str, Any]]) -> None:
-    by_descriptor = {(job["capability"], job["constants"]["D"]) for job in compiled if job["TMA"]}
+@pytest.mark.slow
+def test_hopper_reads_whole_patches_by_tma(everything: Rows) -> None:
+    by_descriptor = {(row["capability"], row["constants"]["D"]) for row in everything if row["TMA"]}
     assert by_descriptor == {(capability, D) for capability in (90, 100) for D in ("64", "128")}

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from examples import examples
 from grids import Grid, even, grids, product
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tolerance import assert_close
 
@@ -73,7 +74,7 @@ def test_core_is_a_hard_crop_with_ties_averaged() -> None:
     assert left.tolist() == [1] * 6 + [0] and right.tolist() == [0] + [1] * 6
 
 
-@settings(max_examples=60)
+@examples(40, 400)
 @given(grid=grids(), window=windows, ramp=ramps)
 def test_deepest_tile_weighs_one(grid: Grid, window: ops.Window, ramp: int) -> None:
     (H, _), (h, _), offsets = grid
@@ -89,7 +90,7 @@ def test_deepest_tile_weighs_one(grid: Grid, window: ops.Window, ramp: int) -> N
 # ----------------------------------------------------------------------------- implementations
 
 
-@settings(max_examples=25)
+@examples(6, 100)
 @given(grid=grids(), window=windows, ramp=ramps, dtype=dtypes)
 def test_inverts_gather(grid: Grid, window: ops.Window, ramp: int, dtype: torch.dtype) -> None:
     (H, W), tile, offsets = grid
@@ -104,7 +105,7 @@ def test_inverts_gather(grid: Grid, window: ops.Window, ramp: int, dtype: torch.
         assert_close(blended, canvas.double(), plain, ulps=8)
 
 
-@settings(max_examples=25)
+@examples(6, 100)
 @given(grid=grids(), window=windows, ramp=ramps, dtype=dtypes, C=st.integers(1, 5))
 def test_agrees_with_the_oracle(grid: Grid, window: ops.Window, ramp: int, dtype: torch.dtype, C: int) -> None:
     (H, W), tile, offsets = grid
@@ -121,7 +122,7 @@ def test_agrees_with_the_oracle(grid: Grid, window: ops.Window, ramp: int, dtype
         assert_close(blended, exact, plain.double() + slack * (plain >= exact).double().sub(0.5).sign())
 
 
-@settings(max_examples=12)
+@examples(4, 50)
 @given(grid=grids(), window=windows, data=st.data())
 def test_order_of_tiles_does_not_matter(grid: Grid, window: ops.Window, data: st.DataObject) -> None:
     size, tile, offsets = grid
@@ -133,7 +134,7 @@ def test_order_of_tiles_does_not_matter(grid: Grid, window: ops.Window, data: st
         assert torch.equal(one, other), impl
 
 
-@settings(max_examples=15)
+@examples(4, 60)
 @given(grid=grids(), window=st.sampled_from(["core", "ramp"]), ramp=st.integers(1, 3), dtype=dtypes)
 def test_pixels_without_weight_are_not_read(grid: Grid, window: ops.Window, ramp: int, dtype: torch.dtype) -> None:
     (H, W), (h, w), offsets = grid
@@ -154,12 +155,13 @@ def test_pixels_without_weight_are_not_read(grid: Grid, window: ops.Window, ramp
 
 def test_one_tile_alone_is_copied() -> None:
     """Bit for bit, also with weights whose quotient is not exact."""
+    triton_windows = ("gaussian", "ramp")
     offsets = product([0, 10], [0, 10]).to(DEVICE)
     for dtype in DTYPES:
-        canvas = torch.randn(1, 2, 22, 22, device=DEVICE).to(dtype)
+        canvas = torch.randn(1, 1, 22, 22, device=DEVICE).to(dtype)
         tiles = reference.gather_tiles(canvas, offsets, (12, 12))
         for impl in runnable():
-            for window in ops.WINDOWS:
+            for window in triton_windows if impl == "triton" else ops.WINDOWS:
                 blended = ops.blend_tiles(tiles, offsets, (22, 22), window=window, ramp=7, impl=impl)
                 for corner in (slice(0, 10), slice(12, 22)):
                     assert torch.equal(blended[..., corner, corner], canvas[..., corner, corner])
@@ -167,11 +169,11 @@ def test_one_tile_alone_is_copied() -> None:
 
 def test_many_tiles() -> None:
     """More tiles than the Triton kernel looks at together."""
-    offsets = product(even(40, 4, 19), even(36, 4, 15))
-    canvas = torch.randn(1, 1, 40, 36, dtype=torch.float64, device=DEVICE)
-    tiles = reference.gather_tiles(canvas, offsets.to(DEVICE), (4, 4))
+    offsets = product(even(17, 2, 16), even(17, 1, 17))  # 272 tiles; it looks at 256
+    canvas = torch.randn(1, 1, 17, 17, dtype=torch.float64, device=DEVICE)
+    tiles = reference.gather_tiles(canvas, offsets.to(DEVICE), (2, 1))
     for impl in runnable():
-        blended = ops.blend_tiles(tiles, offsets.to(DEVICE), (40, 36), impl=impl)
+        blended = ops.blend_tiles(tiles, offsets.to(DEVICE), (17, 17), window="mean", impl=impl)
         torch.testing.assert_close(blended, canvas, rtol=1e-14, atol=1e-14)
 
 
@@ -211,11 +213,11 @@ def test_opcheck(impl: ops.Impl) -> None:
         pytest.skip(reason)
     op = getattr(torch.ops.tiledcore, f"blend_tiles_{impl}").default
     offsets = product([0, 5, 8], [0, 6]).to(DEVICE)
-    for window in ("mean", "gaussian", "ramp"):
-        tiles = torch.randn(12, 3, 6, 7, device=DEVICE)
-        torch.library.opcheck(op, (tiles, offsets, 12, 12, window, 3))
-    strided = torch.randn(12, 3, 7, 6, device=DEVICE).mT
+    strided = torch.randn(12, 1, 7, 6, device=DEVICE).mT
     torch.library.opcheck(op, (strided, offsets, 12, 12, "ramp", 3))
+    if impl != "triton":  # interpreted, each check takes seconds
+        for window in ("mean", "gaussian"):
+            torch.library.opcheck(op, (strided.contiguous(), offsets, 12, 12, window, 3))
 
 
 # ----------------------------------------------------------------------------- errors
@@ -264,5 +266,8 @@ def test_native_refuses_what_would_leave_its_memory() -> None:
         op(TILES, product([0, 10], [0, 4]), 10, 10, "ramp", 8)
     with pytest.raises(RuntimeError, match="every pair"):
         op(TILES[:3], OFFSETS[:3], 10, 10, "ramp", 8)
+    with pytest.raises(RuntimeError, match="the canvas does not fit 64 bits"):  # 2^64 pixels wrap to none
+        op(TILES, OFFSETS, 2**32, 2**32, "ramp", 8)
+    assert op(TILES[:, :0], OFFSETS, 2**40, 10, "ramp", 8).shape == (1, 0, 2**40, 10)  # allocates nothing
     with pytest.raises(RuntimeError, match="cannot be shared"):
         op(TILES[:3], OFFSETS, 10, 10, "ramp", 8)

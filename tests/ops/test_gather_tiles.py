@@ -6,8 +6,9 @@ import sys
 
 import pytest
 import torch
+from examples import examples
 from grids import Grid, grids, product
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tiledcore import ops
@@ -27,7 +28,7 @@ def bits(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous().view(torch.uint8)
 
 
-@settings(max_examples=15)
+@examples(6, 100)
 @given(grid=grids(), dtype=st.sampled_from(DTYPES), B=st.integers(1, 2), C=st.integers(1, 5))
 def test_copies_exactly(grid: Grid, dtype: torch.dtype, B: int, C: int) -> None:
     (H, W), (h, w), offsets = grid
@@ -143,19 +144,16 @@ def test_named_impl_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_triton_on_the_cpu_needs_the_interpreter() -> None:
+    """And nothing imports Triton or its kernels before they are needed."""
     code = (
         "import sys, torch; from tiledcore import ops; assert 'triton' not in sys.modules;"
-        "ops.gather_tiles(torch.zeros(1,1,4,4), torch.zeros(1,2,dtype=torch.int32), (2,2),"
-        " impl=sys.argv[1]); assert 'tiledcore.kernels.gather_tiles' not in sys.modules"
+        "arguments = torch.zeros(1, 1, 4, 4), torch.zeros(1, 2, dtype=torch.int32), (2, 2);"
+        "ops.gather_tiles(*arguments, impl='reference'); assert 'tiledcore.kernels.gather_tiles' not in sys.modules;"
+        "ops.gather_tiles(*arguments, impl='triton')"
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-
-    def run(impl: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", code, impl]
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-    assert run("reference").returncode == 0
-    assert "needs TRITON_INTERPRET=1" in run("triton").stderr
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.stderr.splitlines()[-1].endswith("it needs TRITON_INTERPRET=1 in the environment from the start")
 
 
 def test_native_refuses_what_would_leave_its_memory() -> None:
@@ -164,3 +162,6 @@ def test_native_refuses_what_would_leave_its_memory() -> None:
     for offsets in (product([8], [0]), product([0], [-1]), OFFSETS.long()):
         with pytest.raises(RuntimeError, match="offset"):
             torch.ops.tiledcore.gather_tiles_native(CANVAS, offsets, 4, 4)
+    nothing = torch.empty(2**61, 0, 8, 10)  # times 8 tiles is 2^64, which wraps to 0
+    with pytest.raises(RuntimeError, match="tiles times batch does not fit 64 bits"):
+        torch.ops.tiledcore.gather_tiles_native(nothing, OFFSETS.expand(8, 2), 4, 4)

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from tolerance import assert_close
 
@@ -38,7 +39,7 @@ def plain(x: Any, mean: Any, rstd: Any, weight: Any, bias: Any, silu: bool) -> t
     return F.silu(v) if silu else v
 
 
-@settings(max_examples=20)
+@examples(10, 200)
 @given(
     dtype=st.sampled_from(DTYPES),
     B=st.integers(1, 2),

@@ -133,7 +133,10 @@ def test_lora_changes_the_tiled_result_and_can_be_switched_off(pipe: Any) -> Non
     torch.testing.assert_close(run(pipe, height=192, width=160), plain)
 
 
-def test_a_compiled_unet_is_called_on_tile_batches_of_one_shape(pipe: Any) -> None:
+@pytest.mark.parametrize("make", [tiny_sd, pytest.param(tiny_sdxl, marks=pytest.mark.slow)])
+def test_a_compiled_unet_is_called_on_tile_batches_of_one_shape(make: Any) -> None:
+    pipe = make()
+    pipe.set_progress_bar_config(disable=True)
     expected = run(apply_tiling(pipe, TILES), height=256, width=256)
     remove_tiling(pipe)
     unet, shapes = pipe.unet, set[torch.Size]()

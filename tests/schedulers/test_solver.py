@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 
 CASES = {case.name: case for case in LINEAR + FALLBACK}
 FAMILIES = list({case.scheduler: case for case in reversed(LINEAR)}.values())
-SLOW = "LMSDiscreteScheduler"  # integrates numerically at every step
+NUMERICAL = "LMSDiscreteScheduler"  # integrates numerically at every step
 
 
 def named(cases: Any) -> Any:
@@ -56,12 +56,13 @@ def test_the_loop_of_diffusers_in_5_steps(case: Case, image_to_image: bool) -> N
     check(measure(case, 5, image_to_image))
 
 
-@named([case for case in LINEAR if case.scheduler != SLOW])
+@named([case for case in LINEAR if case.scheduler != NUMERICAL])
 def test_the_loop_of_diffusers_in_20_steps_from_an_image(case: Case) -> None:
     check(measure(case, 20, True))
 
 
-@named([case for case in FAMILIES if case.scheduler != SLOW])
+@pytest.mark.slow
+@named([case for case in FAMILIES if case.scheduler != NUMERICAL])
 def test_the_loop_of_diffusers_in_50_steps(case: Case) -> None:
     check(measure(case, 50, False))
 

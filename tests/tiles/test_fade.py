@@ -117,7 +117,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize("scheduler", KINDS)
-@pytest.mark.parametrize("wrap", [False, (False, True)])
+@pytest.mark.parametrize("wrap", [False, pytest.param((False, True), marks=pytest.mark.slow)])
 def test_both_loops_fade_alike(scheduler: Any, wrap: Any) -> None:
     pipe = quiet(tiny_sd())
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)

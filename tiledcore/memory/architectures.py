@@ -1,4 +1,4 @@
-"""What a model consists of, as configurations alone: of the built-in families, of a folder, of an open pipeline."""
+"""The modules of a model by their configurations: of a built-in name, a folder or an open pipeline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from tiledcore.models import EARTH, EARTH_FLUX, EMBEDDED
 
 NETWORKS = ("UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel")
-"""Classes whose arguments :mod:`tiledcore.memory.prediction` can make up."""
+"""Network classes that :mod:`tiledcore.memory.prediction` knows the arguments of."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Part:
     config: Mapping[str, Any]
     dtype: torch.dtype
     weight_bytes: int | None = None
-    """Of the real module: with adapters, or quantised. None: those of the configuration."""
+    """Bytes of the real module, which may have adapters or be quantised; None: as configured."""
 
     def make(self) -> torch.nn.Module:
         """The module, with weights of the default dtype."""
@@ -36,10 +36,8 @@ class Part:
 
         if self.role.startswith("text_encoder"):
             cls = getattr(transformers, self.kind)
-            module: torch.nn.Module = cls(cls.config_class(**self.config))
-        else:
-            module = getattr(diffusers, self.kind).from_config(dict(self.config))
-        return module
+            return cls(cls.config_class(**self.config))
+        return getattr(diffusers, self.kind).from_config(dict(self.config))
 
 
 @dataclass(frozen=True)
@@ -54,9 +52,9 @@ class Architecture:
     """Side of the images that the network was trained on, in latent pixels."""
     text_tokens: int
     long_text: int
-    """Tokens that a text encoder without a length of its own, T5, is given."""
+    """Tokens given to a text encoder without a length of its own (T5)."""
     branches: int
-    """Evaluated together by a step's call of the network: 2 with classifier-free guidance."""
+    """2 with classifier-free guidance, else 1."""
     upcasts_vae: bool = False
     """Whether the pipeline decodes in float32 where the VAE is in float16."""
 
@@ -76,16 +74,15 @@ class Architecture:
 
 
 def architecture(model: Any, dtype: torch.dtype | None = None) -> Architecture:
-    """What a model consists of.
+    """The modules of a model.
 
     Args:
-        model: a name from :data:`BUILT_IN`, a folder in diffusers' format (its weights are not read, and need not be
-            there), or an open pipeline.
-        dtype: of the weights; None: float16, or what the pipeline's are.
+        model: a name from :data:`BUILT_IN`, a folder in diffusers' format (without reading weights), or a pipeline.
+        dtype: of the weights; None: float16, or the pipeline's own.
 
     Raises:
         ValueError: there is no such model, or its folder lacks a configuration.
-        TypeError: its classes are not known here.
+        TypeError: the memory of its classes cannot be predicted.
     """
     if isinstance(model, Architecture):
         return model if dtype is None else model.to(dtype)
@@ -185,49 +182,35 @@ def _text_tokens(kind: str, encoders: tuple[Part, ...]) -> int:
     return clip + 256 if kind == "SD3Transformer2DModel" else clip
 
 
-# ----------------------------------------------------------------------------- built-in configurations
-# From the models' cards and papers: Rombach et al. 2022, Podell et al. 2023, Esser et al. 2024, Black Forest Labs
-# 2024. What is not named here is the classes' default.
-
-_CLIP_L = {
-    "vocab_size": 49408,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "projection_dim": 768,
-    "max_position_embeddings": 77,
-}
-_CLIP_G = {
-    **_CLIP_L,
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "projection_dim": 1280,
-    "hidden_act": "gelu",
-}
-_T5_XXL = {
-    "vocab_size": 32128,
-    "d_model": 4096,
-    "d_kv": 64,
-    "d_ff": 10240,
-    "num_layers": 24,
-    "num_heads": 64,
-    "feed_forward_proj": "gated-gelu",
-}
+# Built-in configurations, from cards and papers: Rombach et al. 2022, Podell et al. 2023, Esser et al. 2024,
+# Black Forest Labs 2024. What is not named is the classes' default.
+_CLIP_L: dict[str, Any] = dict(
+    hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768, max_position_embeddings=77
+)
+_CLIP_G = _CLIP_L | dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20)
+_CLIP_G |= dict(projection_dim=1280, hidden_act="gelu")
+_T5_XXL = dict(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
+_SDXL = dict(
+    sample_size=128,
+    block_out_channels=(320, 640, 1280),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    attention_head_dim=(5, 10, 20),
+    cross_attention_dim=2048,
+    transformer_layers_per_block=(1, 2, 10),
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
+_SD3 = dict(sample_size=128, num_layers=24, num_attention_heads=24, joint_attention_dim=4096)
+_SD3 |= dict(caption_projection_dim=1536, pooled_projection_dim=2048, pos_embed_max_size=192)
 
 
 def _vae(latent_channels: int, **other: Any) -> tuple[str, dict[str, Any]]:
-    return "AutoencoderKL", {
-        "block_out_channels": (128, 256, 512, 512),
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "layers_per_block": 2,
-        "latent_channels": latent_channels,
-        "sample_size": 1024,
-        **other,
-    }
+    levels = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    config = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=latent_channels)
+    return "AutoencoderKL", config | levels | {"sample_size": 1024} | other
 
 
 _WITHOUT_QUANT = {"use_quant_conv": False, "use_post_quant_conv": False}
@@ -245,22 +228,7 @@ _CONFIGURATIONS: dict[str, tuple[str, dict[str, tuple[str, dict[str, Any]]]]] = 
         {
             "text_encoder": ("CLIPTextModel", _CLIP_L),
             "text_encoder_2": ("CLIPTextModelWithProjection", _CLIP_G),
-            "unet": (
-                "UNet2DConditionModel",
-                {
-                    "sample_size": 128,
-                    "block_out_channels": (320, 640, 1280),
-                    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-                    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-                    "attention_head_dim": (5, 10, 20),
-                    "cross_attention_dim": 2048,
-                    "transformer_layers_per_block": (1, 2, 10),
-                    "use_linear_projection": True,
-                    "addition_embed_type": "text_time",
-                    "addition_time_embed_dim": 256,
-                    "projection_class_embeddings_input_dim": 2816,
-                },
-            ),
+            "unet": ("UNet2DConditionModel", _SDXL),
             "vae": _vae(4, force_upcast=True),
         },
     ),
@@ -270,18 +238,7 @@ _CONFIGURATIONS: dict[str, tuple[str, dict[str, tuple[str, dict[str, Any]]]]] = 
             "text_encoder": ("CLIPTextModelWithProjection", _CLIP_L),
             "text_encoder_2": ("CLIPTextModelWithProjection", _CLIP_G),
             "text_encoder_3": ("T5EncoderModel", _T5_XXL),
-            "transformer": (
-                "SD3Transformer2DModel",
-                {
-                    "sample_size": 128,
-                    "num_layers": 24,
-                    "num_attention_heads": 24,
-                    "joint_attention_dim": 4096,
-                    "caption_projection_dim": 1536,
-                    "pooled_projection_dim": 2048,
-                    "pos_embed_max_size": 192,
-                },
-            ),
+            "transformer": ("SD3Transformer2DModel", _SD3),
             "vae": _vae(16, **_WITHOUT_QUANT),
         },
     ),

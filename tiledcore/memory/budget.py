@@ -1,10 +1,10 @@
-"""``TiledPipeline(memory_budget=...)``: a plan for each call, and what the call really took beside it."""
+"""``TiledPipeline(memory_budget=...)``: plan each call, run it as planned, and measure what it took."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from inspect import signature
 from typing import Any
 
@@ -13,12 +13,13 @@ import torch
 from tiledcore._diffusers import device_of, is_offloaded
 from tiledcore.compose.pictures import size_px
 from tiledcore.config import Execution, TilingConfig
-from tiledcore.geometry import Pair
+from tiledcore.geometry import Pair, both
 from tiledcore.loop.graph import Counters
 from tiledcore.loop.report import Report
 from tiledcore.memory.architectures import architecture
-from tiledcore.memory.planner import SAFETY, Plan, Planner
+from tiledcore.memory.planner import COUNTED_BYTES, SAFETY, Plan, Planner
 from tiledcore.memory.prediction import Predictor, parse_bytes, show_bytes
+from tiledcore.utils import replaced
 from tiledcore.vae.live_bytes import LiveBytes
 
 logger = logging.getLogger(__name__)
@@ -28,10 +29,10 @@ class Budget:
     """Plans the calls of one pipeline; predictions are kept from call to call.
 
     Args:
-        limit: bytes of device memory, as :func:`tiledcore.memory.prediction.parse_bytes` takes them.
+        limit: bytes of tensors on the device, as :func:`tiledcore.memory.prediction.parse_bytes` takes them.
 
     Raises:
-        ValueError: it is none.
+        ValueError: ``limit`` is no such number.
     """
 
     def __init__(self, limit: int | str) -> None:
@@ -39,17 +40,7 @@ class Budget:
         self._predictor: Predictor | None = None
 
     def plan(self, pipe: Any, arguments: dict[str, Any], tiling: TilingConfig | None, execution: Execution) -> Plan:
-        """The plan of a call.
-
-        Args:
-            pipe: the wrapped pipeline.
-            arguments: of its call, by name.
-            tiling: see :func:`tiledcore.memory.planner.plan`.
-
-        Raises:
-            DoesNotFit: no plan does.
-            TypeError: the pipeline's memory cannot be predicted.
-        """
+        """The plan of ``pipe(**arguments)``; the rest and errors as for :func:`tiledcore.memory.planner.plan`."""
         bound = signature(type(pipe).__call__).bind_partial(pipe, **arguments)
         bound.apply_defaults()
         call = bound.arguments
@@ -67,7 +58,10 @@ class Budget:
         return planner.plan(_size(pipe, call), tiling, execution)
 
     def keeps_off(self, pipe: Any, *args: Any, **kwargs: Any) -> bool:
-        """In place of ``pipe.to(...)``: whether the weights alone break the budget, so that offload was enabled."""
+        """Instead of ``pipe.to(...)``: enable offload if the weights alone exceed the budget; whether it was enabled.
+
+        It stays enabled, as the effect of ``to`` does; ``pipe.remove_all_hooks()`` ends it.
+        """
         device = kwargs.get("device", next((a for a in args if isinstance(a, str | torch.device)), None))
         if device is None or torch.device(device).type != "cuda":
             return False
@@ -92,32 +86,56 @@ def _images(call: dict[str, Any]) -> int:
 def _size(pipe: Any, call: dict[str, Any]) -> Pair:
     """(width, height) of the image, px."""
     height, width = size_px(call.get("image"), pipe.vae_scale_factor) or (call.get("height"), call.get("width"))
-    default = architecture(pipe).native
-    tall, wide = (default, default) if isinstance(default, int) else default
+    tall, wide = both(architecture(pipe).native)
     return width or wide * pipe.vae_scale_factor, height or tall * pipe.vae_scale_factor
 
 
 @contextmanager
 def within(wrapper: Any, pipe: Any, plan: Plan | None) -> Iterator[None]:
-    """Run a call as planned, and put the plan and the real peak into the wrapper's report; None: just run it."""
+    """Run a call as planned, and put the plan and the real peak into the wrapper's report; None: just run it.
+
+    Offload that only the plan needs is on for this call; afterwards, also after an error, ``pipe`` is as it was.
+    """
     if plan is None:
         yield
         return
-    logger.info("%s predicted, %s allowed: %s", show_bytes(plan.peak), show_bytes(plan.budget), plan.summary)
-    if plan.offload and not _offloaded(pipe):
-        pipe.enable_model_cpu_offload(device=device_of(pipe))
-    with measured(pipe) as peak:
+    predicted, allowed = show_bytes(plan.peak), show_bytes(plan.budget)
+    logger.info("%s predicted, %s allowed (%s): %s", predicted, allowed, COUNTED_BYTES, plan.summary)
+    with ExitStack() as stack:
+        if plan.offload and not _offloaded(pipe):
+            stack.enter_context(_offload(pipe))
+        peak = stack.enter_context(measured(pipe))
         yield
     wrapper.report = wrapper.report or Report(False, "fused=False", 0, Counters())
     wrapper.report.plan, wrapper.report.measured_bytes = plan, peak()
 
 
 @contextmanager
-def measured(pipe: Any) -> Iterator[Callable[[], int]]:
-    """The peak of tensors alive on the pipeline's device, weights included, while the ``with`` block runs.
+def _offload(pipe: Any) -> Iterator[None]:
+    """Model CPU offload inside the ``with`` block; afterwards hooks, devices and attributes are as before."""
+    modules: list[Any] = [module for module in pipe.components.values() if isinstance(module, torch.nn.Module)]
+    places = [module.device for module in modules]
+    state = {"_all_hooks": [], "_offload_gpu_id": 0, "_offload_device": None}
+    with ExitStack() as stack:
+        stack.enter_context(replaced(pipe, **{name: getattr(pipe, name, unset) for name, unset in state.items()}))
+        for module in modules:  # accelerate leaves a forward of its own behind
+            stack.enter_context(replaced(module, forward=module.forward))
+        try:
+            pipe.enable_model_cpu_offload(device=device_of(pipe))
+            yield
+        finally:
+            pipe.remove_all_hooks()
+            for module, device in zip(modules, places, strict=True):
+                if module.device != device:  # quantised modules never moved
+                    module.to(device)
 
-    On CUDA by the allocator. On a CPU by counting the storages that operations return, which costs some
-    microseconds an operation; a compiled network runs uncompiled meanwhile.
+
+@contextmanager
+def measured(pipe: Any) -> Iterator[Callable[[], int]]:
+    """The peak of tensors on the pipeline's device, weights included, while the ``with`` block runs.
+
+    CUDA: what the allocator says. CPU: counted, which costs some microseconds per operation; a compiled network runs
+    uncompiled meanwhile.
     """
     device = device_of(pipe)
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""The plan of an image: which way over the canvas, and what of the model is where, so that a memory budget holds."""
+"""Plan an image so that it fits a memory budget: tiles or whole canvas, batch sizes, VAE bands, offload."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from tiledcore.memory.architectures import architecture
 from tiledcore.memory.prediction import SLOTS, Evaluation, Phase, Predictor, parse_bytes, show_bytes
 
 SAFETY = 1.1
-"""What a predicted peak is multiplied by before it is compared with the budget: the allocator's fragmentation, the
-kernels' own workspaces and the CUDA context are not in the prediction."""
+"""A predicted peak times this must be within the budget: the allocator's fragmentation, the kernels' own workspaces
+and the CUDA context are not predicted."""
+COUNTED_BYTES = "tensors on the device are counted, not the whole process"
 MODES: tuple[Literal["tiles", "canvas"], ...] = ("tiles", "canvas")
 """At equal FLOPs the first is taken."""
 Way = tuple[TilingConfig, Execution]
@@ -75,8 +76,8 @@ class DoesNotFit(ValueError):  # noqa: N818 - it is an answer as much as an erro
         enough = f"{math.ceil(needs / 2**28) / 4:g}GiB" if needs > 2**30 else f"{math.ceil(needs / 2**20)}MiB"
         super().__init__(
             f"{leanest.model} at {leanest.size[0]}x{leanest.size[1]} does not fit {show_bytes(leanest.budget)}: "
-            f"{worst.name} needs {show_bytes(worst.peak)} x {leanest.safety} at the least. What would fit: "
-            f"budget {enough}{smaller}"
+            f"{worst.name} needs {show_bytes(worst.peak)} x {leanest.safety} at the least ({COUNTED_BYTES}). "
+            f"What would fit: budget {enough}{smaller}"
         )
 
 
@@ -95,23 +96,23 @@ def plan(
 ) -> Plan:
     """Choose mode, tile batch, guidance split, VAE band and offload so that an image fits a budget.
 
-    The way over the canvas with the fewest FLOPs comes first; in it, everything on the device at once before modules
-    that come and go, and large batches before small ones. The first that fits is taken.
+    The first plan that fits is taken: the mode with fewer FLOPs first, in it no offload before offload, and large
+    batches before small ones.
 
     Args:
         model: a pipeline, a name from :data:`~tiledcore.memory.architectures.BUILT_IN`, or a folder.
         size: (width, height) of the image, px.
-        budget: bytes of device memory, such as ``"24GiB"``.
+        budget: bytes of tensors on the device, such as ``"24GiB"``.
         tiling: kept as it is. Default: both modes are tried.
         execution: its tile batch is the largest that is tried.
-        device: type of the device: ``"cuda"`` or ``"cpu"``; nothing is offloaded from a CPU.
+        device: ``"cuda"`` or ``"cpu"``; nothing is offloaded from a CPU.
         dtype: of the weights. Default: a pipeline's own, else float16.
         images: made at a time.
         branches: 2 with classifier-free guidance, 1 without. Default: as the family's pipeline is called.
-        offload: whether modules come and go. Default: only where it is needed.
+        offload: whether each module is on the device only while it runs. Default: only if needed.
 
     Raises:
-        DoesNotFit: no plan does; the message names the least budget, and the largest size of this aspect.
+        DoesNotFit: no plan does; the message names the least budget and the largest size of this aspect.
         ValueError: the size is no multiple of the VAE's factor, or the budget or the model is none.
         TypeError: the model's memory cannot be predicted.
     """
@@ -120,7 +121,7 @@ def plan(
 
 
 class Planner:
-    """Plans of one model, budget and call; predictions are shared by all of them. See :func:`plan`."""
+    """Plans for one model, budget and call; they share predictions. See :func:`plan`."""
 
     def __init__(
         self,
@@ -228,7 +229,7 @@ class Planner:
         )
 
     def _largest(self, size: Pair, modes: list[list[Way]]) -> Pair | None:
-        """The largest of some smaller sizes of this aspect for which the leanest ways fit."""
+        """The largest of some smaller sizes of this aspect that fits."""
         lean = Planner(self.predictor, self.budget, self.images, self.branches, self.offloads[-1])
 
         def smaller(eighths: int) -> Pair:

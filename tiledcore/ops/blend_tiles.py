@@ -96,5 +96,5 @@ def blend_tiles(
     if readable(offsets):
         check_grid(offsets, size, tile)
     window, ramp = check_window(window, ramp)
-    op = choose("blend_tiles", impl, tiles.device)
+    op = choose("blend_tiles", impl, tiles.device, tiles.dtype)
     return op(tiles, offsets, size[0], size[1], window, ramp)

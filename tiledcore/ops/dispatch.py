@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: schemas, the C++ extension, availability, choice.
+"""Which implementation of an op runs: schemas, the C++ extension, what is available, and the choice.
 
 Every op exists as ``tiledcore::NAME_IMPL`` for each of its implementations. The schemas live in Python,
 so that fake tensors, ``torch.compile`` and tests work without a compiler and without Triton; C++ only
@@ -51,13 +51,14 @@ def define(
 _native_missing = _load_native()
 
 
-def unavailable(name: str, impl: Impl, device: torch.device) -> str | None:
+def unavailable(name: str, impl: Impl, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
     """Why an implementation of an op cannot run on a device, or None where it can.
 
     Args:
         name: the op, such as ``"blend_tiles"``.
         impl: one of the op's implementations.
         device: where the op's tensors are.
+        dtype: of the op's tensors; None leaves out what depends on it.
     """
     if impl == "native":
         if _native_missing is not None:
@@ -74,21 +75,42 @@ def unavailable(name: str, impl: Impl, device: torch.device) -> str | None:
 
             if not INTERPRETED:
                 return "on the CPU it needs TRITON_INTERPRET=1 in the environment from the start"
-        elif device.type != "cuda":
+        elif device.type == "cuda":
+            return _unsuited(name, device, dtype)
+        else:
             return f"no kernel runs on {device.type}"
     return None
 
 
-def choose(name: str, impl: Impl | None, device: torch.device) -> Callable[..., Any]:
-    """The op to call. What was asked for by name is used or refused, never replaced."""
+def _unsuited(name: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
+    """Why a GPU cannot run a Triton kernel, or None. Without a GPU, as in a plan, it is taken to be a recent one."""
+    if torch.version.hip:
+        # ROCm's capabilities, such as 9.4, are no NVIDIA architectures, and the table would take them for such.
+        return "the table of configurations is for NVIDIA GPUs" if name == "neighbor_attention" else None
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8 and (name == "neighbor_attention" or dtype == torch.bfloat16):
+        what = f"{name} in {dtype}" if dtype == torch.bfloat16 else name
+        return f"{what} needs compute capability 8.0, and this GPU has {major}.{minor}"
+    return None
+
+
+def choose(name: str, impl: Impl | None, device: torch.device, dtype: torch.dtype | None = None) -> Callable[..., Any]:
+    """The op to call: the implementation that was named, or the fastest one available.
+
+    Raises:
+        ValueError: the op has no implementation of that name.
+        RuntimeError: the named implementation is unavailable; no other takes its place.
+    """
     known = _implementations[name]
     if impl is None:
-        # Interpreted Triton is for tests: on the CPU only an explicit wish selects it.
+        # Interpreted Triton is for tests: on the CPU it must be named.
         ranking: tuple[Impl, ...] = ("triton", "native", "sdpa") if device.type == "cuda" else ("native", "sdpa")
-        there = (i for i in ranking if i in known and unavailable(name, i, device) is None)
+        there = (i for i in ranking if i in known and unavailable(name, i, device, dtype) is None)
         impl = next(there, "reference")
     elif impl not in known:
         raise ValueError(f"impl={impl!r} is not one of {', '.join(known)}, or None")
-    elif (reason := unavailable(name, impl, device)) is not None:
+    elif (reason := unavailable(name, impl, device, dtype)) is not None:
         raise RuntimeError(f"{name}: impl={impl!r} is unavailable on {device}: {reason}")
     return getattr(torch.ops.tiledcore, f"{name}_{impl}")

@@ -173,7 +173,7 @@ def fused_step(
     if readable(step):
         _check_evaluation(table, step, noise)
     window, ramp = check_window(window, ramp)
-    op = choose("fused_step", impl, tiles.device)
+    op = choose("fused_step", impl, tiles.device, tiles.dtype)
     op(tiles, offsets, state, table, input_scale, step, model_input, guidance_scale, noise, rescale, window, ramp)
 
 

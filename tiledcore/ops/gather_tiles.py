@@ -56,4 +56,4 @@ def gather_tiles(canvas: Tensor, offsets: Tensor, tile: tuple[int, int], *, impl
     check_image("canvas", canvas, "[B, C, H, W]")
     tile = check_size("tile", tile)
     check_offsets(offsets, canvas, (canvas.shape[2], canvas.shape[3]), tile)
-    return choose("gather_tiles", impl, canvas.device)(canvas, offsets, tile[0], tile[1])
+    return choose("gather_tiles", impl, canvas.device, canvas.dtype)(canvas, offsets, tile[0], tile[1])

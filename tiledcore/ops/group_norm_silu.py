@@ -103,6 +103,6 @@ def group_norm_silu(
         if not _planes_contiguous(out):
             raise ValueError(f"out must have contiguous planes, got the strides {out.stride()}")
     x = x if _planes_contiguous(x) else x.contiguous()
-    op = choose("group_norm_silu", impl, x.device)
+    op = choose("group_norm_silu", impl, x.device, x.dtype)
     op(x, mean.contiguous(), rstd.contiguous(), weight.contiguous(), bias.contiguous(), silu, out)
     return out

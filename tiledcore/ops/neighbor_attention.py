@@ -252,13 +252,13 @@ def neighbor_attention(
     scale = D**-0.5 if scale is None else float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale={scale} must be finite")
-    op = getattr(torch.ops.tiledcore, _op_name(_implementation(q, impl), q.device))
+    op = getattr(torch.ops.tiledcore, _op_name(_implementation(q, impl), q.device, q.dtype))
     tensors = [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, global_q, global_k, global_v)]
     return op(*tensors, canvas, tile, halo, tuple(wrap), scale)
 
 
-def _op_name(impl: Impl | None, device: torch.device) -> str:
-    return str(choose("neighbor_attention", impl, device)).removeprefix("tiledcore.")
+def _op_name(impl: Impl | None, device: torch.device, dtype: torch.dtype) -> str:
+    return str(choose("neighbor_attention", impl, device, dtype)).removeprefix("tiledcore.")
 
 
 # What torch.compiler.assume_constant_result does, so that a compiled transformer block has no graph break here;

@@ -1,4 +1,4 @@
-"""What a scheduler's predictions stand for: noise levels, and clean images."""
+"""The noise level of a timestep, and how a prediction relates to the clean image."""
 
 from __future__ import annotations
 
@@ -11,14 +11,11 @@ from torch import Tensor
 
 
 def noise_level(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
-    """``(α, σ)`` of a timestep: the canvas is ``α x0 + σ ε`` there, for a clean image ``x0`` and noise ``ε``.
-
-    Read off the scheduler's own noising of a one and of a zero.
-    """
+    """``(α, σ)`` such that a canvas at this timestep is ``α x0 + σ ε``, for a clean image ``x0`` and noise ``ε``."""
     probe = copy.copy(scheduler)
-    for name in ("add_noise", "scale_noise"):  # as the class has it, and not as somebody watches it
+    for name in ("add_noise", "scale_noise"):  # the class's own methods, without a wrapper on this object
         vars(probe).pop(name, None)
-    # Without an index the schedulers look the timestep up, which is the same at any moment of the loop.
+    # Without an index the scheduler looks the timestep up, whatever step the loop is at.
     for name in ("_begin_index", "_step_index"):
         if hasattr(probe, name):
             setattr(probe, name, None)
@@ -34,12 +31,12 @@ def noise_level(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
 
 
 def scales_predictions(scheduler: Any) -> bool:
-    """Whether a scheduler turns predictions into clean images in a way of its own (EDM, Karras et al. 2022)."""
+    """Whether a scheduler scales predictions itself (EDM, Karras et al. 2022)."""
     return hasattr(scheduler, "precondition_outputs")
 
 
 def clean_and_noisy(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
-    """``(b, a)`` such that ``a z + b x0`` is the prediction for a canvas ``z`` with the clean image ``x0``.
+    """``(b, a)`` such that the prediction for a canvas ``z`` is ``a z + b x0``, with the clean image ``x0``.
 
     Raises:
         ValueError: the timestep has no noise, or the scheduler's kind of prediction is not known.
@@ -55,7 +52,7 @@ def clean_and_noisy(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
         return -alpha / sigma, 1 / sigma
     if kind == "flow_prediction":
         return -alpha / sigma - 1, 1 / sigma
-    if kind == "v_prediction":  # of the canvas brought to unit variance (Salimans and Ho 2022)
+    if kind == "v_prediction":  # for a canvas of unit variance (Salimans and Ho 2022)
         norm = math.hypot(alpha, sigma)
         return -norm / sigma, alpha / (norm * sigma)
     if kind == "sample":

@@ -1,12 +1,12 @@
-"""A scheduler run on unit vectors: what each of its steps makes, and of what.
+"""Run a scheduler on unit vectors and record how each step makes its output from its inputs.
 
-The part of :mod:`tiledcore.schedulers.solver` that meets the real scheduler; it knows nothing of any one of them.
+Each tensor of the sample's shape that the scheduler holds is state. Nothing here is specific to one scheduler.
 """
 
 import copy
 import inspect
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,23 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 PREDICTION, NOISE = -1, -2
-"""Sources of a new value beside the values there are, which are numbered from 0."""
+"""Sources of a new value, beside the earlier values, which are numbered from 0."""
 
 Row = dict[int, float]
-"""The coefficients of a new value, by source."""
+"""Source -> coefficient, of one value."""
 
 
 class UnsuitableError(Exception):
-    """Found while reading: the scheduler is not linear in the sense of this module."""
+    """The scheduler is not linear in the sense of this module."""
 
 
 class _Exact(TorchFunctionMode):
-    """While active, float64 samples are not cast down, and noise that a scheduler draws comes from ``source``.
-
-    A mode acts on this thread only, where patching ``randn_tensor`` in the scheduler's module would act on all.
-    """
+    """While active, on this thread: float64 samples are not cast down, and drawn noise comes from ``source``."""
 
     _CASTS = (Tensor.to, Tensor.type, Tensor.float, Tensor.half, Tensor.bfloat16)
 
@@ -51,7 +49,7 @@ class _Exact(TorchFunctionMode):
             self.drawn.append(dtype)
             return self.source.to(torch.promote_types(dtype, self.source.dtype), copy=True)
         result = func(*args, **kwargs)
-        # Scalars and tables (fewer dimensions) keep the precision that the scheduler gives them.
+        # Scalars and tables have fewer dimensions and keep the scheduler's precision.
         if func in self._CASTS and args[0].dtype is torch.float64 and args[0].dim() >= self.source.dim():
             return args[0] if result.is_floating_point() else result
         return result
@@ -64,7 +62,7 @@ class Stepper:
         self.scheduler = copy.deepcopy(scheduler)
         self.visit(lambda tensor: tensor.cpu())
         if hasattr(self.scheduler, "set_begin_index"):
-            # Without it the first step is looked up by its timestep, which need not be unique.
+            # Else the first step is looked up by its timestep, which may not be unique.
             self.scheduler.set_begin_index(begin)
         self.timesteps: list[Tensor] = list(self.scheduler.timesteps[begin:])
         self.generator = torch.Generator()
@@ -73,16 +71,15 @@ class Stepper:
             self.kwargs["generator"] = self.generator
 
     def visit(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace every tensor that the scheduler holds, in its attributes or in containers there."""
+        """Replace every tensor in the scheduler's attributes, also in containers."""
         for name, value in vars(self.scheduler).items():
             if isinstance(value, Tensor | list | tuple | deque | dict):
-                setattr(self.scheduler, name, _replaced(value, change))
+                setattr(self.scheduler, name, tree_map_only(Tensor, change, value))
 
     def held(self, shape: torch.Size) -> list[Tensor]:
         """The tensors of this shape that the scheduler holds."""
-        return [
-            tensor for value in vars(self.scheduler).values() for tensor in _tensors(value) if tensor.shape == shape
-        ]
+        leaves = tree_leaves(list(vars(self.scheduler).values()))
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.shape == shape]
 
     def __call__(self, index: int, sample: Tensor, prediction: Tensor, noise: Tensor) -> "Outcome":
         """One evaluation."""
@@ -122,8 +119,7 @@ class Evaluation:
 def noise_dtype(stepper: Stepper) -> torch.dtype | None:
     """The dtype that a scheduler's noise always has, or None if it has the prediction's.
 
-    Seen in half precision: some schedulers draw float32, or cast the sample to it first and then draw noise like it.
-    The numbers that a generator gives depend on this.
+    A generator's numbers depend on it, and some schedulers draw float32 for half-precision samples.
     """
     one = torch.ones(1, 1, 1, 1, dtype=torch.float16)
     drawn = {stepper(index, one.clone(), one.clone(), one).drew for index in range(len(stepper.timesteps))} - {None}
@@ -134,13 +130,13 @@ def noise_dtype(stepper: Stepper) -> torch.dtype | None:
 
 
 def record(stepper: Stepper) -> list[Evaluation]:
-    """Run the scheduler, each evaluation from fresh unit vectors. Every value that ever exists gets a number."""
+    """Run the scheduler, each evaluation from new unit vectors. Every value gets a number."""
     program: list[Evaluation] = []
-    held: list[tuple[Tensor, int]] = []  # what the scheduler holds, and the value that each is
+    held: list[tuple[Tensor, int]] = []  # the scheduler's tensors, and which value each is
     before, made = 0, 1
     for index in range(len(stepper.timesteps)):
         known = list(dict.fromkeys([before, *(value for _, value in held)]))
-        # One component is 0 in all inputs: whatever appears there was added by the step on its own.
+        # The last component is 0 in all inputs: what appears there was added by the step itself.
         size = len(known) + 3
         unit = torch.eye(size, dtype=torch.float64).reshape(size, 1, 1, 1, size)
         basis = {id(tensor): unit[known.index(value)].clone() for tensor, value in held}
@@ -163,7 +159,7 @@ def record(stepper: Stepper) -> list[Evaluation]:
                 rows[value] = row
                 value_of.append((row, value))
             held.append((tensor, value))
-        # The new sample is always a value of its own: the pipeline may change it before the next evaluation.
+        # The new sample is always a new value, because the pipeline may change it before the next evaluation.
         rows[after] = _row(outcome.sample, sources)
         program.append(Evaluation(before, after, rows, scaled.get(before, 0.0), outcome.drew is not None))
         before = after
@@ -175,33 +171,10 @@ def _exchange(basis: dict[int, Tensor], tensor: Tensor) -> Tensor:
 
 
 def _row(vector: Tensor, sources: list[int]) -> Row:
-    """The non-zero components of a vector by the source that each belongs to."""
+    """The non-zero components of a vector, by source."""
     *components, rest = vector.flatten().tolist()
     if not torch.isfinite(vector).all():
         raise UnsuitableError("its coefficients are not finite")
     if rest:
         raise UnsuitableError(f"a step adds {rest:.3g}, which is no part of the sample, the prediction or its noise")
     return {source: value for source, value in zip(sources, components, strict=True) if value}
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple | deque):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-
-
-def _replaced(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A container like ``value`` with every tensor changed; the same object where there is none."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if not any(True for _ in _tensors(value)):
-        return value
-    if isinstance(value, dict):
-        return type(value)((key, _replaced(item, change)) for key, item in value.items())
-    if isinstance(value, deque):
-        return deque((_replaced(item, change) for item in value), value.maxlen)
-    return type(value)(_replaced(item, change) for item in value)

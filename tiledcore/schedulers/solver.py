@@ -1,20 +1,9 @@
-"""A diffusers scheduler as exact linear coefficients.
+"""Turn a diffusers scheduler into a table of linear coefficients, so that one fused operation can replace its ``step``.
 
-Given the timesteps, a step of most schedulers is linear in the sample, the prediction, the noise and what the
-scheduler remembers of them. So its coefficients can be read off by running the real scheduler on basis vectors, and
-one fused operation can then stand for every scheduler's ``step``.
-
-How they are read. Every tensor of the sample's shape that the scheduler holds after a step is state. Before each
-evaluation the sample and each such tensor are replaced by unit vectors, further unit vectors stand for the prediction
-and the noise, and the components of what the step returns and stores are the coefficients: exact, for nothing is
-solved for. Nothing is known about any one scheduler, so a new one works if it is linear. Tensors that no later
-evaluation needs are then dropped and the rest share as few slots as possible, as a compiler allocates registers.
-
-Linearity is measured: the table must agree with the real scheduler on random trajectories of very different size and
-on their sum. A scheduler that clips, or draws noise in its own way, comes back as :class:`NotLinear`.
-
-The scalars are computed by the scheduler itself, in its own precision (often float32), so they are the very numbers
-that diffusers uses. Only its casts of whole samples to float32 are skipped while it is read.
+For given timesteps, a step of most schedulers is linear in the sample, the prediction, the noise and the tensors that
+the scheduler remembers. :mod:`tiledcore.schedulers.probe` runs the real scheduler on unit vectors and reads off the
+coefficients, in the scheduler's own precision. Remembered tensors then share as few slots as possible, and the table is
+compared with the real scheduler: one that clips, or draws noise in its own way, becomes :class:`NotLinear`.
 """
 
 import inspect
@@ -27,13 +16,13 @@ from torch import Tensor
 from tiledcore.schedulers.probe import NOISE, PREDICTION, Evaluation, Row, Stepper, UnsuitableError, noise_dtype, record
 
 _LARGE = 1e6
-"""Amplitude at which clipping and thresholding show: well above any range that a scheduler is given."""
+"""Amplitude at which clipping and thresholding show."""
 
 _AGREEMENT = 1e-9
-"""Relative error of the table against the scheduler in float64; rounding reaches 2e-15 (measured), clipping about 1."""
+"""Allowed relative error of the table in float64; rounding reaches 2e-15 (measured), clipping about 1."""
 
 _CLIPPING = ("clip_sample", "clip_denoised", "thresholding")
-"""Settings of diffusers' schedulers that are not linear; they only word the reason."""
+"""Settings of diffusers' schedulers that are not linear, for the error message."""
 
 
 @dataclass(frozen=True)
@@ -47,21 +36,18 @@ class NotLinear:
 class LinearSolver:
     """The coefficients of one scheduler over one list of timesteps.
 
-    The state is ``slots`` canvases ``z``; slot 0 is the sample, what diffusers calls ``latents``. With the prediction
-    ``m`` (after guidance) and the noise ``n``, evaluation ``i`` is, for all slots at once,
+    The state is S canvases ``z``; slot 0 is the sample (diffusers' ``latents``). With the guided prediction ``m`` and
+    the noise ``n``, evaluation ``i`` updates all slots at once:
     ``z'[s] = sum_j table[i, s, j] * z[j] + table[i, s, S] * m + table[i, s, S + 1] * n``.
-    A row of the identity leaves its slot untouched. Slots above 0 are never read before they are written. Stopping
-    early is allowed: a prefix of the table is the table of a prefix of the timesteps.
+    A row of the identity leaves its slot untouched. Slots above 0 are written before they are read.
 
     Attributes:
-        slots: number S of canvas-sized slots, at least 1.
+        slots: the number S, at least 1.
         table: ``[N, S, S + 2]``, float64 on the CPU until :meth:`to`.
-        input_scale: ``[N + 1]``, as the table: the network sees ``input_scale[i] * z[0]`` at evaluation ``i``. The last
-            one is 1, so that a step may always prepare the input of the next.
-        timesteps: ``[N]``, what the network is given, as the scheduler has it.
-        uses_noise: whether each evaluation draws noise. It draws even where the coefficient is 0 if the scheduler
-            does, so that the generator ends in the same state.
-        noise_dtype: the dtype that the scheduler draws noise in, or None for the prediction's.
+        input_scale: ``[N + 1]``: the network sees ``input_scale[i] * z[0]`` at evaluation ``i``; the last one is 1.
+        timesteps: ``[N]``, as the network gets them.
+        uses_noise: whether each evaluation draws noise, as the scheduler does, even if its coefficient is 0.
+        noise_dtype: the dtype of the noise; None: the prediction's.
     """
 
     slots: int
@@ -81,17 +67,17 @@ class LinearSolver:
         return replace(self, table=table, input_scale=input_scale, timesteps=self.timesteps.to(device))
 
     def writes(self, index: int) -> tuple[int, ...]:
-        """The slots that evaluation ``index`` changes, in ascending order."""
+        """The slots that evaluation ``index`` changes, ascending."""
         unit = torch.eye(self.slots, self.slots + 2, dtype=self.table.dtype, device=self.table.device)
         changed = (self.table[index] != unit).any(dim=1)
         return tuple(int(slot) for slot in changed.nonzero().flatten())
 
     def noise(self, generator: Any, like: Tensor) -> Tensor:
-        """Draw one evaluation's noise as the scheduler itself would, in shape, dtype, device and order.
+        """Draw one evaluation's noise as the scheduler would.
 
         Args:
-            generator: the caller's ``torch.Generator``, a list of one per image of the batch, or None.
-            like: the prediction, or a tensor of its shape, dtype and device.
+            generator: a ``torch.Generator``, a list with one per image, or None.
+            like: a tensor of the prediction's shape, dtype and device.
         """
         from diffusers.utils.torch_utils import randn_tensor
 
@@ -100,18 +86,12 @@ class LinearSolver:
 
 
 def linear_solver(scheduler: Any, *, begin: int = 0, **step_kwargs: Any) -> LinearSolver | NotLinear:
-    """Read the coefficients of a scheduler whose ``set_timesteps`` has been called. It is left as it was.
-
-    Costs two of the scheduler's steps on tiny CPU tensors per timestep, three if it draws noise.
+    """The coefficients of a scheduler after ``set_timesteps``, or why there are none. The scheduler is not changed.
 
     Args:
-        scheduler: a diffusers scheduler (or one with the same ``timesteps``, ``step`` and, if the pipeline calls it,
-            ``scale_model_input``).
-        begin: index into ``scheduler.timesteps`` of the first evaluation; image-to-image starts after 0.
+        scheduler: a diffusers scheduler, or an object with the same ``timesteps``, ``step`` and ``scale_model_input``.
+        begin: index of the first timestep that is used; image-to-image starts after 0.
         **step_kwargs: what the pipeline passes to ``step`` beside its generator, such as ``eta``.
-
-    Returns:
-        The coefficients, or why there are none.
 
     Raises:
         ValueError: there are no timesteps, ``begin`` is not the index of one, or the scheduler has already stepped.
@@ -127,7 +107,7 @@ def linear_solver(scheduler: Any, *, begin: int = 0, **step_kwargs: Any) -> Line
     known = inspect.signature(scheduler.step).parameters
     if unknown := [name for name in step_kwargs if name not in known]:
         raise TypeError(f"{type(scheduler).__name__}.step has no argument {', '.join(unknown)}")
-    # A scheduler may raise anything when it meets tensors that its authors did not think of.
+    # A scheduler may raise anything on tensors that its authors did not think of.
     try:
         program = record(Stepper(scheduler, begin, step_kwargs))
         solver = _allocate(program, timesteps[begin:])
@@ -142,24 +122,20 @@ def linear_solver(scheduler: Any, *, begin: int = 0, **step_kwargs: Any) -> Line
 
 
 def step(solver: LinearSolver, index: int, state: list[Tensor], prediction: Tensor, noise: Tensor | None) -> None:
-    """One evaluation's update of ``state`` in place, in plain torch.
+    """Evaluation ``index`` in plain torch, in place.
 
     Args:
-        index: which evaluation, from 0.
-        state: S tensors of one shape and floating-point dtype; the products and sums have that dtype.
-        prediction: the guided prediction, of the state's shape.
-        noise: the same, or None where the evaluation uses none.
-
-    Raises:
-        ValueError: the noise is None and has a coefficient.
+        solver: the coefficients.
+        index: from 0.
+        state: S tensors of one shape and floating dtype, in which sums are made.
+        prediction: after guidance, of the same shape; so is ``noise``, or None if it has no coefficient.
     """
     sources = [*state, prediction, noise]
     new: dict[int, Tensor] = {}
     for slot in solver.writes(index):
         total = torch.zeros_like(state[slot])
         for coefficient, source in zip(solver.table[index, slot].tolist(), sources, strict=True):
-            # A slot may hold anything before it is written: what has no coefficient is not read.
-            if coefficient:
+            if coefficient:  # else the source is not read: it may hold anything
                 if source is None:
                     raise ValueError(f"noise=None, but evaluation {index} adds {coefficient:.3g} times the noise")
                 total.add_(source.to(total.dtype), alpha=coefficient)
@@ -180,7 +156,7 @@ def _allocate(program: list[Evaluation], timesteps: Tensor) -> LinearSolver:
         free = (slot for slot in range(1, len(program) * 8) if slot not in stays.values())
         for value in sorted(needed - stays.keys(), key=lambda value: (value not in where, value)):
             slot = next(free)
-            # The sample of this evaluation, if it is needed later, moves out of slot 0.
+            # If this evaluation's sample is needed later, it moves out of slot 0.
             written[slot] = {value: 1.0} if value in where else evaluation.rows[value]
             stays[value] = slot
         where = {**stays, evaluation.after: 0}
@@ -195,17 +171,15 @@ def _allocate(program: list[Evaluation], timesteps: Tensor) -> LinearSolver:
             table[index, slot] = 0
             for source, coefficient in row.items():
                 table[index, slot, column[source]] = coefficient
-    scales = [evaluation.scale for evaluation in program] + [1.0]
-    drew = tuple(evaluation.drew for evaluation in program)
-    input_scale = torch.tensor(scales, dtype=torch.float64)
-    return LinearSolver(S, table, input_scale, timesteps, drew)
+    input_scale = torch.tensor([evaluation.scale for evaluation in program] + [1.0], dtype=torch.float64)
+    return LinearSolver(S, table, input_scale, timesteps, tuple(evaluation.drew for evaluation in program))
 
 
 def _live(program: list[Evaluation]) -> list[set[int]]:
-    """For the moment before each evaluation and the end, the values beside the sample that are needed later.
+    """For the moment before each evaluation, and the end: the values beside the sample that are needed later.
 
-    Values that an evaluation would write only for one single row of the next to add them up are added up at once:
-    Heun's method keeps ``x + dt/2 d`` and not both ``x`` and ``d``. Their rows are changed in ``program``.
+    Values that only one row of the next evaluation reads are added up at once, and their rows in ``program`` are
+    changed: Heun's method keeps ``x + dt/2 d`` and not both ``x`` and ``d``.
     """
     alive: list[set[int]] = [set()]
     for index in reversed(range(len(program))):
@@ -222,7 +196,7 @@ def _live(program: list[Evaluation]) -> list[set[int]]:
 
 
 def _merge(previous: Evaluation, used: dict[int, Row], needed: set[int], survivors: set[int]) -> set[int]:
-    """Replace values that ``previous`` writes and one row of ``used`` alone reads by their sum; what is needed then."""
+    """Replace values that only one row of ``used`` reads by their sum in ``previous``; returns what is needed then."""
     for row in used.values():
         single = [
             value
@@ -237,9 +211,7 @@ def _merge(previous: Evaluation, used: dict[int, Row], needed: set[int], survivo
             weight = row.pop(value)
             for source, coefficient in previous.rows.get(value, {value: 1.0}).items():
                 total[source] = total.get(source, 0.0) + weight * coefficient
-        # At most one of them is a sample, and older than the rest; so this is one that ``previous`` makes, and it
-        # can stand for the sum, because nothing else reads it.
-        name = max(single)
+        name = max(single)  # made by ``previous`` and read by nobody else, so it can stand for the sum
         previous.rows[name] = total
         row[name] = 1.0
         needed = needed - set(single) | {name}
@@ -247,11 +219,7 @@ def _merge(previous: Evaluation, used: dict[int, Row], needed: set[int], survivo
 
 
 def _check(stepper: Stepper, solver: LinearSolver) -> None:
-    """Compare table and scheduler over whole random trajectories: u, a very large v, and u + v.
-
-    The table is linear by construction, so agreement on all three is superposition, measured. Each is judged by its
-    own size.
-    """
+    """Compare table and scheduler over random trajectories: u, a very large v, and u + v, each by its own size."""
     random = torch.Generator().manual_seed(0)
 
     def draw() -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -85,7 +84,7 @@ class Project(Layer):
         band.tensors[0] = torch.cat([projection(pixels) for projection in self.projections], 3).movedim(-1, 1)
 
     def after(self, extent: Extent) -> Extent:
-        return replace(extent, channels=(sum(p.out_features for p in self.projections), *extent.channels[1:]))
+        return extent.main(sum(p.out_features for p in self.projections))
 
     def flops(self, extent: Extent) -> float:
         return 2.0 * extent.height * extent.row(0) * self.after(extent).channels[0]
@@ -117,7 +116,7 @@ class Scales(Conv):
         return torch.cat(found, 1)
 
     def after(self, extent: Extent) -> Extent:
-        return replace(extent, channels=(extent.channels[0] * (1 + len(self.projections)), *extent.channels[1:]))
+        return extent.main(extent.channels[0] * (1 + len(self.projections)))
 
     def flops(self, extent: Extent) -> float:
         weights = sum(c.weight[0].numel() for one in self.projections for c in (one.proj_in, one.proj_out))
@@ -195,7 +194,7 @@ class LinearAttention(Layer):
         band.tensors[0] = attention.to_out(attended.movedim(1, -1)).movedim(-1, 1)
 
     def after(self, extent: Extent) -> Extent:
-        return replace(extent, channels=(self.attention.to_out.out_features, *extent.channels[1:]))
+        return extent.main(self.attention.to_out.out_features)
 
     def flops(self, extent: Extent) -> float:
         inner = self.attention.to_out.in_features

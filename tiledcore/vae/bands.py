@@ -61,6 +61,10 @@ class Extent:
         """Elements of one row, of one path or of all."""
         return self.batch * self.width * (sum(self.channels) if path is None else self.channels[path])
 
+    def main(self, channels: int) -> Extent:
+        """The same with another number of channels on the main path."""
+        return replace(self, channels=(channels, *self.channels[1:]))
+
 
 class Reduction:
     """A pass over all rows of a layer's input, needed before the layer's first output.

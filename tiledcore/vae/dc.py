@@ -111,7 +111,7 @@ class Gate(Layer):
         band.tensors[0] = value.mul_(F.silu(gate, inplace=True))
 
     def after(self, extent: Extent) -> Extent:
-        return replace(extent, channels=(extent.channels[0] // 2, *extent.channels[1:]))
+        return extent.main(extent.channels[0] // 2)
 
 
 def _rms(norm: Any, x: Tensor) -> Tensor:

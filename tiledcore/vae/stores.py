@@ -51,8 +51,7 @@ class OnHost:
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
-        self.cuda = device.type == "cuda"
-        self.stream = torch.cuda.Stream(device) if self.cuda else None
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.bands: deque[tuple[list[Any], bool]] = deque()
         self.writes: deque[tuple[list[Tensor], Any]] = deque()
 
@@ -73,7 +72,7 @@ class OnHost:
                 if tensor.device.type == "meta":  # a count of device memory, without the host's
                     host.append(tensor.shape)
                     continue
-                target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.cuda)
+                target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.stream is not None)
                 host.append(target.copy_(tensor, non_blocking=True))
         self.bands.append((host, band.last))
         # A band's device memory is free only after its copy, so no more than two may wait.

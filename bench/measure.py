@@ -1,0 +1,114 @@
+"""Time, memory and machine: what every benchmark measures and writes down.
+
+Times come from ``torch.utils.benchmark`` on a CPU and from ``triton.testing.do_bench`` on a GPU, which clears the L2
+cache before each call.
+"""
+
+import ctypes
+import json
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.benchmark import Measurement, TaskSpec, Timer
+
+Run = Callable[[], Any]
+LONG = 0.05
+"""Seconds. A longer call is timed as on a CPU, since ``do_bench`` makes eight calls or more."""
+
+
+def interleaved(runs: Mapping[str, Run], device: torch.device, seconds: float, rounds: int) -> dict[str, Measurement]:
+    """Time all providers in turns, so that a machine that slows down is slower for all of them.
+
+    Args:
+        runs: provider -> one call.
+        device: of the tensors.
+        seconds: for all providers and rounds together, about. A long call is made at least once a round.
+        rounds: turns of each provider.
+
+    Returns:
+        A measurement for each provider. It has one sample a round: the median of the calls in that round.
+    """
+    share = seconds / rounds / max(len(runs), 1)
+    medians: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            medians[name].append(median_seconds(run, device, share))
+    threads = torch.get_num_threads()
+    return {
+        name: Measurement(number_per_run=1, raw_times=values, task_spec=TaskSpec(name, "", num_threads=threads))
+        for name, values in medians.items()
+    }
+
+
+def median_seconds(run: Run, device: torch.device, seconds: float) -> float:
+    """Median time of one call, over about ``seconds`` of calls."""
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    if device.type == "cuda" and timer.blocked_autorange(min_run_time=1e-3).median < LONG:
+        from triton.testing import do_bench
+
+        return float(do_bench(run, warmup=200 * seconds, rep=1000 * seconds, return_mode="median")) / 1e3
+    return float(timer.blocked_autorange(min_run_time=seconds).median)
+
+
+def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """What the device reaches at most, measured now: bytes per second of a copy, FLOP per second of a matrix product.
+
+    The copy is much larger than any cache.
+    """
+    big = device.type == "cuda"
+    source = torch.empty(1 << 30 if big else 1 << 27, dtype=torch.uint8, device=device)
+    target, side = torch.empty_like(source), 8192 if big else 1024
+    square = torch.randn(side, side, device=device).to(dtype)
+    runs: dict[str, Run] = {"copy": lambda: target.copy_(source), "matmul": lambda: torch.mm(square, square)}
+    best = {name: min(found.times) for name, found in interleaved(runs, device, seconds=1.0, rounds=5).items()}
+    return {
+        "copy_bytes_per_second": 2 * source.nbytes / best["copy"],
+        "matmul_flops_per_second": 2 * side**3 / best["matmul"],
+    }
+
+
+def peak_growth(run: Run, device: torch.device) -> int:
+    """Bytes by which memory grows at most while ``run`` runs, its result included. On a CPU this needs Linux."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+
+    def high_water() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+
+    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed earlier would hide growth
+    Path("/proc/self/clear_refs").write_text("5")  # the mark starts again at what is resident now
+    before = high_water()
+    run()
+    return high_water() - before
+
+
+def quartiles(samples: list[float]) -> tuple[float, float, float]:
+    """First quartile, median and third quartile."""
+    low, middle, high = np.percentile(samples, (25, 50, 75)).tolist()
+    return low, middle, high
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """Device and versions, without which figures cannot be compared."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
+        models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        name = f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
+    return {"device": name, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def save(path: Path | None, device: torch.device, **data: Any) -> None:
+    """Write the machine and ``data`` as JSON, if there is a path."""
+    if path is not None:
+        path.write_text(json.dumps({"machine": machine(device)} | data, indent=1) + "\n")
