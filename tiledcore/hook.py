@@ -60,7 +60,8 @@ def with_fade(pipe: Any, config: TilingConfig, fades: bool) -> TilingConfig:
     if motion.fade:
         why = "only a TiledPipeline fades" if not fades else f"{type(pipe.scheduler).__name__} cannot fade"
         raise ValueError(f"fade={motion.fade}: {why}; give fade=0")
-    return replace(config, motion=STEPWISE if config.motion == "moving" else replace(motion, fade=0))
+    default = replace(motion, seed=0) == Motion()
+    return replace(config, motion=replace(STEPWISE, seed=motion.seed) if default else replace(motion, fade=0))
 
 
 class NetworkHook:

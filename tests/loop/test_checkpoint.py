@@ -149,7 +149,7 @@ def other_weights() -> Any:
         (tiny_sd, {"seed": 1}, "generator: .*seed 0, .* there, .*seed 1, .* now"),
         (tiny_sd, {"num_inference_steps": 6}, "num_inference_steps: 4 there, 6 now"),
         (tiny_sd, {"prompt_embeds": torch.zeros(1, 40, 32), "prompt": None}, "prompt_embeds: None there, .*tensor"),
-        (tiny_sd, {"tiling": still(overlap=8)}, "tiling.overlap: '4' there, '8' now"),
+        (tiny_sd, {"tiling": still(overlap=8)}, "tiling.overlap: 4 there, 8 now"),
         (with_scheduler("EulerDiscreteScheduler"), {}, "scheduler: DDIMScheduler .* there, EulerDiscreteScheduler"),
         (other_weights, {}, "weights of unet"),
         (tiny_sdxl, {}, "pipeline: StableDiffusionPipeline there, StableDiffusionXLPipeline now"),

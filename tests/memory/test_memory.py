@@ -75,10 +75,10 @@ def test_the_sdxl_network_over_a_whole_canvas() -> None:
     """Weights of 2.57e9 parameters, and a whole 4096x4096 image in under 10 GiB without an N² buffer."""
     predictor = Predictor(architecture("sdxl"), "cuda")
     assert predictor.weights("unet") == pytest.approx(2 * 2.567e9, rel=0.001)
-    both = predictor.evaluation((512, 512), TilingConfig(mode="canvas"), 1, 2)
+    both = predictor.evaluation((512, 512), TilingConfig(mode="canvas"), Execution(), 1, 2)
     assert 9 * GIB < both.network + predictor.weights("unet") < 10 * GIB
     # The common count for one 1024x1024 evaluation, without attention's two products, is 2.99e12 multiply-adds.
-    one = predictor.evaluation((128, 128), TilingConfig(), 1, 1)
+    one = predictor.evaluation((128, 128), TilingConfig(), Execution(), 1, 1)
     assert one.flops == pytest.approx(2 * 2.99e12, rel=0.25) and one.tiles == 1
 
 

@@ -82,7 +82,7 @@ def test_motion_follows_the_timestep_only() -> None:
     assert other.tiling(32, 32, 981) != first
 
 
-def test_per_image_arguments_are_repeated_tile_major() -> None:
+def test_per_image_arguments_are_repeated_branch_major() -> None:
     seen: list[dict[str, Any]] = []
 
     def spy(sample: torch.Tensor, timestep: Any, **kwargs: Any) -> tuple[torch.Tensor]:
@@ -102,7 +102,7 @@ def test_per_image_arguments_are_repeated_tile_major() -> None:
     )
     (call,) = seen
     rows = call["sample"][:, 0, 0, 0]
-    assert rows.tolist() == [0, 1, 0, 1]
+    assert rows.tolist() == [0, 0, 1, 1]
     assert call["encoder_hidden_states"].flatten().tolist() == rows.tolist()
     assert call["added_cond_kwargs"]["image_embeds"][0].flatten().tolist() == rows.tolist()
     assert call["timestep"].tolist() == [7] * 4

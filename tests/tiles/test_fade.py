@@ -205,6 +205,6 @@ def test_a_scheduler_that_scales_its_predictions_is_refused_and_gets_another_def
     default = default_tiling(pipe)
     assert with_fade(pipe, default, fades=True) == default
     pipe.scheduler = EDMEulerScheduler()
-    with pytest.raises(ValueError, match="fade=3: EDMEulerScheduler cannot fade, or give fade=0"):
+    with pytest.raises(ValueError, match="fade=3: EDMEulerScheduler cannot fade; give fade=0"):
         generate(pipe, True, FADING)
     assert with_fade(pipe, default, fades=True) == TilingConfig(motion=STEPWISE)
