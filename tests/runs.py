@@ -8,9 +8,9 @@ import torch
 from tilings import ONE, RAMP
 from torch import Tensor
 
-from tiledcore import TiledPipeline, TilingConfig
-from tiledcore.loop.engine import Report
+from tiledcore import Execution, TiledPipeline, TilingConfig
 from tiledcore.loop.graph import Body
+from tiledcore.loop.report import Report
 from tiledcore.tiles.denoiser import TileDenoiser
 
 
@@ -51,9 +51,16 @@ class Killed(BaseException):
     """Ends a call as a killed process would: nothing catches it."""
 
 
-def resumable(pipe: Any, tiling: TilingConfig = RAMP, seed: int = 0, prompt: str = "a cat", **kwargs: Any) -> Any:
+def resumable(
+    pipe: Any,
+    tiling: TilingConfig = RAMP,
+    execution: Execution | None = None,
+    seed: int = 0,
+    prompt: str = "a cat",
+    **kwargs: Any,
+) -> Any:
     """Latents and report of the call that the tests of checkpoints break off."""
-    wrapped = TiledPipeline.from_pipe(quiet(pipe), tiling=tiling)
+    wrapped = TiledPipeline.from_pipe(quiet(pipe), tiling=tiling, execution=execution)
     generator = torch.Generator().manual_seed(seed)
     images = wrapped(prompt, **{"generator": generator, **CALL, **kwargs}).images
     return images, wrapped.report

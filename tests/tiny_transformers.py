@@ -209,7 +209,7 @@ def side(make: Any) -> int:
 
 
 def tiles(make: Any, **kwargs: Any) -> TilingConfig:
-    return TilingConfig(**{"tile": side(make), "overlap": side(make) // 4, "tile_batch": 3, **kwargs})
+    return TilingConfig(**{"tile": side(make), "overlap": side(make) // 4, **kwargs})
 
 
 def canvas(make: Any) -> tuple[int, int]:

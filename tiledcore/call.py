@@ -16,7 +16,7 @@ from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 from tiledcore._diffusers import device_of, share_settings
 from tiledcore.compose.pictures import resized, size_px
 from tiledcore.compose.regional import Regional, seeded_latents
-from tiledcore.compose.regions import Region
+from tiledcore.compose.regions import Region, check_are_regions
 from tiledcore.compose.stage_plan import Stages
 from tiledcore.config import Execution, TilingConfig
 from tiledcore.feature import Feature, Features, Scoped
@@ -119,6 +119,7 @@ class Call:
         Raises:
             ValueError: names the argument that is not valid.
         """
+        check_are_regions(options.regions)
         runs = sibling(pipe, arguments)
         takes = signature(type(runs).__call__).parameters
         if "use_resolution_binning" in takes:
@@ -176,7 +177,10 @@ class Call:
         bound = signature(type(self.pipe).__call__).bind_partial(self.pipe, **self.arguments)
         bound.apply_defaults()
         settings: dict[str, Any] = {"regions": [vars(region) for region in self.options.regions]}
-        settings |= {f"tiling.{name}": repr(value) for name, value in vars(self.tiling).items()}
+        settings |= {
+            f"tiling.{name}": value if isinstance(value, str | int | float | None) else str(value)
+            for name, value in vars(self.tiling).items()
+        }
         with (
             tiled(self.pipe, self.tiling, self.execution) as hook,
             Features(self.features(hook)) as features,

@@ -162,7 +162,7 @@ class TilingConfig:
         share = 1.0 if self.moving is None else min(1.0, self.moving.blended / steps)
         return 1.0 + share * (grid.area_factor - 1.0)
 
-    def grid(self, height: int, width: int, native: int | Pair, unit: int = 1) -> TileGrid:
+    def grid(self, height: int, width: int, native: int | Pair, unit: int = 1, snap: int = 1) -> TileGrid:
         """The tiles of a canvas; for moving tiles, those of the blended steps.
 
         Args:
@@ -170,13 +170,14 @@ class TilingConfig:
             width: of the canvas, in latent pixels.
             native: tile size in latent pixels where the config has none.
             unit: latent pixels per grid pixel along each axis: a token's side for packed latents.
+            snap: of :class:`~tiledcore.geometry.TileGrid`.
 
         Raises:
             ValueError: a size is no multiple of the unit, or :class:`~tiledcore.geometry.TileGrid` refuses it.
         """
         tile = both(native if self.tile is None else self.tile)
         overlap = self._overlap(tile, unit)
-        grid = TileGrid(height, width, tile=tile, overlap=overlap, wrap=self.wrap)
+        grid = TileGrid(height, width, tile=tile, overlap=overlap, wrap=self.wrap, snap=snap)
         if unit == 1:
             return grid
         for name, size in (("canvas", (height, width)), ("tile", tile), ("overlap", overlap)):

@@ -115,6 +115,7 @@ class TileGrid(Tiling):
         tile: tile size, an int or (y, x).
         overlap: least overlap of adjacent tiles, an int or (y, x); smaller than ``tile``.
         wrap: whether the canvas is a torus, a bool or (y, x).
+        snap: tiles start at multiples of it on an axis where tile and canvas are multiples of it.
 
     Raises:
         ValueError: names the argument, its value and what is valid.
@@ -127,6 +128,7 @@ class TileGrid(Tiling):
         tile: int | Pair,
         overlap: int | Pair = 0,
         wrap: bool | tuple[bool, bool] = (False, False),
+        snap: int = 1,
     ) -> None:
         canvas = (validate.integer("height", height, 1), validate.integer("width", width, 1))
         tiles = validate.pair("tile", tile, 1)
@@ -148,8 +150,8 @@ class TileGrid(Tiling):
             tile_size=(h, w),
             overlap=(overlap_y, overlap_x),
             wrap=wraps,
-            rows=_spread(canvas[0], h, overlap_y, wraps[0]),
-            cols=_spread(canvas[1], w, overlap_x, wraps[1]),
+            rows=_snapped(canvas[0], h, overlap_y, wraps[0], snap),
+            cols=_snapped(canvas[1], w, overlap_x, wraps[1], snap),
         )
 
     def shifted(self, step: int, seed: int) -> Partition:
@@ -173,6 +175,13 @@ class TileGrid(Tiling):
             _moved(*axis) for axis in zip((self.height, self.width), self.tile_size, self.wrap, moved, strict=True)
         )
         return Partition(self.height, self.width, rows, cols)
+
+
+def _snapped(size: int, tile: int, overlap: int, wrap: bool, snap: int) -> tuple[int, ...]:
+    if snap == 1 or size % snap or tile % snap or overlap >= tile - snap:
+        return _spread(size, tile, overlap, wrap)
+    units = _spread(size // snap, tile // snap, _ceil_div(overlap, snap), wrap)
+    return tuple(snap * unit for unit in units)
 
 
 def _spread(size: int, tile: int, overlap: int, wrap: bool) -> tuple[int, ...]:

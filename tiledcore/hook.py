@@ -56,9 +56,10 @@ def with_fade(pipe: Any, config: TilingConfig, fades: bool) -> TilingConfig:
     if motion is None or can:
         return config
     if motion.fade:
-        why = "only a TiledPipeline fades; call one" if not fades else f"{type(pipe.scheduler).__name__} cannot fade"
-        raise ValueError(f"fade={motion.fade}: {why}, or give fade=0")
-    return replace(config, motion=STEPWISE if config.motion == "moving" else replace(motion, fade=0))
+        why = "only a TiledPipeline fades" if not fades else f"{type(pipe.scheduler).__name__} cannot fade"
+        raise ValueError(f"fade={motion.fade}: {why}; give fade=0")
+    default = replace(motion, seed=0) == Motion()
+    return replace(config, motion=replace(STEPWISE, seed=motion.seed) if default else replace(motion, fade=0))
 
 
 class NetworkHook:
@@ -150,12 +151,18 @@ def _denoiser(pipe: Any, config: TilingConfig, execution: Execution) -> TileDeno
     network, family = network_of(pipe)
     native = family.native(pipe, network)
     unit = family.unit(network)
-    denoiser = TileDenoiser(config, execution, native, pipe.vae_scale_factor, family.patch(network), unit)
+    denoiser = TileDenoiser(config, execution, native, pipe.vae_scale_factor, family.patch(network), unit, _snap(pipe))
     height, width = both(config.tile or native)
     denoiser.tiling(2 * height // unit, 2 * width // unit, 0)
     scheduler, clock = pipe.scheduler, family.clock
     denoiser.timesteps = lambda: clock(torch.as_tensor(scheduler.timesteps).float()).tolist()
     return denoiser
+
+
+def _snap(pipe: Any) -> int:
+    """What tiles must begin at multiples of, latent pixels."""
+    levels = len(getattr(uncompiled(network_of(pipe)[0]).config, "block_out_channels", (1,)))
+    return 2 ** (levels - 1) if is_hinted(pipe) else 1
 
 
 class TiledCalls:

@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from tilings import still
 from tiny import tiny_sdxl
-from tiny_command import FAST, SCENE, error, generate, pixels, saved_model, spied_denoiser, stored, verbosity_put_back
+from tiny_command import FAST, SCENE, generate, pixels, saved_model, spied_denoiser, stored, verbosity_put_back
 
 from tiledcore import Motion, TiledPipeline, TilingConfig, ops
+from tiledcore.cli import choices
 from tiledcore.cli import generate as command
 from tiledcore.cli import main as cli
 from tiledcore.cli.main import main
@@ -364,12 +365,14 @@ def test_argument_errors_and_help_import_nothing_heavy(tmp_path: Path) -> None:
 
 def test_the_choices_are_the_librarys() -> None:
     assert set(cli.WINDOWS) == set(ops.WINDOWS)
-    assert all(hasattr(torch, name) for name in command.DTYPES.values())
+    assert all(hasattr(torch, name) for name in choices.DTYPES.values())
 
 
-def test_a_command_is_required(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 2
-    assert "required: COMMAND" in error(capsys)
+def test_without_a_command_there_are_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and len(out.splitlines()) == 5
+    assert all(line.startswith("tiledcore ") for line in out.splitlines())
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
     assert stop.value.code == 0

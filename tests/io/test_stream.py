@@ -12,7 +12,7 @@ from tilings import RAMP, still
 from tiny import tiny_sd, tiny_sdxl, tiny_vae
 from tiny_transformers import ALL, NATIVE, build, call
 
-from tiledcore import TiledPipeline, pipeline
+from tiledcore import TiledPipeline
 from tiledcore.io import stream
 
 SD = {"height": 128, "width": 200, "num_inference_steps": 2}
@@ -87,7 +87,7 @@ def test_large_images_are_the_same_up_to_rounding(monkeypatch: pytest.MonkeyPatc
     """Above the limit, rows come from the banded decoder: exact to 1e-5, so one level of 255 at a rounding's edge."""
     rows, pipe = Collected(), tiny_sd()
     (image,) = run(pipe).images
-    monkeypatch.setattr(pipeline, "EXACT_DECODE_PIXELS", 0)
+    monkeypatch.setattr("tiledcore.call.EXACT_DECODE_PIXELS", 0)
     run(pipe, rows=rows)
     difference = rows.image().astype(int) - np.asarray(image).astype(int)
     assert abs(difference).max() <= 1 and (difference != 0).mean() < 0.01
@@ -103,7 +103,7 @@ def test_tiled_rows_are_the_autoencoders_own() -> None:
 
 def test_what_is_not_exact_says_so(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Collected()
-    monkeypatch.setattr(pipeline, "EXACT_DECODE_PIXELS", 0)
+    monkeypatch.setattr("tiledcore.call.EXACT_DECODE_PIXELS", 0)
     monkeypatch.setattr("tiledcore.vae.exact.CPU_EXACT_PIXELS", 0)
     run(tiny_sd(), rows=rows)
     assert "in diffusers' tiles, which is approximate: its attention" in caplog.text

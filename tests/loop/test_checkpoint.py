@@ -19,7 +19,7 @@ from tiny import tiny_sd, tiny_sdxl
 from tiny_transformers import NATIVE, build, call, tiny_flux, tiny_pixart_sigma, tiny_sd3
 from torch import Tensor
 
-from tiledcore import TiledPipeline, TilingConfig
+from tiledcore import Execution, TiledPipeline, TilingConfig
 from tiledcore.cli.main import main
 from tiledcore.loop.checkpoint import FILE, Checkpoint, load
 
@@ -45,7 +45,7 @@ def test_every_kind_of_scheduler(scheduler: str, evaluation: int, tmp_path: Path
 @pytest.mark.parametrize(
     "tiling",
     [MOVING, CANVAS, still(wrap=True)],
-    ids=["shift", "canvas", "wrap"],
+    ids=["moving", "canvas", "wrap"],
 )
 def test_every_way_over_the_canvas(tiling: TilingConfig, tmp_path: Path) -> None:
     assert_same_after(2, tiny_sdxl, tmp_path, tiling=tiling)
@@ -100,7 +100,7 @@ def test_saved_every_few_evaluations(tmp_path: Path) -> None:
 def test_memory_settings_may_change(tmp_path: Path) -> None:
     whole, _ = run(tiny_sd())
     broken_off(2, tiny_sd, checkpoint=tmp_path)
-    resumed, report = run(tiny_sd(), tiling=still(overlap=4, tile_batch=1), checkpoint=tmp_path)
+    resumed, report = run(tiny_sd(), execution=Execution(tile_batch=1), checkpoint=tmp_path)
     assert report.resumed == 2
     torch.testing.assert_close(resumed, whole)
 

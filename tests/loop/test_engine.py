@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tiledcore import TiledPipeline, TilingConfig
 
-WAYS = {"tiles": ONE, "shift": MOVING, "canvas": CANVAS}
+WAYS = {"tiles": ONE, "moving": MOVING, "canvas": CANVAS}
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_a_replayed_graph_gives_the_same_bits(tiling: TilingConfig) -> None:
 
 
 def test_graph_refusals_reach_the_report() -> None:
-    wrapped = TiledPipeline.from_pipe(quiet(tiny_sd()), tiling=WAYS["shift"])
+    wrapped = TiledPipeline.from_pipe(quiet(tiny_sd()), tiling=WAYS["moving"])
     wrapped._graphs.backend = Double()
     wrapped("a cat", height=160, width=256, num_inference_steps=2, output_type="latent")
     assert wrapped.report is not None and wrapped.report.graph.eager == 2

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from tilings import RAMP
 from tiny import tiny_sd
 
-from tiledcore import TiledPipeline, TilingConfig
+from tiledcore import Execution, TiledPipeline, TilingConfig
 from tiledcore.memory.budget import _offloaded, within
 from tiledcore.memory.planner import Plan
 from tiledcore.memory.prediction import Phase
@@ -18,6 +19,7 @@ OFFLOADING = Plan(
     device="cpu",
     dtype="float32",
     tiling=TilingConfig(),
+    execution=Execution(),
     offload=True,
     vae_band=None,
     vae_room=None,
@@ -33,13 +35,13 @@ def state(pipe: Any) -> dict[str, Any]:
     found = {name: vars(pipe).get(name, "absent") for name in ("_all_hooks", "_offload_gpu_id", "_offload_device")}
     for name, part in pipe.components.items():
         if isinstance(part, torch.nn.Module):
-            found[name] = (sorted(vars(part).keys() - {"_diffusers_hook"}), part.device)  # tiling leaves its registry
+            found[name] = (type(part), sorted(vars(part)), part.device)
     return found
 
 
 def budgeted(pipe: Any) -> TiledPipeline:
     """With a budget whose plan needs offload; the device to run on is the CPU, so that it works everywhere."""
-    wrapped = TiledPipeline.from_pipe(pipe, tiling=TilingConfig(tile=16, overlap=4), memory_budget="1GiB")
+    wrapped = TiledPipeline.from_pipe(pipe, tiling=RAMP, memory_budget="1GiB")
     wrapped._budget.plan = lambda *_: OFFLOADING
     return wrapped
 

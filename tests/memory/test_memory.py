@@ -75,10 +75,10 @@ def test_the_sdxl_network_over_a_whole_canvas() -> None:
     """Weights of 2.57e9 parameters, and a whole 4096x4096 image in under 10 GiB without an N² buffer."""
     predictor = Predictor(architecture("sdxl"), "cuda")
     assert predictor.weights("unet") == pytest.approx(2 * 2.567e9, rel=0.001)
-    both = predictor.evaluation((512, 512), TilingConfig(mode="canvas"), 1, 2)
+    both = predictor.evaluation((512, 512), TilingConfig(mode="canvas"), Execution(), 1, 2)
     assert 9 * GIB < both.network + predictor.weights("unet") < 10 * GIB
     # The common count for one 1024x1024 evaluation, without attention's two products, is 2.99e12 multiply-adds.
-    one = predictor.evaluation((128, 128), TilingConfig(), 1, 1)
+    one = predictor.evaluation((128, 128), TilingConfig(), Execution(), 1, 1)
     assert one.flops == pytest.approx(2 * 2.99e12, rel=0.25) and one.tiles == 1
 
 
@@ -118,13 +118,15 @@ def test_offload_only_where_everything_at_once_does_not_fit() -> None:
     assert all(a.peak < b.peak for a, b in zip(less.phases, everything.phases, strict=True))
 
 
-@pytest.mark.parametrize("value", ["24", "24GiB", "24 gib", 24, "1.5kb"])
+@pytest.mark.parametrize("value", ["24B", "24GiB", "24 gib", 24, "1.5kb"])
 def test_sizes_in_bytes(value: int | str) -> None:
-    expected = {"24": 24, "24GiB": 24 * GIB, "24 gib": 24 * GIB, 24: 24, "1.5kb": 1500}
+    expected = {"24B": 24, "24GiB": 24 * GIB, "24 gib": 24 * GIB, 24: 24, "1.5kb": 1500}
     assert parse_bytes(value) == expected[value]
 
 
-@pytest.mark.parametrize("value", ["", "much", "-1GiB", 0, "24 GiB of it", True])
+@pytest.mark.parametrize(
+    "value", ["", "much", "-1GiB", 0, "24 GiB of it", True, "24", "9" * 400 + "GiB", 10**400, "2048TiB", "5ib"]
+)
 def test_what_is_no_size_is_refused(value: int | str) -> None:
     with pytest.raises(ValueError, match="budget="):
         parse_bytes(value)
@@ -135,6 +137,6 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert found["fits"] and found["needs"] <= 2 * GIB and found["size"] == [512, 256]
     assert main(["plan", "--model", "earth", "--size", "512x500", "--budget", "2GiB"]) == 2
-    assert "size=512x500: both sides must be multiples of 8 px" in capsys.readouterr().err
+    assert "--size 512x500: each side must be a multiple of 8 px, such as 512x496 or 512x504" in capsys.readouterr().err
     assert main(["plan", "--model", "nowhere", "--size", "512x512", "--budget", "2GiB"]) == 2
     assert "must be one of sd15, sdxl, sd3, flux" in capsys.readouterr().err

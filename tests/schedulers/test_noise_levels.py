@@ -64,14 +64,15 @@ def test_a_shift_of_the_callers_own_stays(monkeypatch: pytest.MonkeyPatch) -> No
     assert seen == [3.0]
 
 
-def test_a_copied_scheduler_is_a_scheduler_of_its_own() -> None:
+def test_between_calls_the_scheduler_is_its_own() -> None:
     pipe = apply_tiling(build(tiny_flux), tiles(tiny_flux))
+    call(pipe, tiny_flux, canvas(tiny_flux), num_inference_steps=2)
+    assert not {"set_timesteps", "step", "scale_model_input"} & vars(pipe.scheduler).keys()
     other = copy.deepcopy(pipe.scheduler)
-    pipe.scheduler.set_timesteps(2, mu=1.0)
     other.set_timesteps(5, mu=line(1000))
     assert len(pipe.scheduler.timesteps) == 2
     expected = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
-    expected.set_timesteps(5, mu=line(64))
+    expected.set_timesteps(5, mu=line(1000))
     assert torch.equal(other.timesteps, expected.timesteps)
 
 

@@ -1,6 +1,5 @@
-"""Shifted grids whose last steps are blended: which steps these are, in every loop, family and schedule."""
+"""Moving tiles whose first and last steps are blended: which steps these are, in every loop, family and schedule."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +10,9 @@ from tilings import BLENDED, MOVING, RAMP, moving
 from tiny import tiny_sd, tiny_sdxl
 from tiny_transformers import build, call, tiny_flux, tiny_pixart_sigma, tiny_qwen, tiny_sd3, tiny_z_image
 
-from tiledcore import TiledPipeline, TilingConfig, apply_tiling
+from tiledcore import Motion, TiledPipeline, TilingConfig, apply_tiling
 from tiledcore.geometry import Partition, Tiling
-from tiledcore.hook import default_tiling
+from tiledcore.hook import STEPWISE, default_tiling, with_fade
 from tiledcore.tiles.denoiser import TileDenoiser
 
 
@@ -84,18 +83,18 @@ def test_every_family_finds_its_timesteps(make: Any, dtype: torch.dtype, ways: A
     assert len(times) == 12 and blended(ways) == [t in times[-2:] for t, _ in ways]
 
 
-def test_one_step_moves_the_result_between_shift_and_ramp() -> None:
+def test_blended_steps_move_the_result_toward_a_ramps() -> None:
     pipe = quiet(tiny_sd())
     ramp = RAMP
-    every = moving(blend_steps=9, overlap=4)
+    every = moving(blend_last=9, overlap=4)
     assert torch.equal(generate(pipe, True, every)[0], generate(pipe, True, ramp)[0])
-    shift, last = (generate(pipe, True, tiling)[0] for tiling in (MOVING, BLENDED))
-    assert not torch.allclose(shift, last)
+    always, last = (generate(pipe, True, tiling)[0] for tiling in (MOVING, BLENDED))
+    assert not torch.allclose(always, last)
 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_first_steps_are_blended(fused: bool, ways: Any) -> None:
-    generate(quiet(tiny_sd()), fused, replace(MOVING, blend_first=2, overlap=4))
+    generate(quiet(tiny_sd()), fused, moving(blend_first=2, overlap=4))
     assert blended(ways) == [True, True, False, False]
 
 
@@ -103,7 +102,7 @@ def test_the_first_steps_are_blended(fused: bool, ways: Any) -> None:
 def test_a_run_that_starts_from_an_image_blends_more_of_its_last_steps_instead(strength: float, ways: Any) -> None:
     image = torch.rand(1, 3, 160, 256, generator=torch.Generator().manual_seed(1))
     arguments = {"image": image, "strength": strength, "height": None, "width": None, "num_inference_steps": 8}
-    generate(quiet(tiny_sd()), True, replace(BLENDED, blend_first=1), **arguments)
+    generate(quiet(tiny_sd()), True, moving(blend_first=1, blend_last=2, overlap=4), **arguments)
     assert blended(ways) == [False] * (round(8 * strength) - 3) + [True] * 3
 
 
@@ -119,37 +118,51 @@ def test_the_area_factor_is_the_mean_over_the_steps() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"blend_steps": 1}, "blend_steps=1: only with shift=True"),
-        ({"blend_steps": -1, "shift": True}, "blend_steps=-1"),
-        ({"blend_steps": True, "shift": True}, "blend_steps=True"),
-        ({"blend_first": 1}, "blend_first=1: only with shift=True"),
-        ({"blend_first": 0.5, "shift": True}, "blend_first=0.5"),
-        ({"blend_steps": 1, "shift": True, "overlap": 16, "tile": 16}, "overlap="),
+        ({"blend_last": -1}, "blend_last=-1 must be an int of at least 0"),
+        ({"blend_last": True}, "blend_last=True must be an int of at least 0"),
+        ({"blend_first": 0.5}, "blend_first=0.5 must be an int of at least 0"),
+        ({"seed": 1.5}, "seed=1.5 must be an int"),
     ],
 )
 def test_bad_settings_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TilingConfig(**arguments)
+        Motion(**arguments)
 
 
-HEALED = TilingConfig(shift=True, blend_steps=3)
-FADED = TilingConfig(shift=True, blend_first=2, blend_steps=1, fade=3)
+def test_blended_steps_need_an_overlap_below_the_tile() -> None:
+    with pytest.raises(ValueError, match="overlap="):
+        moving(tile=16, blend_last=1, overlap=16)
+
+
+DEFAULT = TilingConfig(motion="moving")
 
 
 @pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
-def test_unets_fade_and_blend_their_last_step_by_default(make: Any, ways: Any) -> None:
+def test_unets_fade_and_blend_three_steps_by_default(make: Any, ways: Any) -> None:
     pipe = quiet(make())
-    assert default_tiling(pipe) == HEALED
-    assert default_tiling(pipe, fades=True) == FADED == TiledPipeline.from_pipe(pipe).tiling
-    TiledPipeline.from_pipe(pipe)("a coast", height=256, width=256, num_inference_steps=4, output_type="latent")
+    assert default_tiling(pipe) == DEFAULT == TiledPipeline.from_pipe(pipe).tiling
+    assert with_fade(pipe, DEFAULT, fades=False) == TilingConfig(motion=STEPWISE)
+    latents, _ = generate(pipe, True, default_tiling(pipe))
     assert [isinstance(tiles, Tiling) for _, tiles in ways] == [True, True, False, True]
+    faded = TilingConfig(motion=Motion(blend_first=2, blend_last=1, fade=3))  # 3/16 of the native 16
+    assert torch.equal(latents, generate(pipe, True, faded)[0])
+
+
+def test_where_nothing_fades_the_last_three_steps_are_blended(ways: Any) -> None:
+    pipe = apply_tiling(quiet(tiny_sd()))
+    pipe("a coast", height=256, width=256, num_inference_steps=4, output_type="latent")
+    assert [isinstance(tiles, Tiling) for _, tiles in ways] == [False, True, True, True]
 
 
 def test_the_default_of_transformers() -> None:
     flux = build(tiny_flux)
     flux.transformer.native_size = 32  # eighths of 4 latent pixels: two tokens
-    assert default_tiling(flux) == HEALED and default_tiling(flux, fades=True) == replace(FADED, fade=6)
+    assert default_tiling(flux) == DEFAULT
+    motions = ("moving", Motion(fade=6))  # 3/16 of 32
+    wrapped = (TiledPipeline.from_pipe(flux, tiling=TilingConfig(motion=motion)) for motion in motions)
+    default, faded = (call(pipe, tiny_flux, (48, 64), num_inference_steps=5) for pipe in wrapped)
+    assert torch.equal(default, faded)
     flux.transformer.native_size = 24  # eighths of 3
     assert default_tiling(flux) == TilingConfig()
     for make in (tiny_sd3, tiny_pixart_sigma, tiny_qwen, tiny_z_image):
-        assert default_tiling(build(make), fades=True) == TilingConfig()
+        assert default_tiling(build(make)) == TilingConfig()

@@ -8,8 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tilings import moving, still
 
-from tiledcore.config import TilingConfig
+from tiledcore.config import Execution, Motion, TilingConfig
 from tiledcore.tiles.denoiser import TileDenoiser
+
+
+def denoiser_of(config: TilingConfig, native: int = 8, tile_batch: int = 4) -> TileDenoiser:
+    """A denoiser of a model with a VAE factor of 8."""
+    return TileDenoiser(config, Execution(tile_batch=tile_batch), native, pixels=8)
 
 
 def pointwise(sample: torch.Tensor, timestep: Any, **kwargs: Any) -> tuple[torch.Tensor]:
@@ -29,7 +34,7 @@ def windowed(sample: torch.Tensor, timestep: Any, **kwargs: Any) -> tuple[torch.
     share=st.floats(0, 0.99),
     window=st.sampled_from(["ramp", "core", "mean", "gaussian"]),
     wrap=st.tuples(st.booleans(), st.booleans()),
-    shift=st.booleans(),
+    moves=st.booleans(),
     batch=st.integers(1, 2),
 )
 def test_a_pointwise_network_is_evaluated_exactly(
@@ -39,13 +44,13 @@ def test_a_pointwise_network_is_evaluated_exactly(
     share: float,
     window: Any,
     wrap: tuple[bool, bool],
-    shift: bool,
+    moves: bool,
     batch: int,
 ) -> None:
-    overlap = 0 if shift else int(share * tile)
-    config = TilingConfig(tile=tile, overlap=overlap, window=window, wrap=wrap, shift=shift)
+    more = {"window": window, "wrap": wrap}
+    config = moving(tile, **more) if moves else still(tile, int(share * tile), **more)
     canvas = torch.randn(batch, 3, height, width)
-    out = TileDenoiser(config, tile, 8)(pointwise, canvas, 10)
+    out = denoiser_of(config, tile)(pointwise, canvas, 10)
     torch.testing.assert_close(out, 2 * canvas + 1, rtol=1e-5, atol=1e-5)
 
 
@@ -55,8 +60,7 @@ def test_neither_tile_batch_nor_the_order_of_tiles_changes_a_bit(
     canvas = torch.randn(2, 4, 50, 37)
 
     def run(tile_batch: int) -> torch.Tensor:
-        config = still(overlap=6, tile_batch=tile_batch)
-        return TileDenoiser(config, 16, 8)(windowed, canvas, 10)
+        return denoiser_of(still(overlap=6), 16, tile_batch)(windowed, canvas, 10)
 
     expected = run(1)
     for tile_batch in (2, 5, 1000):
@@ -68,17 +72,17 @@ def test_neither_tile_batch_nor_the_order_of_tiles_changes_a_bit(
     assert torch.equal(run(3), expected)
 
 
-def test_shift_follows_the_timestep_only() -> None:
-    denoiser = TileDenoiser(moving(tile=8, seed=3), 8, 8)
+def test_motion_follows_the_timestep_only() -> None:
+    denoiser = denoiser_of(moving(tile=8, seed=3))
     first = denoiser.tiling(32, 32, torch.tensor(981))
     assert denoiser.tiling(32, 32, torch.tensor([981, 981])) == first
     assert denoiser.tiling(32, 32, 981.0) == first
     assert denoiser.tiling(32, 32, 961) != first
-    other = TileDenoiser(moving(tile=8, seed=4), 8, 8)
+    other = denoiser_of(moving(tile=8, seed=4))
     assert other.tiling(32, 32, 981) != first
 
 
-def test_per_image_arguments_are_repeated_tile_major() -> None:
+def test_per_image_arguments_are_repeated_branch_major() -> None:
     seen: list[dict[str, Any]] = []
 
     def spy(sample: torch.Tensor, timestep: Any, **kwargs: Any) -> tuple[torch.Tensor]:
@@ -88,7 +92,7 @@ def test_per_image_arguments_are_repeated_tile_major() -> None:
     text = torch.arange(2.0).view(2, 1, 1)
     image_embeds = [torch.arange(2.0).view(2, 1)]
     canvas = torch.stack([torch.zeros(4, 8, 16), torch.ones(4, 8, 16)])
-    TileDenoiser(still(tile=8, overlap=0, tile_batch=2), 8, 8)(
+    denoiser_of(still(tile=8, overlap=0), tile_batch=2)(
         spy,
         canvas,
         torch.tensor([7, 7]),
@@ -98,7 +102,7 @@ def test_per_image_arguments_are_repeated_tile_major() -> None:
     )
     (call,) = seen
     rows = call["sample"][:, 0, 0, 0]
-    assert rows.tolist() == [0, 1, 0, 1]
+    assert rows.tolist() == [0, 0, 1, 1]
     assert call["encoder_hidden_states"].flatten().tolist() == rows.tolist()
     assert call["added_cond_kwargs"]["image_embeds"][0].flatten().tolist() == rows.tolist()
     assert call["timestep"].tolist() == [7] * 4
@@ -113,7 +117,7 @@ def test_time_ids_are_the_tile_as_a_crop_of_the_canvas() -> None:
         return (sample,)
 
     ids = torch.tensor([[128.0, 256, 5, 7, 128, 256], [128, 256, 0, 0, 128, 256]])
-    denoiser = TileDenoiser(still(tile=(8, 16), overlap=0, tile_batch=1), 8, 8)
+    denoiser = denoiser_of(still(tile=(8, 16), overlap=0), tile_batch=1)
     denoiser(spy, torch.zeros(2, 4, 16, 32), 1, added_cond_kwargs={"time_ids": ids})
     assert [s[0].tolist() for s in seen] == [
         [128, 256, 5, 7, 64, 128],
@@ -129,22 +133,39 @@ def test_time_ids_are_the_tile_as_a_crop_of_the_canvas() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("kind", "arguments", "message"),
     [
-        ({"window": "hann"}, "window='hann'"),
-        ({"tile_batch": 0}, "tile_batch=0"),
-        ({"ramp": 0}, "ramp=0"),
-        ({"shift": True, "overlap": 4}, "overlap=4"),
-        ({"tile": 0}, "tile="),
-        ({"tile": 16, "overlap": 16}, "overlap="),
+        (TilingConfig, {"window": "hann"}, "window='hann' must be one of"),
+        (TilingConfig, {"ramp": 0}, "ramp=0 must be an int of at least 1"),
+        (TilingConfig, {"motion": "shift"}, "motion='shift' must be one of still, moving"),
+        (
+            TilingConfig,
+            {"motion": Motion(blend_first=0, blend_last=0), "overlap": 4},
+            "overlap=4: tiles that always move",
+        ),
+        (TilingConfig, {"tile": 0}, "tile=0 must be"),
+        (TilingConfig, {"tile": 16, "overlap": 16}, r"overlap=\(16, 16\) must be smaller than tile"),
+        (TilingConfig, {"overlap": 1.5}, "overlap=1.5 must be a number from 0 to 0.99"),
+        (TilingConfig, {"overlap": -0.5}, "overlap=-0.5 must be a number from 0 to 0.99"),
+        (TilingConfig, {"mode": "canvas", "motion": "moving"}, "mode='canvas' has neither"),
+        (TilingConfig, {"halo": 2}, "halo=2: only for mode='canvas'"),
+        (Execution, {"tile_batch": 0}, "tile_batch=0 must be an int of at least 1"),
+        (Execution, {"guidance_batch": 1}, "guidance_batch=1 must be True or False"),
+        (Execution, {"impl": "cuda"}, "impl='cuda' must be one of"),
     ],
 )
-def test_bad_settings_are_named(arguments: dict[str, Any], message: str) -> None:
+def test_bad_settings_are_named(kind: Any, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TilingConfig(**arguments)
+        kind(**arguments)
+
+
+def test_a_fraction_is_one_of_the_tile() -> None:
+    assert still(tile=(16, 24), overlap=0.25).grid(48, 48, native=8).overlap == (4, 6)
+    assert still(tile=20, overlap=0.25).grid(48, 48, native=8, unit=2).overlap == (2, 2)  # whole tokens of 2x2
+    assert TilingConfig(overlap=0.25).grid(48, 48, native=8).overlap == (2, 2)
 
 
 def test_residuals_of_adapters_are_refused() -> None:
-    denoiser = TileDenoiser(still(tile=8), 8, 8)
+    denoiser = denoiser_of(still(tile=8))
     with pytest.raises(ValueError, match="controlnet_block_samples"):
         denoiser(pointwise, torch.zeros(1, 4, 16, 16), 1, controlnet_block_samples=torch.ones(1))

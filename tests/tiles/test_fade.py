@@ -22,11 +22,12 @@ from tiny import tiny_sd, tiny_sdxl
 from tiny_transformers import build, call, tiny_flux, tiny_qwen, tiny_z_image
 from torch import Tensor
 
-from tiledcore import TiledPipeline, TilingConfig, apply_tiling
+from tiledcore import Motion, TiledPipeline, TilingConfig, apply_tiling
+from tiledcore.feature import Features, Start, Step
 from tiledcore.geometry import TileGrid
-from tiledcore.hook import default_tiling
+from tiledcore.hook import STEPWISE, default_tiling, with_fade
 from tiledcore.schedulers.noise_levels import clean_and_noisy
-from tiledcore.tiles.fade import Fading, fade_coefficients, fade_weights
+from tiledcore.tiles.fade import Fade, fade_weights
 
 
 @given(st.integers(2, 80), st.floats(0.5, 12), st.booleans(), st.data())
@@ -51,33 +52,33 @@ SCHEDULERS: dict[str, Any] = {
 }
 
 
-def faded(name: str, wrap: bool = False) -> tuple[Fading, list[tuple[Tensor, Tensor, Tensor, Tensor]], Any]:
-    """Four evaluations on unrelated canvases of two images and two branches: (canvas, prediction, faded, weights)."""
+def faded(name: str, wrap: bool = False) -> tuple[Fade, list[tuple[Tensor, Tensor, Tensor, Tensor]], Any]:
+    """Four evaluations on unrelated canvases of two images: (canvas, prediction, faded, weights)."""
     scheduler = SCHEDULERS[name]()
     scheduler.set_timesteps(4)
-    fading, found = Fading(3.0, (wrap, wrap)), []
-    fading.start(fade_coefficients(scheduler, scheduler.timesteps))
+    fade, found = Fade(3.0, (wrap, wrap)), []
+    fade.begin(Start(scheduler, scheduler.timesteps, (40, 48)))
     generator = torch.Generator().manual_seed(0)
     grid = TileGrid(40, 48, 16, wrap=(wrap, wrap))
     for index in range(4):
         tiles = grid.shifted(index, 0)
-        canvas = torch.randn(2, 3, 40, 48, generator=generator)
-        prediction = torch.randn(4, 3, 40, 48, generator=generator)
+        canvas, prediction = torch.randn(2, 2, 3, 40, 48, generator=generator)
         axes = ((40, tiles.rows), (48, tiles.cols))
         y, x = (fade_weights(n, [start for start, _ in parts], 3.0, wrap) for n, parts in axes)
         weights = 1 - (1 - y[:, None]) * (1 - x)
-        found.append((canvas, prediction, fading(index, prediction, canvas, tiles), weights))
-    return fading, found, scheduler
+        result = Features([fade]).after_prediction(Step(index, canvas, tiles), prediction)
+        found.append((canvas, prediction, result, weights))
+    return fade, found, scheduler
 
 
 @pytest.mark.parametrize("wrap", [False, True])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_prediction_gives_way_to_the_clean_image_of_the_one_before(name: str, wrap: bool) -> None:
-    fading, found, scheduler = faded(name, wrap)
+    fade, found, scheduler = faded(name, wrap)
     before = None
     for index, (canvas, prediction, result, weights) in enumerate(found):
         clean, noisy = clean_and_noisy(scheduler, scheduler.timesteps[index])
-        z = canvas.double().repeat(2, 1, 1, 1)
+        z = canvas.double()
         own = (prediction.double() - noisy * z) / clean
         if before is not None and index >= 2:
             own = weights * before + (1 - weights) * own
@@ -85,26 +86,40 @@ def test_a_prediction_gives_way_to_the_clean_image_of_the_one_before(name: str, 
             assert torch.equal(result, prediction)
         torch.testing.assert_close(result.double(), clean * own + noisy * z, rtol=1e-4, atol=1e-4)
         before = own
-    assert fading.clean is not None and before is not None
-    torch.testing.assert_close(fading.clean.double(), before, rtol=1e-3, atol=1e-3)
+    assert before is not None
+    torch.testing.assert_close(fade.tensors()["clean"].double(), before, rtol=1e-3, atol=1e-3)
     changed, weights = (found[3][2] != found[3][1]).any(0).any(0), found[3][3]
     assert torch.equal(changed, weights > 0) and changed.any() and not changed.all()
 
 
-def test_half_precision_stays_and_tiles_fade_where_their_cores_meet_once_they_have_moved() -> None:
-    fading, found, _ = faded("epsilon")
+def test_tiles_fade_where_their_cores_meet_once_they_have_moved() -> None:
+    fade, found, _ = faded("epsilon")
     canvas, prediction, *_ = found[-1]
-    tiles = TileGrid(40, 48, 16).shifted(2, 0)
-    half = fading(3, prediction.bfloat16(), canvas, tiles)
-    assert half.dtype == torch.bfloat16 and fading.clean is not None and fading.clean.dtype == torch.float32
     overlapping = TileGrid(40, 48, 16, 4)
-    changed = (fading(3, prediction, canvas, overlapping) != prediction).any(0).any(0)
+    changed = (fade.after_prediction(Step(3, canvas, overlapping), prediction) != prediction).any(0).any(0)
     y, x = (
         fade_weights(n, [c for c, _ in cores], 3.0, False) > 0
         for n, cores in ((40, overlapping.core_rows), (48, overlapping.core_cols))
     )
     assert torch.equal(changed, y[:, None] | x)
-    assert torch.equal(fading(3, prediction, canvas, overlapping), prediction)  # they have not moved
+    # They have not moved.
+    assert torch.equal(fade.after_prediction(Step(3, canvas, overlapping), prediction), prediction)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_network_of_half_precision_fades_in_float32(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    after, seen = Fade.after_prediction, []
+
+    def spy(self: Fade, step: Step, prediction: Tensor) -> Tensor:
+        result = after(self, step, prediction)
+        seen.append((len(prediction), prediction.dtype, result.dtype, self.tensors()["clean"].dtype))
+        return result
+
+    monkeypatch.setattr(Fade, "after_prediction", spy)
+    latents, report = generate(quiet(tiny_sd().to(torch.bfloat16)), fused, FADING)
+    assert latents.dtype == torch.bfloat16 and report is not None and report.fused == fused
+    # Once a step, after guidance: of the two branches one prediction is left.
+    assert seen == [(1, torch.float32, torch.float32, torch.float32)] * 3
 
 
 KINDS = [
@@ -121,10 +136,10 @@ KINDS = [
 def test_both_loops_fade_alike(scheduler: Any, wrap: Any) -> None:
     pipe = quiet(tiny_sd())
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
-    for blend_steps in (0, 1):
-        tiling = moving(fade=3, blend_steps=blend_steps, wrap=wrap)
+    for blend_last in (0, 1):
+        tiling = moving(fade=3, blend_last=blend_last, wrap=wrap)
         assert_same(pipe, tiling)
-        plain = moving(blend_steps=blend_steps, wrap=wrap)
+        plain = moving(blend_last=blend_last, wrap=wrap)
         assert not torch.allclose(generate(pipe, True, tiling)[0], generate(pipe, True, plain)[0])
 
 
@@ -133,8 +148,7 @@ def test_both_loops_fade_alike(scheduler: Any, wrap: Any) -> None:
 )
 def test_with_and_without_guidance(arguments: dict[str, Any]) -> None:
     pipe = quiet(tiny_sdxl())
-    if "guidance_rescale" not in arguments:  # of which the two loops see different predictions
-        assert_same(pipe, FADING, **arguments)
+    assert_same(pipe, FADING, **arguments)
     one, other = (generate(pipe, True, tiling, **arguments)[0] for tiling in (FADING, MOVING))
     assert one.isfinite().all() and not torch.allclose(one, other)
 
@@ -152,10 +166,10 @@ def test_packed_tokens_and_predictions_of_another_sign(make: Any) -> None:
 
 def test_the_second_half_fades_and_a_canvas_of_one_tile_does_not() -> None:
     pipe = quiet(tiny_sd())
-    two_steps = [generate(pipe, True, tiling, num_inference_steps=1)[0] for tiling in (FADING, MOVING)]
-    assert torch.equal(*two_steps)
-    small = [generate(pipe, True, tiling, height=128, width=128)[0] for tiling in (FADING, MOVING)]
-    assert torch.equal(*small)
+    for arguments in ({"num_inference_steps": 1}, {"height": 128, "width": 128}):
+        fading, moves = (generate(pipe, True, tiling, **arguments)[0] for tiling in (FADING, MOVING))
+        # Guidance comes before the step where a fade looks at the prediction, and in the step elsewhere: rounding.
+        torch.testing.assert_close(fading, moves, rtol=1e-5, atol=1e-5)
 
 
 def test_a_wide_fade_is_cut_to_a_quarter_of_a_tile() -> None:
@@ -172,14 +186,13 @@ def test_a_run_that_is_broken_off_goes_on_to_the_same_bits(evaluation: int, tmp_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"fade": 2}, "fade=2: only with shift=True"),
-        ({"fade": -1, "shift": True}, "fade=-1: must be an int of at least 0"),
-        ({"fade": 1.5, "shift": True}, "fade=1.5: must be an int of at least 0"),
+        ({"fade": -1}, "fade=-1 must be an int of at least 0"),
+        ({"fade": 1.5}, "fade=1.5 must be an int of at least 0"),
     ],
 )
 def test_bad_settings_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TilingConfig(**arguments)
+        Motion(**arguments)
 
 
 def test_only_a_tiled_pipeline_fades() -> None:
@@ -189,8 +202,9 @@ def test_only_a_tiled_pipeline_fades() -> None:
 
 def test_a_scheduler_that_scales_its_predictions_is_refused_and_gets_another_default() -> None:
     pipe = quiet(tiny_sd())
-    assert default_tiling(pipe, fades=True).fade > 0
+    default = default_tiling(pipe)
+    assert with_fade(pipe, default, fades=True) == default
     pipe.scheduler = EDMEulerScheduler()
-    with pytest.raises(ValueError, match="fade: EDMEulerScheduler scales its predictions"):
+    with pytest.raises(ValueError, match="fade=3: EDMEulerScheduler cannot fade; give fade=0"):
         generate(pipe, True, FADING)
-    assert default_tiling(pipe, fades=True) == default_tiling(pipe)
+    assert with_fade(pipe, default, fades=True) == TilingConfig(motion=STEPWISE)

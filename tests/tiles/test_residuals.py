@@ -1,5 +1,6 @@
 """ControlNet's residuals, cut to the tile that they belong to."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -57,7 +58,7 @@ def test_each_tile_gets_its_own_part(pipe: Any, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(TileDenoiser, "evaluate", spy)
     monkeypatch.setattr(TileDenoiser, "_network", staticmethod(look))
-    run(pipe, still(overlap=4, tile_batch=100), hint(224, 128), num_inference_steps=1)
+    run(pipe, still(overlap=4), hint(224, 128), num_inference_steps=1)
     ((offsets, given),), ((inputs, got),) = whole, tiles
     assert offsets == [[0, 0], [0, 12]] and inputs.shape == (4, 4, 16, 16)
     down, mid = given["down_block_additional_residuals"], given["mid_block_additional_residual"]
@@ -66,7 +67,7 @@ def test_each_tile_gets_its_own_part(pipe: Any, monkeypatch: pytest.MonkeyPatch)
     assert {28 // canvas.shape[3] for canvas, _ in pairs} == {1, 2}
     for canvas, cut in pairs:
         f = 28 // canvas.shape[3]
-        expected = torch.cat([canvas[:, :, :, x // f : (x + 16) // f] for _, x in offsets])
+        expected = torch.cat([image[None, :, :, x // f : (x + 16) // f] for image in canvas for _, x in offsets])
         assert torch.equal(cut, expected)
 
 
@@ -91,5 +92,16 @@ def test_one_tile_and_canvas_mode_are_the_pipelines_own(pipe: Any) -> None:
 def test_tiles_between_a_levels_pixels_are_refused(pipe: Any) -> None:
     with pytest.raises(ValueError, match="tiles must begin and end at multiples of 2"):
         run(pipe, still(tile=15, overlap=4), hint(256, 128))
-    with pytest.raises(ValueError, match=r"a residual of 8x15 does not divide the canvas of 16x29"):
+    with pytest.raises(ValueError, match=r"canvas of 16x29 .* multiples of 2; the nearest such canvas is 16x28"):
         run(pipe, RAMP, hint(232, 128))
+
+
+@pytest.mark.parametrize("width", [1536, 1920, 1088, 2560, 3072])
+def test_common_sizes_have_tiles_that_all_levels_can_cut(width: int) -> None:
+    """SD 1.5's tile of 64 and its levels of 1 to 8 latent pixels."""
+    for overlap in (None, 0.25, 6):
+        grid = TilingConfig(tile=64, overlap=overlap).grid(width // 8, 1088 // 8, 64, snap=8)
+        least = 8 if overlap is None else 16 if overlap == 0.25 else 6
+        for size, starts in ((grid.height, grid.rows), (grid.width, grid.cols)):
+            assert all(start % 8 == 0 for start in starts) and starts[0] == 0 and starts[-1] == size - 64
+            assert all(a + 64 - b >= least for a, b in pairwise(starts))

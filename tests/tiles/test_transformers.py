@@ -9,7 +9,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 from PIL import Image
-from tilings import ONE, moving, still
+from tilings import MOVING, ONE, moving, still
 from tiny_transformers import (
     ALL,
     CHANNELS,
@@ -29,7 +29,8 @@ from tiny_transformers import (
     tiny_z_image,
 )
 
-from tiledcore import TiledPipeline, TilingConfig, apply_tiling, remove_tiling
+from tiledcore import Execution, TiledPipeline, TilingConfig, apply_tiling, remove_tiling
+from tiledcore.hook import NetworkHook, tiled
 from tiledcore.tiles.families import network_of, to_image, to_tokens
 
 
@@ -52,7 +53,7 @@ def test_one_tile_is_the_untiled_pipeline(make: Any) -> None:
 def test_a_larger_canvas_and_back(make: Any) -> None:
     pipe, size = build(make), canvas(make)
     plain = call(pipe, make, size)
-    results = [call(apply_tiling(pipe, tiles(make, tile_batch=n)), make, size) for n in (3, 3, 1, 100)]
+    results = [call(apply_tiling(pipe, tiles(make), Execution(n)), make, size) for n in (3, 3, 1, 100)]
     assert results[0].shape == plain.shape
     assert torch.isfinite(results[0]).all()
     assert torch.equal(results[0], results[1])
@@ -64,11 +65,11 @@ def test_a_larger_canvas_and_back(make: Any) -> None:
 
 
 @pytest.mark.parametrize("make", ALL)
-def test_a_shifted_grid_needs_no_overlap(make: Any) -> None:
+def test_tiles_that_move_need_no_overlap(make: Any) -> None:
     pipe, size = build(make), canvas(make)
     results = []
     for n in (2, 100):
-        apply_tiling(pipe, moving(tile=side(make), tile_batch=n))
+        apply_tiling(pipe, moving(tile=side(make)), Execution(n))
         results.append(call(pipe, make, size))
     assert torch.isfinite(results[0]).all()
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
@@ -78,7 +79,7 @@ def test_a_shifted_grid_needs_no_overlap(make: Any) -> None:
 
 @pytest.mark.parametrize("make", ALL)
 def test_images_have_the_size_that_was_asked_for(make: Any) -> None:
-    wrapped = TiledPipeline.from_pipe(build(make), tiling=tiles(make, tile_batch=100))
+    wrapped = TiledPipeline.from_pipe(build(make), tiling=tiles(make), execution=Execution(tile_batch=100))
     size = (10, 6) if make is tiny_sana else (26, 18)
     images = call(wrapped, make, size, output_type="np")
     assert images.shape == (1, size[0] * wrapped.vae_scale_factor, size[1] * wrapped.vae_scale_factor, 3)
@@ -116,7 +117,7 @@ def test_tiles_and_what_belongs_to_an_image_stay_together(make: Any, monkeypatch
     whole = max(seen)
     for config in (moving(tile=side(make)), tiles(make)):
         seen.clear()
-        apply_tiling(pipe, config)
+        apply_tiling(pipe, config, Execution(tile_batch=3))
         torch.testing.assert_close(call(pipe, make, size, images=2), plain, rtol=1e-5, atol=1e-5)
     assert max(seen) == 3 * whole
     assert not torch.allclose(plain[0], plain[1])
@@ -166,15 +167,15 @@ def tiny_flux_ids(height: int, width: int) -> torch.Tensor:
 def test_a_qwen_tile_has_the_shape_of_an_image_of_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = build(tiny_qwen)
     seen = calls_of(pipe, monkeypatch)
-    call(apply_tiling(pipe, tiles(tiny_qwen)), tiny_qwen, (22, 32), images=2)
+    call(apply_tiling(pipe, tiles(tiny_qwen), Execution(tile_batch=3)), tiny_qwen, (22, 32), images=2)
     assert {str(arguments["img_shapes"]) for arguments in seen} == {str([[(1, 8, 8)]] * 6)}
 
 
 def test_pixart_alpha_tiles_have_their_own_size_as_condition(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = build(tiny_pixart_alpha)
     seen = calls_of(pipe, monkeypatch)
-    config = still(tile=(16, 8), overlap=0, tile_batch=2)
-    call(apply_tiling(pipe, config), tiny_pixart_alpha, (32, 16), images=2)
+    config = still(tile=(16, 8), overlap=0)
+    call(apply_tiling(pipe, config, Execution(tile_batch=2)), tiny_pixart_alpha, (32, 16), images=2)
     for arguments in seen:
         conditions = arguments["added_cond_kwargs"]
         assert conditions["resolution"].tolist() == [[128.0, 64.0]] * 8  # 2 tiles, 2 images, 2 guidance branches
@@ -189,8 +190,8 @@ def test_packing_and_back() -> None:
 
 @pytest.mark.parametrize("make", ALL)
 def test_the_default_tile_is_the_size_of_the_training(make: Any) -> None:
-    pipe = apply_tiling(build(make))
-    denoiser = pipe.transformer._diffusers_hook.get_hook("tiledcore").denoiser
+    with tiled(build(make), TilingConfig()) as hook:
+        denoiser = hook.denoiser
     # Z-Image's is not in its configuration: 1024 px. PixArt-α's tiny network has the real one's.
     native = {tiny_z_image: 128, tiny_pixart_alpha: 128}.get(make, side(make))
     unit = 2 if make in PACKED else 1
@@ -239,7 +240,7 @@ def test_skip_layer_guidance_runs_on_the_same_tiles() -> None:
     skip = {"skip_guidance_layers": [0], "skip_layer_guidance_start": -1.0, "skip_layer_guidance_stop": 1.0}
     results = []
     for n in (1, 4):
-        apply_tiling(pipe, tiles(tiny_sd3, tile_batch=n))
+        apply_tiling(pipe, tiles(tiny_sd3), Execution(n))
         results.append(call(pipe, tiny_sd3, (22, 24), **skip))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(call(pipe, tiny_sd3, (22, 24)), results[0])
@@ -260,7 +261,7 @@ def test_binning_is_off_unless_asked_for(make: Any) -> None:
 def test_a_vae_without_exact_bands_is_tiled_only_where_the_image_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     wrapped = TiledPipeline.from_pipe(build(tiny_qwen), tiling=tiles(tiny_qwen))
     small = side(tiny_qwen)
-    monkeypatch.setattr("tiledcore.pipeline.EXACT_DECODE_PIXELS", (small * wrapped.vae_scale_factor) ** 2)
+    monkeypatch.setattr("tiledcore.call.EXACT_DECODE_PIXELS", (small * wrapped.vae_scale_factor) ** 2)
     used: list[bool] = []
     decode = type(wrapped.vae).decode
 
@@ -276,7 +277,7 @@ def test_a_vae_without_exact_bands_is_tiled_only_where_the_image_is_too_large(mo
 
 
 def test_a_compiled_transformer_is_called_on_tile_batches_of_one_shape() -> None:
-    pipe, config, size = build(tiny_flux), tiles(tiny_flux, tile_batch=4), (28, 28)
+    pipe, config, size = build(tiny_flux), tiles(tiny_flux), (28, 28)
     expected = call(apply_tiling(pipe, config), tiny_flux, size)
     remove_tiling(pipe)
     transformer, sizes = pipe.transformer, set[int]()
@@ -312,7 +313,7 @@ def test_a_compiled_transformer_is_called_on_tile_batches_of_one_shape() -> None
         (tiny_qwen, {"tile": (16, 6), "overlap": (1, 2)}, r"overlap=\(1, 2\).*multiples of 2"),
         (tiny_sd3, {"tile": (16, 15)}, r"tile=\(16, 15\).*multiples of 2"),
         (tiny_z_image, {"tile": 9}, r"tile=\(9, 9\).*multiples of 2"),
-        (tiny_sd3, {"tile": 24, "shift": True}, r"tile=\(24, 24\).*multiples of 16"),
+        (tiny_sd3, {"tile": 24, "motion": "moving"}, r"tile=\(24, 24\).*multiples of 16"),
         (tiny_flux, {"overlap": NATIVE}, f"overlap={(NATIVE, NATIVE)!r}".replace("(", r"\(").replace(")", r"\)")),
     ],
 )
@@ -342,16 +343,16 @@ def test_a_ramp_of_half_a_token_is_rounded_up(ramp: int, same: int) -> None:
 def test_an_odd_overlap_is_fine_where_tokens_are_made_in_the_network() -> None:
     pipe = build(tiny_sd3)
     one, all_at_once, even = (
-        call(apply_tiling(pipe, still(overlap=overlap, tile_batch=n)), tiny_sd3, (22, 24))
+        call(apply_tiling(pipe, still(overlap=overlap), Execution(n)), tiny_sd3, (22, 24))
         for overlap, n in ((3, 1), (3, 100), (4, 1))
     )
     torch.testing.assert_close(one, all_at_once, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(one, even)
 
 
-@pytest.mark.parametrize(("height", "shift"), [(15, False), (33, True)])
-def test_a_canvas_of_half_tokens_is_named(height: int, shift: bool) -> None:
-    pipe = apply_tiling(build(tiny_pixart_sigma), TilingConfig(tile=16, shift=shift))
+@pytest.mark.parametrize(("height", "tiling"), [(15, ONE), (33, MOVING)])
+def test_a_canvas_of_half_tokens_is_named(height: int, tiling: TilingConfig) -> None:
+    pipe = apply_tiling(build(tiny_pixart_sigma), tiling)
     with pytest.raises(ValueError, match=rf"tile=.* on a canvas of {height}x24 latent pixels: a token has 2x2"):
         call(pipe, tiny_pixart_sigma, (height, 24))
 
@@ -377,15 +378,14 @@ def test_what_cannot_be_tiled_is_refused(
     make: Any, arguments: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe = apply_tiling(build(make), tiles(make))
-    forward = pipe.transformer.forward
+    hook = NetworkHook.__call__
 
-    def extended(*args: Any, **kwargs: Any) -> Any:
+    def extended(self: NetworkHook, network: Any, *args: Any, **kwargs: Any) -> Any:
         if "x" in arguments:
-            args = args[1:]
-            return forward(arguments["x"], *args, **kwargs)
-        return forward(*args, **{**kwargs, **arguments})
+            return hook(self, network, arguments["x"], *args[1:], **kwargs)
+        return hook(self, network, *args, **{**kwargs, **arguments})
 
-    monkeypatch.setattr(pipe.transformer, "forward", extended)
+    monkeypatch.setattr(NetworkHook, "__call__", extended)
     with pytest.raises(ValueError, match=message):
         call(pipe, make, canvas(make))
 

@@ -6,7 +6,9 @@ Time and memory of attention are then linear in the canvas' area. Everything els
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import wraps
 from inspect import signature
+from threading import get_ident
 from typing import Any
 
 import diffusers
@@ -52,6 +54,7 @@ class CanvasAttention:
     ) -> None:
         self.tile, self.halo, self.wrap, self.native = tile, halo, wrap, native
         self.guidance_batch, self.canvas = guidance_batch, canvas
+        self.thread = get_ident()
         self._network = uncompiled(network)
         self._names = tuple(signature(type(self._network).forward).parameters)[1:]
         found = [
@@ -62,7 +65,7 @@ class CanvasAttention:
         for _, layer, new in found:  # only now that none of them was refused
             if new is not None:
                 self._former.append((layer, layer.processor))
-                layer.set_processor(new)
+                layer.set_processor(_of_this_thread(new, layer.processor))
 
     def restore(self) -> None:
         """Give every layer its own processor back."""
@@ -70,6 +73,8 @@ class CanvasAttention:
             layer.set_processor(processor)
 
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if get_ident() != self.thread:  # of another pipeline that shares the network
+            return call(*args, **kwargs)
         kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         first = next((kwargs[name] for name in ("sample", "hidden_states", "x") if name in kwargs), None)
         if first is None:
@@ -104,10 +109,12 @@ class WindowPositions:
     """Absolute positions of a :class:`PatchEmbed`: token (y, x) gets those of (y mod native, x mod native)."""
 
     def __init__(self, module: Any, native: Pair) -> None:
-        self.module, self.native = module, native
+        self.module, self.native, self.thread = module, native, get_ident()
 
     def __call__(self, call: Callable[[Tensor], Tensor], latent: Tensor) -> Tensor:
         module = self.module
+        if get_ident() != self.thread:
+            return call(latent)
         h, w = (n // module.patch_size for n in latent.shape[-2:])
         native = [min(n, size) for n, size in zip(self.native, latent.shape[-2:], strict=True)]
         if native == list(latent.shape[-2:]):
@@ -138,6 +145,18 @@ class WindowPositions:
             output_type="pt",
         )
         return table.float().unsqueeze(0)
+
+
+def _of_this_thread(new: Any, former: Any) -> Any:
+    """The new processor for calls from this thread, the former one for others: they may share the network."""
+    thread, kind = get_ident(), type(new)
+
+    @wraps(kind.__call__)  # diffusers passes on what the signature names
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return kind.__call__(self, *args, **kwargs) if get_ident() == thread else former(*args, **kwargs)
+
+    new.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+    return new
 
 
 def install(

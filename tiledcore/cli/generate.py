@@ -1,20 +1,18 @@
-"""The ``generate`` command: check everything that can be checked, open the model, run it, write the file.
+"""The ``generate`` command: check the arguments, open the model, run it, write the file.
 
-torch and diffusers take seconds to import, so they are imported only once the arguments are known
-to be good.
+torch and diffusers take seconds to import, so they are imported only after the arguments are checked.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import secrets
-import sys
 import textwrap
 import time
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,51 +20,33 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from tiledcore import __version__
-from tiledcore.cli.request import CommandError, check, check_size
+from tiledcore.cli.choices import SCHEDULERS, STRENGTH
+from tiledcore.cli.console import CommandError, quiet, say
+from tiledcore.cli.model import check_size, check_tile
+from tiledcore.cli.opening import open_pipeline
+from tiledcore.cli.request import check
 from tiledcore.geometry import TileGrid
 from tiledcore.io.files import FORMATS
 from tiledcore.io.images import save_image
 from tiledcore.io.writers import write_rows
-from tiledcore.models import EMBEDDED, call_defaults
+from tiledcore.models import call_defaults
 
 if TYPE_CHECKING:
-    from tiledcore.config import TilingConfig
     from tiledcore.io.stream import Rows
     from tiledcore.loop.checkpoint import Checkpoint
     from tiledcore.pipeline import TiledPipeline
 
-STRENGTH = 0.6
-WHOLE = 2048 * 2048  # up to so many pixels the image is decoded and written whole
-
-DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "deis": "DEISMultistepScheduler",
-    "dpm++2m": "DPMSolverMultistepScheduler",
-    "dpm++2s": "DPMSolverSinglestepScheduler",
-    "dpm2": "KDPM2DiscreteScheduler",
-    "dpm2-a": "KDPM2AncestralDiscreteScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler-a": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "lcm": "LCMScheduler",
-    "pndm": "PNDMScheduler",
-    "tcd": "TCDScheduler",
-    "unipc": "UniPCMultistepScheduler",
-}
-# What a model was trained with, and what a scheduler must therefore know of.
-CONVENTIONS = ("prediction_type", "timestep_spacing", "rescale_betas_zero_snr")
+WHOLE = 2048 * 2048  # images of up to so many pixels are decoded and written whole
 
 
 def generate(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     image = check(args)
+    say(f"loading {args.model}")
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
-    checkpoint = None
-    if args.checkpoint is not None:
-        checkpoint, seed = _open_checkpoint(args, seed)
-    with quiet():
+    with _checkpoint(args) as checkpoint, quiet():
+        if checkpoint is not None:
+            seed = _saved_seed(args, checkpoint, seed)
         pipe = open_pipeline(args, seed)
         call = call_arguments(args, pipe, image)
         grid = pipe.grid(args.size[1], args.size[0])
@@ -78,11 +58,13 @@ def generate(args: argparse.Namespace) -> None:
         if args.stages is not None:
             metadata["stages"] = _stages(pipe, call)
         picture = _run(pipe, call, grid, seed, _rows_writer(args, pipe, metadata))
-    if picture is not None:
-        with writing(args.out):
-            save_image(picture, args.out, metadata)
-    if checkpoint is not None:
-        checkpoint.remove()
+        if picture is not None:
+            with writing(args.out):
+                save_image(picture, args.out, metadata)
+        if checkpoint is not None:
+            checkpoint.remove()
+    if args.budget is not None:
+        _say_memory(pipe)
     if FORMATS[args.out.suffix.lower()][0] not in ("PNG", "TIFF"):
         say(f"{args.out}: without its settings, which only a PNG or TIFF can hold")
     elapsed = time.perf_counter() - started
@@ -92,21 +74,58 @@ def generate(args: argparse.Namespace) -> None:
     )
 
 
-def _open_checkpoint(args: argparse.Namespace, seed: int) -> tuple[Checkpoint, int]:
-    """Also the seed of the run that is there, unless one was asked for."""
-    from tiledcore.loop.checkpoint import Checkpoint, load
+@contextmanager
+def _checkpoint(args: argparse.Namespace) -> Iterator[Checkpoint | None]:
+    """The run's checkpoint, whose folder no other process uses meanwhile; None where none is asked for."""
+    if args.checkpoint is None:
+        yield None
+        return
+    import fcntl
+
+    from tiledcore.loop.checkpoint import Checkpoint
 
     checkpoint = Checkpoint(args.checkpoint, args.checkpoint_every or 1)
+    args.checkpoint.mkdir(exist_ok=True)
+    folder = os.open(args.checkpoint, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise CommandError(
+                    f"--checkpoint {args.checkpoint}: another process uses it; wait for it, or give another folder"
+                ) from error
+        yield checkpoint
+    finally:
+        os.close(folder)
+        with suppress(OSError):  # not empty: a run was saved
+            args.checkpoint.rmdir()
+
+
+def _saved_seed(args: argparse.Namespace, checkpoint: Checkpoint, seed: int) -> int:
+    """The seed of the run that is saved, unless one was asked for or none is saved."""
+    from tiledcore.loop.checkpoint import load
+
     saved = load(checkpoint)
-    if saved is not None:
-        say(f"{checkpoint.file}: {saved.index} of {saved.steps} steps are done")
-        if args.seed is None:
-            seed = saved.seeds[0]
-    return checkpoint, seed
+    if saved is None:
+        return seed
+    say(f"{checkpoint.file}: {saved.index} of {saved.steps} steps are done")
+    return saved.seeds[0] if args.seed is None else seed
+
+
+def _say_memory(pipe: TiledPipeline) -> None:
+    from tiledcore.memory.prediction import show_bytes
+
+    report = pipe.report
+    if report is not None and report.plan is not None:
+        say(
+            f"memory: {show_bytes(report.measured_bytes or 0)} of tensors at the peak, {show_bytes(report.plan.needs)} "
+            f"predicted, {show_bytes(report.plan.budget)} allowed; this counts tensors, not the whole process"
+        )
 
 
 def _rows_writer(args: argparse.Namespace, pipe: TiledPipeline, metadata: dict[str, Any]) -> Rows | None:
-    """What writes the decoded rows of a large image as they come; None where it is small, or must be whole."""
+    """A function that writes the decoded rows of a large image; None where the image is decoded whole."""
     from tiledcore.io.stream import why_not_streamed
 
     if args.size[0] * args.size[1] <= WHOLE:
@@ -134,89 +153,31 @@ def writing(path: Path) -> Iterator[None]:
         raise CommandError(f"{path} was not written: {error.strerror or error}") from error
 
 
-def open_pipeline(args: argparse.Namespace, seed: int) -> TiledPipeline:
-    import torch
-
-    from tiledcore.config import Execution, TilingConfig
-    from tiledcore.pipeline import TiledPipeline
-
-    _config(args, seed, TilingConfig())  # what is wrong with it comes out before the model is opened
-    _settle_device(args)
-    dtype = getattr(torch, DTYPES[args.dtype])
-    say(f"loading {args.model}")
-    try:
-        pipe = TiledPipeline.from_pretrained(args.model, torch_dtype=dtype)
-    except (OSError, ValueError) as error:
-        if args.model in EMBEDDED or Path(args.model).is_dir():
-            raise
-        raise CommandError(f"--model {args.model}: {_why_not_from_hub(error)}") from error
-    pipe.execution = Execution(tile_batch=args.tile_batch)
-    pipe.tiling = _config(args, seed, pipe.tiling)
-    if args.scheduler is not None:
-        _set_scheduler(pipe, args.scheduler)
-    return pipe.to(args.device)
-
-
-def _config(args: argparse.Namespace, seed: int, default: TilingConfig) -> TilingConfig:
-    """The tiling that was asked for; where it was not said how tiles meet, they do so as in ``default``."""
-    from tiledcore.config import Motion, TilingConfig
-
-    meet = ("mode", "overlap", "window", "ramp", "motion", "halo")
-    given = {name: value for name in meet if (value := getattr(args, name)) is not None}
-    wrap = ("y" in args.wrap, "x" in args.wrap)
-    base = TilingConfig() if given else default
-    config = replace(base, tile=args.tile, wrap=wrap, **given)
-    return replace(config, motion=Motion(seed=seed)) if config.motion == "moving" else config
-
-
-def _settle_device(args: argparse.Namespace) -> None:
-    import torch
-
-    cuda = torch.cuda.is_available()
-    args.device = args.device or ("cuda" if cuda else "cpu")
-    try:
-        on_cuda = torch.device(args.device).type == "cuda"
-    except RuntimeError as error:
-        raise CommandError(f"--device {args.device}: torch knows no such device") from error
-    if on_cuda and not cuda:
-        raise CommandError(f"--device {args.device}: torch sees no CUDA device; use --device cpu")
-    args.dtype = args.dtype or ("fp16" if on_cuda else "fp32")
-
-
-def _why_not_from_hub(error: BaseException) -> str:
-    from huggingface_hub.constants import is_offline_mode
-
-    reason = "no such folder, and it cannot be had from the Hugging Face hub"
-    if is_offline_mode():
-        return f"{reason}: HF_HUB_OFFLINE allows only models that were downloaded before"
-    while error.__cause__ is not None:  # diffusers' own message is "see the stacktrace above"
-        error = error.__cause__
-    return f"{reason}: {textwrap.shorten(str(error), 200, placeholder=' ...')}"
-
-
-def _set_scheduler(pipe: TiledPipeline, name: str) -> None:
-    import diffusers
-
-    scheduler, config = getattr(diffusers, SCHEDULERS[name]), pipe.scheduler.config
-    pipe.scheduler = scheduler.from_config(config)
-    known = signature(scheduler.__init__).parameters
-    lost = [f"{k}={config[k]}" for k in CONVENTIONS if config.get(k) and k not in known]
-    if lost:
-        say(f"--scheduler {name} does not support the model's {', '.join(lost)}")
-
-
 def call_arguments(args: argparse.Namespace, pipe: TiledPipeline, image: Image.Image | None) -> dict[str, Any]:
-    """The arguments of the pipeline's call, with nothing left to its defaults that is stored."""
-    check_size(args.size, pipe.vae_scale_factor)
-    _check_prompt(pipe, args.prompt)
-    known = {k: v.default for k, v in signature(type(pipe.pipe).__call__).parameters.items()}
-    call = {"num_inference_steps": known["num_inference_steps"]} | call_defaults(args.model)
-    # A transformer that was not distilled takes its guidance under another name.
+    """The arguments of the pipeline's call; what is stored in the file is always given, never left to a default."""
+    from tiledcore.tiles.families import network_of
+
+    network, family = network_of(pipe.pipe)
+    native = family.native(pipe.pipe, network)
+    check_size(args.size, pipe.vae_scale_factor * family.patch(network))
+    check_tile(args.tile, (native, native) if isinstance(native, int) else native)
+    cls = type(pipe.pipe)
+    known = {k: v.default for k, v in signature(cls.__call__).parameters.items()}
+    call: dict[str, Any] = {"num_inference_steps": known["num_inference_steps"]} | call_defaults(args.model)
+    # The name of guidance with two branches, for a transformer without distilled guidance.
     guidance = "true_cfg_scale" if "true_cfg_scale" in call else "guidance_scale"
-    wanted = {"num_inference_steps": args.steps, guidance: args.guidance, "negative_prompt": args.negative_prompt}
-    call.update((k, v) for k, v in wanted.items() if v is not None)
-    call.setdefault(guidance, known[guidance])
+    wanted = {"--steps": "num_inference_steps", "--guidance": guidance, "--negative-prompt": "negative_prompt"}
+    for option, name in wanted.items():
+        value = getattr(args, option[2:].replace("-", "_"))
+        if value is not None and name not in known:
+            raise CommandError(f"{option}: {cls.__name__} takes no {name}")
+        if value is not None:
+            call[name] = value
+    if guidance in known:
+        call.setdefault(guidance, known[guidance])
     call.update(prompt=args.prompt, width=args.size[0], height=args.size[1])
+    for region in [None, *(args.scene if args.regions is not None else [])]:
+        _check_prompt(pipe, args.prompt if region is None else region.prompt, call)
     if image is not None:
         strength = STRENGTH if args.strength is None else args.strength
         if int(strength * call["num_inference_steps"]) < 1:
@@ -255,13 +216,22 @@ def _stages(pipe: TiledPipeline, call: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _check_prompt(pipe: TiledPipeline, prompt: str) -> None:
-    tokenizer = getattr(pipe, "tokenizer", None) or getattr(pipe, "tokenizer_2", None)
-    if tokenizer is None:
-        return
-    length, limit = len(tokenizer(prompt).input_ids), tokenizer.model_max_length
-    if length > limit:
-        say(f"the prompt has {length} tokens, of which the model reads the first {limit}")
+def _check_prompt(pipe: TiledPipeline, prompt: str, call: dict[str, Any]) -> None:
+    """Say so if every text encoder reads only the beginning of a prompt."""
+    default = signature(type(pipe.pipe).__call__).parameters.get("max_sequence_length")
+    read = []
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        tokenizer = getattr(pipe, name, None)
+        if tokenizer is None or getattr(pipe, name.replace("tokenizer", "text_encoder"), None) is None:
+            continue
+        limit = tokenizer.model_max_length
+        if default is not None and "CLIP" not in type(tokenizer).__name__:  # T5 and language models
+            limit = call.get("max_sequence_length", default.default)
+        read.append((len(tokenizer(prompt).input_ids), limit))
+    if read and all(length > limit for length, limit in read):
+        length, limit = max(read, key=lambda pair: pair[1])
+        start = textwrap.shorten(prompt, 40, placeholder=" ...")
+        say(f"the prompt has {length} tokens, of which the model reads the first {limit}: {start}")
 
 
 def _describe(
@@ -271,7 +241,7 @@ def _describe(
     grid: TileGrid,
     seed: int,
 ) -> dict[str, Any]:
-    """The PNG's text chunk: enough to make the image again, and where to look for seams."""
+    """The settings that are stored in the file: what makes the image again, and where seams could be."""
     scheduler = type(pipe.scheduler).__name__
     short = {name: key for key, name in SCHEDULERS.items()}
     metadata = {
@@ -355,24 +325,3 @@ def _run(pipe: TiledPipeline, call: dict[str, Any], grid: TileGrid, seed: int, r
     if "mask_image" in call:  # what is outside of it went through the autoencoder all the same
         picture = Image.composite(picture, call["image"].resize(picture.size), call["mask_image"])
     return picture
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the libraries' remarks on themselves; a RuntimeWarning is on the image, and stays."""
-    from diffusers.utils import logging as diffusers_logging
-    from huggingface_hub.utils.tqdm import enable_progress_bars
-    from transformers.utils import logging as transformers_logging
-
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        for category in (FutureWarning, DeprecationWarning, UserWarning):
-            warnings.simplefilter("ignore", category)
-        enable_progress_bars()  # of downloads: transformers has just switched them off, too
-        yield
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The command line: ``tiledcore generate``, ``profile``, ``plan``, ``view`` and ``info``."""
+"""The command line ``tiledcore``: its options, and one line for every error."""
 
 from __future__ import annotations
 
@@ -11,41 +11,69 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
 from tiledcore import __version__
-from tiledcore.cli.generate import DTYPES, SCHEDULERS, STRENGTH, generate, say
+from tiledcore.cli.choices import DTYPES, SCHEDULERS, STRENGTH
+from tiledcore.cli.console import CommandError, lasting_output, say
 from tiledcore.cli.plan import add_arguments as add_plan
-from tiledcore.cli.profile import profile
-from tiledcore.cli.request import CommandError, read_image
-from tiledcore.cli.view import add_arguments as add_view
-from tiledcore.io.images import read_metadata, readable
-from tiledcore.io.preview import EVERY
 
 WINDOWS = ("ramp", "core", "mean", "gaussian")
+EXAMPLES = """\
+tiledcore generate "relief map of a rugged coast" --size 2048x2048 --out coast.png
+tiledcore generate "a river delta" --size 1024x512 --wrap x --seed 7 --out delta.png
+tiledcore generate "a mountain lake" --init-image coast.png --strength 0.4 --out lake.png
+tiledcore info coast.png
+tiledcore view coast.png      (all options: tiledcore generate --help)"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code. ``TILEDCORE_DEBUG=1`` adds an error's traceback."""
-    try:
-        args = _parser().parse_args(argv)
-        args.command(args)
-    except (Exception, KeyboardInterrupt) as error:
-        if os.environ.get("TILEDCORE_DEBUG") == "1":
-            traceback.print_exc()
-        if isinstance(error, KeyboardInterrupt):
-            say("tiledcore: interrupted, nothing was written")
-            return 130
-        say(f"tiledcore: error: {_explain(error)}")
-        return 2
+    given = sys.argv[1:] if argv is None else list(argv)
+    with lasting_output():
+        if not given:
+            print(EXAMPLES)
+            return 0
+        try:
+            args = _parser().parse_args(_with_values(given))
+            args.command(args)
+        except (Exception, KeyboardInterrupt) as error:
+            if os.environ.get("TILEDCORE_DEBUG") == "1":
+                traceback.print_exc()
+            if isinstance(error, KeyboardInterrupt):
+                say("tiledcore: interrupted, nothing was written")
+                return 130
+            say(f"tiledcore: error: {_explain(error)}")
+            return 2
     return 0
+
+
+def _with_values(argv: list[str]) -> list[str]:
+    """The arguments; ``--seed=--`` is refused here, because argparse fails on it."""
+    for arg in argv[: argv.index("--")] if "--" in argv else argv:
+        if re.fullmatch(r"--?[\w-]+=--", arg):
+            raise CommandError(f"{arg[:-3]}: '--' is no value (see tiledcore --help)")
+    return argv
+
+
+def _command(module: str, name: str) -> Callable[[argparse.Namespace], None]:
+    """A command whose module is only imported when it runs."""
+
+    def run(args: argparse.Namespace) -> None:
+        getattr(import_module(f"tiledcore.cli.{module}"), name)(args)
+
+    return run
 
 
 # ----------------------------------------------------------------------------- info
 
 
 def info(args: argparse.Namespace) -> None:
+    from tiledcore.cli.request import read_image
+    from tiledcore.io.images import read_metadata, readable
+
     metadata = read_image(read_metadata, args.file)
     if metadata is None:
         raise CommandError(f"{args.file}: holds no tiledcore settings (only PNG and TIFF files can)")
@@ -56,7 +84,7 @@ def info(args: argparse.Namespace) -> None:
     rows = {**metadata, **tiling}
     for key, value in rows.items():
         line = f"{key.replace('_', ' '):<18}{readable(key, value)}"
-        # The file may be anyone's: no control characters for the terminal.
+        # The file may come from anywhere: no control characters for the terminal.
         print("".join(c if c.isprintable() else " " for c in line))
 
 
@@ -86,18 +114,20 @@ def _parser() -> argparse.ArgumentParser:
         "--preview", type=Path, metavar="FILE", help="show a small picture there meanwhile: .png or .jpg"
     )
     making.add_argument(
-        "--preview-every", type=_integer(1), metavar="N", help=f"evaluations between two previews; default {EVERY}"
+        "--preview-every", type=_integer(1), metavar="N", help="evaluations between two previews; default 5"
     )
-    making.set_defaults(command=generate)
+    making.set_defaults(command=_command("generate", "generate"))
     _add_generate(making)
     timing = commands.add_parser("profile", help="where the time of generate goes")
     timing.add_argument("--trace", type=Path, metavar="FILE", help="also write a Chrome trace there (.json)")
-    timing.set_defaults(command=profile, out=None, checkpoint=None, checkpoint_every=None)
+    timing.set_defaults(command=_command("profile", "profile"), out=None, checkpoint=None, checkpoint_every=None)
     _add_generate(timing)
     add_plan(commands.add_parser("plan", help="how an image would fit a memory budget"), _size, _integer)
-    add_view(
-        commands.add_parser("view", help="show a picture of any size, its tiles and regions in a browser"), _integer
-    )
+    viewing = commands.add_parser("view", help="show a picture of any size, its tiles and regions in a browser")
+    viewing.add_argument("file", type=Path, help="a picture: a TIFF of any size, or what fits into memory")
+    viewing.add_argument("--port", type=_integer(0, 65535), default=0, metavar="N", help="default: any that is free")
+    viewing.add_argument("--no-browser", action="store_true", help="only print the address")
+    viewing.set_defaults(command=_command("view", "view"))
     about = commands.add_parser("info", help="print the settings that a PNG or TIFF was made with")
     about.add_argument("file", type=Path)
     about.add_argument("--json", action="store_true", help="as JSON, as they are stored")
@@ -143,6 +173,11 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--regions", type=Path, metavar="FILE", help="parts of the image with prompts of their own: a TOML scene")
     add("--device", metavar="NAME", help="default cuda where there is one, else cpu")
     add("--dtype", choices=DTYPES, help="default fp16 on cuda, else fp32")
+    add(
+        "--budget",
+        metavar="BYTES",
+        help="of tensors on the device, such as 24GiB: run within it or refuse; the process needs more beside",
+    )
     title = "tiling (sizes in latent pixels, usually of 8 px; default of UNets and FLUX: --motion moving)"
     _add_tiling(parser.add_argument_group(title))
 
@@ -198,12 +233,10 @@ def _pair(low: int) -> Callable[[str], tuple[int, int]]:
     return parse
 
 
-def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
+def _integer(low: int, high: int = 10**6) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        valid = re.fullmatch(r"\d{1,20}", text) is not None
-        if not valid or int(text) < low or (high is not None and int(text) > high):
-            upper = "" if high is None else f" to {high}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {low}{upper}")
+        if re.fullmatch(r"[0-9]{1,20}", text) is None or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {low} to {high}")
         return int(text)
 
     return parse
@@ -211,8 +244,8 @@ def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
 
 def _guidance(text: str) -> float:
     value = _float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
+    if not 0 <= value <= 1000:  # far larger ones overflow, and the image is black
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1000")
     return value
 
 
@@ -244,7 +277,7 @@ def _explain(error: Exception) -> str:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # torch.OutOfMemoryError by its name: there may be an error before torch is imported.
+    # torch.OutOfMemoryError by its name, because torch may not be imported yet.
     text = str(error).lower()
     return (
         isinstance(error, MemoryError)

@@ -1,4 +1,4 @@
-"""The ``plan`` command: what an image is predicted to take, and which choices make it fit a budget."""
+"""The ``plan`` command: the memory that an image is predicted to need, and the choices that make it fit a budget."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from tiledcore.cli.generate import DTYPES, quiet
-from tiledcore.cli.request import CommandError
+from tiledcore.cli.choices import DTYPES
+from tiledcore.cli.console import CommandError, quiet, say
 
 if TYPE_CHECKING:
     from tiledcore.memory.planner import Plan
 
-# The names of tiledcore.memory.architectures.BUILT_IN, which torch would have to be imported for.
-HELP_MODELS = "sd15, sdxl, sd3, flux, earth, earth-flux, or a folder in diffusers' format (weights are not read)"
+# The configurations in tiledcore.memory.architectures, and the unit of their sizes in px.
+BUILT_IN = {"sd15": 8, "sdxl": 8, "sd3": 16, "flux": 16}
+HELP_MODELS = f"{', '.join(BUILT_IN)}, earth, earth-flux, or a folder in diffusers' format (weights are not read)"
 
 
 def add_arguments(parser: argparse.ArgumentParser, size: Any, integer: Any) -> None:
@@ -32,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser, size: Any, integer: Any) -> N
 
 
 def plan_command(args: argparse.Namespace) -> None:
+    from tiledcore.cli.model import check_size, read_model
+
+    if isinstance(args.size, int):
+        raise CommandError(f"--size {args.size}x: give WIDTHxHEIGHT, such as 2048x1024")
+    check_size(args.size, BUILT_IN.get(args.model) or read_model(args.model).unit)
+    say(f"planning {args.model} at {args.size[0]}x{args.size[1]} px: one step is simulated, a large one takes minutes")
     import torch
 
     with quiet():
@@ -59,7 +66,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def table(plan: Plan) -> str:
-    """A plan for people: each phase, its peak with and without the safety factor, and the choice made for it."""
+    """A plan as text: each phase, its peak with and without the safety factor, and the choice made for it."""
     from tiledcore.memory.prediction import show_bytes
 
     width, height = plan.size
@@ -80,4 +87,5 @@ def table(plan: Plan) -> str:
     lines.append(
         f"{plan.tiles} tile{'s' * (plan.tiles != 1)} a step; modules: {where}; the plan needs {show_bytes(plan.needs)}"
     )
+    lines.append("counted are tensors: a process also holds libraries and, on a GPU, the CUDA context")
     return "\n".join(lines)

@@ -1,21 +1,29 @@
-"""The ``profile`` command: one run of ``generate`` under torch.profiler, and where its time went."""
+"""The ``profile`` command: run ``generate`` under torch.profiler and print where the time went."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
-from tiledcore.cli.generate import call_arguments, open_pipeline, quiet, say
-from tiledcore.cli.request import CommandError, check
+from tiledcore.cli.console import CommandError, quiet, say
+from tiledcore.cli.generate import call_arguments, writing
+from tiledcore.cli.opening import open_pipeline
+from tiledcore.cli.request import check
+from tiledcore.io.files import check_replaceable
 
-# Nested in the network, so that they do not add to the total.
+# Parts of the network, which are not added to the total again.
 INSIDE = ("attention",)
 
 
 def profile(args: argparse.Namespace) -> None:
     image = check(args)
-    if args.trace is not None and not args.trace.parent.is_dir():
-        raise CommandError(f"--trace {args.trace}: there is no folder {args.trace.parent}")
+    if args.trace is not None:
+        try:
+            check_replaceable(args.trace)
+        except ValueError as error:
+            raise CommandError(f"--trace {error}") from None
+    say(f"loading {args.model}")
     import torch
     from torch.profiler import ProfilerActivity
 
@@ -29,23 +37,29 @@ def profile(args: argparse.Namespace) -> None:
             pipe(**call, generator=torch.Generator().manual_seed(seed))
     print(table(profiler.key_averages(), on_cuda))
     if args.trace is not None:
-        part = args.trace.with_name(args.trace.name + ".part")
-        try:
-            profiler.export_chrome_trace(str(part))
-            part.replace(args.trace)
-        except OSError as error:
-            raise CommandError(f"{args.trace} was not written: {error.strerror or error}") from error
-        finally:
-            part.unlink(missing_ok=True)
+        _write_trace(profiler, args.trace)
         say(f"{args.trace}: open it at chrome://tracing or ui.perfetto.dev")
 
 
+def _write_trace(profiler: Any, path: Path) -> None:
+    part = path.with_name(path.name + ".part")
+    try:
+        with writing(path):
+            profiler.export_chrome_trace(str(part))
+            # torch reports no error on a full disk: then the end of the JSON is missing.
+            if not part.read_bytes()[-16:].rstrip().endswith(b"}"):
+                raise OSError("the file is incomplete; is the disk full?")
+            part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def table(events: Any, on_cuda: bool) -> str:
-    """Time of each labelled part, and what share the engine and the network have.
+    """Time of each labelled part as text, and the shares of the engine and the network.
 
     Args:
         events: ``torch.profiler.profile(...).key_averages()``.
-        on_cuda: read the device's time and not the host's.
+        on_cuda: take the time of the device, not of the host.
     """
     from tiledcore.utils import LABELS, PREFIX
 

@@ -1,36 +1,35 @@
-"""What is asked of ``generate``, checked before a model is opened."""
+"""Checks of what ``generate`` and ``profile`` are asked for, before torch is imported and a model is loaded."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from tiledcore.cli.choices import SIZE
+from tiledcore.cli.console import CommandError
+from tiledcore.cli.model import INPAINTED_CHANNELS, check_size, check_tile, read_model
 from tiledcore.geometry import TileGrid
-from tiledcore.io.files import check_target
-from tiledcore.io.images import load_image
+from tiledcore.io.files import check_regular, check_target
+from tiledcore.io.images import PictureError, is_transparent, load_image, opened, to_rgb
 from tiledcore.io.preview import EVERY, Preview
-from tiledcore.models import EARTH, EMBEDDED
 
 if TYPE_CHECKING:
     from tiledcore.compose.regions import Region
 
 
-SIZE = (1024, 1024)
-VAE_FACTOR = 8  # until the model is open; all of Stable Diffusion has it
-
-
-class CommandError(Exception):
-    """The user can mend it; the message says how."""
-
-
 def check(args: argparse.Namespace) -> Image.Image | None:
-    """Whatever can be known before loading; completes ``args.size``, returns the init image."""
+    """Check all that can be known before loading. Sets ``args.size`` and ``args.known``; returns the init image.
+
+    Raises:
+        CommandError, ValueError: names the option, its value and what is valid.
+    """
+    for option, text in (("PROMPT", args.prompt), ("--negative-prompt", args.negative_prompt)):
+        if text is not None and not text.isascii() and text != text.encode(errors="ignore").decode():
+            raise CommandError(f"{option}: is not valid UTF-8")
     if args.strength is not None and args.init_image is None and args.stages is None:
         raise CommandError("--strength: only used with --init-image or --stages")
     for option, value in (("--mask", args.mask), ("--keep-colour", args.keep_colour or None)):
@@ -43,20 +42,28 @@ def check(args: argparse.Namespace) -> Image.Image | None:
     if args.mode != "canvas" and args.halo is not None:
         raise CommandError("--halo: only used with --mode canvas")
     if args.tile is not None:
-        h, w = args.tile
-        TileGrid(h, w, tile=(h, w), overlap=args.overlap or 0)
-    factor = _factor(args.model)
+        height, width = args.tile
+        TileGrid(height, width, tile=args.tile, overlap=args.overlap or 0)
+    model = args.known = read_model(args.model)
+    if model.native is not None:
+        check_tile(args.tile, model.native)
+    unet = model.network == "UNet2DConditionModel"
+    if args.mask is not None and unet and model.channels not in INPAINTED_CHANNELS:
+        raise CommandError(
+            f"--mask: the network of --model {args.model} takes {model.channels} channels, and can only be "
+            f"inpainted with {' or '.join(map(str, INPAINTED_CHANNELS))}; --model earth-flux can be"
+        )
     image = None
     if args.init_image is not None:
-        image = read_image(load_image, args.init_image)
+        image, unit = read_image(load_image, args.init_image), model.unit
         if args.size is None or isinstance(args.size, int):
-            args.size = tuple(max(factor, side * (args.size or 1) // factor * factor) for side in image.size)
+            args.size = tuple(max(unit, side * (args.size or 1) // unit * unit) for side in image.size)
     if isinstance(args.size, int):
         raise CommandError(f"--size {args.size}x: only used with --init-image, of whose size it is a multiple")
     args.size = args.size or SIZE
     if args.mask is not None and image is not None:
         args.mask = _mask(args.mask, image.size)
-    check_size(args.size, factor)
+    check_size(args.size, model.unit)
     if args.out is not None:
         check_target(args.out, args.size)
         if args.checkpoint_every is not None and args.checkpoint is None:
@@ -71,6 +78,8 @@ def _check_preview(args: argparse.Namespace) -> None:
     if args.preview_every is not None and args.preview is None:
         raise CommandError("--preview-every: only used with --preview")
     if args.preview is not None:
+        if args.budget is not None:
+            raise CommandError("--preview: its decode is not counted by --budget; give only one of them")
         args.preview = Preview(args.preview, args.preview_every or EVERY)
         for option, path in (("--out", args.out), ("--init-image", args.init_image)):
             if path is not None and args.preview.path.resolve() == path.resolve():
@@ -78,7 +87,13 @@ def _check_preview(args: argparse.Namespace) -> None:
 
 
 def _mask(path: Path, size: tuple[int, int]) -> Image.Image:
-    mask = read_image(load_image, path).convert("L")
+    def read(path: Path) -> Image.Image:
+        with opened(path) as image:
+            if is_transparent(image):
+                raise PictureError(f"--mask {path}: has transparent pixels; make it white where to change, else black")
+            return to_rgb(image, f"--mask {path}").convert("L")
+
+    mask = read_image(read, path)
     if mask.size != size:
         raise CommandError(f"--mask {path}: is {mask.width}x{mask.height} px, --init-image {size[0]}x{size[1]} px")
     if mask.getextrema()[1] < 128:
@@ -91,6 +106,7 @@ def _scene(args: argparse.Namespace) -> list[Region]:
 
     try:
         width, height = args.size
+        check_regular(args.regions)
         scene = scene_for(args.regions, width, height, ("y" in args.wrap, "x" in args.wrap))
     except OSError as error:
         raise CommandError(f"{args.regions}: cannot be read: {error.strerror or error}") from error
@@ -102,44 +118,12 @@ def _scene(args: argparse.Namespace) -> list[Region]:
     return scene
 
 
-def _factor(model: str) -> int:
-    """Pixels per latent pixel, as far as it can be told from a folder without opening the model."""
-    folder = EMBEDDED.get(model, Path(model))
-    if not folder.is_dir():
-        if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
-            raise CommandError(f"--model {model}: no such folder, and no name on the hub either")
-        return VAE_FACTOR
-    index = _json(folder / "model_index.json")
-    if index is None:
-        raise CommandError(f"--model {model}: there is no model_index.json in {folder}")
-    if not {"unet", "transformer"} & set(index):
-        raise CommandError(f"--model {model}: has neither a UNet nor a transformer, and cannot be tiled")
-    vae = EARTH / "vae" if model in EMBEDDED else folder / "vae"
-    levels = (_json(vae / "config.json") or {}).get("block_out_channels")
-    return int(2 ** (len(levels) - 1)) if levels else VAE_FACTOR
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def check_size(size: tuple[int, int], factor: int) -> None:
-    below = [max(factor, side // factor * factor) for side in size]
-    above = [-(-side // factor) * factor for side in size]
-    if above != list(size):
-        raise CommandError(
-            f"--size {size[0]}x{size[1]}: each side must be a multiple of {factor} px, such as "
-            f"{below[0]}x{below[1]} or {above[0]}x{above[1]}"
-        )
-
-
 def read_image(reader: Callable[[Path], Any], path: Path) -> Any:
+    """What ``reader`` makes of a picture file; its errors as a CommandError."""
     try:
         return reader(path)
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all of them on broken files
+    except PictureError as error:
+        raise CommandError(str(error)) from error
+    except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises on broken files
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "not an image"
         raise CommandError(f"{path}: cannot be read: {reason}") from error

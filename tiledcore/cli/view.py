@@ -1,7 +1,7 @@
-"""The ``view`` command: a page on this machine that shows a picture of any size, its tiles, regions and settings.
+"""The ``view`` command: show a picture of any size, its tiles, regions and settings in a browser.
 
-The page and its tiles come from a small server on the loopback interface. Leaflet, which draws them, is installed with
-the ``viewer`` extra; nothing is fetched from anywhere else, and the page's content security policy says so, too.
+A small server on this machine only sends the page and its tiles. Leaflet, the script that draws them, is installed with
+the ``viewer`` extra; nothing comes from the internet, and the page's content security policy forbids it.
 """
 
 from __future__ import annotations
@@ -12,39 +12,31 @@ import json
 import re
 import threading
 import webbrowser
-from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from tiledcore.cli.request import CommandError, read_image
+from tiledcore.cli.console import CommandError
+from tiledcore.cli.request import read_image
 from tiledcore.io.deepzoom import Levels
 from tiledcore.io.images import read_metadata, readable
 from tiledcore.io.writers import TILE
 
 ADDRESS = "127.0.0.1"
 TILE_PATH = re.compile(r"/tiles/(\d{1,2})/(\d{1,7})/(\d{1,7})\.png")
-# A page elsewhere that has its own name resolved to this address would send that name.
-HOST = re.compile(r"(127\.0\.0\.1|localhost)(:\d{1,5})?")
+# Refuses pages of other names that resolve to this address (DNS rebinding). Host names have no case.
+HOST = re.compile(r"(127\.0\.0\.1|localhost)(:\d{1,5})?", re.IGNORECASE)
+THREADS = 32
+"""Connections that are served at a time; a browser opens six."""
 POLICY = (
     "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data:; connect-src 'self'"
+    "img-src 'self' data:; connect-src 'self'; frame-ancestors 'none'"
 )
-# Shown in places of their own.
+# Not shown in the tables of settings.
 SEPARATE = ("prompt", "negative_prompt", "regions", "tiling", "lines_y", "lines_x")
-
-
-def add_arguments(parser: argparse.ArgumentParser, integer: Callable[..., Any]) -> None:
-    parser.add_argument("file", type=Path, help="a picture: a TIFF of any size, or what fits into memory")
-    parser.add_argument(
-        "--port", type=integer(0, 65535), default=0, metavar="N", help="on 127.0.0.1; default: any that is free"
-    )
-    parser.add_argument("--no-browser", action="store_true", help="only print the address")
-    parser.set_defaults(command=view)
 
 
 def view(args: argparse.Namespace) -> None:
@@ -60,7 +52,7 @@ def view(args: argparse.Namespace) -> None:
         settings = "" if metadata else ", without tiledcore settings: no tiles or regions to show"
         print(f"{args.file}: {width}x{height}{settings}", flush=True)
         print(f"{server.url} (Ctrl-C ends it)", flush=True)
-        if not args.no_browser:  # in a thread, for a browser in the terminal keeps its caller until it is closed
+        if not args.no_browser:  # in a thread, because a browser in the terminal returns when it is closed
             threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
         try:
             server.serve_forever()
@@ -87,12 +79,12 @@ def leaflet_files() -> dict[str, bytes]:
 
 
 def describe(name: str, levels: Levels, metadata: dict[str, Any] | None) -> dict[str, Any]:
-    """All that the page needs to know of a picture.
+    """What the page shows of a picture.
 
     Args:
         name: of the file.
         levels: of the picture.
-        metadata: as ``generate`` stores it. The file may be anyone's: what is not as expected is left out.
+        metadata: as ``generate`` stores it. The file may come from anywhere: what is not as expected is left out.
 
     Returns:
         JSON: ``sizes`` of all levels; ``texts``, pairs of a title and a text; ``tables``, pairs of a title and rows of
@@ -132,7 +124,7 @@ def describe(name: str, levels: Levels, metadata: dict[str, Any] | None) -> dict
 
 
 def areas_of(box: list[int], size: tuple[int, int], wrap: tuple[bool, bool]) -> list[list[int]]:
-    """A box as rectangles inside of a picture; one that goes on at the other side of a wrapped axis is several.
+    """A box as rectangles inside a picture: several where it crosses the border of a wrapped axis.
 
     Args:
         box: left, top, right, bottom.
@@ -155,7 +147,7 @@ def areas_of(box: list[int], size: tuple[int, int], wrap: tuple[bool, bool]) -> 
 
 
 def _integers(value: Any) -> list[int]:
-    """The list, or an empty one where it is not one of integers that JavaScript can hold."""
+    """The list, or an empty one if it is not a list of integers that JavaScript can hold."""
     valid = isinstance(value, list) and all(type(n) is int and abs(n) < 2**53 for n in value)
     return value if valid else []
 
@@ -181,21 +173,35 @@ class Server(ThreadingHTTPServer):
     def __init__(self, levels: Levels, page: dict[str, Any], leaflet: dict[str, bytes], port: int = 0) -> None:
         self.levels = levels
         html = (files("tiledcore.cli") / "view.html").read_bytes()
-        # All there is but the tiles, by its path: nothing is ever looked up in a folder.
+        # Everything but the tiles, by its path: no request is ever looked up in a folder.
         self.contents = {
             "/": ("text/html; charset=utf-8", html),
             "/picture.json": ("application/json", json.dumps(page).encode()),
             "/leaflet.js": ("text/javascript; charset=utf-8", leaflet["leaflet.js"]),
             "/leaflet.css": ("text/css; charset=utf-8", leaflet["leaflet.css"]),
         }
+        self._free = threading.BoundedSemaphore(THREADS)
         super().__init__((ADDRESS, port), Handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a connection in a thread of its own; beyond :data:`THREADS` it is closed."""
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
 
     @property
     def url(self) -> str:
         return f"http://{ADDRESS}:{self.server_address[1]}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that is closed while it reads is no error to report."""
+        """Print nothing: a browser may be closed while it reads."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -214,6 +220,8 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self._answer(HTTPStatus.NOT_FOUND, "text/plain", b"there is no such page\n")
 
+    do_HEAD = do_GET  # noqa: N815 - the name that http.server looks for
+
     def _tile(self, level: int, x: int, y: int) -> None:
         try:
             pixels = self.server.levels.tile(level, x, y)
@@ -224,7 +232,7 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, "text/plain", f"{error}\n".encode())
             return
         file = io.BytesIO()
-        # Without loss, for whoever looks for seams; packed quickly, for it does not go far.
+        # Without loss, so that seams can be judged; compressed quickly, because it stays on this machine.
         Image.fromarray(pixels).save(file, format="PNG", compress_level=1)
         self._answer(HTTPStatus.OK, "image/png", file.getvalue())
 
@@ -237,7 +245,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Security-Policy", POLICY)
         self.send_header("X-Content-Type-Options", "nosniff")
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Not a line for every tile."""
+        """Print nothing: there is a request for every tile."""

@@ -194,7 +194,7 @@ def connected(
     from tiledcore.compose.regional import as_latents, draw_noise
     from tiledcore.hook import default_tiling, tiled, with_fade
 
-    tiling = tiling or getattr(pipe, "tiling", None)
+    tiling, execution = tiling or getattr(pipe, "tiling", None), getattr(pipe, "execution", None) or Execution()
     pipe = getattr(pipe, "pipe", pipe)
     tiling = tiling or default_tiling(pipe)
     graph = CanvasGraph(len(prompts), joints)
@@ -219,8 +219,8 @@ def connected(
         pipe, family, graph.share(noise, -(-SHARED // unit) * unit, Random(f"connected/{seed}"))
     )
     tiling = with_fade(pipe, tiling, fades=False)
-    with tiled(pipe, tiling) as hook, _connected_decoder(pipe.vae, graph, factor):
-        denoiser = ConnectedDenoiser(tiling, Execution(), native, factor, family.patch(network), unit)
+    with tiled(pipe, tiling, execution) as hook, _connected_decoder(pipe.vae, graph, factor):
+        denoiser = ConnectedDenoiser(tiling, execution, native, factor, family.patch(network), unit)
         denoiser.graph, denoiser.reach = graph, (context // unit, context // unit)
         hook.denoiser = denoiser
         return list(pipe(**call).images)

@@ -24,7 +24,7 @@ from torch import Tensor
 from tiledcore._diffusers import device_of, pack, uncompiled
 from tiledcore.compose.regional_canvas import CanvasRegions
 from tiledcore.compose.regional_tiles import Shares, evaluate, grid_of, split
-from tiledcore.compose.regions import Region, check_regions, region_weights, seed_noise
+from tiledcore.compose.regions import Region, check_are_regions, check_regions, region_weights, seed_noise
 from tiledcore.feature import Feature
 from tiledcore.geometry import Pair, both
 
@@ -59,9 +59,7 @@ class Regional(Feature):
     """
 
     def __init__(self, pipe: Any, network: Any, regions: Sequence[Region], hook: Any) -> None:
-        for i, region in enumerate(regions):
-            if not isinstance(region, Region):
-                raise TypeError(f"regions[{i}]={region!r}: must be a tiledcore.Region")
+        check_are_regions(regions)
         inner = uncompiled(network)
         found = [text for kind, text in TEXT.items() if isinstance(inner, kind)]
         if not found or not hasattr(pipe, "encode_prompt"):

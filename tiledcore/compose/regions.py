@@ -93,6 +93,13 @@ class Region:
         return named | ({"box": list(self.box)} if self.box is not None else {})
 
 
+def check_are_regions(regions: Sequence[Any]) -> None:
+    """Raise TypeError for the first one that is no :class:`Region`."""
+    for i, region in enumerate(regions):
+        if not isinstance(region, Region):
+            raise TypeError(f"regions[{i}]={region!r}: must be a tiledcore.Region")
+
+
 def check_regions(regions: Sequence[Region], width: int, height: int, wrap: tuple[bool, bool]) -> None:
     """Check the regions against the canvas, in image pixels; ``wrap`` is (along y, along x).
 

@@ -236,9 +236,9 @@ class Engine:
             buffers.noise.copy_(self._solver.noise(self.generator, buffers.model_input))
         self.graphs.run(self.entry, lambda: self._step(denoiser, forward, timestep, conditions, index), refusal)
         self.index += 1
-        self.features.after_step(self.index, buffers.state[0])
         if self._saves is not None:
             self._saves.after(self.index, len(self._solver), buffers, self.features.tensors())
+        self.features.after_step(self.index, buffers.state[0])
         return self._prediction()
 
     def _step(
@@ -258,7 +258,8 @@ class Engine:
             assert denoiser.placed is not None
             prediction = self._guided(predicted, guidance, rescale, options)
             step = Step(index, buffers.state[0], denoiser.placed)
-            predicted, guidance, rescale = denoiser.whole(self.features.after_prediction(step, prediction)), None, None
+            changed = self.features.after_prediction(step, prediction).to(buffers.model_input.dtype)
+            predicted, guidance, rescale = denoiser.whole(changed), None, None
         with label("step"):
             ops.fused_step(
                 predicted.tiles.contiguous(),

@@ -41,14 +41,19 @@ def parse_bytes(value: int | str) -> int:
     """A number of bytes: 24_000_000_000, ``"24GiB"``, ``"24 GB"`` or ``"512MiB"``.
 
     Raises:
-        ValueError: it is none, or not positive.
+        ValueError: it is none, a text without a unit, or not from 1 byte to 1024 TiB.
     """
-    number, unit = float(value) if isinstance(value, int) else 0.0, "b"
-    if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b)?\s*", value.lower())):
-        number, unit = float(match[1]), match[2] or "b"
-    size = int(number * UNITS.get(unit, 0))
-    if size < 1 or isinstance(value, bool):
-        raise ValueError(f"budget={value!r}: must be a number of bytes above 0, such as '24GiB' or '24GB'")
+    size = value if isinstance(value, int) and not isinstance(value, bool) else 0
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]?i?b)?\s*", value.lower())
+        if match is not None and match[2] is None:
+            raise ValueError(f"budget={value!r}: has no unit; write {match[1]}GiB, {match[1]}MiB or {match[1]}B")
+        if match is not None:
+            size = int(float(match[1]) * UNITS.get(match[2], 0))
+    if not 1 <= size <= 2**50:
+        raise ValueError(
+            f"budget={str(value)[:40]!r}: must be a number of bytes from 1 to 1024TiB, such as '24GiB' or '24GB'"
+        )
     return size
 
 

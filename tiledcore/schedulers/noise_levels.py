@@ -20,6 +20,8 @@ def noise_level(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
     at = timestep.detach().reshape(1).cpu()
     probe.timesteps = probe.timesteps.cpu()
     flow = hasattr(type(probe), "scale_noise")
+    if not flow and not hasattr(probe, "add_noise"):
+        raise ValueError(f"{type(scheduler).__name__} has no noising from which its noise levels could be read")
     noising = probe.scale_noise if flow else probe.add_noise
     alpha, sigma = (
         float((noising(x, at, n) if flow else noising(x, n, at)).double()) for x, n in ((one, zero), (zero, one))

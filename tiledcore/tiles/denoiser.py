@@ -13,7 +13,15 @@ from torch.utils._pytree import tree_map_only
 from tiledcore import ops
 from tiledcore.config import Execution, Motion, TilingConfig
 from tiledcore.geometry import Pair, Partition, TileGrid, Tiling, both
-from tiledcore.tiles.conditioning import PER_IMAGE, REFUSED, RESIDUALS, check_residuals, crop_residuals
+from tiledcore.tiles.conditioning import (
+    PER_IMAGE,
+    REFUSED,
+    RESIDUALS,
+    check_residuals,
+    crop_residuals,
+    cut_attention_kwargs,
+    swap_major,
+)
 from tiledcore.utils import label
 
 logger = logging.getLogger(__name__)
@@ -58,11 +66,20 @@ class TileDenoiser:
         pixels: image pixels per latent pixel, for SDXL's crop coordinates.
         patch: latent pixels per token along an axis, of which a tile must be a multiple.
         unit: latent pixels per canvas pixel along an axis: ``patch`` for packed latents, else 1.
+        snap: tiles begin at multiples of so many latent pixels, where tile and canvas are such multiples.
     """
 
     def __init__(
-        self, config: TilingConfig, execution: Execution, native: int | Pair, pixels: int, patch: int = 1, unit: int = 1
+        self,
+        config: TilingConfig,
+        execution: Execution,
+        native: int | Pair,
+        pixels: int,
+        patch: int = 1,
+        unit: int = 1,
+        snap: int = 1,
     ) -> None:
+        self.snap = snap
         self.config, self.execution, self.native, self.patch, self.unit = config, execution, native, patch, unit
         self.pixels = pixels * unit  # per canvas pixel
         self.tile_batch = execution.tile_batch  # as long as it fits
@@ -79,7 +96,7 @@ class TileDenoiser:
     def tiling(self, height: int, width: int, timestep: torch.Tensor | float) -> Tiling | Partition:
         """The tiles of this step: always the same ones, or shifted from step to step."""
         if self._grid is None or (self._grid.height, self._grid.width) != (height, width):
-            grid = self.config.grid(height * self.unit, width * self.unit, self.native, self.unit)
+            grid = self.config.grid(height * self.unit, width * self.unit, self.native, self.unit, self.snap)
             tile = (grid.tile_size[0] * self.unit, grid.tile_size[1] * self.unit)
             size = (height * self.unit, width * self.unit)
             # Lines that move do so by eighths of a tile, and what is left at the canvas' end is a tile too.
@@ -278,14 +295,20 @@ class TileDenoiser:
         tile: Pair,
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
+        """Predictions of some tiles, tile-major. The network sees them branch-major, as it sees images: what chunks
+        the batch by guidance branch (PAG, GLIGEN, skip-layer guidance) then finds whole branches."""
+        batch, count = len(sample), len(offsets)
         with label("gather"):
-            inputs = ops.gather_tiles(sample, offsets, tile, impl=self.execution.impl)
+            inputs = swap_major(ops.gather_tiles(sample, offsets, tile, impl=self.execution.impl), count, batch)
         canvas = (sample.shape[2], sample.shape[3])
-        conditions = self._repeat(kwargs, offsets, tile, canvas, len(sample))
+        conditions = self._repeat(kwargs, offsets, tile, canvas, batch)
         for name in RESIDUALS:
             if kwargs.get(name) is not None:
                 conditions[name] = crop_residuals(kwargs[name], offsets, tile, canvas, self.execution.impl)
-        return self._network(forward, inputs, **conditions)
+        if kwargs.get("cross_attention_kwargs"):
+            given = kwargs["cross_attention_kwargs"]
+            conditions["cross_attention_kwargs"] = cut_attention_kwargs(given, offsets, tile, canvas, batch)
+        return swap_major(self._network(forward, inputs, **conditions), batch, count)
 
     @staticmethod
     def _network(forward: Callable[..., Any], inputs: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -302,11 +325,11 @@ class TileDenoiser:
     def _repeat(
         self, kwargs: dict[str, Any], offsets: torch.Tensor, tile: Pair, canvas: Pair, batch: int
     ) -> dict[str, Any]:
-        """The arguments of one tile batch: per-image tensors repeated, tile-major, and SDXL's crops moved."""
+        """The arguments of one tile batch: per-image tensors repeated, branch-major, and SDXL's crops moved."""
         count = len(offsets)
 
         def repeat(value: torch.Tensor) -> torch.Tensor:
-            return value.repeat(count, *[1] * (value.ndim - 1)) if value.ndim and len(value) == batch else value
+            return value.repeat_interleave(count, 0) if value.ndim and len(value) == batch else value
 
         out = {k: tree_map_only(torch.Tensor, repeat, v) if k in PER_IMAGE else v for k, v in kwargs.items()}
         time_ids = (kwargs.get("added_cond_kwargs") or {}).get("time_ids")
@@ -319,8 +342,8 @@ class TileDenoiser:
 
         Columns: original (height, width), crop (top, left), target (height, width) or, in the refiner, a score.
         """
-        ids = time_ids.repeat(len(offsets), 1)
-        ids[:, 2:4] += (offsets * self.pixels).to(ids.dtype).repeat_interleave(len(time_ids), 0)
+        ids = time_ids.repeat_interleave(len(offsets), 0)
+        ids[:, 2:4] += (offsets * self.pixels).to(ids.dtype).repeat(len(time_ids), 1)
         if ids.shape[1] == 6:
             ids[:, 4] *= tile[0] / canvas[0]
             ids[:, 5] *= tile[1] / canvas[1]

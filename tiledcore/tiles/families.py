@@ -150,7 +150,10 @@ def _z_image_canvas(arguments: Arguments) -> Tensor:
 
 def _z_image_tiles(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
     captions = arguments["cap_feats"]  # one tensor [L, D] per image
-    return {"x": list(tiles.unsqueeze(2).unbind(0)), "cap_feats": captions * (len(tiles) // len(captions))}
+    return {
+        "x": list(tiles.unsqueeze(2).unbind(0)),
+        "cap_feats": [text for text in captions for _ in range(len(tiles) // len(captions))],
+    }
 
 
 def _patch_size(network: Any) -> int:

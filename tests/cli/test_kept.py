@@ -1,0 +1,179 @@
+"""What a run must not lose or leave behind: its image, log levels, a lock, an honest trace."""
+
+import fcntl
+import io
+import logging
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.utils import logging as diffusers_logging
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_command import error, generate, saved_model
+from tiny_transformers import build, tiny_flux, tiny_sd3
+from transformers.utils import logging as transformers_logging
+
+from tiledcore import TiledPipeline
+from tiledcore.cli.console import quiet
+from tiledcore.cli.generate import _check_prompt
+from tiledcore.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return saved_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_reader_that_is_gone_does_not_cost_the_image(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in ``tiledcore generate ... 2>&1 | head -1``."""
+    for name in ("stdout", "stderr"):
+        reading, writing = os.pipe()
+        os.close(reading)
+        stream = io.TextIOWrapper(os.fdopen(writing, "wb"), line_buffering=True)
+        monkeypatch.setattr(sys, name, stream)
+    assert generate(model) == 0
+    with Image.open("a.png") as image:
+        assert image.size == (192, 160)
+    assert main(["info", "a.png"]) == 0
+    for stream in (sys.stdout, sys.stderr):
+        stream.close()  # nothing is left in it that could not be written
+    monkeypatch.undo()
+
+
+def test_quiet_leaves_everything_as_it_was() -> None:
+    libraries = (diffusers_logging, transformers_logging)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    try:
+        for level, shows in ((logging.INFO, True), (logging.CRITICAL, False)):
+            for library in libraries:
+                library.set_verbosity(level)
+                (library.enable_progress_bar if shows else library.disable_progress_bar)()
+            with pytest.raises(KeyError), quiet():
+                assert all(library.get_verbosity() == logging.ERROR for library in libraries)
+                assert not any(library.is_progress_bar_enabled() for library in libraries)
+                raise KeyError
+            found = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+            assert found == [(level, shows)] * 2
+    finally:
+        for library, (level, shows) in zip(libraries, before, strict=True):
+            library.set_verbosity(level)
+            (library.enable_progress_bar if shows else library.disable_progress_bar)()
+
+
+def test_two_runs_do_not_share_a_checkpoint(model: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "run").mkdir()
+    (here / "run" / "other").write_text("")  # so that the folder stays
+    folder = os.open("run", os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    assert generate(model, "--checkpoint", "run") == 2
+    assert "--checkpoint run: another process uses it; wait for it, or give another folder" in error(capsys)
+    assert os.listdir("run") == ["other"] and not Path("a.png").exists()
+    os.close(folder)
+    assert generate(model, "--checkpoint", "run") == 0
+    assert os.listdir("run") == ["other"]
+    assert generate(model, "--checkpoint", "new", "--overlap", "16") == 2
+    assert not Path("new").exists()
+
+
+def test_a_trace_that_is_cut_off_is_an_error(
+    model: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torch writes what fits on the disk and reports nothing."""
+
+    def cut(self: Any, path: str) -> None:
+        Path(path).write_text('{"traceEvents": [{"name"')
+
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", cut)
+    command = ["profile", "x", "--model", model, "--size", "64x64", "--steps", "2", "--device", "cpu"]
+    assert main([*command, "--trace", "trace.json"]) == 2
+    assert "trace.json was not written: the file is incomplete" in capsys.readouterr().err
+    assert os.listdir() == []
+
+
+def test_generate_within_a_budget(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(model, "--budget", "2GiB") == 0
+    err = capsys.readouterr().err
+    found = re.search(
+        r"memory: ([\d.]+) MiB of tensors at the peak, ([\d.]+) MiB predicted, 2\.00 GiB allowed; "
+        "this counts tensors, not the whole process\n",
+        err,
+    )
+    assert found is not None, err
+    assert 0 < float(found[1]) <= float(found[2]) < 2048
+    assert generate(model, "--budget", "1MiB", out="b.png") == 2
+    assert "does not fit 1.0 MiB" in error(capsys)
+    assert not Path("b.png").exists()
+
+
+def test_a_plan_says_what_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--size", "256x256", "--budget", "1GiB", "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1].startswith("counted are tensors: a process also holds libraries")
+    assert err == "planning earth at 256x256 px: one step is simulated, a large one takes minutes\n"
+
+
+# ----------------------------------------------------------------------------- how much of a prompt is read
+
+
+@pytest.mark.parametrize(
+    ("make", "words", "call", "expected"),
+    [
+        (tiny_sd3, 30, {}, None),  # CLIP reads 40 tokens, T5 reads on to 256
+        (tiny_sd3, 30, {"max_sequence_length": 50}, "of which the model reads the first 50"),
+        (tiny_flux, 30, {"max_sequence_length": 24}, "of which the model reads the first 40"),
+    ],
+)
+def test_how_much_of_a_prompt_is_read(
+    make: Any, words: int, call: dict[str, Any], expected: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _check_prompt(TiledPipeline(build(make)), "long " * words, call)
+    err = capsys.readouterr().err
+    assert err == "" if expected is None else expected in err
+
+
+# ----------------------------------------------------------------------------- weights that are pickles
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch evil",)
+
+
+@pytest.mark.parametrize(("part", "file"), [("unet", "diffusion_pytorch_model"), ("text_encoder", "pytorch_model")])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_pickle_is_never_advised_to_be_run(
+    part: str, file: str, damaged: bool, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(model, "copy")
+    next(Path("copy", part).glob("*.safetensors")).unlink()
+    weights = Path("copy", part, f"{file}.bin")
+    torch.save({"conv_in.weight": Evil()}, weights)
+    if damaged:
+        weights.write_bytes(weights.read_bytes()[:100])
+    assert generate("copy") == 2
+    message = error(capsys)
+    assert "is a pickle (.bin)" in message and "save_pretrained(FOLDER, safe_serialization=True)" in message
+    assert not any(word in message for word in ("weights_only", "trust_remote_code"))
+    assert not Path("evil").exists()
+
+
+def test_a_pickle_of_tensors_is_opened(model: str, here: Path) -> None:
+    shutil.copytree(model, "pickled")
+    weights = Path("pickled/unet/diffusion_pytorch_model.safetensors")
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    assert generate("pickled") == 0 and generate(model, out="b.png") == 0
+    with Image.open("a.png") as one, Image.open("b.png") as other:
+        assert one.tobytes() == other.tobytes()
