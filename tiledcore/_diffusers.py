@@ -24,11 +24,7 @@ SELF = (
     processors.XFormersAttnProcessor,
 )
 """Processors of attention among image tokens."""
-JOINT = (
-    processors.JointAttnProcessor2_0,
-    processors.FusedJointAttnProcessor2_0,
-    processors.XFormersJointAttnProcessor,
-)
+JOINT = (processors.JointAttnProcessor2_0, processors.FusedJointAttnProcessor2_0, processors.XFormersJointAttnProcessor)
 """Processors of joint attention of image and text."""
 ADDED = (
     processors.AttnAddedKVProcessor,
