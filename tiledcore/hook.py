@@ -32,9 +32,8 @@ _locks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 def default_tiling(pipe: Any) -> TilingConfig:
     """The tiling of a pipeline where the user gave none.
 
-    Moving tiles for the families on which they were measured as good as a ramp over a quarter of a tile
-    (``bench/modes.py``). Otherwise a ramp over an eighth; also with a ControlNet or adapter, or where an eighth of a
-    tile is not whole tokens, as tiles then cannot have several sizes.
+    Moving tiles where they were measured as good as a ramp over a quarter of a tile (``bench/modes.py``). Otherwise,
+    and where tiles cannot have several sizes (ControlNet, adapter, partial tokens), a ramp over an eighth.
 
     Raises:
         TypeError: the pipeline has no network that can be tiled.
@@ -232,12 +231,7 @@ def _limited_shift(scheduler: Any, tokens: int, max_shift: float | None) -> Any:
     """A context that limits a flow-matching scheduler's shift ``mu`` to that of ``tokens`` tokens.
 
     Pipelines compute ``mu`` from the whole canvas, linearly in its tokens. A ``mu`` that is not on this line is the
-    user's own, and stays.
-
-    Args:
-        scheduler: whose ``set_timesteps`` is replaced.
-        tokens: of one tile.
-        max_shift: of the longest sequence, where the scheduler's configuration has none; None: no ``mu``.
+    user's own, and stays. ``max_shift`` is that of the longest sequence where the scheduler has none; None: no ``mu``.
     """
     if max_shift is None:
         return nullcontext()

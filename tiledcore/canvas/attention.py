@@ -31,13 +31,9 @@ PACKED = 2
 
 
 class CanvasAttention:
-    """Canvas mode of one network; made by :func:`install`.
+    """Canvas mode of one network; made by :func:`install`. ``layers``: names of the replaced layers.
 
-    Attributes:
-        layers: names of the attention layers that were replaced.
-        canvas: what the layers share.
-        grid: rows and columns of image tokens, and latent pixels per token. None: read from the arguments, which
-            simulated execution cannot.
+    ``grid``: rows and columns of image tokens, and latent pixels per token, where simulated execution sets them.
     """
 
     grid: tuple[Pair, int] | None = None

@@ -39,7 +39,7 @@ def attend_jointly(
     rotary: Rotary | None = None,
     kept: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention over image and text tokens: image tokens see their window and all text, text tokens see everything.
+    """What image and text tokens attend to: the image sees its window and all text, the text sees everything.
 
     Args:
         canvas: whose :meth:`Canvas.image` the image tokens are.
@@ -48,9 +48,6 @@ def attend_jointly(
         scale: of the scores; None means ``D ** -0.5``.
         rotary: how positions turn image tokens, or None.
         kept: per image, the indices of the text tokens that count as keys; None means all.
-
-    Returns:
-        What the image and the text attended to, of their shapes.
     """
     placed = place(canvas, image, rotary)
     if text is None or kept is None:

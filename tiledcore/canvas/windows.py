@@ -51,10 +51,7 @@ class Windows:
         """This canvas with its wrapped axes cut open and continued by what their windows reach.
 
         A rotation knows no wrap: neighbours across the border would be the canvas' width apart. The halo is cut to what
-        no position can reach from both sides.
-
-        Returns:
-            The open canvas, and the positions of its rows and columns on this one, to be taken modulo its size.
+        no position can reach from both sides. Also returns where rows and columns lie on this canvas, modulo its size.
         """
         axes = [_unroll(*axis) for axis in zip(self.canvas, self.tile, self.halo, self.wrap, strict=True)]
         (rows, hy), (columns, hx) = axes

@@ -123,11 +123,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 class Run:
     """One call that is saved, and goes on from what was saved.
 
-    Args:
-        checkpoint: where.
-        pipe: the pipeline, before it is called.
-        call: all arguments of its call, by name.
-        settings: what else the canvas depends on, by name.
+    ``call``: all arguments of the pipeline's call, ``settings``: what else the canvas depends on, both by name.
 
     Raises:
         ValueError: the call cannot be resumed, the file is damaged, or it is of another run.

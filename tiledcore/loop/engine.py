@@ -201,11 +201,7 @@ class Engine:
     def run_step(self, denoiser: TileDenoiser, forward: Forward, timestep: Any, conditions: dict[str, Any]) -> Tensor:
         """One evaluation of the canvas and the step after it; returns the stand-in for the prediction.
 
-        Args:
-            denoiser: the tiling.
-            forward: the network, as :meth:`~tiledcore.tiles.denoiser.TileDenoiser.evaluate` calls it.
-            timestep: as the pipeline gives it.
-            conditions: the other arguments of the network's forward.
+        ``conditions``: the arguments of the network's forward except the canvas and the timestep.
         """
         assert self._solver is not None
         buffers, index = self.buffers, self.index

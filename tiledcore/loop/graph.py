@@ -110,10 +110,8 @@ class StepGraphs:
     def entry(self, key: Hashable, make: Callable[[], Any]) -> Entry:
         """The buffers and the graph of a key, made if new.
 
-        Args:
-            key: all that the step's kernels depend on beside the buffers' contents: shapes, dtypes, device, network,
-                numbers.
-            make: makes the buffers.
+        The key holds all that the kernels depend on beside the buffers' contents: shapes, dtypes, device, network,
+        numbers.
         """
         if key not in self._entries:
             self._entries[key] = Entry(make())
@@ -123,12 +121,8 @@ class StepGraphs:
         return self._entries[key]
 
     def run(self, entry: Entry, body: Body, refused: str | None = None) -> None:
-        """Run one step, eagerly or as a graph.
-
-        Args:
-            entry: from :meth:`entry`.
-            body: the step; it touches only the entry's buffers.
-            refused: why this step must run eagerly.
+        """Run one step, eagerly or as a graph. ``body`` touches only the entry's buffers; ``refused``: why it must be
+        eager.
 
         Raises:
             RuntimeError: ``mode`` is True, and the step was refused or could not be captured.

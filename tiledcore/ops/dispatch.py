@@ -51,13 +51,9 @@ _native_missing = _load_native()
 
 
 def unavailable(name: str, impl: Impl, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
-    """Why an implementation of an op cannot run on a device, or None if it can.
+    """Why an implementation of an op, such as ``"blend_tiles"``, cannot run on a device; None if it can.
 
-    Args:
-        name: the op, such as ``"blend_tiles"``.
-        impl: one of the op's implementations.
-        device: of the op's tensors.
-        dtype: of the op's tensors; None skips the checks that depend on it.
+    ``dtype`` is that of the op's tensors; None skips the checks that depend on it.
     """
     if impl == "native":
         if _native_missing is not None:

@@ -49,14 +49,8 @@ def axis_weights(starts: list[int], extent: int, size: int, window: str = "ramp"
     """The weight along one axis of every tile at each of its pixels, not normalised; float64 ``[len(starts), extent]``.
 
     Weights are relative to the deepest tile over the pixel, which has weight 1. So their sum is never small, and a
-    pixel with one tile is copied without rounding.
-
-    Args:
-        starts: the first pixel of each tile.
-        extent: pixels of a tile.
-        size: pixels of the canvas, a circle.
-        window: ``"mean"``, ``"gaussian"``, ``"ramp"`` or ``"core"``.
-        ramp: pixels over which a tile fades, for ``"ramp"``.
+    pixel with one tile is copied without rounding. ``starts``: first pixels of the tiles; ``extent``: pixels of a tile;
+    ``size``: pixels of the canvas, a circle; ``ramp``: pixels over which a tile fades, for ``window="ramp"``.
     """
     pixel = torch.arange(extent, dtype=torch.float64)
     depth = torch.minimum(pixel + 0.5, extent - (pixel + 0.5))

@@ -85,12 +85,8 @@ def low_pass(image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 class Pulling(Feature):
     """The pull of one image-to-image call.
 
-    Args:
-        pull: how strongly, how long, which frequencies.
-        scheduler: of the pipeline.
-        unit: latent pixels per canvas pixel along each axis, for packed latents.
-        wrap: axes (y, x) of the canvas that are circles.
-        sigma: of the low-pass where ``pull`` has none, in latent pixels.
+    ``unit``: latent pixels per canvas pixel along each axis. ``wrap``: axes (y, x) of the canvas that are circles.
+    ``sigma``: of the low-pass where ``pull`` has none, in latent pixels.
     """
 
     every_step = True

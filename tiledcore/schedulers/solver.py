@@ -116,12 +116,8 @@ def linear_solver(scheduler: Any, *, begin: int = 0, **step_kwargs: Any) -> Line
 def step(solver: LinearSolver, index: int, state: list[Tensor], prediction: Tensor, noise: Tensor | None) -> None:
     """Evaluation ``index`` in plain torch, in place.
 
-    Args:
-        solver: the coefficients.
-        index: from 0.
-        state: S tensors of one shape and floating dtype.
-        prediction: after guidance, of the same shape.
-        noise: of the same shape, or None if it has no coefficient.
+    ``state``: S tensors of one shape and floating dtype. ``prediction``: after guidance, of that shape; so is
+    ``noise``, or None if it has no coefficient.
     """
     sources = [*state, prediction, noise]
     new: dict[int, Tensor] = {}

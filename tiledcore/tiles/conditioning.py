@@ -97,13 +97,9 @@ def cut_attention_kwargs(
 ) -> dict[str, Any]:
     """``cross_attention_kwargs`` of a tile batch, branch-major: IP-Adapter masks and GLIGEN boxes are cut to each tile.
 
-    Args:
-        given: those of the canvas. ``ip_adapter_masks``: ``[1, images, H, W]`` in any resolution, or a list of such;
-            ``gligen``: ``boxes [B, N, 4]`` (left, top, right, bottom, 0 to 1), ``masks [B, N]`` and others.
-        offsets: ``[T, 2]``, the tiles' (y, x), canvas pixels.
-        tile: (height, width) of each tile.
-        canvas: (height, width).
-        batch: images of the canvas, branches included.
+    ``given`` are the canvas': ``ip_adapter_masks``: ``[1, images, H, W]`` in any resolution, or a list of such;
+    ``gligen``: ``boxes [B, N, 4]`` (left, top, right, bottom, 0 to 1), ``masks [B, N]`` and others. ``offsets [T, 2]``,
+    ``tile`` and ``canvas`` are (y, x) in canvas pixels; ``batch`` counts images with their guidance branches.
     """
     changed = dict(given)
     if (masks := given.get("ip_adapter_masks")) is not None:

@@ -150,8 +150,7 @@ class TileDenoiser:
     def place(self, size: Pair, timestep: Time, device: torch.device) -> bool:
         """Lay out the tiles of a step, and put their offsets on the device, always in the same tensor.
 
-        Returns:
-            Whether all steps have as many tiles of the same sizes, so that one CUDA graph serves them all.
+        Returns whether all steps have as many tiles of the same sizes, so that one CUDA graph serves them all.
         """
         tiling = self.tiling(*size, timestep)
         uniform = isinstance(tiling, Tiling) or len(tiling.groups) == 1
@@ -166,16 +165,11 @@ class TileDenoiser:
         return uniform and not (self.config.moving and self.config.moving.blended)
 
     def evaluate(self, forward: Forward, sample: Tensor, timestep: Time, **kwargs: Any) -> Prediction:
-        """Predict for all tiles of a canvas, where :meth:`place` has put them.
+        """Predict for all tiles of a canvas ``[B, C, H, W]``, where :meth:`place` has put them.
 
-        Args:
-            forward: called as ``forward(tiles, timestep, **kwargs)``; returns a tuple, first ``[N, C', h, w]``.
-            sample: canvas ``[B, C, H, W]``.
-            timestep: scalar, or ``[B]``.
-            kwargs: the denoiser's other arguments; ``regions``: a ``Regional``, or None.
-
-        Returns:
-            The tiles' predictions, in a buffer that the next evaluation overwrites.
+        ``forward(tiles, timestep, **kwargs)`` returns a tuple, first ``[N, C', h, w]``. ``kwargs`` are the other
+        arguments of the network, and ``regions``: a ``Regional``, or None. The next evaluation overwrites the result's
+        buffer.
         """
         batch, _, height, width = sample.shape
         size = (height, width)

@@ -28,10 +28,8 @@ FIRST = 0.5  # Share of the steps before the first one that fades
 class Fade(Feature):
     """The fade of one call.
 
-    Args:
-        width: of the band on each side of a line, in canvas pixels.
-        wrap: axes (y, x) of the canvas that are circles.
-        asked: the user asked for it: a scheduler that cannot fade is an error, otherwise a warning.
+    ``width``: on each side of a line, in canvas pixels. ``wrap``: axes (y, x) that are circles. ``asked``: the user
+    asked for it: a scheduler that cannot fade is an error, otherwise a warning.
     """
 
     every_step = True
