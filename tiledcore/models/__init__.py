@@ -1,13 +1,16 @@
-"""The embedded checkpoints: where they lie, how they are called, and the scripts that made them."""
+"""The embedded checkpoints: where they lie, how they are called, and what size they were made for."""
 
 from pathlib import Path
 from typing import Any
 
 #: Stable-Diffusion-format folder that ``TiledPipeline.from_pretrained()`` opens by default.
 EARTH = Path(__file__).parent / "earth"
-#: Its transformer sibling, FLUX-format. It has no autoencoder of its own: it shares that of EARTH.
+#: Its transformer sibling, FLUX-format, with an autoencoder of its own.
 EARTH_FLUX = Path(__file__).parent / "earth_flux"
 EMBEDDED = {"earth": EARTH, "earth-flux": EARTH_FLUX}
+
+#: Side of the images they were made for, in latent pixels: 256 px.
+NATIVE = 32
 
 _STEPS, _GUIDANCE = 12, 3.0
 
