@@ -1,16 +1,15 @@
-"""The embedded checkpoints: where they lie, how they are called, and what size they were made for."""
+"""The embedded checkpoints: where they lie, how they are called, and the scripts that made them."""
 
 from pathlib import Path
 from typing import Any
 
 #: Stable-Diffusion-format folder that ``TiledPipeline.from_pretrained()`` opens by default.
 EARTH = Path(__file__).parent / "earth"
-#: Its transformer sibling, FLUX-format, with an autoencoder of its own.
+#: Its transformer sibling, FLUX-format. It has no autoencoder of its own: it shares that of EARTH.
 EARTH_FLUX = Path(__file__).parent / "earth_flux"
-EMBEDDED = {"earth": EARTH, "earth-flux": EARTH_FLUX}
-
-#: Side of the images they were made for, in latent pixels: 256 px.
+#: Side of the pictures that both were trained at, in latent pixels: 256 px.
 NATIVE = 32
+EMBEDDED = {"earth": EARTH, "earth-flux": EARTH_FLUX}
 
 _STEPS, _GUIDANCE = 12, 3.0
 

@@ -51,7 +51,7 @@ def discriminator() -> nn.Sequential:
 
 
 def noised(z: torch.Tensor, most: float) -> torch.Tensor:
-    """Add noise of a random strength for each image, up to ``most`` (the latents have unit variance)."""
+    """Add noise of a random strength for each image, up to ``most`` (the latents have about unit variance)."""
     return z + most * torch.rand(len(z), 1, 1, 1) ** 2 * torch.randn_like(z)
 
 
@@ -71,23 +71,6 @@ def match_teacher(vae: Any, teacher: Any, x: torch.Tensor) -> None:
     back = torch.linalg.lstsq(rows(target), rows(F.avg_pool2d(x, 8))[:, :3]).solution
     vae.quant_conv.weight[:n, :n, 0, 0], vae.quant_conv.bias[:n] = into[:n].T, into[n]
     vae.post_quant_conv.weight[:3, :, 0, 0], vae.post_quant_conv.bias[:3] = back[:n].T, back[n]
-
-
-def standardise(vae: Any, mean: torch.Tensor, std: torch.Tensor) -> None:
-    """Fold the latents' mean and standard deviation per channel into the two 1x1 convolutions at their ends.
-
-    The images that the VAE decodes do not change; its latents get unit variance, as diffusion wants them.
-    """
-    n = len(mean)
-    with torch.no_grad():
-        vae.quant_conv.bias[:n] -= mean
-        vae.quant_conv.bias[:n] /= std
-        vae.quant_conv.weight[:n] /= std.view(-1, 1, 1, 1)
-        vae.quant_conv.bias[n:] -= 2 * std.log()
-        weight = vae.post_quant_conv.weight
-        vae.post_quant_conv.bias += (weight * mean.view(1, -1, 1, 1)).sum((1, 2, 3))
-        weight *= std.view(1, -1, 1, 1)
-    vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)  # FLUX wants both, SD the first
 
 
 class Trainer:
@@ -138,18 +121,11 @@ class Trainer:
         save_state(self.path, state | {"step": self.step, "stage": self.stage, "used": self.used})
 
     @torch.no_grad()
-    def freeze_encoder(self, batches: list[torch.Tensor]) -> None:
-        """Between the stages: go on from the averaged weights, give the latents zero mean and unit variance."""
+    def freeze_encoder(self) -> None:
+        """Between the stages: go on from the averaged weights. The latents keep the teacher's scale."""
         self.vae.load_state_dict(self.ema.state_dict())
-        z = torch.cat([self.vae.encode(x).latent_dist.mean for x in batches])
-        standardise(self.vae, z.mean((0, 2, 3)), z.std((0, 2, 3)))
-        self.ema.load_state_dict(self.vae.state_dict())
         self.optimizers({})
-        folder = self.args.work / "encoder"
-        self.vae.save_pretrained(folder)
-        print(
-            f"latents had mean {z.mean((0, 2, 3))}, deviation {z.std((0, 2, 3))}; encoder frozen: {folder}", flush=True
-        )
+        self.vae.save_pretrained(self.args.work / "encoder")
 
     def reconstruct(self, x: torch.Tensor, progress: float) -> dict[str, torch.Tensor]:
         """Losses of stage 1."""
@@ -237,7 +213,7 @@ def run_stage(trainer: Trainer, batches: list[Iterator[torch.Tensor]], held: tor
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=WORK)
-    parser.add_argument("--teacher", type=Path, default=WORK / "teacher", help="diffusers folder of a VAE")
+    parser.add_argument("--teacher", type=Path, default=WORK / "teacher", help="diffusers folder of an autoencoder")
     parser.add_argument("--minutes", type=float, nargs=2, default=(20, 30), help="of the two stages")
     parser.add_argument("--adversary", type=float, default=0.03, help="weight of the discriminator's loss")
     parser.add_argument(
@@ -268,7 +244,7 @@ def main() -> None:
             break
         trainer.stage, trainer.step, trainer.used = trainer.stage + 1, 0, 0.0
         if trainer.stage == 1:
-            trainer.freeze_encoder([next(batches[0]) for _ in range(32)])
+            trainer.freeze_encoder()
         trainer.save()
 
 

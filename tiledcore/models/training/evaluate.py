@@ -27,6 +27,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw
 
 from . import data, judges
+from .common import WORK
 from .metrics import Images, colour_distance, patch_distance, psnr, spectrum_distance
 
 MODELS = Path(__file__).parents[1]
@@ -142,7 +143,7 @@ def measure(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
     prompts = [data.prompt(c.style, f, c.scale, rng) for c, f in zip(crops, asked, strict=True)]
     real, other = (np.stack([c.image for c in group]) / 255 for group in (crops, others))
     made, rebuilt = generate(pipe, prompts, args.steps, args.guidance, seed=0), rebuild(pipe.vae, real)
-    reader = judges.train_reader(rasters, args.reader_minutes)
+    reader = judges.reader(rasters, args.reader)
     shuffled = np.random.default_rng(1).permutation(len(crops))
     return {
         "count": len(crops),
@@ -176,7 +177,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=96, help="held-out crops, and images generated")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--reader-minutes", type=float, default=2.0, help="training of the network that reads content")
+    parser.add_argument("--reader", type=Path, default=WORK / "reader.pt", help="the network that reads content")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0, help="of the sheets")
     parser.add_argument("--sheet", type=Path, help="write a sheet of samples here and measure nothing")

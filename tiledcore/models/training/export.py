@@ -16,7 +16,7 @@ from .siblings import SIBLINGS
 
 
 def load_vae(path: Path) -> Any:
-    """The autoencoder that ``training.autoencoder`` saved: averaged weights, latents of unit variance."""
+    """The autoencoder that ``training.autoencoder`` saved: averaged weights."""
     vae = architecture.build_vae()
     vae.load_state_dict(torch.load(path, map_location="cpu")["ema"])
     vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)  # FLUX wants both, SD the first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,13 +12,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from . import data
-from .common import to_float
+from .common import save_state, to_float
 from .metrics import Images
 
 WINDOW = 128  # px; judges look at windows, so that each image gives several examples
 
 
-def network(outputs: int, width: int = 32) -> nn.Sequential:
+def network(outputs: int, width: int = 32) -> nn.Module:
     """Five strided convolutions, then the mean over the window."""
     layers: list[nn.Module] = []
     before = 3
@@ -67,16 +68,14 @@ class Reading:
     fractions: NDArray[np.float64]
 
 
-def train_reader(rasters: data.Rasters, minutes: float = 2.0, seed: int = 0) -> nn.Module:
+def train_reader(rasters: data.Rasters, steps: int = 600, seed: int = 0) -> nn.Module:
     """A network that reads style and class fractions off a window, learned from real training crops."""
-    import time
-
     torch.manual_seed(seed)
-    rng, net, styles = np.random.default_rng(seed), network(len(data.STYLES) + len(data.CLASSES)), list(data.STYLES)
-    adam = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=1e-2)
-    end = time.monotonic() + 60 * minutes
-    while (left := (end - time.monotonic()) / (60 * minutes)) > 0:
-        adam.param_groups[0]["lr"] = 2e-3 * min(1.0, 2 * left)
+    rng, styles, rate = np.random.default_rng(seed), list(data.STYLES), 2e-3
+    net = network(len(styles) + len(data.CLASSES))
+    adam = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=1e-2)
+    for step in range(steps):
+        adam.param_groups[0]["lr"] = rate * min(1.0, 2 * (1 - step / steps))
         crops = [data.random_crop(rasters, WINDOW, rng) for _ in range(24)]
         out = net(to_float(np.stack([c.image for c in crops])))
         style = torch.tensor([styles.index(c.style) for c in crops])
@@ -86,6 +85,17 @@ def train_reader(rasters: data.Rasters, minutes: float = 2.0, seed: int = 0) -> 
         loss.backward()
         adam.step()
     return net.eval()
+
+
+def reader(rasters: data.Rasters, path: Path) -> nn.Module:
+    """The reader saved at ``path``; trained and saved there where there is none."""
+    if path.exists():
+        net = network(len(data.STYLES) + len(data.CLASSES))
+        net.load_state_dict(torch.load(path))
+        return net.eval()
+    net = train_reader(rasters)
+    save_state(path, net.state_dict())
+    return net
 
 
 @torch.no_grad()
