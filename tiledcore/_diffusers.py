@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 from diffusers.models import attention_processor as processors
-from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
-from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
-from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, ZSingleStreamAttnProcessor
+from diffusers.models.embeddings import PatchEmbed as PatchEmbed
+from diffusers.models.embeddings import get_2d_sincos_pos_embed as get_2d_sincos_pos_embed
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor as FluxAttnProcessor
+from diffusers.models.transformers.transformer_qwenimage import (
+    QwenDoubleStreamAttnProcessor2_0 as QwenDoubleStreamAttnProcessor2_0,
+)
+from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
+from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor as ZSingleStreamAttnProcessor
 from torch import Tensor
-
-__all__ = ["FluxAttnProcessor", "QwenDoubleStreamAttnProcessor2_0", "ZSingleStreamAttnProcessor"]
 
 TEXT_MULTIPLE: int = SEQ_MULTI_OF  # Z-Image pads its text to a multiple of so many tokens
 

@@ -13,11 +13,10 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed
 from torch import Tensor
 
 from tiledcore import _diffusers, ops, validate
-from tiledcore._diffusers import ADDED, JOINT, TEXT_MULTIPLE, uncompiled
+from tiledcore._diffusers import ADDED, JOINT, TEXT_MULTIPLE, PatchEmbed, get_2d_sincos_pos_embed, uncompiled
 from tiledcore._diffusers import SELF as SELF
 from tiledcore.canvas.processors import FluxProcessor, QwenProcessor, SD3Processor, SelfProcessor, ZImageProcessor
 from tiledcore.canvas.windows import Canvas, Rotary, Windows
