@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
-from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
+from diffusers.models import attention_processor as processors
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
+from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, ZSingleStreamAttnProcessor
 from torch import Tensor
 
-TEXT_MULTIPLE: int = SEQ_MULTI_OF
-"""Z-Image pads its text to a multiple of so many tokens."""
+__all__ = ["FluxAttnProcessor", "QwenDoubleStreamAttnProcessor2_0", "ZSingleStreamAttnProcessor"]
 
-FUSABLE = (
-    "StableDiffusionPipeline",
-    "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionXLPipeline",
-    "StableDiffusionXLImg2ImgPipeline",
-    "StableDiffusion3Pipeline",
-    "StableDiffusion3Img2ImgPipeline",
-    "FluxPipeline",
-    "FluxImg2ImgPipeline",
+TEXT_MULTIPLE: int = SEQ_MULTI_OF  # Z-Image pads its text to a multiple of so many tokens
+
+SELF = (
+    processors.AttnProcessor,
+    processors.AttnProcessor2_0,
+    processors.FusedAttnProcessor2_0,
+    processors.SlicedAttnProcessor,
+    processors.XFormersAttnProcessor,
 )
-"""Pipelines whose loop is: [repeat, scale], predict, [guide], step. Others do more to the canvas in between."""
+"""Processors of attention among image tokens."""
+JOINT = (processors.JointAttnProcessor2_0, processors.FusedJointAttnProcessor2_0, processors.XFormersJointAttnProcessor)
+"""Processors of joint attention of image and text."""
+ADDED = (
+    processors.AttnAddedKVProcessor,
+    processors.AttnAddedKVProcessor2_0,
+    processors.SlicedAttnAddedKVProcessor,
+    processors.XFormersAttnAddedKVProcessor,
+)
+"""Text and image in one projection: these layers count as cross-attention, but attend to the whole image too."""
+
+FUSABLE = tuple(
+    f"{name}{kind}Pipeline"
+    for name in ("StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux")
+    for kind in ("", "Img2Img")
+)
+"""Classes of pipelines whose loop is: [repeat, scale], predict, [guide], step. Others change the canvas in between."""
 
 SETTINGS = ("_progress_bar_config", "_interrupt", "default_sample_size")
 """Attributes of a pipeline object, beside its components, that a user may have set."""
@@ -68,3 +86,33 @@ def takes_eta(pipe: Any) -> bool:
 def float32_parts(module: Any) -> tuple[str, ...]:
     """Names of layers that transformers loads in float32 whatever dtype is asked for."""
     return tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
+
+
+def is_flux(pipe: Any) -> bool:
+    """Whether a pipeline is one of FLUX."""
+    return type(pipe).__name__.startswith("Flux")
+
+
+def is_hinted(pipe: Any) -> bool:
+    """Whether a ControlNet or an adapter adds images to what the network computes."""
+    return any(getattr(pipe, name, None) is not None for name in ("controlnet", "adapter"))
+
+
+def places_of(scheduler: Any, timestep: Any) -> list[int]:
+    """Where in a scheduler's timesteps this one is. One place if the pipeline told the scheduler where it begins."""
+    told: int | None = getattr(scheduler, "begin_index", None)
+    return (scheduler.timesteps == timestep).nonzero().flatten().tolist() if told is None else [told]
+
+
+def stepless(scheduler: Any) -> Any:
+    """A copy of a scheduler that looks every timestep up, whatever step the loop is at."""
+    probe = copy.copy(scheduler)
+    for name in ("_begin_index", "_step_index"):
+        if hasattr(probe, name):
+            setattr(probe, name, None)
+    return probe
+
+
+def scales_predictions(scheduler: Any) -> bool:
+    """Whether a scheduler scales predictions itself (EDM, Karras et al. 2022)."""
+    return hasattr(scheduler, "precondition_outputs")

@@ -13,15 +13,15 @@ from tiledcore.geometry import Pair, TileGrid, both
 class Motion:
     """How tiles move: in each step the canvas is cut at other lines, and no pixel is evaluated twice.
 
-    SpotDiffusion (Frolov et al. 2024), with two additions: some steps overlap in place, and near its lines a
-    prediction fades into that of the step before (:mod:`tiledcore.tiles.fade`).
+    SpotDiffusion (Frolov et al. 2024), plus two things: some steps overlap in place, and near its lines a prediction
+    fades into that of the step before (:mod:`tiledcore.tiles.fade`).
 
     Args:
-        blend_first: the first so many steps overlap in place: tiles that do not move compose better. A call that
-            starts from an image blends so many more of its last steps instead.
-        blend_last: the last so many steps overlap in place, since no step comes after them to heal a seam.
-        fade: width in latent pixels on each side of a line; at most a quarter of a tile, 0 is none. Default: 3/16 of
-            the model's own size, and none where the scheduler or the pipeline cannot fade.
+        blend_first: so many first steps overlap in place: tiles that do not move compose better. A call that starts
+            from an image blends as many more of its last steps instead.
+        blend_last: so many last steps overlap in place, as no step follows to heal a seam.
+        fade: width on each side of a line, in latent pixels; at most a quarter of a tile, 0 is none. Default: 3/16 of
+            the model's own size; none where the scheduler or the pipeline cannot fade.
         seed: of the places of the lines.
 
     Raises:
@@ -53,7 +53,7 @@ class Execution:
 
     Args:
         tile_batch: tiles per call of the network; bounds the memory.
-        guidance_batch: canvas mode: both guidance branches at once, or, to save memory, one after the other.
+        guidance_batch: canvas mode: both guidance branches at once, or one after the other to save memory.
         impl: implementation of the ops, see :mod:`tiledcore.ops`; None picks the fastest.
     """
 
@@ -71,20 +71,19 @@ class Execution:
 class TilingConfig:
     """How the canvas is cut into tiles and put together again. Sizes are latent pixels, pairs are (y, x).
 
-    Where a pipeline packs latents into tokens (FLUX, Qwen-Image), ``tile`` and ``overlap`` must be multiples of a
-    token's side, 2, and a ramp is rounded up to one.
+    Where a pipeline packs latents into tokens (FLUX, Qwen-Image), ``tile`` and ``overlap`` must be multiples of 2, a
+    token's side; a ramp is rounded up.
 
     Args:
         mode: ``"tiles"``: batches of tiles go through the network. ``"canvas"``: the network runs once over the whole
             canvas, and a token attends to its own tile and a halo around it.
         tile: side of a tile, or a pair. Default: the size that the model was trained at.
-        overlap: what adjacent tiles share at least, or a pair; a fraction below 1 is one of the tile. Default: 1/8.
+        overlap: what adjacent tiles share at least, or a pair; a float below 1 is a share of the tile. Default: 1/8.
         window: how overlapping predictions are blended, see :func:`tiledcore.ops.blend_tiles`.
         ramp: width of the transition between two tiles, for ``window="ramp"``. Default: the smaller overlap.
-        motion: ``"still"``: tiles keep their places. ``"moving"``: they move from step to step, see :class:`Motion`,
-            which also can be given.
-        wrap: the canvas is a torus: bool, or a pair of them.
-        halo: canvas mode: what a tile's attention sees of its neighbours on each side, or a pair. Default: half a tile.
+        motion: ``"still"``: tiles keep their places. ``"moving"``: they move in each step. Or a :class:`Motion`.
+        wrap: the canvas is a torus: a bool or a pair.
+        halo: canvas mode: how far attention sees beyond a tile on each side, or a pair. Default: half a tile.
 
     Raises:
         ValueError: names the argument, its value and what is valid.
@@ -101,12 +100,12 @@ class TilingConfig:
 
     @classmethod
     def fast(cls) -> TilingConfig:
-        """Tiles that move: no pixel is evaluated twice, but in three blended steps."""
+        """Moving tiles: no pixel is evaluated twice, except in three blended steps."""
         return cls(motion="moving")
 
     @classmethod
     def best(cls) -> TilingConfig:
-        """Tiles in place that overlap by a quarter, blended by a ramp: about 1.8 times the work of moving ones."""
+        """Tiles in place that overlap by a quarter, blended by a ramp: about 1.8 times the work of moving tiles."""
         return cls(overlap=0.25)
 
     def __post_init__(self) -> None:
@@ -150,31 +149,28 @@ class TilingConfig:
         return Motion() if self.motion == "moving" else None
 
     def refining(self) -> TilingConfig:
-        """The same for a call that starts from an image: its composition is there, so only last steps are blended."""
+        """This tiling for a call that starts from an image: it has a composition, so only last steps are blended."""
         motion = self.moving
         if motion is None:
             return self
         return replace(self, motion=replace(motion, blend_first=0, blend_last=motion.blended))
 
     def area_factor(self, grid: TileGrid, steps: int) -> float:
-        """Tile area evaluated over canvas area, the mean of so many steps; ``grid`` is :meth:`grid`'s."""
+        """Tile area evaluated over canvas area, averaged over the steps; ``grid`` is from :meth:`grid`."""
         if self.mode == "canvas":
             return 1.0
         share = 1.0 if self.moving is None else min(1.0, self.moving.blended / steps)
         return 1.0 + share * (grid.area_factor - 1.0)
 
     def grid(self, height: int, width: int, native: int | Pair, unit: int = 1, snap: int = 1) -> TileGrid:
-        """The tiles of a canvas.
+        """The tiles of a canvas; for moving tiles, those of the blended steps.
 
         Args:
             height: of the canvas, in latent pixels.
-            width: the same.
-            native: the tile size where none was asked for, in latent pixels.
-            unit: latent pixels per pixel of the grid, along each axis: a token's side for packed latents.
+            width: of the canvas, in latent pixels.
+            native: tile size in latent pixels where the config has none.
+            unit: latent pixels per grid pixel along each axis: a token's side for packed latents.
             snap: of :class:`~tiledcore.geometry.TileGrid`.
-
-        Returns:
-            The grid, in units; of tiles that move, that of the blended steps.
 
         Raises:
             ValueError: a size is no multiple of the unit, or :class:`~tiledcore.geometry.TileGrid` refuses it.

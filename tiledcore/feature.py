@@ -1,6 +1,6 @@
-"""Feature: something that a call does beside denoising, and the chain of all features of a call.
+"""Feature: something that a call does besides denoising; Features: all of them, in order.
 
-The fused loop and the fallback loop both run the chain, so a feature is written once.
+The fused loop and the fallback loop both run them, so a feature is written once.
 """
 
 from __future__ import annotations
@@ -23,10 +23,8 @@ class Start:
     """What is known before the first evaluation of a call."""
 
     scheduler: Any
-    timesteps: Tensor
-    """Of all evaluations of the call."""
-    size: Pair
-    """Of the canvas, in canvas pixels."""
+    timesteps: Tensor  # Of all evaluations of the call
+    size: Pair  # Of the canvas, in canvas pixels
 
 
 @dataclass(frozen=True)
@@ -34,17 +32,14 @@ class Step:
     """One evaluation, before the scheduler's step."""
 
     index: int
-    sample: Tensor
-    """``[B, C, H, W]``: the canvas as the scheduler has it, not scaled for the network."""
-    tiles: Tiling | Partition
-    """Where the tiles lay."""
+    sample: Tensor  # ``[B, C, H, W]``: the canvas as the scheduler has it, not scaled for the network
+    tiles: Tiling | Partition  # Where the tiles lay
 
 
 class Feature:
-    """A context around one call of a pipeline; every method does nothing unless a feature says otherwise."""
+    """A context around one call of a pipeline. Every method does nothing unless a feature overrides it."""
 
-    every_step = False
-    """Whether it acts on steps: then the fallback loop watches the scheduler's ``step`` for it."""
+    every_step = False  # Whether it acts on steps: then the fallback loop watches the scheduler's ``step`` for it
 
     def __enter__(self) -> Any:
         return self

@@ -1,12 +1,8 @@
 """Where tiles lie on a canvas: plain integers, no tensors.
 
-Lengths and positions are in latent pixels, pairs are (y, x). On a wrapped axis the canvas is a
-torus: an offset lies in ``[0, size)`` and pixel ``u`` of that tile is canvas pixel
-``(offset + u) % size``. Position ``y`` as a *line* means the border between pixels ``y - 1`` and
-``y``.
-
-Overlapping tiles on a common canvas: Bar-Tal et al., MultiDiffusion, 2023. A zero-overlap grid that
-is moved at random in each step: Frolov et al., SpotDiffusion, 2024.
+Lengths and positions are in latent pixels, pairs are (y, x). A wrapped axis is a circle: pixel ``u`` of a tile is
+canvas pixel ``(offset + u) % size``. A *line* ``y`` is the border between pixels ``y - 1`` and ``y``. Overlapping
+tiles: MultiDiffusion (Bar-Tal et al. 2023). Tiles that move in each step: SpotDiffusion (Frolov et al. 2024).
 """
 
 from __future__ import annotations
@@ -29,23 +25,15 @@ def both(value: T | tuple[T, T]) -> tuple[T, T]:
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tiles of one size at every pair of a row offset and a column offset.
-
-    Everything that moves data (gather, blend, decode) takes this; :class:`TileGrid` is the usual
-    way to make one.
-    """
+    """Tiles of one size at every pair of a row offset and a column offset. :class:`TileGrid` makes one."""
 
     height: int
     width: int
-    tile_size: Pair
-    """Size of every tile, at most the canvas."""
-    overlap: Pair
-    """What adjacent tiles share at least; they may share more."""
+    tile_size: Pair  # Size of every tile, at most the canvas
+    overlap: Pair  # What adjacent tiles share at least; they may share more
     wrap: tuple[bool, bool]
-    rows: tuple[int, ...]
-    """Ascending y offsets."""
-    cols: tuple[int, ...]
-    """Ascending x offsets."""
+    rows: tuple[int, ...]  # Ascending y offsets
+    cols: tuple[int, ...]  # Ascending x offsets
 
     def __len__(self) -> int:
         return len(self.rows) * len(self.cols)
@@ -65,9 +53,8 @@ class Tiling:
     def core_rows(self) -> tuple[Pair, ...]:
         """(start, size) of each tile row's core.
 
-        Cores partition the canvas: they meet in the middle of what two adjacent tiles share, and
-        reach the canvas border where a tile has no neighbour. A start lies in ``[0, height)``; on a
-        wrapped axis a core may cross the border as tiles do.
+        Cores partition the canvas: they meet in the middle of what two tiles share, and reach an open border. A start
+        lies in ``[0, height)``; on a wrapped axis a core may cross the border.
         """
         return _cores(self.height, self.tile_size[0], self.rows, self.wrap[0])
 
@@ -83,8 +70,7 @@ class Tiling:
 
     @cached_property
     def lines(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Where a seam could show: the y and the x lines on which a tile starts or ends, or two
-        cores meet. Line 0, the canvas border, is among them only where an axis wraps."""
+        """The (y, x) lines where seams could show: tiles start or end, or cores meet. 0 only on a wrapped axis."""
         return (
             _lines(self.height, self.tile_size[0], self.wrap[0], self.rows, self.core_rows),
             _lines(self.width, self.tile_size[1], self.wrap[1], self.cols, self.core_cols),
@@ -97,10 +83,8 @@ class Partition:
 
     height: int
     width: int
-    rows: tuple[Pair, ...]
-    """(start, size) along y, ascending; on a wrapped axis the last one may cross the border."""
-    cols: tuple[Pair, ...]
-    """(start, size) along x."""
+    rows: tuple[Pair, ...]  # (start, size) along y, ascending; on a wrapped axis the last one may cross the border
+    cols: tuple[Pair, ...]  # (start, size) along x
 
     area_factor = 1.0
 
@@ -120,23 +104,21 @@ class Partition:
 class TileGrid(Tiling):
     """The fewest evenly spread tiles that cover a canvas with at least the requested overlap.
 
-    On an open axis the first tile starts at 0 and the last ends flush with the canvas. On a wrapped
-    axis tiles go round, and the last shares pixels with the first.
+    On an open axis the first tile starts at 0 and the last ends with the canvas. On a wrapped axis tiles go round.
 
-    A tile larger than the canvas is clamped to it, and the overlap is then clamped to half of the
-    clamped tile: on an open axis this leaves one tile; on a wrapped axis with overlap it leaves at
-    least two, cut open at different places, so that the cut of one is inside another.
+    A tile larger than the canvas is clamped to it, and the overlap to half of that: one tile on an open axis, at least
+    two on a wrapped axis with overlap, so that the cut of one lies inside another.
 
     Args:
         height: canvas height.
         width: canvas width.
-        tile: tile size, one int for both axes or (y, x).
-        overlap: least overlap of adjacent tiles, one int or (y, x); smaller than ``tile``.
-        wrap: whether the canvas is a torus, one bool for both axes or (y, x).
+        tile: tile size, an int or (y, x).
+        overlap: least overlap of adjacent tiles, an int or (y, x); smaller than ``tile``.
+        wrap: whether the canvas is a torus, a bool or (y, x).
         snap: tiles start at multiples of it on an axis where tile and canvas are multiples of it.
 
     Raises:
-        ValueError: naming the argument, its value and what would be valid.
+        ValueError: names the argument, its value and what is valid.
     """
 
     def __init__(
@@ -173,20 +155,15 @@ class TileGrid(Tiling):
         )
 
     def shifted(self, step: int, seed: int) -> Partition:
-        """A partition of the canvas whose lines lie elsewhere in every step (SpotDiffusion).
+        """A partition of the canvas with other lines in every step (SpotDiffusion); depends on (seed, step) only.
 
-        Seams then fall elsewhere each time, and later steps heal them. No pixel is evaluated twice: on an
-        open axis the lines are this grid's, moved by less than a tile, and what is left at the two ends
-        is a tile of its own, of half to one and a half times the size; a wrapped axis is rotated.
-        Lines are moved by eighths of a tile where the tile has such, so that sizes stay multiples of
-        what the network downsamples by. The result depends on (seed, step) only.
-
-        Where the lines start is random; from there each step moves them on by three eighths of a tile, so that they
-        are in all eight places before they are in one again. Random ones meet those of the step before in every
-        eighth step, and their seams add up.
+        No pixel is evaluated twice. A wrapped axis is rotated. On an open axis all lines move by the same part of a
+        tile, and what is left at the ends is a tile of half to one and a half times the size. Lines move by eighths of
+        a tile where it has such, so that sizes suit the network's downsampling. The start is random; then each step
+        adds three eighths of a tile, so that all eight places are used before one repeats.
 
         Raises:
-            ValueError: if the grid has an overlap.
+            ValueError: the grid has an overlap.
         """
         # Seeding with a string hashes it by SHA-512, so neighbouring seeds are unrelated; random()
         # is the one method whose values Python promises to keep between versions.

@@ -1,4 +1,4 @@
-"""apply_tiling and remove_tiling: a diffusers pipeline whose calls denoise in tiles, and the hook on its network."""
+"""apply_tiling and remove_tiling: make a diffusers pipeline denoise in tiles, by a hook on its network."""
 
 from __future__ import annotations
 
@@ -14,29 +14,26 @@ from weakref import WeakKeyDictionary
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-from tiledcore._diffusers import uncompiled
+from tiledcore._diffusers import is_hinted, scales_predictions, uncompiled
 from tiledcore.canvas import attention
 from tiledcore.config import Execution, Motion, TilingConfig
 from tiledcore.geometry import Pair, both
 from tiledcore.intercept import around_of, intercept, release
 from tiledcore.loop.engine import Engine
-from tiledcore.schedulers.noise_levels import scales_predictions
 from tiledcore.tiles.denoiser import TileDenoiser
 from tiledcore.tiles.families import Family, network_of
 from tiledcore.utils import replaced
 
-STEPWISE = Motion(blend_first=0, blend_last=3, fade=0)
-"""How tiles move where nothing can fade."""
+STEPWISE = Motion(blend_first=0, blend_last=3, fade=0)  # How tiles move where nothing can fade
 
 _locks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 def default_tiling(pipe: Any) -> TilingConfig:
-    """How a pipeline is tiled where nothing is asked for.
+    """The tiling of a pipeline where the user gave none.
 
-    Tiles that move, for the families on which they were measured to be as good as a ramp over a quarter of a tile
-    (``bench/modes.py``). A ramp over an eighth for the others, and where tiles of several sizes are not possible: with
-    a ControlNet or an adapter, and where an eighth of a tile is not made of whole tokens.
+    Moving tiles where they were measured as good as a ramp over a quarter of a tile (``bench/modes.py``). Otherwise,
+    and where tiles cannot have several sizes (ControlNet, adapter, partial tokens), a ramp over an eighth.
 
     Raises:
         TypeError: the pipeline has no network that can be tiled.
@@ -44,14 +41,14 @@ def default_tiling(pipe: Any) -> TilingConfig:
     network, family = network_of(pipe)
     patch = family.patch(network)
     whole = patch == 1 or all(side % (8 * patch) == 0 for side in both(family.native(pipe, network)))
-    return TilingConfig(motion="moving") if family.shifts and whole and not _hinted(pipe) else TilingConfig()
+    return TilingConfig(motion="moving") if family.shifts and whole and not is_hinted(pipe) else TilingConfig()
 
 
 def with_fade(pipe: Any, config: TilingConfig, fades: bool) -> TilingConfig:
-    """A tiling whose ``motion="moving"`` is spelled out: with a fade where the call and the scheduler can do it.
+    """The tiling with its fade decided: kept where the call and the scheduler can fade, else 0.
 
     Raises:
-        ValueError: a fade was asked for, and it cannot be done.
+        ValueError: the user asked for a fade that cannot be done.
     """
     can = fades and not scales_predictions(pipe.scheduler)
     motion = config.moving
@@ -68,17 +65,10 @@ class NetworkHook:
     """Around the calls of a network during one call of its pipeline: the canvas is evaluated in tiles.
 
     Calls from other threads pass through: they belong to another pipeline that shares the network.
-
-    Args:
-        denoiser: the tiling.
-        family: how the forward maps to a canvas.
-        network: the network.
     """
 
-    engine: Engine | None = None
-    """What moves the canvas during a call of a :class:`~tiledcore.TiledPipeline`."""
-    regions: Any = None
-    """Prompts of parts of the canvas, a :class:`~tiledcore.compose.regional.Regional`."""
+    engine: Engine | None = None  # What moves the canvas during a call of a :class:`~tiledcore.TiledPipeline`
+    regions: Any = None  # Prompts of parts of the canvas, a :class:`~tiledcore.compose.regional.Regional`
 
     def __init__(self, denoiser: TileDenoiser, family: Family, network: Any) -> None:
         self.denoiser, self.family, self.network = denoiser, family, network
@@ -124,11 +114,11 @@ class NetworkHook:
 
 @contextmanager
 def tiled(pipe: Any, config: TilingConfig, execution: Execution | None = None) -> Iterator[NetworkHook]:
-    """For the length of a ``with`` block, the pipeline's network is evaluated in tiles.
+    """Inside a ``with`` block, the pipeline's network is evaluated in tiles.
 
     Raises:
         TypeError: the pipeline has no network that can be tiled.
-        ValueError: the configuration's tile or overlap are not whole tokens of that network.
+        ValueError: tile or overlap are not whole tokens of that network.
     """
     network, family = network_of(pipe)
     execution = execution or Execution()
@@ -156,7 +146,7 @@ def tiled(pipe: Any, config: TilingConfig, execution: Execution | None = None) -
 
 
 def _denoiser(pipe: Any, config: TilingConfig, execution: Execution) -> TileDenoiser:
-    """The denoiser of a pipeline, checked on a canvas of two by two tiles: what is wrong comes out here."""
+    """The denoiser of a pipeline, tried on a canvas of two by two tiles, so that errors come at once."""
     network, family = network_of(pipe)
     native = family.native(pipe, network)
     unit = family.unit(network)
@@ -168,15 +158,10 @@ def _denoiser(pipe: Any, config: TilingConfig, execution: Execution) -> TileDeno
     return denoiser
 
 
-def _hinted(pipe: Any) -> bool:
-    """Whether residuals of a ControlNet or an adapter go into the network, which have its levels' resolutions."""
-    return any(getattr(pipe, name, None) is not None for name in ("controlnet", "adapter"))
-
-
 def _snap(pipe: Any) -> int:
     """What tiles must begin at multiples of, latent pixels."""
     levels = len(getattr(uncompiled(network_of(pipe)[0]).config, "block_out_channels", (1,)))
-    return 2 ** (levels - 1) if _hinted(pipe) else 1
+    return 2 ** (levels - 1) if is_hinted(pipe) else 1
 
 
 class TiledCalls:
@@ -197,13 +182,12 @@ class TiledCalls:
 def apply_tiling(pipe: Any, config: TilingConfig | None = None, execution: Execution | None = None) -> Any:
     """Make a diffusers pipeline denoise in tiles; everything else of it stays as it is.
 
-    Afterwards ``pipe(prompt, height=..., width=...)`` works at any size that its VAE factor allows. The scheduler
-    steps once for the whole canvas, so callbacks, generators, LoRA, guidance and multistep schedulers work unchanged.
-    Overlapping predictions are averaged (MultiDiffusion, Bar-Tal et al. 2023), with a ramp instead of equal weights.
-    Network, scheduler, offload and compilation may be changed before or after: each call takes what is there.
+    Afterwards ``pipe(prompt, height=..., width=...)`` works at any size that its VAE factor allows. The scheduler steps
+    once for the whole canvas, so callbacks, generators, LoRA, guidance and multistep schedulers work unchanged.
+    Overlapping predictions are averaged (MultiDiffusion, Bar-Tal et al. 2023), weighted by a ramp. Network, scheduler,
+    offload and compilation may change later: each call takes what is there.
 
-    PixArt and Sana make an image of a trained size and resize it, unless they are called with
-    ``use_resolution_binning=False``.
+    PixArt and Sana resize their image to a trained size unless called with ``use_resolution_binning=False``.
 
     Args:
         pipe: any pipeline whose ``unet`` or ``transformer`` is of a class in :mod:`tiledcore.tiles.families`.
@@ -215,7 +199,7 @@ def apply_tiling(pipe: Any, config: TilingConfig | None = None, execution: Execu
 
     Raises:
         TypeError: the pipeline has no such network.
-        ValueError: the configuration's tile or overlap are not whole tokens of that network, or it has a fade.
+        ValueError: tile or overlap are not whole tokens of that network, or the tiling has a fade.
     """
     execution = execution or Execution()
     checked = with_fade(pipe, config or default_tiling(pipe), fades=False)
@@ -227,7 +211,7 @@ def apply_tiling(pipe: Any, config: TilingConfig | None = None, execution: Execu
 
 
 def remove_tiling(pipe: Any) -> Any:
-    """Undo :func:`apply_tiling`: results are bit-identical to before. Without tiling, does nothing."""
+    """Undo :func:`apply_tiling`: results are bit-identical to before. Does nothing without tiling."""
     calls = around_of(pipe, TiledCalls)
     if calls is not None:
         release(pipe, calls)
@@ -235,8 +219,7 @@ def remove_tiling(pipe: Any) -> Any:
 
 
 def _tokens_seen(config: TilingConfig, tile: Pair, native: Pair, patch: int) -> int:
-    """How many tokens a token attends to, which is what the noise has to hide: those of its tile, in canvas mode of its
-    window, but no more than of a native picture where the tile itself is no larger."""
+    """How many tokens a token attends to: its tile's, or in canvas mode its window's, up to a native picture's."""
     height, width = tile
     if config.mode == "canvas":
         halo = both(config.halo if config.halo is not None else (height // 2, width // 2))
@@ -245,15 +228,10 @@ def _tokens_seen(config: TilingConfig, tile: Pair, native: Pair, patch: int) -> 
 
 
 def _limited_shift(scheduler: Any, tokens: int, max_shift: float | None) -> Any:
-    """A context in which a flow-matching scheduler's shift ``mu`` is no larger than for ``tokens`` tokens.
+    """A context that limits a flow-matching scheduler's shift ``mu`` to that of ``tokens`` tokens.
 
-    Pipelines compute ``mu`` from the tokens of the whole canvas, by a line through the shortest and the longest
-    sequence that the model was trained at. A ``mu`` that is not on this line is the caller's own, and stays.
-
-    Args:
-        scheduler: whose ``set_timesteps`` is replaced.
-        tokens: of one tile.
-        max_shift: of the longest sequence, where the scheduler's configuration names none; None: no ``mu``.
+    Pipelines compute ``mu`` from the whole canvas, linearly in its tokens. A ``mu`` that is not on this line is the
+    user's own, and stays. ``max_shift`` is that of the longest sequence where the scheduler has none; None: no ``mu``.
     """
     if max_shift is None:
         return nullcontext()

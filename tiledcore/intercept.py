@@ -1,8 +1,7 @@
-"""Put a function around all calls of one object, whatever else is done to the object meanwhile.
+"""Run a function of ours around every call of one object, such as a network or a pipeline.
 
-``accelerate`` and diffusers' own hooks replace ``forward`` on a module and put an older one back when they are
-removed. So ``forward`` cannot hold anything of ours. Here the object gets a class of its own, derived from the one it
-had, whose ``__call__`` goes through our functions first; hooks, compilation and offload stay inside.
+``accelerate`` and diffusers put their own ``forward`` on a module and restore older ones, so ``forward`` cannot hold
+anything of ours. Instead the object gets a subclass of its class whose ``__call__`` runs our functions first.
 """
 
 from __future__ import annotations
@@ -12,15 +11,14 @@ from functools import wraps
 from threading import Lock
 from typing import Any
 
-Around = Callable[..., Any]
-"""``around(call, *args, **kwargs)``; ``call`` takes the arguments of the object's own call."""
+Around = Callable[..., Any]  # ``around(call, *args, **kwargs)``; ``call`` takes the arguments of the object's own call
 
 _NAME = "_tiledcore_around"
 _lock = Lock()
 
 
 def intercept(owner: Any, around: Around) -> None:
-    """From now on ``owner(...)`` is ``around(call, ...)``. The last one that was put there is the outermost."""
+    """From now on ``owner(...)`` is ``around(call, ...)``. The last one added is the outermost."""
     with _lock:
         stack: tuple[Around, ...] = vars(owner).get(_NAME, ())
         if not stack:
@@ -29,7 +27,7 @@ def intercept(owner: Any, around: Around) -> None:
 
 
 def release(owner: Any, around: Around) -> None:
-    """Undo :func:`intercept`; does nothing where it was not done."""
+    """Undo :func:`intercept`; does nothing if it was not done."""
     with _lock:
         stack = tuple(a for a in vars(owner).get(_NAME, ()) if a is not around)
         if stack:

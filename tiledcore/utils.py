@@ -1,4 +1,4 @@
-"""Two small helpers: replace attributes of an object for a while, and name parts of a step in profiles."""
+"""Small helpers: replace attributes of an object for a while, and name parts of a step in profiles."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ LABELS = ("gather", "network", "attention", "blend", "pull", "step", "decode")
 
 @contextmanager
 def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
-    """Give an object attributes of its own for the length of a ``with`` block, whatever its class has by these names.
+    """Set attributes on one object inside a ``with`` block; afterwards it has what it had, its own or none.
 
-    Afterwards it has what it had: its own before, or none. Not by ``setattr``: a module's would register what is given.
+    Not by ``setattr``: a module's would register what is given.
     """
     own = vars(owner)
     before = {name: own[name] for name in attributes if name in own}
@@ -31,7 +31,7 @@ def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
 
 @contextmanager
 def label(name: str) -> Iterator[None]:
-    """Mark what runs inside as one of :data:`LABELS`. Costs about a microsecond when nobody profiles."""
+    """Name what runs inside in profiles, as one of :data:`LABELS`. Costs about a microsecond when nobody profiles."""
     nvtx = torch.cuda.is_available()
     if nvtx:
         torch.cuda.nvtx.range_push(PREFIX + name)
@@ -45,7 +45,7 @@ def label(name: str) -> Iterator[None]:
 
 @contextmanager
 def labelled(owner: Any, method: str, name: str) -> Iterator[None]:
-    """Mark all calls of a method of one object; afterwards the object is as it was."""
+    """Name all calls of a method of one object in profiles; afterwards the object is as it was."""
     original = getattr(owner, method)
 
     def call(*args: Any, **kwargs: Any) -> Any:

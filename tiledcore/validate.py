@@ -10,7 +10,7 @@ Pair = tuple[int, int]
 
 
 def integer(name: str, value: object, least: int) -> int:
-    """An int of at least ``least``; a bool is none."""
+    """An int of at least ``least``; a bool is refused."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}={value!r} must be an int of at least {least}")
     return value

@@ -1,7 +1,6 @@
-"""Canvas mode: a network runs once over the whole canvas, and its self-attention becomes neighbour attention.
+"""Canvas mode: the network runs once over the whole canvas, and its self-attention becomes neighbour attention.
 
-The attention of a canvas then costs time and memory linear in its area, and no pixel is computed twice. Convolutions,
-cross-attention and everything else of the network stay as they are.
+Time and memory of attention are then linear in the canvas' area. Everything else of the network stays as it is.
 """
 
 from __future__ import annotations
@@ -12,23 +11,14 @@ from inspect import signature
 from threading import get_ident
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    FluxTransformer2DModel,
-    QwenImageTransformer2DModel,
-    SanaTransformer2DModel,
-    UNet2DConditionModel,
-    ZImageTransformer2DModel,
-)
-from diffusers.models import attention_processor as diffusers_processors
 from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed
-from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
-from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
-from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor
 from torch import Tensor
 
-from tiledcore import ops, validate
-from tiledcore._diffusers import TEXT_MULTIPLE, uncompiled
+from tiledcore import _diffusers, ops, validate
+from tiledcore._diffusers import ADDED, JOINT, TEXT_MULTIPLE, uncompiled
+from tiledcore._diffusers import SELF as SELF
 from tiledcore.canvas.processors import FluxProcessor, QwenProcessor, SD3Processor, SelfProcessor, ZImageProcessor
 from tiledcore.canvas.windows import Canvas, Rotary, Windows
 from tiledcore.geometry import Pair
@@ -39,35 +29,11 @@ from tiledcore.tiles.families import FAMILIES
 # FLUX and Qwen-Image get 2x2 latent pixels packed into one token; their networks do not know it.
 PACKED = 2
 
-SELF = (
-    diffusers_processors.AttnProcessor,
-    diffusers_processors.AttnProcessor2_0,
-    diffusers_processors.FusedAttnProcessor2_0,
-    diffusers_processors.SlicedAttnProcessor,
-    diffusers_processors.XFormersAttnProcessor,
-)
-JOINT = (
-    diffusers_processors.JointAttnProcessor2_0,
-    diffusers_processors.FusedJointAttnProcessor2_0,
-    diffusers_processors.XFormersJointAttnProcessor,
-)
-# Text and image in one projection: these layers count as cross-attention, but attend to the whole image too.
-ADDED = (
-    diffusers_processors.AttnAddedKVProcessor,
-    diffusers_processors.AttnAddedKVProcessor2_0,
-    diffusers_processors.SlicedAttnAddedKVProcessor,
-    diffusers_processors.XFormersAttnAddedKVProcessor,
-)
-
 
 class CanvasAttention:
-    """Canvas mode of one network; made by :func:`install`.
+    """Canvas mode of one network; made by :func:`install`. ``layers``: names of the replaced layers.
 
-    Attributes:
-        layers: names of the attention layers that were replaced.
-        canvas: what the layers share.
-        grid: rows and columns of image tokens and latent pixels per token, where the arguments hold no values
-            from which to read them (simulated execution).
+    ``grid``: rows and columns of image tokens, and latent pixels per token, where simulated execution sets them.
     """
 
     grid: tuple[Pair, int] | None = None
@@ -124,8 +90,8 @@ class CanvasAttention:
 
     def _levels(self, grid: Pair, pixels: int) -> Iterator[Windows]:
         """The windows of each level; sizes are rounded up, as the network's stride-2 convolutions do."""
-        levels = len(self._network.config.block_out_channels) if isinstance(self._network, UNet2DConditionModel) else 1
-        for level in range(levels):
+        unet = isinstance(self._network, diffusers.UNet2DConditionModel)
+        for level in range(len(self._network.config.block_out_channels) if unet else 1):
             factor = 2**level
 
             def down(size: Pair, factor: int = factor * pixels) -> Pair:
@@ -136,11 +102,7 @@ class CanvasAttention:
 
 
 class WindowPositions:
-    """Absolute positions of a :class:`PatchEmbed`, taken from a picture of the native size, over and over.
-
-    Token (y, x) gets the embedding of (y mod native, x mod native). A halo thus carries the positions that it has in
-    its own tile: they are added to the tokens once, before the first layer, and cannot differ by who looks.
-    """
+    """Absolute positions of a :class:`PatchEmbed`: token (y, x) gets those of (y mod native, x mod native)."""
 
     def __init__(self, module: Any, native: Pair) -> None:
         self.module, self.native, self.thread = module, native, get_ident()
@@ -205,33 +167,25 @@ def install(
 ) -> CanvasAttention:
     """Make a denoiser run on canvases of any size: its global self-attention becomes neighbour attention.
 
-    Every image token attends to its own tile widened by the halo (see :func:`tiledcore.ops.neighbor_attention`),
-    and to all text tokens where the network joins them. Sizes follow each layer's resolution,
-    rounded up. A canvas of one tile gives what the plain network gives. What each family needs:
+    Every image token attends to its own tile widened by the halo (see :func:`tiledcore.ops.neighbor_attention`), and to
+    all text tokens where the network joins them. Sizes follow each layer's resolution, rounded up. A canvas of one tile
+    gives what the plain network gives. Processors, LoRA layers and fused projections are taken as they are now.
+    Positions:
 
-    - ``UNet2DConditionModel``: nothing else; cross-attention and convolutions stay.
-    - ``SD3Transformer2DModel``, ``PixArtTransformer2DModel``: absolute positions are those of a picture of the native
-      size, repeated over the canvas, so that they jump where it repeats.
-    - ``FluxTransformer2DModel``, ``QwenImageTransformer2DModel``, ``ZImageTransformer2DModel``: rotary positions, by
-      distance inside a window and by a picture of the native size against the text (see
-      :mod:`tiledcore.canvas.windows`). A window's largest distance is ``tile + halo - 1``: at most the trained one if
-      ``tile + halo <= native``. Windows of the native size, ``tile + 2 * halo == native``, also have as many keys
-      as in training: on the embedded FLUX the default's twice as wide windows drift from native samples, these hardly
-      do (``bench/modes.py``). On an axis that wraps, the halo is at most half of what the canvas is longer
-      than a tile, and tokens that windows reach across the border are computed again.
-    - ``SanaTransformer2DModel``: its self-attention is linear, so that the whole canvas costs no more per pixel than
-      a tile does: it stays global. Only absolute positions, where it has any, are treated as above.
-
-    Processors, LoRA layers and fused projections are those of the network at this time: load or fuse before.
+    - ``UNet2DConditionModel``: none.
+    - ``SD3Transformer2DModel``, ``PixArtTransformer2DModel``: absolute, those of a native picture, repeated.
+    - ``FluxTransformer2DModel``, ``QwenImageTransformer2DModel``, ``ZImageTransformer2DModel``: rotary
+      (:mod:`tiledcore.canvas.windows`). Distances are as in training if ``tile + halo <= native``; with ``tile + 2 *
+      halo == native`` also the number of keys, which drifts least from native samples (``bench/modes.py``).
+    - ``SanaTransformer2DModel``: its attention is linear in the canvas already and stays global.
 
     Args:
         network: the denoiser, compiled or not.
         tile: size of a tile in latent pixels, or (y, x).
-        halo: latent pixels that a tile sees of its neighbours on each side, or (y, x). Default: half a tile.
+        halo: latent pixels that a tile sees beyond each side, or (y, x). Default: half a tile.
         wrap: the canvas is a torus: bool, or (along y, along x). Convolutions do not wrap.
         native: size of the images that the network was trained on, in latent pixels, or (y, x). Default: the tile.
-        guidance_batch: evaluate the whole batch at once (both guidance branches, several images), or, to save memory,
-            one image of it after the other.
+        guidance_batch: evaluate the whole batch at once, or, to save memory, one image of it after the other.
         impl: implementation of the attention, see :mod:`tiledcore.ops`.
 
     Returns:
@@ -239,8 +193,8 @@ def install(
 
     Raises:
         TypeError: the network is of no such class, or one of its layers has a processor that cannot be replaced.
-        ValueError: names the argument, its value and what is valid; at the first evaluation also for an image that
-            the layers cannot place.
+        ValueError: names the argument, its value and what is valid; at the first evaluation also for an image that the
+            layers cannot place.
     """
     inner = uncompiled(network)
     if not isinstance(inner, tuple(family.model for family in FAMILIES)):
@@ -263,7 +217,7 @@ def install(
 
 
 def remove(network: Any) -> None:
-    """Undo :func:`install`: the former processors are back, results are bit-identical. Without it, does nothing."""
+    """Undo :func:`install`: results are bit-identical to before. Does nothing if it was not done."""
     hook = around_of(network, CanvasAttention)
     if hook is None:
         return
@@ -296,7 +250,7 @@ def _layers(network: Any) -> Iterator[tuple[str, Any]]:
 def _processor(network: Any, canvas: Canvas, name: str, layer: Any) -> Any:
     """What stands in for a layer's processor; None where the layer stays as it is."""
     kind = type(layer.processor)
-    if isinstance(network, SanaTransformer2DModel):
+    if isinstance(network, diffusers.SanaTransformer2DModel):
         return None
     if kind not in ADDED and getattr(layer, "is_cross_attention", False):
         return None
@@ -304,12 +258,12 @@ def _processor(network: Any, canvas: Canvas, name: str, layer: Any) -> Any:
         return SD3Processor(canvas)
     if kind in (*SELF, *JOINT) and layer.inner_kv_dim == layer.inner_dim and not layer.is_causal:
         return SelfProcessor(canvas)
-    if kind is FluxAttnProcessor:
+    if kind is _diffusers.FluxAttnProcessor:
         return FluxProcessor(canvas, Rotary(tuple(network.config.axes_dims_rope), network.pos_embed.theta))
-    if kind is QwenDoubleStreamAttnProcessor2_0 and not network.config.use_layer3d_rope:
+    if kind is _diffusers.QwenDoubleStreamAttnProcessor2_0 and not network.config.use_layer3d_rope:
         rotary = Rotary(tuple(network.config.axes_dims_rope), network.pos_embed.theta, network.pos_embed.scale_rope)
         return QwenProcessor(canvas, rotary)
-    if kind is ZSingleStreamAttnProcessor:
+    if kind is _diffusers.ZSingleStreamAttnProcessor:
         if name.startswith(("context_refiner", "siglip_refiner")):  # no image tokens
             return None
         return ZImageProcessor(canvas, Rotary(tuple(network.axes_dims), network.rope_theta))
@@ -321,15 +275,15 @@ def _processor(network: Any, canvas: Canvas, name: str, layer: Any) -> Any:
 
 def _grid(network: Any, kwargs: dict[str, Any]) -> tuple[Pair, int]:
     """Rows and columns of image tokens at the network's entrance, and latent pixels per token."""
-    if isinstance(network, UNet2DConditionModel):
+    if isinstance(network, diffusers.UNet2DConditionModel):
         return tuple(kwargs["sample"].shape[-2:]), 1
-    if isinstance(network, FluxTransformer2DModel):
+    if isinstance(network, diffusers.FluxTransformer2DModel):
         return _packed_grid(kwargs["img_ids"], kwargs["hidden_states"].shape[1]), PACKED
-    if isinstance(network, QwenImageTransformer2DModel):
+    if isinstance(network, diffusers.QwenImageTransformer2DModel):
         shapes = kwargs["img_shapes"][0]
         frames, height, width = shapes[0] if isinstance(shapes, list) else shapes
         return _checked("img_shapes", (height, width), kwargs["hidden_states"].shape[1], frames), PACKED
-    if isinstance(network, ZImageTransformer2DModel):
+    if isinstance(network, diffusers.ZImageTransformer2DModel):
         images, patch = kwargs["x"], kwargs.get("patch_size", 2)
         if isinstance(images[0], list) or len({tuple(image.shape) for image in images}) > 1 or images[0].shape[1] != 1:
             raise ValueError("x must be a list of latents [C, 1, H, W] of one size: canvas mode places one image")
@@ -342,8 +296,7 @@ def _grid(network: Any, kwargs: dict[str, Any]) -> tuple[Pair, int]:
 def _packed_grid(ids: Tensor, tokens: int) -> Pair:
     """Rows and columns from the positions of FLUX's image tokens, ``[N, 3]``: (frame, y, x).
 
-    Counts the first row: pipelines hand positions over in the network's precision, and in bfloat16 those above 256
-    are rounded, but 0 and 1 are not. Reading them waits for the device, once per evaluation.
+    Counts the tokens of row 0: in bfloat16, positions above 256 are rounded. Waits for the device, once per evaluation.
     """
     ids = ids[0] if ids.ndim == 3 else ids
     first_row = (ids[:, 1] == 0).sum().reshape(1).float()

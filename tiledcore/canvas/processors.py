@@ -1,7 +1,6 @@
-"""diffusers attention processors in which every image token attends to its own window of the canvas.
+"""Attention processors for diffusers in which every image token attends to its own window of the canvas.
 
-Each processor keeps the projections, norms and output layers of the one that it stands in for, and replaces
-only the attention itself. They are installed by :mod:`tiledcore.canvas.attention`.
+Each keeps the layer's projections, norms and output; only the attention itself differs.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from tiledcore.canvas.windows import QKV, Canvas, Placed, Rotary, Windows, place
 from tiledcore.utils import label
 
 
-def attend(canvas: Canvas, windows: Windows, tokens: QKV, scale: float | None) -> Tensor:
-    """Neighbour attention of image tokens; ``[B, N, heads, D]``."""
+def attend(canvas: Canvas, windows: Windows, tokens: QKV, scale: float | None, **text: Any) -> Tensor:
+    """Neighbour attention of image tokens ``[B, N, heads, D]``, to the text's ``global_q``, ``_k`` and ``_v`` too."""
     with label("attention"):
         return ops.neighbor_attention(
             *tokens,
@@ -28,6 +27,7 @@ def attend(canvas: Canvas, windows: Windows, tokens: QKV, scale: float | None) -
             wrap=windows.wrap,
             scale=scale,
             impl=canvas.impl,
+            **text,
         )
 
 
@@ -39,10 +39,7 @@ def attend_jointly(
     rotary: Rotary | None = None,
     kept: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention over image and text tokens.
-
-    Image tokens see their window and all text. Text tokens see everything: their cost is linear in
-    the canvas as it is.
+    """What image and text tokens attend to: the image sees its window and all text, the text sees everything.
 
     Args:
         canvas: whose :meth:`Canvas.image` the image tokens are.
@@ -51,9 +48,6 @@ def attend_jointly(
         scale: of the scores; None means ``D ** -0.5``.
         rotary: how positions turn image tokens, or None.
         kept: per image, the indices of the text tokens that count as keys; None means all.
-
-    Returns:
-        What the image and the text attended to, of their shapes.
     """
     placed = place(canvas, image, rotary)
     if text is None or kept is None:
@@ -74,20 +68,8 @@ def attend_jointly(
 
 def _attend_image(canvas: Canvas, placed: Placed, text: tuple[Tensor, Tensor] | None, scale: float | None) -> Tensor:
     """Neighbour attention of placed image tokens, which all see the text's keys and values too."""
-    keys, values = text or (None, None)
-    with label("attention"):
-        out = ops.neighbor_attention(
-            *placed.near,
-            canvas=placed.windows.canvas,
-            tile=placed.windows.tile,
-            halo=placed.windows.halo,
-            wrap=placed.windows.wrap,
-            global_q=None if text is None else placed.far_q,
-            global_k=keys,
-            global_v=values,
-            scale=scale,
-            impl=canvas.impl,
-        )
+    given = {} if text is None else {"global_q": placed.far_q, "global_k": text[0], "global_v": text[1]}
+    out = attend(canvas, placed.windows, placed.near, scale, **given)
     rows, columns = placed.inside
     return out.unflatten(1, placed.windows.canvas)[:, rows, columns].flatten(1, 2)
 
@@ -105,29 +87,26 @@ def _attend_text(text: QKV, image_k: Tensor, image_v: Tensor, scale: float | Non
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
-def _heads(attn: Any, *projected: Tensor) -> tuple[Tensor, ...]:
-    """``[B, tokens, heads * D]`` to ``[B, tokens, heads, D]``, as views."""
-    return tuple(t.unflatten(-1, (attn.heads, -1)) for t in projected)
-
-
 def _project(attn: Any, x: Tensor) -> QKV:
     """An attention layer's own projections and norms; fused ones are read in place."""
     parts = attn.to_qkv(x).chunk(3, -1) if attn.fused_projections else (attn.to_q(x), attn.to_k(x), attn.to_v(x))
-    q, k, v = _heads(attn, *parts)
-    return QKV(_norm(attn.norm_q, q), _norm(attn.norm_k, k), v)
+    return _normed(attn, parts, attn.norm_q, attn.norm_k)
 
 
 def _project_text(attn: Any, x: Tensor) -> QKV:
-    if attn.fused_projections:
-        parts = attn.to_added_qkv(x).chunk(3, -1)
-    else:
-        parts = attn.add_q_proj(x), attn.add_k_proj(x), attn.add_v_proj(x)
-    q, k, v = _heads(attn, *parts)
-    return QKV(_norm(attn.norm_added_q, q), _norm(attn.norm_added_k, k), v)
+    apart = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+    parts = attn.to_added_qkv(x).chunk(3, -1) if attn.fused_projections else tuple(layer(x) for layer in apart)
+    return _normed(attn, parts, attn.norm_added_q, attn.norm_added_k)
 
 
-def _norm(norm: Any, x: Tensor) -> Tensor:
-    return x if norm is None else norm(x)
+def _normed(attn: Any, parts: tuple[Tensor, ...], norm_q: Any, norm_k: Any) -> QKV:
+    """``[B, tokens, heads * D]`` each, to ``[B, tokens, heads, D]``."""
+    q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in parts)
+    return QKV(q if norm_q is None else norm_q(q), k if norm_k is None else norm_k(k), v)
+
+
+def _rotated(tokens: QKV, turns: Tensor) -> QKV:
+    return QKV(rotate(tokens.q, turns), rotate(tokens.k, turns), tokens.v)
 
 
 def _output(attn: Any, x: Tensor) -> Tensor:
@@ -145,11 +124,18 @@ def _no_mask(attention_mask: Tensor | None) -> None:
         )
 
 
-class SelfProcessor:
-    """Self-attention of a UNet's, PixArt's or SD 3.5's image tokens, in place of ``AttnProcessor2_0``."""
-
+class _Processor:
     def __init__(self, canvas: Canvas) -> None:
         self.canvas = canvas
+
+
+class _RotaryProcessor:
+    def __init__(self, canvas: Canvas, rotary: Rotary) -> None:
+        self.canvas, self.rotary = canvas, rotary
+
+
+class SelfProcessor(_Processor):
+    """Self-attention of a UNet's, PixArt's or SD 3.5's image tokens, in place of ``AttnProcessor2_0``."""
 
     def __call__(
         self,
@@ -178,18 +164,11 @@ class SelfProcessor:
         return x / attn.rescale_output_factor
 
 
-class SD3Processor:
+class SD3Processor(_Processor):
     """Joint attention of image and text without rotations, in place of ``JointAttnProcessor2_0``."""
 
-    def __init__(self, canvas: Canvas) -> None:
-        self.canvas = canvas
-
     def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         _no_mask(attention_mask)
         image, text = attend_jointly(
@@ -200,11 +179,8 @@ class SD3Processor:
         return _output(attn, image), text if attn.context_pre_only else attn.to_add_out(text)
 
 
-class FluxProcessor:
+class FluxProcessor(_RotaryProcessor):
     """FLUX's double-stream and single-stream attention, in place of ``FluxAttnProcessor``."""
-
-    def __init__(self, canvas: Canvas, rotary: Rotary) -> None:
-        self.canvas, self.rotary = canvas, rotary
 
     def __call__(
         self,
@@ -226,7 +202,7 @@ class FluxProcessor:
             text, image = QKV(*(t[:, :count] for t in image)), QKV(*(t[:, count:] for t in image))
         # The network's own tables hold each angle twice. The image's frame is 0, as the text's is.
         turns = torch.complex(*(table[:count, ::2].float() for table in image_rotary_emb)).to(hidden_states.device)
-        text = QKV(rotate(text.q, turns), rotate(text.k, turns), text.v)
+        text = _rotated(text, turns)
         image_out, text_out = attend_jointly(self.canvas, image, text, rotary=self.rotary)
         assert text_out is not None
         if encoder_hidden_states is None:
@@ -234,11 +210,8 @@ class FluxProcessor:
         return _output(attn, image_out), attn.to_add_out(text_out.flatten(2))
 
 
-class QwenProcessor:
+class QwenProcessor(_RotaryProcessor):
     """Qwen-Image's double-stream attention, in place of ``QwenDoubleStreamAttnProcessor2_0``."""
-
-    def __init__(self, canvas: Canvas, rotary: Rotary) -> None:
-        self.canvas, self.rotary = canvas, rotary
 
     def __call__(
         self,
@@ -254,7 +227,7 @@ class QwenProcessor:
         count, device = text.k.shape[1], text.k.device
         # The network's own table starts behind the canvas; the text must stand behind the picture.
         turns = self.canvas.table((device, "text", count), lambda: self.rotary.text(self.canvas.image(), count, device))
-        text = QKV(rotate(text.q, turns), rotate(text.k, turns), text.v)
+        text = _rotated(text, turns)
         image, text_out = attend_jointly(
             self.canvas, _project(attn, hidden_states), text, rotary=self.rotary, kept=self.canvas.text_kept
         )
@@ -262,14 +235,8 @@ class QwenProcessor:
         return _output(attn, image), attn.to_add_out(text_out.flatten(2))
 
 
-class ZImageProcessor:
-    """Z-Image's single-stream attention, in place of ``ZSingleStreamAttnProcessor``.
-
-    The image comes first; what follows (its padding to a multiple of 32 tokens, then the text) is seen by all.
-    """
-
-    def __init__(self, canvas: Canvas, rotary: Rotary) -> None:
-        self.canvas, self.rotary = canvas, rotary
+class ZImageProcessor(_RotaryProcessor):
+    """Z-Image's single-stream attention, in place of ``ZSingleStreamAttnProcessor``, image first."""
 
     def __call__(
         self,
@@ -290,7 +257,7 @@ class ZImageProcessor:
             turns = freqs_cis[:, h * w :].clone()
             turns[..., : frame.shape[-1]] *= frame.conj()
             text = QKV(*(t[:, h * w :] for t in both))
-            text = QKV(rotate(text.q, turns), rotate(text.k, turns), text.v)
+            text = _rotated(text, turns)
             if attention_mask is not None:
                 kept = self._kept(others, hidden_states.device)
         image_out, text_out = attend_jointly(self.canvas, image, text, rotary=self.rotary, kept=kept)

@@ -1,11 +1,9 @@
-"""One canvas inside a network: each layer's windows, and rotary positions.
+"""The windows of each layer in canvas mode, and rotary positions on a large canvas.
 
-With rotary positions (Su et al., RoFormer, 2021) a score depends on the distance of query and key alone. Inside a
-window the distances on the canvas are used as they are. Text tokens stand at one fixed place, so that their distance
-from an image token is the token's absolute position: on a large canvas it leaves what the network was trained on.
-There the canvas counts as a picture of the native size (positions scaled down linearly, aspect kept): every
-distance stays in the trained range, the text sees one picture rather than one per tile, and nothing jumps at the
-border of a tile. So image queries are rotated twice, for the image and for the text; likewise the image keys.
+With rotary positions (RoFormer, Su et al. 2021) a score depends on the distance of query and key. Between image tokens
+of a window, distances on the canvas are used as they are. Text tokens stand at one place, so that their distance from
+an image token would grow with the canvas. For them, positions are scaled down linearly to a picture of the native size:
+every distance is one of training. So image queries and keys are rotated twice.
 """
 
 from __future__ import annotations
@@ -37,8 +35,7 @@ class Windows:
     tile: Pair
     halo: Pair
     wrap: tuple[bool, bool]
-    native: Pair
-    """Size of the picture that positions are taken from."""
+    native: Pair  # Size of the picture that positions are taken from
 
     @property
     def single(self) -> bool:
@@ -53,12 +50,8 @@ class Windows:
     def unrolled(self) -> tuple[Windows, tuple[range, range]]:
         """This canvas with its wrapped axes cut open and continued by what their windows reach.
 
-        A rotation knows no wrap: across the border the distance of two neighbours would be the canvas' width. On
-        the unrolled canvas it is 1. The halo is cut to what no position can reach from both sides.
-
-        Returns:
-            The open canvas, and where its rows and columns lie on this one, before and after taking them
-            modulo its size.
+        A rotation knows no wrap: neighbours across the border would be the canvas' width apart. The halo is cut to what
+        no position can reach from both sides. Also returns where rows and columns lie on this canvas, modulo its size.
         """
         axes = [_unroll(*axis) for axis in zip(self.canvas, self.tile, self.halo, self.wrap, strict=True)]
         (rows, hy), (columns, hx) = axes
@@ -81,12 +74,9 @@ class Canvas:
     """What all layers share: the settings, and the canvas of the evaluation that is running."""
 
     impl: ops.Impl | None
-    windows: dict[int, Windows] = field(default_factory=dict)
-    """Per level, by the number of its tokens."""
-    text_lengths: list[int] | None = None
-    """Per image, how many of the padded text tokens count, where this differs."""
-    text_kept: list[Tensor] | None = None
-    """Per image, the indices of the text tokens that count, where not all do."""
+    windows: dict[int, Windows] = field(default_factory=dict)  # Per level, by the number of its tokens
+    text_lengths: list[int] | None = None  # Per image, how many of the padded text tokens count, where this differs
+    text_kept: list[Tensor] | None = None  # Per image, the indices of the text tokens that count, where not all do
     tables: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     """Rotations of this canvas' tokens, shared by all layers and steps."""
 
@@ -99,14 +89,14 @@ class Canvas:
         self.text_lengths = self.text_kept = None
 
     def state(self) -> tuple[Any, ...]:
-        """What belongs to the evaluation that is running, for :meth:`restore`."""
+        """The running evaluation's values, for :meth:`restore`."""
         return self.windows, self.text_lengths, self.text_kept, self.tables
 
     def restore(self, state: tuple[Any, ...]) -> None:
         self.windows, self.text_lengths, self.text_kept, self.tables = state
 
     def level(self, tokens: int) -> Windows:
-        """The level with so many tokens: each has fewer than the one above it, so there is only one."""
+        """The level with so many tokens; each has fewer than the one above it."""
         if tokens not in self.windows:
             sizes = ", ".join("{}x{}".format(*w.canvas) for w in self.windows.values())
             raise ValueError(
@@ -130,11 +120,9 @@ class Canvas:
 class Rotary:
     """Rotary positions over (frame, y, x): pair i of an axis' d channels turns by ``position * theta**(-2i/d)``."""
 
-    axes: tuple[int, int, int]
-    """Channels of each head that belong to frame, y and x."""
+    axes: tuple[int, int, int]  # Channels of each head that belong to frame, y and x
     theta: float
-    centred: bool = False
-    """Whether the middle of the image has position 0, rather than its first token."""
+    centred: bool = False  # Whether the middle of the image has position 0, rather than its first token
 
     def turns(self, axis: int, positions: Tensor) -> Tensor:
         """``[n, d/2]`` complex64 for ``n`` positions; float64 inside, since phases grow with the canvas."""
@@ -144,11 +132,7 @@ class Rotary:
         return torch.polar(torch.ones_like(phase), phase).to(torch.complex64)
 
     def grid(self, ys: Tensor, xs: Tensor) -> Tensor:
-        """``[len(ys) * len(xs), D/2]`` of image tokens.
-
-        The frame does not turn them. Among them it is always the same; the text's frame is taken
-        relative to the image's.
-        """
+        """``[len(ys) * len(xs), D/2]`` of image tokens. The frame does not turn them; the text's is relative to it."""
         rows, columns = self.turns(1, ys), self.turns(2, xs)
         still = rows.new_ones(1, 1, self.axes[0] // 2)
         shape = (len(ys), len(xs), -1)
@@ -183,14 +167,10 @@ class Placed(NamedTuple):
     """Image tokens where their layer's windows are."""
 
     windows: Windows
-    near: QKV
-    """Rotated by their positions on the canvas; unrolled where that wraps."""
-    far_q: Tensor | None
-    """Rotated and unrolled queries for the global keys; None where those of ``near`` are the same."""
-    far_k: Tensor
-    """Keys for the text's queries, ``[B, N, heads, D]``."""
-    inside: tuple[slice, slice]
-    """Rows and columns of the canvas itself on ``windows.canvas``."""
+    near: QKV  # Rotated by their positions on the canvas; unrolled where that wraps
+    far_q: Tensor | None  # Rotated and unrolled queries for the global keys; None where those of ``near`` are the same
+    far_k: Tensor  # Keys for the text's queries, ``[B, N, heads, D]``
+    inside: tuple[slice, slice]  # Rows and columns of the canvas itself on ``windows.canvas``
 
 
 def place(canvas: Canvas, image: QKV, rotary: Rotary | None) -> Placed:

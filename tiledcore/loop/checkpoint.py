@@ -1,8 +1,8 @@
-"""A run that can be broken off at any moment and go on: its state in one safetensors file, replaced atomically.
+"""Save a run in one safetensors file, and go on from it: a run may be stopped at any moment.
 
-What is saved is what the engine's loop carries from one evaluation to the next: the canvas with the scheduler's
-history, the network's next input, the step and the generators. All else is made again by the pipeline's own call,
-which must be the same one; that is checked, by name.
+Saved is what the loop carries from one evaluation to the next: the canvas with the scheduler's history, the network's
+next input, the step and the generators. The rest comes from calling the pipeline again with the same arguments, which
+is checked.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class Checkpoint:
 
     Args:
         folder: made if it is not there; holds the file of one run.
-        every: evaluations of the network between two saves. The last one is always saved.
+        every: evaluations between two saves. The last one is always saved.
 
     Raises:
-        ValueError: ``every`` is below 1, or ``folder`` is a file.
+        ValueError: ``every`` is below 1, or ``folder`` cannot be made.
     """
 
     folder: Path
@@ -77,14 +77,10 @@ class Checkpoint:
 class Saved:
     """What a file holds."""
 
-    index: int
-    """Evaluations that are done."""
-    steps: int
-    """Evaluations of the whole run."""
-    settings: dict[str, str]
-    """Of the call, by name, as :func:`settings_of` gives them."""
-    seeds: list[int]
-    """Of the generators, as they were made."""
+    index: int  # Evaluations that are done
+    steps: int  # Evaluations of the whole run
+    settings: dict[str, str]  # Of the call, by name, as :func:`settings_of` gives them
+    seeds: list[int]  # Of the generators, as they were made
     tensors: dict[str, Tensor]
 
 
@@ -127,11 +123,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 class Run:
     """One call that is saved, and goes on from what was saved.
 
-    Args:
-        checkpoint: where.
-        pipe: the pipeline, before it is called.
-        call: all arguments of its call, by name.
-        settings: what else the canvas depends on, by name.
+    ``call``: all arguments of the pipeline's call, ``settings``: what else the canvas depends on, both by name.
 
     Raises:
         ValueError: the call cannot be resumed, the file is damaged, or it is of another run.
@@ -172,7 +164,7 @@ class Run:
             generator.set_state(self.saved.tensors[f"generator.{i}"])
 
     def after(self, index: int, steps: int, buffers: Buffers, more: dict[str, Tensor]) -> None:
-        """Save, if it is time, once ``index`` of ``steps`` evaluations are done.
+        """Save after ``index`` of ``steps`` evaluations, if it is time.
 
         Raises:
             OSError: it could not be written; the file that was there before stays.
@@ -214,7 +206,7 @@ def _generators(call: dict[str, Any]) -> list[torch.Generator]:
 
 
 def settings_of(pipe: Any, call: dict[str, Any], more: dict[str, Any]) -> dict[str, str]:
-    """All that the denoised canvas depends on, in comparable words: a large value stands as its digest."""
+    """All that the denoised canvas depends on, as comparable text; large values as their hash."""
     scheduler = pipe.scheduler
     settings = {
         "tiledcore": __version__,
@@ -250,7 +242,7 @@ def _describe(value: Any) -> str:
 
 
 def _samples(module: torch.nn.Module) -> Iterable[bytes | memoryview]:
-    """Some values of every weight, and the scales of its adapters: enough to tell two checkpoints apart."""
+    """Some values of every weight, and the adapters' scales: enough to tell two checkpoints apart."""
     for parameter in module.parameters():
         yield f"{list(parameter.shape)} {parameter.dtype}".encode()
         if parameter.device.type != "meta":  # offloaded layer by layer: its values are elsewhere

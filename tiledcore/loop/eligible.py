@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from tiledcore._diffusers import FUSABLE, takes_eta
+from tiledcore._diffusers import FUSABLE, is_flux, places_of, takes_eta
 from tiledcore.ops.fused_step import MAX_SLOTS
 from tiledcore.schedulers.solver import LinearSolver, NotLinear, linear_solver
 
@@ -21,42 +21,26 @@ def why_not(pipe: Any, call: dict[str, Any]) -> str | None:
     for argument in REFUSED:
         if call.get(argument) is not None:
             return f"{argument} changes the pipeline's loop"
-    if name.startswith("Flux") and (call.get("true_cfg_scale") or 1.0) > 1 and call.get("negative_prompt") is not None:
+    if is_flux(pipe) and (call.get("true_cfg_scale") or 1.0) > 1 and call.get("negative_prompt") is not None:
         return "true_cfg_scale: FLUX evaluates the two branches in two calls"
     return None
 
 
 def fusable(pipe: Any, scheduler: Any, timestep: float, eta: float) -> LinearSolver | NotLinear:
-    """The steps of a call, as the fused step takes them.
+    """The steps of a call as coefficients for the fused step, or why the scheduler's own ``step`` must be called.
 
-    Args:
-        pipe: the pipeline.
-        scheduler: the pipeline's, with the ``step`` of its class; its timesteps are the call's.
-        timestep: the first one that the network is evaluated at.
-        eta: the call's.
-
-    Returns:
-        Their coefficients, or why the scheduler's own ``step`` must be called.
+    ``scheduler`` has the ``step`` of its class and the call's timesteps; ``timestep`` is the first one of the network.
     """
     name = type(scheduler).__name__
     eta_too = "eta" in inspect.signature(scheduler.step).parameters and takes_eta(pipe)
-    begin = _begin_index(scheduler, timestep)
-    if begin is None:
+    places = places_of(scheduler, timestep)
+    if len(places) != 1:
         return NotLinear(f"{name}: timestep {timestep:g} is none, or several, of its timesteps")
-    solver = linear_solver(scheduler, begin=begin, **({"eta": eta} if eta_too else {}))
+    solver = linear_solver(scheduler, begin=places[0], **({"eta": eta} if eta_too else {}))
     if isinstance(solver, NotLinear):
         return NotLinear(f"{name}: {solver.reason}")
     if solver.slots > MAX_SLOTS:
         return NotLinear(f"{name}: needs {solver.slots} canvases of history, more than {MAX_SLOTS}")
-    if any(solver.uses_noise) and type(pipe).__name__.startswith("Flux"):
+    if any(solver.uses_noise) and is_flux(pipe):
         return NotLinear(f"{name}: draws noise in the shape of packed latents")
     return solver
-
-
-def _begin_index(scheduler: Any, timestep: float) -> int | None:
-    """Where in the scheduler's timesteps the pipeline starts. Not every scheduler is told."""
-    told: int | None = getattr(scheduler, "begin_index", None)
-    if told is not None:
-        return told
-    places = (scheduler.timesteps == timestep).nonzero().flatten().tolist()
-    return places[0] if len(places) == 1 else None

@@ -1,9 +1,8 @@
-"""The denoising loop inside a diffusers pipeline's own: gather -> network -> one fused step.
+"""The fused loop: inside a pipeline's own loop, each step is gather -> network -> one fused step.
 
-The pipeline's call stays as it is: it encodes, prepares, counts, shows progress, calls back and decodes. What it does
-with predictions (guide, step) is taken over: while the engine runs, the pipeline gets predictions of one pixel, on
-which that costs nothing. The canvas stays in the engine's buffers, moved on by :func:`tiledcore.ops.fused_step`, and
-the pipeline gets a copy of it after each step.
+The pipeline encodes, counts, shows progress, calls back and decodes as ever. Guidance and the scheduler's step are done
+here instead, on the engine's own buffers: the pipeline gets predictions of one pixel, which cost nothing, and a copy of
+the canvas after each step.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -30,11 +30,12 @@ from tiledcore.ops import guidance_rescale
 from tiledcore.schedulers.solver import LinearSolver, NotLinear
 from tiledcore.tiles.denoiser import Prediction, TileDenoiser
 from tiledcore.tiles.families import Family, network_of
-from tiledcore.utils import label
+from tiledcore.utils import label, replaced
 
 logger = logging.getLogger(__name__)
 
 Forward = Callable[..., Any]
+STEP = ("step", "scale_model_input")  # methods of the scheduler that the engine replaces
 
 
 @dataclass
@@ -53,16 +54,16 @@ class Buffers:
 
 
 class Engine:
-    """One call of a pipeline. A context: inside of it, the pipeline's scheduler is the engine's.
+    """The fused loop of one call. A context: inside it, the pipeline's scheduler is the engine's.
 
     Args:
         pipe: the pipeline.
         call: the arguments of its call, by name.
         settings: what else the image depends on (the tiling, the regions); a checkpoint compares it.
-        graphs: of the steps, kept from call to call.
+        graphs: CUDA graphs of the steps, kept from call to call.
         features: of the call, entered already.
         checkpoint: where the call is saved, and goes on from.
-        fused: whether the step may be fused.
+        fused: False: always the pipeline's own loop.
 
     Raises:
         ValueError: the call cannot be saved, or cannot go on from what is there.
@@ -84,6 +85,7 @@ class Engine:
         self.eta = call.get("eta", 0.0)
         # A callback may change the latents of a step.
         self.shows_latents = any(call.get(name) is not None for name in ("callback_on_step_end", "callback"))
+        self._watching = ExitStack()
         self.index = 0
         self.denoiser: TileDenoiser | None = None  # what evaluates, once it is known
         self.reason = why_not(pipe, call) if fused else "fused=False"
@@ -105,13 +107,14 @@ class Engine:
             raise ValueError(f"checkpoint: only the fused step can be resumed, and here: {self.reason}")
 
     def __enter__(self) -> Engine:
-        self._before = {name: vars(self.scheduler).get(name) for name in ("step", "scale_model_input")}
         if self.reason is None or self.features.watches:
             self._watch_scheduler()
         return self
 
     def _watch_scheduler(self) -> None:
-        own_step, own_scale = self.scheduler.step, getattr(self.scheduler, "scale_model_input", None)
+        scheduler = self.scheduler
+        self._before = {name: value for name, value in vars(scheduler).items() if name in STEP}
+        own_step, own_scale = scheduler.step, getattr(scheduler, "scale_model_input", None)
 
         @wraps(own_step)  # pipelines look at its signature
         def step(model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
@@ -121,33 +124,32 @@ class Engine:
             self.own.after(result[0])
             return result
 
-        self.scheduler.step = step
+        self._watching.enter_context(replaced(scheduler, step=step))
         if own_scale is not None:
 
             @wraps(own_scale)
             def scale(sample: Tensor, timestep: Any) -> Any:
                 return sample if self.runs(timestep) else own_scale(sample, timestep)
 
-            self.scheduler.scale_model_input = scale
+            self._watching.enter_context(replaced(scheduler, scale_model_input=scale))
 
     def __exit__(self, *_: object) -> None:
-        self._put_back(self.scheduler)
+        self._watching.close()
 
-    def _put_back(self, scheduler: Any) -> None:
-        """Give it, or a copy of it, the methods that it had before the engine's."""
-        for name, value in self._before.items():
-            vars(scheduler).pop(name, None)
-            if value is not None:
-                setattr(scheduler, name, value)
+    def _plain(self) -> Any:
+        """A copy of the scheduler with the methods that it had before the engine's."""
+        plain = copy.copy(self.scheduler)
+        for name in STEP:
+            vars(plain).pop(name, None)
+        vars(plain).update(self._before)
+        return plain
 
     def runs(self, timestep: Any) -> bool:
         """Whether the engine moves the canvas. Decided at the first evaluation, when the timesteps are known."""
         if not self._decided and self.reason is None:
             self._decided = True
-            plain = copy.copy(self.scheduler)
-            self._put_back(plain)
             first = float(torch.as_tensor(timestep).flatten()[0])
-            solver = fusable(self.pipe, plain, first, self.eta)
+            solver = fusable(self.pipe, self._plain(), first, self.eta)
             if isinstance(solver, NotLinear):
                 self.reason = solver.reason
                 self._check_saves()
@@ -197,16 +199,9 @@ class Engine:
         return float(getattr(self.pipe, "guidance_rescale", 0.0) or 0.0) if self.branches == 2 else 0.0
 
     def run_step(self, denoiser: TileDenoiser, forward: Forward, timestep: Any, conditions: dict[str, Any]) -> Tensor:
-        """One evaluation of the canvas and the step after it.
+        """One evaluation of the canvas and the step after it; returns the stand-in for the prediction.
 
-        Args:
-            denoiser: the tiling.
-            forward: the network, as :meth:`~tiledcore.tiles.denoiser.TileDenoiser.evaluate` calls it.
-            timestep: as the pipeline gives it.
-            conditions: the other arguments of the network's forward.
-
-        Returns:
-            The stand-in for the prediction.
+        ``conditions``: the arguments of the network's forward except the canvas and the timestep.
         """
         assert self._solver is not None
         buffers, index = self.buffers, self.index

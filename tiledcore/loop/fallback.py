@@ -1,4 +1,4 @@
-"""The fallback loop: the pipeline's own loop with the scheduler's own step, and the features of the call around it."""
+"""The fallback loop: the pipeline's own loop and the scheduler's own step, with the call's features around them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiledcore._diffusers import places_of
 from tiledcore.feature import Features, Start, Step
 from tiledcore.geometry import Pair
 from tiledcore.tiles.denoiser import TileDenoiser
@@ -14,17 +15,10 @@ from tiledcore.tiles.families import network_of, to_image, to_tokens
 
 
 class Fallback:
-    """The steps of one call.
+    """The steps of one call."""
 
-    Args:
-        pipe: the pipeline.
-        features: of the call.
-    """
-
-    canvas_size: Pair = (0, 0)
-    """In canvas pixels; known once the network has been called."""
-    denoiser: TileDenoiser | None = None
-    """Known at the same time."""
+    canvas_size: Pair = (0, 0)  # In canvas pixels; known once the network has been called
+    denoiser: TileDenoiser | None = None  # Known at the same time
 
     def __init__(self, pipe: Any, features: Features) -> None:
         self.pipe, self.features = pipe, features
@@ -54,8 +48,6 @@ class Fallback:
     def _left(self, timestep: Any) -> Tensor:
         """The timesteps from the first one on."""
         scheduler = self.pipe.scheduler
-        begin = getattr(scheduler, "begin_index", None)
-        if begin is None:  # not told; a timestep that is there twice has one noise level
-            begin = int((scheduler.timesteps == timestep).nonzero()[0])
-        timesteps: Tensor = scheduler.timesteps[begin:]
+        # A timestep that is there twice has one noise level.
+        timesteps: Tensor = scheduler.timesteps[places_of(scheduler, timestep)[0] :]
         return timesteps

@@ -1,8 +1,7 @@
-"""The step as a CUDA graph: captured once, replayed where that is measured to pay.
+"""The step as a CUDA graph: captured once, and replayed if measured to be faster.
 
-A graph replays the same kernels on the same addresses. So whoever runs steps through here keeps everything that a
-step reads or writes in buffers that stay, and puts new values into them between steps. The buffers belong to
-the graph: both are kept under one key, and the least recently used pair goes first.
+A graph replays the same kernels on the same addresses. So a step's inputs and outputs stay in buffers, which are kept
+with their graph under one key; the least recently used pair is dropped first.
 """
 
 from __future__ import annotations
@@ -14,18 +13,18 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 logger = logging.getLogger(__name__)
 
 Mode = Literal["auto"] | bool
 Body = Callable[[], None]
 
-GAIN = 0.03
-"""A graph is kept if it saves more than this share of the eager step's time: below, it only costs memory."""
+GAIN = 0.03  # A graph is kept if it saves more than this share of the eager step's time: below, it only costs memory
 
 
 class Backend(Protocol):
-    """What captures and times; CUDA, or a test's double of it."""
+    """What captures and times: CUDA, or a test's double."""
 
     def capture(self, body: Body) -> Body:
         """Record a step without running it; the result replays it."""
@@ -69,8 +68,7 @@ class Counters:
     eager: int = 0
     captures: int = 0
     replays: int = 0
-    reason: str | None = None
-    """Why there is no graph, or no longer one."""
+    reason: str | None = None  # Why there is no graph, or no longer one
 
 
 @dataclass
@@ -79,13 +77,11 @@ class Entry:
 
     buffers: Any
     replay: Body | None = None
-    captured: Body | None = None
-    """The body that was captured: what it refers to must live as long as the graph."""
+    captured: Body | None = None  # The body that was captured: what it refers to must live as long as the graph
     refused: str | None = None
     eager_steps: int = 0
     eager_seconds: float = 0.0
-    settled: bool = False
-    """The replay has been timed and kept."""
+    settled: bool = False  # The replay has been timed and kept
 
 
 @dataclass
@@ -93,9 +89,8 @@ class StepGraphs:
     """Runs steps, as graphs where they pay.
 
     Args:
-        mode: ``"auto"``: the first two steps of a key run eagerly, the second is timed; the third is captured and the
-            fourth timed; the graph stays if it gains more than :data:`GAIN`. True: captured after one eager
-            step and always kept; what prevents that is raised. False: never.
+        mode: ``"auto"``: the second step of a key is timed, the third captured, the fourth timed; the graph stays if it
+            gains more than :data:`GAIN`. True: captured after one step and kept; a failure raises. False: never.
         size: how many keys are kept.
         reserve: bytes of device memory that must stay free after a capture; otherwise the graph is dropped.
         backend: what captures; None: no device here can.
@@ -113,12 +108,10 @@ class StepGraphs:
             raise ValueError(f"cuda_graph={self.mode!r}: must be 'auto', True or False")
 
     def entry(self, key: Hashable, make: Callable[[], Any]) -> Entry:
-        """The buffers and the graph under a key, made if they are not there.
+        """The buffers and the graph of a key, made if new.
 
-        Args:
-            key: everything that the step's kernels depend on beside the buffers' contents: shapes, dtypes, device,
-                the network, and every number that is baked into a launch.
-            make: makes the buffers.
+        The key holds all that the kernels depend on beside the buffers' contents: shapes, dtypes, device, network,
+        numbers.
         """
         if key not in self._entries:
             self._entries[key] = Entry(make())
@@ -128,12 +121,8 @@ class StepGraphs:
         return self._entries[key]
 
     def run(self, entry: Entry, body: Body, refused: str | None = None) -> None:
-        """Run one step, in whichever way.
-
-        Args:
-            entry: from :meth:`entry`.
-            body: the step; it touches nothing but the entry's buffers.
-            refused: why this step must run eagerly, in words.
+        """Run one step, eagerly or as a graph. ``body`` touches only the entry's buffers; ``refused``: why it must be
+        eager.
 
         Raises:
             RuntimeError: ``mode`` is True, and the step was refused or could not be captured.
@@ -210,22 +199,20 @@ def identity(network: Any) -> tuple[Any, ...]:
 
 
 def clone(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {k: clone(v) for k, v in value.items()}
-    return type(value)(clone(v) for v in value) if isinstance(value, list | tuple) else value
+    """A structure with copies of its tensors."""
+    return tree_map_only(torch.Tensor, torch.clone, value)
 
 
 def refill(old: Any, new: Any) -> bool:
     """Copy new values into the tensors of a structure; False where it differs in anything else."""
-    if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
-        if old.shape != new.shape or old.dtype != new.dtype or old.device != new.device:
-            return False
-        old.copy_(new)
-        return True
-    if isinstance(old, dict) and isinstance(new, dict):
-        return old.keys() == new.keys() and all(refill(old[k], new[k]) for k in old)
-    if isinstance(old, list | tuple) and isinstance(new, list | tuple):
-        return len(old) == len(new) and all(refill(a, b) for a, b in zip(old, new, strict=True))
-    return type(old) is type(new) and bool(old == new)
+    (before, form), (after, new_form) = tree_flatten(old), tree_flatten(new)
+    return form == new_form and all(map(_refill, before, after))
+
+
+def _refill(old: Any, new: Any) -> bool:
+    if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):
+        return type(old) is type(new) and bool(old == new)
+    if (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device):
+        return False
+    old.copy_(new)
+    return True

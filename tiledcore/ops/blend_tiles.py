@@ -4,16 +4,7 @@ import torch
 from torch import Tensor
 
 from tiledcore.ops import reference
-from tiledcore.ops.checks import (
-    BLEND_DTYPES,
-    Window,
-    check_grid,
-    check_image,
-    check_offsets,
-    check_size,
-    check_window,
-    readable,
-)
+from tiledcore.ops.checks import BLEND_DTYPES, Window, check_grid, check_image, check_offsets, check_size, check_window
 from tiledcore.ops.dispatch import Impl, choose, define
 
 _SCHEMA = "(Tensor tiles, Tensor offsets, SymInt height, SymInt width, str window, int ramp) -> Tensor"
@@ -47,54 +38,47 @@ def blend_tiles(
     ramp: int = 8,
     impl: Impl | None = None,
 ) -> Tensor:
-    """Blend overlapping tiles into a canvas: at each pixel a weighted mean of the tiles over it.
+    """Blend overlapping tiles into a canvas: each pixel is a weighted mean of the tiles over it.
 
-    The inverse of :func:`gather_tiles`: tiles that agree give back the canvas that they were cut
-    from, up to rounding; where only one tile has weight, bit for bit. The weights are separable,
-    ``w = w_y * w_x``, computed from coordinates, and normalised by their sum. Along each axis:
+    The inverse of :func:`gather_tiles`, up to rounding. Weights are separable, ``w = w_y * w_x``, and normalised by
+    their sum. Along each axis:
 
     - ``"mean"``: 1 (MultiDiffusion, Bar-Tal et al. 2023).
-    - ``"gaussian"``: ``exp(-((u + 0.5)/h - 0.5)**2 / 0.02)`` at pixel ``u`` of a tile of ``h``
-      (Mixture of Diffusers, Jiménez 2023).
-    - ``"ramp"``: ``clamp(1 - (d_max - d)/ramp, 0, 1)``. The depth ``d`` of a pixel in a tile is the
-      distance of the pixel's centre from the tile's border; ``d_max`` is the depth in the tile in which
-      the pixel is deepest. So a tile fades over ``ramp`` pixels, centred on the border of its core.
+    - ``"gaussian"``: ``exp(-((u + 0.5)/h - 0.5)**2 / 0.02)`` at pixel ``u`` of a tile of ``h`` (Mixture of Diffusers,
+      Jiménez 2023).
+    - ``"ramp"``: ``clamp(1 - (d_max - d)/ramp, 0, 1)``. ``d`` is the distance of the pixel's centre from the tile's
+      border, ``d_max`` the largest ``d`` of all tiles over the pixel. So a tile fades over ``ramp`` pixels around its
+      core's border.
     - ``"core"``: a ramp of one pixel. Each tile is cropped to its core, and ties are averaged.
 
-    A pixel whose weight is 0 is not read, so a NaN there does not spread. Sums are in float32 (float64
-    for float64), in the order of the tiles' corners (y, x). So the order in which tiles are listed does
-    not change the result, and repeated calls give the same bits.
+    A pixel of weight 0 is not read, so a NaN there does not spread. Sums are in float32 (float64 for float64), in the
+    order of the tiles' corners: repeated calls, and tiles listed in another order, give the same bits.
 
     Args:
-        tiles: ``[T*B, C, h, w]``, float16, bfloat16, float32 or float64, tile-major as from
-            :func:`gather_tiles`. Copied if they are not contiguous.
-        offsets: ``[T, 2]`` int32 on the tiles' device: (y, x) of each tile's first pixel, in canvas
-            pixels. They must be every pair of some rows and some columns, each once, in any order, and
-            the tiles must cover the canvas (a torus). Checked on the CPU. On CUDA they are not checked,
-            because reading them would wait for the device; a pixel without a tile becomes NaN.
-        canvas_size: height and width ``(H, W)`` in pixels, at least the tile's.
+        tiles: ``[T*B, C, h, w]``, float16, bfloat16, float32 or float64, tile-major as from :func:`gather_tiles`.
+        offsets: ``[T, 2]`` int32 on the tiles' device: (y, x) of each tile's first pixel. Every pair of some rows and
+            some columns, each once; the tiles must cover the canvas (a torus). Not checked on CUDA, where reading them
+            would wait for the device; a pixel without a tile becomes NaN.
+        canvas_size: ``(H, W)`` in pixels, at least the tile's.
         window: which weights.
-        ramp: canvas pixels over which a tile fades, at least 1; used by ``"ramp"``.
+        ramp: pixels over which a tile fades, at least 1; for ``"ramp"``.
         impl: ``"reference"``, ``"native"`` or ``"triton"``; None picks the fastest one available.
 
     Returns:
         ``[B, C, H, W]`` of the tiles' dtype, contiguous, without a gradient.
 
     Raises:
-        TypeError: ``tiles``, ``offsets`` or ``ramp`` is not of such a type.
+        TypeError: ``tiles``, ``offsets`` or ``ramp`` has a wrong type.
         ValueError: a shape, size, device, offset, window, ramp or ``impl`` is not as above.
-        RuntimeError: ``impl`` was named and is unavailable here.
+        RuntimeError: the named ``impl`` is unavailable here.
     """
-    check_image("tiles", tiles, "[T*B, C, h, w]")
-    if tiles.dtype not in BLEND_DTYPES:
-        raise TypeError(f"tiles must be of one of {BLEND_DTYPES}, got {tiles.dtype}")
+    check_image("tiles", tiles, "[T*B, C, h, w]", BLEND_DTYPES)
     size = check_size("canvas_size", canvas_size)
     tile = check_size("the tile's size", tiles.shape[2:])
     check_offsets(offsets, tiles, size, tile)
     if tiles.shape[0] % offsets.shape[0]:
         raise ValueError(f"tiles has {tiles.shape[0]} entries, no multiple of the {offsets.shape[0]} offsets")
-    if readable(offsets):
-        check_grid(offsets, size, tile)
+    check_grid(offsets, size, tile)
     window, ramp = check_window(window, ramp)
     op = choose("blend_tiles", impl, tiles.device, tiles.dtype)
     return op(tiles, offsets, size[0], size[1], window, ramp)

@@ -13,13 +13,28 @@ WINDOWS: tuple[Window, ...] = ("mean", "gaussian", "ramp", "core")
 BLEND_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_image(name: str, tensor: Tensor, dims: str) -> None:
+def check_image(name: str, tensor: Tensor, dims: str, dtypes: Sequence[torch.dtype] | None = None) -> None:
+    """A floating-point tensor of four dimensions; of one of ``dtypes``, where given."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor {dims}, got {type(tensor).__name__}")
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
     if tensor.dim() != 4:
         raise ValueError(f"{name} must have the shape {dims}, got {tuple(tensor.shape)}")
+    if dtypes is not None and tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must be of one of {dtypes}, got {tensor.dtype}")
+
+
+def check_like(name: str, tensor: Tensor, shape: tuple[int, ...], dims: str, dtype: torch.dtype, like: Tensor) -> None:
+    """A tensor of this shape and dtype, on the device of ``like``."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor {dims}, got {type(tensor).__name__}")
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must be of dtype {dtype}, got {tensor.dtype}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have the shape {dims} = {shape}, got {tuple(tensor.shape)}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}, not on {like.device}")
 
 
 def check_size(name: str, size: Sequence[int]) -> tuple[int, int]:
@@ -49,7 +64,9 @@ def readable(offsets: Tensor) -> bool:
 
 
 def check_grid(offsets: Tensor, canvas_size: tuple[int, int], tile: tuple[int, int]) -> None:
-    _check_rows_and_columns(tuple(offsets.flatten().tolist()), canvas_size, tile)
+    """Offsets that can be looked at are rows times columns, and their tiles cover the canvas."""
+    if readable(offsets):
+        _check_rows_and_columns(tuple(offsets.flatten().tolist()), canvas_size, tile)
 
 
 # A sampler calls with the same few offsets hundreds of times: looked at once, and known from then on.

@@ -1,8 +1,7 @@
-"""Which implementation of an op runs: schemas, the C++ extension, what is available, and the choice.
+"""Which implementation of an op runs: schemas, the C++ extension, what is available here, and the choice.
 
-Every op exists as ``tiledcore::NAME_IMPL`` for each of its implementations. The schemas live in Python,
-so that fake tensors, ``torch.compile`` and tests work without a compiler and without Triton; C++ only
-adds implementations. The ops are for inference: no implementation has a gradient.
+Each implementation of an op is one torch op, ``tiledcore::NAME_IMPL``. Schemas are declared in Python, so fake tensors
+and ``torch.compile`` work without a compiler and without Triton. No op has a gradient.
 """
 
 import logging
@@ -14,8 +13,8 @@ from typing import Any, Literal
 import torch
 
 Impl = Literal["reference", "native", "triton", "sdpa"]
-"""``reference``: plain torch, any device; ``native``: C++ from csrc/, where it was built; ``triton``:
-kernels/; ``sdpa``: attention only, torch's own kernels on gathered tokens."""
+"""``reference``: plain torch, any device. ``native``: C++ from csrc/. ``triton``: kernels/. ``sdpa``: attention only,
+torch's own kernels on gathered tokens."""
 
 _log = logging.getLogger(__name__)
 _implementations: dict[str, tuple[Impl, ...]] = {}
@@ -40,7 +39,7 @@ def define(
     fake: Callable[..., Any],
     implementations: Sequence[Impl] = ("reference", "native", "triton"),
 ) -> None:
-    """Declare an op: one schema and one fake implementation, the same for all that implement it."""
+    """Declare an op: one schema and one fake implementation for all of its implementations."""
     _implementations[name] = tuple(implementations)
     for impl in implementations:
         op = f"tiledcore::{name}_{impl}"
@@ -52,13 +51,9 @@ _native_missing = _load_native()
 
 
 def unavailable(name: str, impl: Impl, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
-    """Why an implementation of an op cannot run on a device, or None where it can.
+    """Why an implementation of an op, such as ``"blend_tiles"``, cannot run on a device; None if it can.
 
-    Args:
-        name: the op, such as ``"blend_tiles"``.
-        impl: one of the op's implementations.
-        device: where the op's tensors are.
-        dtype: of the op's tensors; None leaves out what depends on it.
+    ``dtype`` is that of the op's tensors; None skips the checks that depend on it.
     """
     if impl == "native":
         if _native_missing is not None:
@@ -83,7 +78,7 @@ def unavailable(name: str, impl: Impl, device: torch.device, dtype: torch.dtype 
 
 
 def _unsuited(name: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
-    """Why a GPU cannot run a Triton kernel, or None. Without a GPU, as in a plan, it is taken to be a recent one."""
+    """Why a GPU cannot run a Triton kernel, or None. Without a GPU (planning) a recent one is assumed."""
     if torch.version.hip:
         # ROCm's capabilities, such as 9.4, are no NVIDIA architectures, and the table would take them for such.
         return "the table of configurations is for NVIDIA GPUs" if name == "neighbor_attention" else None
@@ -97,7 +92,7 @@ def _unsuited(name: str, device: torch.device, dtype: torch.dtype | None) -> str
 
 
 def choose(name: str, impl: Impl | None, device: torch.device, dtype: torch.dtype | None = None) -> Callable[..., Any]:
-    """The op to call: the implementation that was named, or the fastest one available.
+    """The op to call: the named implementation, or the fastest one available.
 
     Raises:
         ValueError: the op has no implementation of that name.

@@ -12,6 +12,7 @@ from tiledcore.ops.checks import (
     Window,
     check_grid,
     check_image,
+    check_like,
     check_offsets,
     check_size,
     check_window,
@@ -19,8 +20,7 @@ from tiledcore.ops.checks import (
 )
 from tiledcore.ops.dispatch import Impl, choose, define
 
-MAX_SLOTS = 8
-"""Slots of state that every implementation takes: the sample and up to seven of history."""
+MAX_SLOTS = 8  # Slots of state that every implementation takes: the sample and up to seven of history
 
 _SCHEMA = (
     "(Tensor tiles, Tensor offsets, Tensor(a!) state, Tensor table, Tensor input_scale, Tensor step, "
@@ -33,8 +33,6 @@ def _fake(*_: object) -> None:
 
 
 define("fused_step", _SCHEMA, _fake)
-
-
 torch.library.impl("tiledcore::fused_step_reference", ("cpu", "cuda"))(reference.fused_step)
 
 
@@ -43,17 +41,6 @@ def _triton(*arguments: Any) -> None:
     from tiledcore.kernels.fused_step import fused_step as kernel
 
     kernel(*arguments)
-
-
-def _check_like(name: str, tensor: Tensor, shape: tuple[int, ...], dims: str, dtype: torch.dtype, like: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor {dims}, got {type(tensor).__name__}")
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name} must be of dtype {dtype}, got {tensor.dtype}")
-    if tensor.shape != shape:
-        raise ValueError(f"{name} must have the shape {dims} = {shape}, got {tuple(tensor.shape)}")
-    if tensor.device != like.device:
-        raise ValueError(f"{name} is on {tensor.device}, but the tiles are on {like.device}")
 
 
 def _check_state(state: Tensor, tiles: Tensor) -> None:
@@ -101,52 +88,40 @@ def fused_step(
 
     With ``i`` the value of ``step``, ``z`` the slots of ``state`` and ``m`` the guided prediction:
 
-    - ``u, c = blend(tiles)`` as :func:`blend_tiles` does, and ``m = u + guidance_scale * (c - u)``
-      (classifier-free guidance, Ho and Salimans 2022). Without a guidance scale ``m = blend(tiles)``.
-      Then ``m *= rescale`` per image, if that is given.
-    - ``z'[s] = Σ_j table[i, s, j] * z[j] + table[i, s, S] * m + table[i, s, S+1] * noise``, every
-      ``z'`` from the old ``z``. One step of any scheduler that is linear in the sample, the
-      prediction and its own history has this form.
+    - ``u, c = blend(tiles)`` as in :func:`blend_tiles`, and ``m = u + guidance_scale * (c - u)`` (classifier-free
+      guidance, Ho and Salimans 2022); without a guidance scale ``m = blend(tiles)``. Then ``m *= rescale`` per image,
+      if given.
+    - ``z'[s] = Σ_j table[i, s, j] * z[j] + table[i, s, S] * m + table[i, s, S+1] * noise``, all from the old ``z``.
     - ``model_input = input_scale[i+1] * z'[0]``, what the network sees at the next evaluation.
 
-    A term with coefficient 0 is left out, even if it is NaN. A slot whose row is the identity is not
-    written. A slot, the noise or a pixel of a tile that no result needs is not read. As in
-    :func:`blend_tiles`, the order in which tiles are listed does not change a bit. ``step`` is not
-    changed. If the network saw the whole canvas, pass it as one tile: its weights are 1 in any window.
-
-    Everything is summed in the state's dtype: float32, or float64 with float64 tiles.
+    A term with coefficient 0 is left out, even if it is NaN, and what no result needs is not read. A slot whose row is
+    the identity is not written. ``step`` is not changed. A prediction of the whole canvas is passed as one tile. Sums
+    are in the state's dtype.
 
     Args:
-        tiles: ``[T*G*B, C, h, w]``, float16, bfloat16, float32 or float64: what the network returned.
-            ``G`` is 2 with ``guidance_scale`` and 1 without. Element ``(t*G + g)*B + b`` belongs to
-            tile t of image b, unconditional for g = 0, as from :func:`gather_tiles` of a canvas
-            repeated along its batch. Copied if they are not contiguous.
+        tiles: ``[T*G*B, C, h, w]``, float16, bfloat16, float32 or float64. ``G`` is 2 with ``guidance_scale``, else 1.
+            Element ``(t*G + g)*B + b`` is tile t of image b, unconditional for g = 0.
         offsets: ``[T, 2]`` int32, as for :func:`blend_tiles`.
-        state: ``[S, B, C, H, W]``, contiguous, 1 to 8 slots: slot 0 is the current sample, the rest
-            is the scheduler's history. Changed in place.
+        state: ``[S, B, C, H, W]``, contiguous, float32, or float64 with float64 tiles; S from 1 to 8. Slot 0 is the
+            sample, the rest is the scheduler's history. Changed in place.
         table: ``[n, S, S+2]`` of the state's dtype: the coefficients of every evaluation.
         input_scale: ``[n+1]`` of the state's dtype.
-        step: ``[1]`` int64, the number of this evaluation, 0 to n - 1. Read on the device, and checked
-            on the CPU. On CUDA it is not checked, because reading it would wait for the device.
-        model_input: ``[B, C, H, W]`` of the tiles' dtype, contiguous. Overwritten. It must not share
-            memory with another argument.
-        guidance_scale: ``[1]`` or ``[B]`` of the state's dtype; read on the device, so a CUDA graph
-            can be replayed with another scale.
-        noise: ``[B, C, H, W]`` of the state's dtype. If a row of the table needs noise and there is
-            none: an error on the CPU; on CUDA, where the table is not read beforehand, NaN.
+        step: ``[1]`` int64, the number of this evaluation, 0 to n - 1. Not checked on CUDA.
+        model_input: ``[B, C, H, W]`` of the tiles' dtype, contiguous, sharing no memory with others. Overwritten.
+        guidance_scale: ``[1]`` or ``[B]`` of the state's dtype; read on the device, so CUDA graphs can change it.
+        noise: ``[B, C, H, W]`` of the state's dtype. Missing where the table needs it: an error on the CPU, NaN on
+            CUDA.
         rescale: ``[B]`` of the state's dtype, such as from :func:`guidance_rescale`.
         window: which weights, see :func:`blend_tiles`.
-        ramp: canvas pixels over which a tile fades, at least 1; used by ``"ramp"``.
+        ramp: pixels over which a tile fades, at least 1; for ``"ramp"``.
         impl: ``"reference"``, ``"native"`` or ``"triton"``; None picks the fastest one available.
 
     Raises:
-        TypeError: an argument is not of such a type or dtype.
+        TypeError: an argument has a wrong type or dtype.
         ValueError: a shape, size, device, offset, step, window, ramp or ``impl`` is not as above.
-        RuntimeError: ``impl`` was named and is unavailable here.
+        RuntimeError: the named ``impl`` is unavailable here.
     """
-    check_image("tiles", tiles, "[T*G*B, C, h, w]")
-    if tiles.dtype not in BLEND_DTYPES:
-        raise TypeError(f"tiles must be of one of {BLEND_DTYPES}, got {tiles.dtype}")
+    check_image("tiles", tiles, "[T*G*B, C, h, w]", BLEND_DTYPES)
     _check_state(state, tiles)
     S, B, C, H, W = state.shape
     tile = check_size("the tile's size", tiles.shape[2:])
@@ -154,22 +129,21 @@ def fused_step(
     _check_tiles(tiles, offsets.shape[0], 1 if guidance_scale is None else 2, B, C)
 
     dtype, n = state.dtype, max(1, len(table)) if isinstance(table, Tensor) and table.dim() else 1
-    _check_like("table", table, (n, S, S + 2), "[n, S, S+2]", dtype, tiles)
-    _check_like("input_scale", input_scale, (n + 1,), "[n+1]", dtype, tiles)
-    _check_like("step", step, (1,), "[1]", torch.int64, tiles)
-    _check_like("model_input", model_input, (B, C, H, W), "[B, C, H, W]", tiles.dtype, tiles)
+    check_like("table", table, (n, S, S + 2), "[n, S, S+2]", dtype, tiles)
+    check_like("input_scale", input_scale, (n + 1,), "[n+1]", dtype, tiles)
+    check_like("step", step, (1,), "[1]", torch.int64, tiles)
+    check_like("model_input", model_input, (B, C, H, W), "[B, C, H, W]", tiles.dtype, tiles)
     for name, tensor in (("state", state), ("model_input", model_input)):
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, as it is written in place, got strides {tensor.stride()}")
     if guidance_scale is not None:
         one = isinstance(guidance_scale, Tensor) and guidance_scale.shape == (1,)
-        _check_like("guidance_scale", guidance_scale, (1 if one else B,), "[1] or [B]", dtype, tiles)
+        check_like("guidance_scale", guidance_scale, (1 if one else B,), "[1] or [B]", dtype, tiles)
     if noise is not None:
-        _check_like("noise", noise, (B, C, H, W), "[B, C, H, W]", dtype, tiles)
+        check_like("noise", noise, (B, C, H, W), "[B, C, H, W]", dtype, tiles)
     if rescale is not None:
-        _check_like("rescale", rescale, (B,), "[B]", dtype, tiles)
-    if readable(offsets):
-        check_grid(offsets, (H, W), tile)
+        check_like("rescale", rescale, (B,), "[B]", dtype, tiles)
+    check_grid(offsets, (H, W), tile)
     if readable(step):
         _check_evaluation(table, step, noise)
     window, ramp = check_window(window, ramp)
@@ -199,28 +173,24 @@ def guidance_rescale(
 ) -> Tensor:
     """The factor of each image's guided prediction for guidance rescale (Lin et al. 2024).
 
-    ``phi * std(c) / std(m) + 1 - phi``, with ``c`` the conditional and ``m`` the guided prediction of
-    the whole canvas. A standard deviation needs every pixel, so this is a separate pass before
-    :func:`fused_step`. The two halves are blended in the tiles' dtype; the deviations are computed in
-    the result's dtype.
+    ``phi * std(c) / std(m) + 1 - phi``, with ``c`` the conditional and ``m`` the guided prediction of the whole canvas.
+    A standard deviation needs every pixel, so this is a separate pass before :func:`fused_step`.
 
     Args:
-        tiles: ``[T*2*B, C, h, w]``, as for :func:`fused_step`.
+        tiles: ``[T*2*B, C, h, w]``, as for :func:`fused_step`; blended in their own dtype.
         offsets: ``[T, 2]`` int32, as for :func:`blend_tiles`.
-        canvas_size: height and width ``(H, W)`` of the canvas.
-        guidance_scale: ``[1]`` or ``[B]``, float32 or (with float64 tiles) float64.
+        canvas_size: ``(H, W)`` of the canvas.
+        guidance_scale: ``[1]`` or ``[B]``, float32, or float64 with float64 tiles.
         phi: how much of the rescaling is wanted, 0 to 1.
-        window: which weights, see :func:`blend_tiles`.
-        ramp: canvas pixels over which a tile fades, at least 1; used by ``"ramp"``.
-        impl: of :func:`blend_tiles`.
+        window, ramp, impl: as for :func:`blend_tiles`.
 
     Returns:
         ``[B]`` of the guidance scale's dtype.
 
     Raises:
-        TypeError: an argument is not of such a type or dtype.
+        TypeError: an argument has a wrong type or dtype.
         ValueError: ``phi`` or a shape is not as above.
-        RuntimeError: ``impl`` was named and is unavailable here.
+        RuntimeError: the named ``impl`` is unavailable here.
     """
     if not 0 <= phi <= 1:
         raise ValueError(f"phi={phi!r} must be between 0 and 1")
@@ -230,7 +200,7 @@ def guidance_rescale(
     dtype = torch.float64 if tiles.dtype == torch.float64 else torch.float32
     B = blended.shape[0] // 2
     one = isinstance(guidance_scale, Tensor) and guidance_scale.shape == (1,)
-    _check_like("guidance_scale", guidance_scale, (1 if one else B,), "[1] or [B]", dtype, tiles)
+    check_like("guidance_scale", guidance_scale, (1 if one else B,), "[1] or [B]", dtype, tiles)
     unconditional, conditional = blended.to(dtype).chunk(2)
     guided = unconditional + guidance_scale.view(-1, 1, 1, 1) * (conditional - unconditional)
     ratio = conditional.flatten(1).std(1) / guided.flatten(1).std(1)

@@ -33,16 +33,13 @@ def _triton(canvas: Tensor, offsets: Tensor, tile_h: int, tile_w: int) -> Tensor
 def gather_tiles(canvas: Tensor, offsets: Tensor, tile: tuple[int, int], *, impl: Impl | None = None) -> Tensor:
     """Cut tiles out of a canvas. Every implementation copies bit for bit.
 
-    The canvas is a torus. Element ``(t*B + b, c, u, v)`` of the result is
-    ``canvas[b, c, (y_t + u) % H, (x_t + v) % W]``. For a canvas that does not wrap, give offsets with
-    which no tile crosses the border.
+    The canvas is a torus: element ``(t*B + b, c, u, v)`` is ``canvas[b, c, (y_t + u) % H, (x_t + v) % W]``.
 
     Args:
-        canvas: ``[B, C, H, W]``, any floating-point dtype. Copied if it is not contiguous.
-        offsets: ``[T, 2]`` int32 on the canvas's device: (y, x) of each tile's first pixel, with
-            ``0 <= y < H`` and ``0 <= x < W``. Checked on the CPU. On CUDA they are not checked, because
-            reading them would wait for the device.
-        tile: height and width ``(h, w)`` in canvas pixels, at most ``(H, W)``.
+        canvas: ``[B, C, H, W]``, any floating-point dtype.
+        offsets: ``[T, 2]`` int32 on the canvas's device: (y, x) of each tile's first pixel, ``0 <= y < H``, ``0 <= x <
+            W``. Not checked on CUDA, where reading them would wait for the device.
+        tile: ``(h, w)`` in pixels, at most ``(H, W)``.
         impl: ``"reference"``, ``"native"`` or ``"triton"``; None picks the fastest one available.
 
     Returns:
@@ -51,7 +48,7 @@ def gather_tiles(canvas: Tensor, offsets: Tensor, tile: tuple[int, int], *, impl
     Raises:
         TypeError: ``canvas`` or ``offsets`` is not a tensor of such a dtype.
         ValueError: a shape, size, device, offset or ``impl`` is not as above.
-        RuntimeError: ``impl`` was named and is unavailable here.
+        RuntimeError: the named ``impl`` is unavailable here.
     """
     check_image("canvas", canvas, "[B, C, H, W]")
     tile = check_size("tile", tile)

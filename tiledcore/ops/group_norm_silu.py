@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tiledcore.ops import reference
-from tiledcore.ops.checks import BLEND_DTYPES, check_image
+from tiledcore.ops.checks import BLEND_DTYPES, check_image, check_like
 from tiledcore.ops.dispatch import Impl, choose, define
 
 _SCHEMA = "(Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, bool silu, Tensor(a!) out) -> ()"
@@ -34,17 +34,6 @@ def _planes_contiguous(tensor: Tensor) -> bool:
     return (W == 1 or tensor.stride(3) == 1) and (H == 1 or tensor.stride(2) == W)
 
 
-def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dims: str, dtype: torch.dtype, x: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor {dims}, got {type(tensor).__name__}")
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name} must be of dtype {dtype} with x of {x.dtype}, got {tensor.dtype}")
-    if tensor.shape != shape:
-        raise ValueError(f"{name} must have the shape {dims} = {shape}, got {tuple(tensor.shape)}")
-    if tensor.device != x.device:
-        raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}")
-
-
 def group_norm_silu(
     x: Tensor,
     mean: Tensor,
@@ -58,20 +47,20 @@ def group_norm_silu(
 ) -> Tensor:
     """GroupNorm (Wu and He 2018) with given statistics, then SiLU, in one pass over a band of rows.
 
-    Per channel ``v = (x - mean) * rstd * weight + bias``, and the result is ``v / (1 + exp(-v))``. The
-    statistics are those of the whole image, so a band is normalised as if the whole image were there.
-    Computed in float32 (float64 for float64) and rounded once.
+    Per channel ``v = (x - mean) * rstd * weight + bias``; the result is ``v / (1 + exp(-v))``. With the statistics of
+    the whole image, a band comes out as it would in the whole image. Computed in float32 (float64 for float64), rounded
+    once.
 
     Args:
-        x: ``[B, C, rows, W]``, float16, bfloat16, float32 or float64. Copied if the rows of a channel are
-            not contiguous; channels and batch entries may have any stride.
-        mean: ``[B, G]`` float32 (float64 with float64), one value for each group of channels; ``G`` divides ``C``.
+        x: ``[B, C, rows, W]``, float16, bfloat16, float32 or float64. Copied only if a channel's rows are not
+            contiguous.
+        mean: ``[B, G]`` float32 (float64 with float64), one value per group of channels; ``G`` divides ``C``.
         rstd: ``[B, G]``, as ``mean``: ``1 / sqrt(variance + eps)``.
         weight: ``[C]`` of the dtype of ``x``.
         bias: ``[C]`` of the dtype of ``x``.
         silu: if False, the result is ``v``.
-        out: where the result is written, of the shape and dtype of ``x`` with contiguous planes; a new
-            tensor if None. It may be ``x`` itself, but must not overlap it otherwise.
+        out: result tensor of the shape and dtype of ``x``, with contiguous planes; may be ``x`` itself. None: a new
+            one.
         impl: ``"reference"``, ``"native"`` or ``"triton"``; None picks the fastest one available.
 
     Returns:
@@ -80,11 +69,9 @@ def group_norm_silu(
     Raises:
         TypeError: an argument is not a tensor of such a dtype.
         ValueError: a shape, device, layout or ``impl`` is not as above.
-        RuntimeError: ``impl`` was named and is unavailable here.
+        RuntimeError: the named ``impl`` is unavailable here.
     """
-    check_image("x", x, "[B, C, rows, W]")
-    if x.dtype not in BLEND_DTYPES:
-        raise TypeError(f"x must be of one of {BLEND_DTYPES}, got {x.dtype}")
+    check_image("x", x, "[B, C, rows, W]", BLEND_DTYPES)
     B, C = x.shape[:2]
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     if not isinstance(mean, Tensor) or mean.dim() != 2:
@@ -93,13 +80,13 @@ def group_norm_silu(
     if G == 0 or C % G:
         raise ValueError(f"mean has {G} groups, which do not divide the {C} channels of x")
     for name, statistic in (("mean", mean), ("rstd", rstd)):
-        _check(name, statistic, (B, G), "[B, G]", exact, x)
+        check_like(name, statistic, (B, G), "[B, G]", exact, x)
     for name, parameter in (("weight", weight), ("bias", bias)):
-        _check(name, parameter, (C,), "[C]", x.dtype, x)
+        check_like(name, parameter, (C,), "[C]", x.dtype, x)
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     else:
-        _check("out", out, tuple(x.shape), "of x", x.dtype, x)
+        check_like("out", out, tuple(x.shape), "of x", x.dtype, x)
         if not _planes_contiguous(out):
             raise ValueError(f"out must have contiguous planes, got the strides {out.stride()}")
     x = x if _planes_contiguous(x) else x.contiguous()

@@ -9,15 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiledcore.ops import reference
+from tiledcore.ops.checks import BLEND_DTYPES
 from tiledcore.ops.dispatch import Impl, choose, define
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor? global_q, Tensor? global_k, Tensor? global_v, SymInt[2] canvas, "
     "int[2] tile, int[2] halo, bool[2] wrap, float scale) -> Tensor"
 )
-# What gathered windows may take at a time. On a GPU a chunk must fill the device; on a CPU it had better stay
-# near the caches.
+# Bytes of windows that are gathered at a time: enough to fill a GPU, or to stay near a CPU's caches.
 _CHUNK_BYTES = {"cuda": 512 << 20, "cpu": 8 << 20}
 
 TRITON_HEAD_DIM = 160  # the widest head that the Triton kernel takes
@@ -34,17 +33,9 @@ define("neighbor_attention", _SCHEMA, _fake, ("reference", "native", "triton", "
 
 @torch.library.impl("tiledcore::neighbor_attention_reference", ("cpu", "cuda"))
 @torch.no_grad()
-def _reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    global_q: Tensor | None,
-    global_k: Tensor | None,
-    global_v: Tensor | None,
-    *geometry: Any,
-) -> Tensor:
-    canvas, tile, halo, wrap, scale = geometry
-    return reference.neighbor_attention(q, k, v, canvas, tile, halo, wrap, scale, global_q, global_k, global_v)
+def _reference(*arguments: Any) -> Tensor:
+    tensors, geometry = arguments[:6], arguments[6:]
+    return reference.neighbor_attention(*tensors[:3], *geometry, *tensors[3:])
 
 
 @torch.library.impl("tiledcore::neighbor_attention_triton", ("cpu", "cuda"))
@@ -64,27 +55,18 @@ def _sdpa(
     global_q: Tensor | None,
     global_k: Tensor | None,
     global_v: Tensor | None,
-    canvas: Pair,
-    tile: Pair,
-    halo: Pair,
-    wrap: tuple[bool, bool],
-    scale: float,
+    *geometry: Any,
 ) -> Tensor:
-    """Gather each tile's queries and window, and call torch's attention on a batch of tiles.
-
-    A gathered window holds exactly the keys that its tile sees, so there is no mask. All tiles of the same size
-    and the same window size go into one batch.
-    """
+    """Gather each tile's queries and keys, and call torch's attention on batches of tiles of equal shape."""
+    *axes, scale = geometry
     B, _, heads, D = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     G = 0 if global_k is None else global_k.shape[1]
-    # Other queries for the global tokens: [q, global_q] against [k, 0] and [0, global_k] gives one exact softmax
-    # over both kinds of scores. Merging two partial softmaxes would cost less, but torch's public attention does
-    # not return the logarithm of its sum. v is padded to the same width, because torch's fused kernels want one
-    # head dimension.
+    # With other queries for the global tokens, [q, global_q] against [k, 0] and [0, global_k] gives one exact softmax.
+    # v is padded too, because torch's fused kernels want one head dimension.
     split = global_q is not None and G > 0
     budget = _CHUNK_BYTES.get(q.device.type, _CHUNK_BYTES["cpu"])
-    for queries, window in _batches(canvas, tile, halo, wrap):
+    for queries, window in _batches(*axes):
         per_tile = B * heads * D * (1 + split) * q.element_size() * 2 * (queries.shape[1] + window.shape[1] + G)
         step = max(1, budget // per_tile)
         for at, seen in zip(queries.split(step), window.split(step), strict=True):
@@ -144,8 +126,8 @@ def _check_tokens(name: str, tensor: Tensor, like: Tensor | None = None, tokens:
     """A tensor ``[B, tokens, heads, D]``; of q's dtype, device, batch, heads and D, where ``like`` is q."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor [B, tokens, heads, D], got {type(tensor).__name__}")
-    if tensor.dtype not in _DTYPES:
-        raise TypeError(f"{name} must be of one of {_DTYPES}, got {tensor.dtype}")
+    if tensor.dtype not in BLEND_DTYPES:
+        raise TypeError(f"{name} must be of one of {BLEND_DTYPES}, got {tensor.dtype}")
     if tensor.dim() != 4:
         raise ValueError(f"{name} must have the shape [B, tokens, heads, D], got {tuple(tensor.shape)}")
     if like is None:
@@ -188,29 +170,24 @@ def neighbor_attention(
 ) -> Tensor:
     """Attention of every token of a canvas to its own tile, a halo around that tile, and some global tokens.
 
-    The canvas of ``H * W`` tokens is cut into ``ceil(H / th)`` by ``ceil(W / tw)`` tiles; the last tile of a row
-    or column is as small as what is left. A query sees the keys of its tile and of ``halo`` tokens more on each
-    side. At an open border this window is clipped. On a wrapped axis it goes on at the other side, and a key that
-    is reached from both sides counts once. ``halo=tile`` means all eight neighbours; a halo as large as the canvas
-    means plain attention. Cost and memory are linear in the canvas.
-
-    Every query also sees all global tokens. One softmax runs over the scores ``scale * q @ k`` of the window and
-    ``scale * global_q @ global_k``, block by block with a running maximum (online softmax, Milakov and Gimelshein
-    2018; Dao 2022). Softmax and sums are in float32 at least.
+    The canvas is cut into ``ceil(H / th)`` by ``ceil(W / tw)`` tiles; the last one of a row or column may be smaller. A
+    query sees the keys of its tile and of ``halo`` tokens more on each side. An open border clips this window; on a
+    wrapped axis it goes on at the other side, and a key counts once. Cost and memory are linear in the canvas. Every
+    query also sees all global tokens, in the same softmax (online, Milakov and Gimelshein 2018; Dao 2022), in float32
+    at least.
 
     Forward only: a backward pass through the result warns, and its inputs get no gradient.
 
     Args:
-        q, k, v: ``[B, H*W, heads, D]``, tokens row-major; float16, bfloat16, float32 or float64, all of one
-            dtype. Any strides: views such as the chunks of a fused projection are read in place; a tensor whose
-            last dimension is not contiguous is copied. The Triton kernel is tuned for D of 40, 64, 80, 96, 128
-            and 160, and takes none above. float64 needs ``"sdpa"`` or ``"reference"``.
+        q, k, v: ``[B, H*W, heads, D]``, tokens row-major; float16, bfloat16, float32 or float64, all of one dtype.
+            Copied only if the last dimension is not contiguous. Triton takes D up to 160, tuned for 40, 64, 80, 96, 128
+            and 160. float64 needs ``"sdpa"`` or ``"reference"``.
         canvas: ``(H, W)`` in tokens.
         tile: ``(th, tw)`` in tokens; larger than the canvas means one tile.
         halo: ``(hy, hx)`` in tokens.
-        wrap: whether the canvas continues at its other side, along (y, x).
-        global_q: ``[B, H*W, heads, D]``, the queries for the global keys; None means q. (With rotary positions a query
-            is rotated differently for text and for the image.)
+        wrap: whether the canvas is a circle along (y, x).
+        global_q: ``[B, H*W, heads, D]``, queries for the global keys where they differ (rotary positions); None means
+            q.
         global_k, global_v: ``[B, G, heads, D]``, keys and values that every query sees; both or neither.
         scale: of the scores; None means ``D ** -0.5``.
         impl: ``"reference"``, ``"native"``, ``"triton"`` or ``"sdpa"``; None picks the fastest one available.
@@ -221,7 +198,7 @@ def neighbor_attention(
     Raises:
         TypeError: a tensor is not one, or is not of such a dtype.
         ValueError: a shape, size, device, scale or ``impl`` is not as above.
-        RuntimeError: ``impl`` was named and is unavailable here.
+        RuntimeError: the named ``impl`` is unavailable here.
     """
     _check_tokens("q", q)
     canvas, tile, halo = (
@@ -261,8 +238,8 @@ def _op_name(impl: Impl | None, device: torch.device, dtype: torch.dtype) -> str
     return str(choose("neighbor_attention", impl, device, dtype)).removeprefix("tiledcore.")
 
 
-# What torch.compiler.assume_constant_result does, so that a compiled transformer block has no graph break here;
-# but that imports dynamo, and with it Triton, at once.
+# As torch.compiler.assume_constant_result, so that a compiled block has no graph break here, but without importing
+# dynamo and Triton at once.
 vars(_op_name)["_dynamo_marked_constant"] = True
 
 

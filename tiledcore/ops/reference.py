@@ -1,7 +1,6 @@
-"""Every op in its simplest form: the oracle that all kernels are tested against.
+"""The reference implementation of every op: plain torch, any dtype and device. Kernels are tested against it.
 
-Plain torch, any float dtype, any device, one Python loop over the tiles. In float64 the results are
-exact to about 1e-15. Nothing here imports the other implementations.
+In float64 the results are exact to about 1e-15. Nothing here imports the other implementations.
 """
 
 import torch
@@ -20,11 +19,7 @@ def gather_tiles(canvas: Tensor, offsets: Tensor, tile: tuple[int, int]) -> Tens
 
 
 def blend_tiles(
-    tiles: Tensor,
-    offsets: Tensor,
-    canvas_size: tuple[int, int],
-    window: str = "ramp",
-    ramp: int = 8,
+    tiles: Tensor, offsets: Tensor, canvas_size: tuple[int, int], window: str = "ramp", ramp: int = 8
 ) -> Tensor:
     """Blend the tiles into a canvas; see :func:`tiledcore.ops.blend_tiles`."""
     height, width = canvas_size
@@ -51,21 +46,11 @@ def blend_tiles(
 
 
 def axis_weights(starts: list[int], extent: int, size: int, window: str = "ramp", ramp: int = 8) -> Tensor:
-    """The weight along one axis of every tile at each of its pixels, before normalisation.
+    """The weight along one axis of every tile at each of its pixels, not normalised; float64 ``[len(starts), extent]``.
 
-    A pixel's depth in a tile is the distance of the pixel's centre from the tile's border. Weights
-    are relative to the deepest tile that covers the pixel, which has weight 1: so the sum of the
-    weights is never small, and a pixel that one tile alone covers is copied without rounding.
-
-    Args:
-        starts: the first pixel of each tile along the axis.
-        extent: pixels that a tile covers along the axis.
-        size: pixels of the canvas along the axis, a circle.
-        window: ``"mean"``, ``"gaussian"``, ``"ramp"`` or ``"core"``.
-        ramp: pixels over which a tile fades, for ``"ramp"``.
-
-    Returns:
-        ``[len(starts), extent]`` in float64.
+    Weights are relative to the deepest tile over the pixel, which has weight 1. So their sum is never small, and a
+    pixel with one tile is copied without rounding. ``starts``: first pixels of the tiles; ``extent``: pixels of a tile;
+    ``size``: pixels of the canvas, a circle; ``ramp``: pixels over which a tile fades, for ``window="ramp"``.
     """
     pixel = torch.arange(extent, dtype=torch.float64)
     depth = torch.minimum(pixel + 0.5, extent - (pixel + 0.5))

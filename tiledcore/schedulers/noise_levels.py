@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tiledcore._diffusers import scales_predictions, stepless
+
 
 def noise_level(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
     """``(α, σ)`` such that a canvas at this timestep is ``α x0 + σ ε``, for a clean image ``x0`` and noise ``ε``."""
-    probe = copy.copy(scheduler)
+    probe = stepless(scheduler)
     for name in ("add_noise", "scale_noise"):  # the class's own methods, without a wrapper on this object
         vars(probe).pop(name, None)
-    # Without an index the scheduler looks the timestep up, whatever step the loop is at.
-    for name in ("_begin_index", "_step_index"):
-        if hasattr(probe, name):
-            setattr(probe, name, None)
     one, zero = torch.ones(1, 1), torch.zeros(1, 1)
     at = timestep.detach().reshape(1).cpu()
     probe.timesteps = probe.timesteps.cpu()
@@ -30,11 +27,6 @@ def noise_level(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
         float((noising(x, at, n) if flow else noising(x, n, at)).double()) for x, n in ((one, zero), (zero, one))
     )
     return alpha, sigma
-
-
-def scales_predictions(scheduler: Any) -> bool:
-    """Whether a scheduler scales predictions itself (EDM, Karras et al. 2022)."""
-    return hasattr(scheduler, "precondition_outputs")
 
 
 def clean_and_noisy(scheduler: Any, timestep: Tensor) -> tuple[float, float]:

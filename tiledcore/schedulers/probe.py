@@ -1,6 +1,6 @@
-"""Run a scheduler on unit vectors and record how each step makes its output from its inputs.
+"""Run a scheduler on unit vectors, and record how each step makes its output from its inputs.
 
-Each tensor of the sample's shape that the scheduler holds is state. Nothing here is specific to one scheduler.
+Each tensor of the sample's shape that the scheduler holds counts as its state.
 """
 
 import copy
@@ -16,11 +16,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-PREDICTION, NOISE = -1, -2
-"""Sources of a new value, beside the earlier values, which are numbered from 0."""
+PREDICTION, NOISE = -1, -2  # Sources of a new value, beside the earlier values, which are numbered from 0
 
-Row = dict[int, float]
-"""Source -> coefficient, of one value."""
+Row = dict[int, float]  # Source -> coefficient, of one value
 
 
 class UnsuitableError(Exception):

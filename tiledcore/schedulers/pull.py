@@ -1,15 +1,12 @@
-"""The low-frequency pull: the first steps of a refinement keep the composition of the picture that it starts from.
+"""Pull: the first steps of a refinement keep the composition of the picture that it starts from.
 
-At noise level ``(α, σ)`` a prediction stands for a clean image: ``z = α x0 + σ ε``, and the prediction is linear in
-``z`` and ``x0`` whatever its type. The pull moves the low frequencies of the predicted clean image toward those of the
-coarse picture's latents ``x``, with a weight ``w`` that decays over the steps. On the prediction ``m`` that is
+A prediction stands for a clean image: ``z = α x0 + σ ε`` at noise level ``(α, σ)``, whatever the prediction's type. The
+pull moves its low frequencies toward those of the coarse picture's latents ``x``, with a falling weight ``w``:
 
     m  +=  w · LowPass(m* − m),      m* = what a network would predict that knew x
 
-so it holds for every scheduler, with its own noise and history, and the noise' low frequencies stay those of noise.
-Where ``w = 1`` and the step is deterministic, the canvas' low frequencies follow the noised picture exactly: the
-skip residual of DemoFusion (Du et al. 2024), limited to the low frequencies as in ILVR (Choi et al. 2021), and held
-on the predicted clean image as in DiffuseHigh (Kim et al. 2025).
+It works with every scheduler. With ``w = 1`` and a deterministic step it is the skip residual of DemoFusion (Du et al.
+2024), on low frequencies only as in ILVR (Choi et al. 2021), on the clean image as in DiffuseHigh (Kim et al. 2025).
 """
 
 from __future__ import annotations
@@ -32,12 +29,12 @@ from tiledcore.utils import replaced
 
 @dataclass(frozen=True)
 class Pull:
-    """How strongly, how long and which frequencies.
+    """How strongly, how long, and which frequencies are pulled.
 
     Args:
-        weight: of the first step, 0 to 1; 1 is the coarse picture's low frequencies and nothing else.
-        until: share of the steps, 0 to 1, over which the weight falls to 0: ``weight * (1 - x**4)``, so that it is
-            nearly whole for the first half. A half cosine was measured to let the low frequencies go too early.
+        weight: of the first step, 0 to 1; 1 takes the coarse picture's low frequencies alone.
+        until: share of the steps, 0 to 1, over which the weight falls to 0: ``weight * (1 - x**4)``. A half cosine was
+            measured to let go too early.
         sigma: of the Gaussian low-pass, in latent pixels. Default: a sixteenth of the tile's shorter side.
 
     Raises:
@@ -61,10 +58,9 @@ class Pull:
 
 
 def low_pass_matrix(size: int, sigma: float, wrap: bool) -> Tensor:
-    """The Gaussian low-pass of one axis as a matrix ``[size, size]``, float64: a row holds a pixel's weights.
+    """The Gaussian low-pass of one axis as a matrix ``[size, size]``, float64: a row holds a pixel's weights, of sum 1.
 
-    An axis that wraps is a circle, however wide the Gaussian is; an open one is mirrored at its borders (each border
-    pixel twice). Every row sums to 1, and both forms are exact: nothing is cut off that the float64 sum would hold.
+    A wrapped axis is a circle; an open one is mirrored at its borders. Exact in float64.
     """
     reach = math.ceil(9 * sigma)
     kernel = [math.exp(-0.5 * (k / sigma) ** 2) for k in range(-reach, reach + 1)]
@@ -82,22 +78,15 @@ def _mirror(where: Tensor, size: int) -> Tensor:
 
 
 def low_pass(image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """``[..., H, W]`` through the matrices ``[H, H]`` and ``[W, W]`` of :func:`low_pass_matrix`.
-
-    Two matrix products: on a GPU the quickest form of so wide a filter, with no border case.
-    """
+    """``[..., H, W]`` through the matrices ``[H, H]`` and ``[W, W]`` of :func:`low_pass_matrix`."""
     return rows @ image @ columns.mT
 
 
 class Pulling(Feature):
-    """The pull of one call of an image-to-image pipeline.
+    """The pull of one image-to-image call.
 
-    Args:
-        pull: how strongly, how long, which frequencies.
-        scheduler: of the pipeline.
-        unit: latent pixels per canvas pixel along each axis, where the pipeline packs them into tokens.
-        wrap: axes (y, x) of the canvas that are circles.
-        sigma: of the low-pass where ``pull`` names none, in latent pixels.
+    ``unit``: latent pixels per canvas pixel along each axis. ``wrap``: axes (y, x) of the canvas that are circles.
+    ``sigma``: of the low-pass where ``pull`` has none, in latent pixels.
     """
 
     every_step = True

@@ -1,9 +1,8 @@
 """Turn a diffusers scheduler into a table of linear coefficients, so that one fused operation can replace its ``step``.
 
-For given timesteps, a step of most schedulers is linear in the sample, the prediction, the noise and the tensors that
-the scheduler remembers. :mod:`tiledcore.schedulers.probe` runs the real scheduler on unit vectors and reads off the
-coefficients, in the scheduler's own precision. Remembered tensors then share as few slots as possible, and the table is
-compared with the real scheduler: one that clips, or draws noise in its own way, becomes :class:`NotLinear`.
+A step of most schedulers is linear in the sample, the prediction, the noise and what the scheduler remembers.
+:mod:`tiledcore.schedulers.probe` reads the coefficients off the real scheduler. What is remembered then shares as few
+slots as possible, and the table is compared with the scheduler: one that is not linear becomes :class:`NotLinear`.
 """
 
 import inspect
@@ -15,11 +14,9 @@ from torch import Tensor
 
 from tiledcore.schedulers.probe import NOISE, PREDICTION, Evaluation, Row, Stepper, UnsuitableError, noise_dtype, record
 
-_LARGE = 1e6
-"""Amplitude at which clipping and thresholding show."""
+_LARGE = 1e6  # Amplitude at which clipping and thresholding show
 
-_AGREEMENT = 1e-9
-"""Allowed relative error of the table in float64; rounding reaches 2e-15 (measured), clipping about 1."""
+_AGREEMENT = 1e-9  # Allowed relative error of the table in float64; rounding reaches 2e-15 (measured), clipping about 1
 
 _CLIPPING = ("clip_sample", "clip_denoised", "thresholding")
 """Settings of diffusers' schedulers that are not linear, for the error message."""
@@ -39,14 +36,14 @@ class LinearSolver:
     The state is S canvases ``z``; slot 0 is the sample (diffusers' ``latents``). With the guided prediction ``m`` and
     the noise ``n``, evaluation ``i`` updates all slots at once:
     ``z'[s] = sum_j table[i, s, j] * z[j] + table[i, s, S] * m + table[i, s, S + 1] * n``.
-    A row of the identity leaves its slot untouched. Slots above 0 are written before they are read.
+    A row of the identity leaves its slot as it is. Slots above 0 are written before they are read.
 
     Attributes:
         slots: the number S, at least 1.
         table: ``[N, S, S + 2]``, float64 on the CPU until :meth:`to`.
         input_scale: ``[N + 1]``: the network sees ``input_scale[i] * z[0]`` at evaluation ``i``; the last one is 1.
         timesteps: ``[N]``, as the network gets them.
-        uses_noise: whether each evaluation draws noise, as the scheduler does, even if its coefficient is 0.
+        uses_noise: whether each evaluation draws noise, even if its coefficient is 0.
         noise_dtype: the dtype of the noise; None: the prediction's.
     """
 
@@ -62,7 +59,7 @@ class LinearSolver:
         return len(self.uses_noise)
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "LinearSolver":
-        """A copy with coefficients of ``dtype`` and all tensors on ``device``; make it once, not per step."""
+        """A copy on ``device`` with coefficients of ``dtype``; make it once, not per step."""
         table, input_scale = self.table.to(device, dtype), self.input_scale.to(device, dtype)
         return replace(self, table=table, input_scale=input_scale, timesteps=self.timesteps.to(device))
 
@@ -73,12 +70,7 @@ class LinearSolver:
         return tuple(int(slot) for slot in changed.nonzero().flatten())
 
     def noise(self, generator: Any, like: Tensor) -> Tensor:
-        """Draw one evaluation's noise as the scheduler would.
-
-        Args:
-            generator: a ``torch.Generator``, a list with one per image, or None.
-            like: a tensor of the prediction's shape, dtype and device.
-        """
+        """Draw one evaluation's noise as the scheduler would; ``like`` has the prediction's shape, dtype and device."""
         from diffusers.utils.torch_utils import randn_tensor
 
         dtype = like.dtype if self.noise_dtype is None else self.noise_dtype
@@ -91,7 +83,7 @@ def linear_solver(scheduler: Any, *, begin: int = 0, **step_kwargs: Any) -> Line
     Args:
         scheduler: a diffusers scheduler, or an object with the same ``timesteps``, ``step`` and ``scale_model_input``.
         begin: index of the first timestep that is used; image-to-image starts after 0.
-        **step_kwargs: what the pipeline passes to ``step`` beside its generator, such as ``eta``.
+        **step_kwargs: what the pipeline passes to ``step`` besides its generator, such as ``eta``.
 
     Raises:
         ValueError: there are no timesteps, ``begin`` is not the index of one, or the scheduler has already stepped.
@@ -124,11 +116,8 @@ def linear_solver(scheduler: Any, *, begin: int = 0, **step_kwargs: Any) -> Line
 def step(solver: LinearSolver, index: int, state: list[Tensor], prediction: Tensor, noise: Tensor | None) -> None:
     """Evaluation ``index`` in plain torch, in place.
 
-    Args:
-        solver: the coefficients.
-        index: from 0.
-        state: S tensors of one shape and floating dtype, in which sums are made.
-        prediction: after guidance, of the same shape; so is ``noise``, or None if it has no coefficient.
+    ``state``: S tensors of one shape and floating dtype. ``prediction``: after guidance, of that shape; so is
+    ``noise``, or None if it has no coefficient.
     """
     sources = [*state, prediction, noise]
     new: dict[int, Tensor] = {}
@@ -176,10 +165,10 @@ def _allocate(program: list[Evaluation], timesteps: Tensor) -> LinearSolver:
 
 
 def _live(program: list[Evaluation]) -> list[set[int]]:
-    """For the moment before each evaluation, and the end: the values beside the sample that are needed later.
+    """For the moment before each evaluation, and the end: the values besides the sample that are needed later.
 
-    Values that only one row of the next evaluation reads are added up at once, and their rows in ``program`` are
-    changed: Heun's method keeps ``x + dt/2 d`` and not both ``x`` and ``d``.
+    Values that only one row reads are added up in the evaluation before, which changes rows of ``program``: Heun's
+    method keeps ``x + dt/2 d`` rather than both ``x`` and ``d``.
     """
     alive: list[set[int]] = [set()]
     for index in reversed(range(len(program))):

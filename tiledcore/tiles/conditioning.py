@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from tiledcore import ops
 from tiledcore.geometry import Pair, Partition, Tiling
@@ -24,20 +25,11 @@ PER_IMAGE = (
     "added_cond_kwargs",
 )
 """Conditions: a tile batch repeats them for each tile."""
-RESIDUALS = (
-    "down_block_additional_residuals",
-    "mid_block_additional_residual",
-    "down_intrablock_additional_residuals",
-)
+RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals")
 """What adapters add to a UNet: images at the sizes of its levels, of which each tile gets its own part."""
-REFUSED = (
-    "block_controlnet_hidden_states",
-    "controlnet_block_samples",
-    "controlnet_single_block_samples",
-)
+REFUSED = ("block_controlnet_hidden_states", "controlnet_block_samples", "controlnet_single_block_samples")
 """What adapters add to a transformer's tokens, which tile mode does not know how to cut."""
-SAMPLES = ("sample", "hidden_states")
-"""The image itself, as a tensor; Z-Image's is a list."""
+SAMPLES = ("sample", "hidden_states")  # The image itself, as a tensor; Z-Image's is a list
 _TENSORS = {*PER_IMAGE, *RESIDUALS, *REFUSED, *SAMPLES, "t", "additional_t_cond"}
 _LISTS = ("x", "cap_feats", "img_shapes")
 
@@ -45,14 +37,10 @@ _LISTS = ("x", "cap_feats", "img_shapes")
 def one_image(arguments: dict[str, Any], i: int, batch: int) -> dict[str, Any]:
     """The arguments of image ``i`` of ``batch`` alone; tensors may be in lists and dicts, as adapters' are."""
 
-    def cut(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value[i : i + 1] if value.ndim and value.shape[0] == batch else value
-        if isinstance(value, list | tuple):
-            return type(value)(cut(v) for v in value)
-        return {k: cut(v) for k, v in value.items()} if isinstance(value, dict) else value
+    def cut(value: Tensor) -> Tensor:
+        return value[i : i + 1] if value.ndim and value.shape[0] == batch else value
 
-    out = {name: cut(value) if name in _TENSORS else value for name, value in arguments.items()}
+    out = {name: tree_map_only(Tensor, cut, value) if name in _TENSORS else value for name, value in arguments.items()}
     return out | {name: arguments[name][i : i + 1] for name in _LISTS if name in arguments}
 
 
@@ -109,13 +97,9 @@ def cut_attention_kwargs(
 ) -> dict[str, Any]:
     """``cross_attention_kwargs`` of a tile batch, branch-major: IP-Adapter masks and GLIGEN boxes are cut to each tile.
 
-    Args:
-        given: those of the canvas. ``ip_adapter_masks``: ``[1, images, H, W]`` in any resolution, or a list of such;
-            ``gligen``: ``boxes [B, N, 4]`` (left, top, right, bottom, 0 to 1), ``masks [B, N]`` and others.
-        offsets: ``[T, 2]``, the tiles' (y, x), canvas pixels.
-        tile: (height, width) of each tile.
-        canvas: (height, width).
-        batch: images of the canvas, branches included.
+    ``given`` are the canvas': ``ip_adapter_masks``: ``[1, images, H, W]`` in any resolution, or a list of such;
+    ``gligen``: ``boxes [B, N, 4]`` (left, top, right, bottom, 0 to 1), ``masks [B, N]`` and others. ``offsets [T, 2]``,
+    ``tile`` and ``canvas`` are (y, x) in canvas pixels; ``batch`` counts images with their guidance branches.
     """
     changed = dict(given)
     if (masks := given.get("ip_adapter_masks")) is not None:

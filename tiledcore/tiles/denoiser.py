@@ -1,4 +1,4 @@
-"""Tile mode: one network evaluation of the whole canvas as gather -> network on tile batches -> blend."""
+"""TileDenoiser: one network evaluation of the whole canvas as gather -> network on tile batches -> blend."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from random import Random
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from tiledcore import ops
 from tiledcore.config import Execution, Motion, TilingConfig
@@ -25,36 +27,34 @@ from tiledcore.utils import label
 
 logger = logging.getLogger(__name__)
 
+Forward = Callable[..., Any]  # of the network
+Time = Tensor | float  # a timestep: a scalar, or ``[B]``
+
 # Further images that condition the whole canvas.
 REFUSED_IMAGES = (
-    "ip_adapter_image_embeds",
     "ip_hidden_states",
     "siglip_feats",
     "image_noise_mask",
     "additional_t_cond",
+    "ip_adapter_image_embeds",
 )
 
 
 def _refuse(kwargs: dict[str, Any]) -> None:
     """One clear error for what cannot be cut into tiles."""
-    given = {**kwargs, **(kwargs.get("joint_attention_kwargs") or {})}
-    for name in REFUSED:
-        if given.get(name) is not None:
+    for name, value in {**kwargs, **(kwargs.get("joint_attention_kwargs") or {})}.items():
+        if value is not None and name in REFUSED:
             raise ValueError(f"{name}: ControlNet and adapter residuals cannot be tiled yet; remove the adapter")
-    for name in REFUSED_IMAGES:
-        if given.get(name) is not None:
+        if value is not None and name in REFUSED_IMAGES:
             raise ValueError(f"{name}: IP-Adapter and reference images cannot be tiled yet; leave them out")
 
 
 class Prediction(NamedTuple):
     """What a network gave for a canvas, before it is blended."""
 
-    tiles: torch.Tensor
-    """``[T*B, C, h, w]``, tile-major."""
-    offsets: torch.Tensor
-    """``[T, 2]`` int32."""
-    size: Pair
-    """Of the canvas."""
+    tiles: Tensor  # ``[T*B, C, h, w]``, tile-major
+    offsets: Tensor  # ``[T, 2]`` int32
+    size: Pair  # Of the canvas
     ramp: int
 
 
@@ -67,7 +67,7 @@ class TileDenoiser:
         native: tile size (latent pixels) where the config has none.
         pixels: image pixels per latent pixel, for SDXL's crop coordinates.
         patch: latent pixels per token along an axis, of which a tile must be a multiple.
-        unit: latent pixels per canvas pixel along an axis: ``patch`` where the pipeline packs latents into tokens.
+        unit: latent pixels per canvas pixel along an axis: ``patch`` for packed latents, else 1.
         snap: tiles begin at multiples of so many latent pixels, where tile and canvas are such multiples.
     """
 
@@ -88,15 +88,14 @@ class TileDenoiser:
         self.attention: Any = None  # of canvas mode: its guidance_batch is what can be lowered
         self.reductions: list[str] = []
         self._grid: TileGrid | None = None
-        self.placed: Tiling | Partition | None = None
-        """The tiles of the step that is running."""
-        self._offsets: torch.Tensor | None = None
-        self._tiles: torch.Tensor | None = None
-        self._origin: torch.Tensor | None = None
+        self.placed: Tiling | Partition | None = None  # The tiles of the step that is running
+        self._offsets: Tensor | None = None
+        self._tiles: Tensor | None = None
+        self._origin: Tensor | None = None
         self.timesteps: Callable[[], Sequence[float]] | None = None
         """Those of the running schedule, as the network gets them; what shifts and blended steps count."""
 
-    def tiling(self, height: int, width: int, timestep: torch.Tensor | float) -> Tiling | Partition:
+    def tiling(self, height: int, width: int, timestep: Time) -> Tiling | Partition:
         """The tiles of this step: always the same ones, or shifted from step to step."""
         if self._grid is None or (self._grid.height, self._grid.width) != (height, width):
             grid = self.config.grid(height * self.unit, width * self.unit, self.native, self.unit, self.snap)
@@ -120,11 +119,10 @@ class TileDenoiser:
             grid = TileGrid(grid.height, grid.width, grid.tile_size, wrap=grid.wrap)
         return grid.shifted(self.step(timestep)[0], motion.seed)
 
-    def step(self, timestep: torch.Tensor | float) -> tuple[int, int]:
-        """Which step of the running schedule this is, and of how many; of an unknown one, some step of many.
+    def step(self, timestep: Time) -> tuple[int, int]:
+        """Which step of the running schedule this is, and of how many; of an unknown schedule, some step of many.
 
-        Told by the timestep itself: both guidance branches of a step see the same tiles, whether the pipeline evaluates
-        them together or one after the other, and schedulers that evaluate one timestep twice do so in one step.
+        Told by the timestep: guidance branches and schedulers that evaluate a timestep twice then see the same tiles.
         """
         time = float(torch.as_tensor(timestep).flatten()[0])
         if self.timesteps is None:
@@ -133,21 +131,15 @@ class TileDenoiser:
         steps = list(dict.fromkeys(self.timesteps()))
         return min(range(len(steps)), key=lambda i: abs(steps[i] - time)), len(steps)
 
-    def _blends(self, motion: Motion, timestep: torch.Tensor | float) -> bool:
+    def _blends(self, motion: Motion, timestep: Time) -> bool:
         """Whether this is one of the first or last steps, in which tiles overlap in place."""
         if not motion.blended or self.timesteps is None:
             return False
         index, steps = self.step(timestep)
         return index < motion.blend_first or index >= steps - motion.blend_last
 
-    def __call__(
-        self, forward: Callable[..., Any], sample: torch.Tensor, timestep: torch.Tensor | float, **kwargs: Any
-    ) -> torch.Tensor:
-        """Predict for the whole canvas: :meth:`attempt`, then blend.
-
-        Returns:
-            ``[B, C', H, W]``, the blended prediction, in the denoiser's dtype.
-        """
+    def __call__(self, forward: Forward, sample: Tensor, timestep: Time, **kwargs: Any) -> Tensor:
+        """Predict for the whole canvas: :meth:`attempt`, then blend. ``[B, C', H, W]`` in the denoiser's dtype."""
         self.place((sample.shape[2], sample.shape[3]), timestep, sample.device)
         tiles, offsets, size, ramp = self.attempt(forward, sample, timestep, **kwargs)
         if len(offsets) == 1:  # as it came, so that no bit changes
@@ -155,11 +147,10 @@ class TileDenoiser:
         with label("blend"):
             return ops.blend_tiles(tiles, offsets, size, window=self.config.window, ramp=ramp, impl=self.execution.impl)
 
-    def place(self, size: Pair, timestep: torch.Tensor | float, device: torch.device) -> bool:
+    def place(self, size: Pair, timestep: Time, device: torch.device) -> bool:
         """Lay out the tiles of a step, and put their offsets on the device, always in the same tensor.
 
-        Returns:
-            Whether all steps have as many tiles of the same sizes, so that a graph of this one serves the others.
+        Returns whether all steps have as many tiles of the same sizes, so that one CUDA graph serves them all.
         """
         tiling = self.tiling(*size, timestep)
         uniform = isinstance(tiling, Tiling) or len(tiling.groups) == 1
@@ -173,20 +164,12 @@ class TileDenoiser:
         self.placed = tiling
         return uniform and not (self.config.moving and self.config.moving.blended)
 
-    def evaluate(
-        self, forward: Callable[..., Any], sample: torch.Tensor, timestep: torch.Tensor | float, **kwargs: Any
-    ) -> Prediction:
-        """Predict for all tiles of a canvas, where :meth:`place` has put them.
+    def evaluate(self, forward: Forward, sample: Tensor, timestep: Time, **kwargs: Any) -> Prediction:
+        """Predict for all tiles of a canvas ``[B, C, H, W]``, where :meth:`place` has put them.
 
-        Args:
-            forward: the denoiser; called as ``forward(tiles, timestep, **kwargs)``, returns a tuple whose
-                first entry is ``[N, C', h, w]``.
-            sample: canvas ``[B, C, H, W]``.
-            timestep: scalar, or ``[B]``.
-            kwargs: the denoiser's other arguments; ``regions``: a ``Regional``, or None.
-
-        Returns:
-            The tiles' predictions, in the denoiser's dtype, in a buffer that the next evaluation overwrites.
+        ``forward(tiles, timestep, **kwargs)`` returns a tuple, first ``[N, C', h, w]``. ``kwargs`` are the other
+        arguments of the network, and ``regions``: a ``Regional``, or None. The next evaluation overwrites the result's
+        buffer.
         """
         batch, _, height, width = sample.shape
         size = (height, width)
@@ -221,12 +204,8 @@ class TileDenoiser:
         overlap = (0, 0) if isinstance(tiling, Partition) else tiling.overlap
         return max(1, min(overlap)) if self.config.ramp is None else -(-self.config.ramp // self.unit)
 
-    def attempt(
-        self, forward: Callable[..., Any], sample: torch.Tensor, timestep: torch.Tensor | float, **kwargs: Any
-    ) -> Prediction:
+    def attempt(self, forward: Forward, sample: Tensor, timestep: Time, **kwargs: Any) -> Prediction:
         """:meth:`evaluate`; out of memory, again with half the tile batch, or one guidance branch at a time.
-
-        An evaluation changes nothing but its own buffer, so that nothing of the step has to be undone.
 
         Raises:
             torch.OutOfMemoryError: there is nothing left to lower.
@@ -244,14 +223,14 @@ class TileDenoiser:
                 torch.cuda.empty_cache()
 
     def renewed(self, other: TileDenoiser) -> TileDenoiser:
-        """This one, in another call, of which ``other`` was made; what was lowered before stays."""
+        """This one, for another call that made ``other``; what was lowered before stays."""
         if other.attention is not None and self.reductions:
             other.attention.guidance_batch = False
         self.attention, self.timesteps = other.attention, other.timesteps
         return self
 
     def _reduce(self, batch: int) -> bool:
-        """Lower what an evaluation takes at a time; False where that is the least already."""
+        """Lower what an evaluation takes at a time; False if it is the least already."""
         if self.config.mode == "canvas":
             if self.attention is None or not self.attention.guidance_batch or batch == 1:
                 return False
@@ -259,8 +238,7 @@ class TileDenoiser:
             change = "guidance branches one after the other"
         else:
             assert self.placed is not None
-            now = min(self.tile_batch, len(self.placed))
-            if now == 1:
+            if (now := min(self.tile_batch, len(self.placed))) == 1:
                 return False
             self.tile_batch = now // 2
             change = f"tile_batch {now} -> {self.tile_batch}"
@@ -269,14 +247,9 @@ class TileDenoiser:
         return True
 
     def _evaluate_partition(
-        self,
-        partition: Partition,
-        forward: Callable[..., Any],
-        sample: torch.Tensor,
-        timestep: torch.Tensor | float,
-        kwargs: dict[str, Any],
+        self, partition: Partition, forward: Forward, sample: Tensor, timestep: Time, kwargs: dict[str, Any]
     ) -> Prediction:
-        """Tiles of several sizes, each of which is put where it belongs: nothing overlaps, nothing to blend."""
+        """Tiles of several sizes that do not overlap: each is copied to its place."""
         batch, _, height, width = sample.shape
         kwargs["timestep"] = timestep
         for (h, w), places in partition.groups.items():
@@ -292,20 +265,15 @@ class TileDenoiser:
                             canvas[:, :, into_y, into_x] = tile[:, :, from_y, from_x]
         return self.whole(canvas)
 
-    def whole(self, prediction: torch.Tensor) -> Prediction:
+    def whole(self, prediction: Tensor) -> Prediction:
         """A prediction of the canvas as one tile."""
         if self._origin is None or self._origin.device != prediction.device:
             self._origin = torch.zeros(1, 2, dtype=torch.int32, device=prediction.device)
         return Prediction(prediction, self._origin, (prediction.shape[2], prediction.shape[3]), 1)
 
     def _tile_batch(
-        self,
-        forward: Callable[..., Any],
-        sample: torch.Tensor,
-        offsets: torch.Tensor,
-        tile: Pair,
-        kwargs: dict[str, Any],
-    ) -> torch.Tensor:
+        self, forward: Forward, sample: Tensor, offsets: Tensor, tile: Pair, kwargs: dict[str, Any]
+    ) -> Tensor:
         """Predictions of some tiles, tile-major. The network sees them branch-major, as it sees images: what chunks
         the batch by guidance branch (PAG, GLIGEN, skip-layer guidance) then finds whole branches."""
         batch, count = len(sample), len(offsets)
@@ -322,42 +290,34 @@ class TileDenoiser:
         return swap_major(self._network(forward, inputs, **conditions), batch, count)
 
     @staticmethod
-    def _network(forward: Callable[..., Any], inputs: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def _network(forward: Forward, inputs: Tensor, **kwargs: Any) -> Tensor:
         with label("network"):
-            prediction: torch.Tensor = forward(inputs, **kwargs)[0]
+            prediction: Tensor = forward(inputs, **kwargs)[0]
         return prediction
 
-    def _buffer(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    def _buffer(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """One buffer for all steps; what reads it writes a new canvas."""
         if self._tiles is None or self._tiles.shape != shape or self._tiles.dtype != like.dtype:
             self._tiles = torch.empty(shape, dtype=like.dtype, device=like.device)
         return self._tiles
 
-    def _repeat(
-        self, kwargs: dict[str, Any], offsets: torch.Tensor, tile: Pair, canvas: Pair, batch: int
-    ) -> dict[str, Any]:
+    def _repeat(self, kwargs: dict[str, Any], offsets: Tensor, tile: Pair, canvas: Pair, batch: int) -> dict[str, Any]:
         """The arguments of one tile batch: per-image tensors repeated, branch-major, and SDXL's crops moved."""
         count = len(offsets)
 
-        def repeat(value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
-                rows = value.ndim > 0 and value.shape[0] == batch
-                return value.repeat_interleave(count, 0) if rows else value
-            if isinstance(value, list | tuple):
-                return type(value)(repeat(v) for v in value)
-            return {k: repeat(v) for k, v in value.items()} if isinstance(value, dict) else value
+        def repeat(value: Tensor) -> Tensor:
+            return value.repeat_interleave(count, 0) if value.ndim and len(value) == batch else value
 
-        out = {k: repeat(v) if k in PER_IMAGE else v for k, v in kwargs.items()}
+        out = {k: tree_map_only(Tensor, repeat, v) if k in PER_IMAGE else v for k, v in kwargs.items()}
         time_ids = (kwargs.get("added_cond_kwargs") or {}).get("time_ids")
         if time_ids is not None:
             out["added_cond_kwargs"]["time_ids"] = self._time_ids(time_ids, offsets, tile, canvas)
         return out
 
-    def _time_ids(self, time_ids: torch.Tensor, offsets: torch.Tensor, tile: Pair, canvas: Pair) -> torch.Tensor:
-        """SDXL's micro-conditioning (Podell et al. 2023, 2.2) of each tile: the tile is a crop of the canvas.
+    def _time_ids(self, time_ids: Tensor, offsets: Tensor, tile: Pair, canvas: Pair) -> Tensor:
+        """SDXL's size and crop conditions (Podell et al. 2023, 2.2), in image pixels: a tile is a crop of the canvas.
 
-        Columns: original height and width, crop top and left, then target height and width (or, in the
-        refiner, an aesthetic score). Image pixels; the caller's own crop and scale stay in force.
+        Columns: original (height, width), crop (top, left), target (height, width) or, in the refiner, a score.
         """
         ids = time_ids.repeat_interleave(len(offsets), 0)
         ids[:, 2:4] += (offsets * self.pixels).to(ids.dtype).repeat(len(time_ids), 1)

@@ -1,13 +1,12 @@
-"""Fade: near the lines of moving tiles, a prediction gives way to that of the step before.
+"""Fade: near the lines of moving tiles, a prediction blends into that of the step before.
 
-Where two tiles meet, neither knows of the other. In the step before, the lines lay elsewhere, so its prediction is
-smooth there. It belongs to another noise level; so the clean image that it stood for is carried over. With the canvas
-``z`` and that clean image ``x``, the prediction ``m`` becomes
+In the step before the lines were elsewhere, so its prediction is smooth there. Its noise level differs, so its clean
+image ``x`` is carried over. With the canvas ``z``, the prediction ``m`` becomes
 
     m  +=  w · (m* − m),      m* = what a network would predict that knew x
 
-where ``w`` falls from 1 beside a line to 0 at the fade's width. This evaluates nothing. It is done in the second half
-of the steps: before that, the clean image changes more from step to step than across a line.
+where ``w`` falls from 1 beside a line to 0 at the fade's width. Nothing more is evaluated. It runs in the second half
+of the steps: before, the clean image changes more from step to step than across a line.
 """
 
 from __future__ import annotations
@@ -23,17 +22,14 @@ from tiledcore.schedulers.noise_levels import clean_and_noisy
 
 logger = logging.getLogger(__name__)
 
-FIRST = 0.5
-"""Share of the steps before the first one that fades."""
+FIRST = 0.5  # Share of the steps before the first one that fades
 
 
 class Fade(Feature):
     """The fade of one call.
 
-    Args:
-        width: of the band on each side of a line, in canvas pixels.
-        wrap: axes (y, x) of the canvas that are circles.
-        asked: the caller asked for it; otherwise it is left out, with a warning, where the scheduler does not allow it.
+    ``width``: on each side of a line, in canvas pixels. ``wrap``: axes (y, x) that are circles. ``asked``: the user
+    asked for it: a scheduler that cannot fade is an error, otherwise a warning.
     """
 
     every_step = True
@@ -58,7 +54,7 @@ class Fade(Feature):
         self._coefficients = coefficients
 
     def active(self, index: int) -> bool:
-        """Whether an evaluation fades, or is the one before the first that does, whose clean image is needed."""
+        """Whether an evaluation fades, or is the one before, whose clean image is needed."""
         return bool(self._coefficients) and index + 1 >= FIRST * len(self._coefficients)
 
     def after_prediction(self, step: Step, prediction: Tensor) -> Tensor:
@@ -92,10 +88,7 @@ class Fade(Feature):
 
 
 def fade_weights(size: int, starts: list[int], width: float, wrap: bool) -> Tensor:
-    """``[size]``: 1 for both pixels beside a line where a tile starts, 0 from ``width`` pixels on.
-
-    Line 0 counts only on an axis that wraps.
-    """
+    """``[size]``: 1 for both pixels beside a line, 0 from ``width`` pixels on. Line 0 counts only on a wrapped axis."""
     middles = torch.arange(size, dtype=torch.float64) + 0.5
     nearest = torch.full((size,), float("inf"), dtype=torch.float64)
     for line in starts if wrap else [start for start in starts if start]:

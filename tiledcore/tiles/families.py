@@ -1,12 +1,8 @@
-"""The networks that can be tiled: how the arguments and the result of each one's forward map to a canvas.
+"""The networks that can be tiled: how each one's forward maps to a canvas.
 
-A forward is always described by its arguments by name. What a family does not say is the same for all:
-which arguments have one row per image (:data:`tiledcore.tiles.conditioning.PER_IMAGE`) and which cannot be tiled.
-
-Positions: every tile is an image of its own size that starts at 0. So no position lies outside of what
-the network was trained on, however large the canvas is. Position embeddings that a network computes from
-the size of its input (SD3, PixArt, Sana, Z-Image) do so by themselves; where the pipeline passes
-positions (FLUX, Qwen-Image), those of the tile replace those of the canvas.
+Every tile is an image of its own size whose positions start at 0, so no position is outside of what the network was
+trained on. Where a pipeline passes positions (FLUX, Qwen-Image), the tile's replace the canvas'. Arguments that all
+families share are in :mod:`tiledcore.tiles.conditioning`.
 """
 
 from __future__ import annotations
@@ -15,16 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    FluxTransformer2DModel,
-    PixArtTransformer2DModel,
-    QwenImageTransformer2DModel,
-    SanaTransformer2DModel,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
-    ZImageTransformer2DModel,
-)
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
@@ -38,8 +26,7 @@ Arguments = dict[str, Any]
 class Family:
     """How one class of networks maps to a canvas ``[B, C, H, W]``.
 
-    A *canvas pixel* is a latent pixel, or a token of ``patch`` by ``patch`` latent pixels where the
-    pipeline packs them (``packed``).
+    A *canvas pixel* is a latent pixel, or a token of ``patch`` x ``patch`` latent pixels where ``packed``.
     """
 
     model: type
@@ -47,28 +34,25 @@ class Family:
     """``(pipe, network)`` -> side of the images that the network was trained on, in latent pixels."""
     patch: Callable[[Any], int] = lambda network: 1
     """``network`` -> latent pixels per token along one axis; 1 for a UNet."""
-    packed: bool = False
-    """The pipeline passes tokens ``[B, H*W, C]``, row by row, in place of an image."""
+    packed: bool = False  # The pipeline passes tokens ``[B, H*W, C]``, row by row, in place of an image
     dynamic_shift: float | None = None
-    """The pipeline gives the scheduler a shift ``mu`` that grows with the number of tokens; this is its
-    ``max_shift`` where the scheduler's configuration names none. None: the pipeline gives no ``mu``."""
-    sample: str = "hidden_states"
-    """Name of the argument that holds the canvas."""
+    """``max_shift`` of the shift ``mu`` that the pipeline gives the scheduler and that grows with the number of tokens,
+    where the scheduler's configuration has none. None: the pipeline gives no ``mu``."""
+    sample: str = "hidden_states"  # Name of the argument that holds the canvas
     timestep: str = "timestep"
     clock: Callable[[Tensor], Tensor] = lambda timesteps: timesteps
     """The scheduler's timesteps -> what the pipeline passes as :attr:`timestep`."""
     canvas: Callable[[Arguments], Tensor] = lambda arguments: arguments["hidden_states"]
     """The canvas in these arguments, which stay as they are."""
     tiles: Callable[[Tensor, Arguments, int], Arguments] = lambda tiles, arguments, pixels: {"hidden_states": tiles}
-    """``([N, C, h, w], arguments of the tile batch, image pixels per canvas pixel)`` -> the arguments that
-    differ: the tiles in the form of the sample, and what belongs to a tile and not to the canvas."""
+    """``([N, C, h, w], arguments of the tile batch, image pixels per canvas pixel)`` -> the arguments that differ."""
     prediction: Callable[[Any, tuple[int, int]], Tensor] = lambda output, size: output
     """``(what forward predicted, (h, w))`` -> ``[N, C', h, w]``."""
     result: Callable[[Tensor], Any] = lambda prediction: prediction
     """``[B, C', H, W]`` -> the form in which forward gives it."""
     output: type = Transformer2DModelOutput
     shifts: bool = False
-    """Whether tiles that move are the default: where ``bench/modes.py`` finds them nearly as good as overlap."""
+    """Whether moving tiles are the default: ``bench/modes.py`` finds them nearly as good as overlap."""
 
     def unit(self, network: Any) -> int:
         """Latent pixels per canvas pixel along an axis."""
@@ -76,7 +60,7 @@ class Family:
 
 
 def network_of(pipe: Any) -> tuple[Any, Family]:
-    """The network of a pipeline that predicts, compiled or not, and its family.
+    """The network of a pipeline, compiled or not, and its family.
 
     Raises:
         TypeError: the pipeline has none that can be tiled.
@@ -183,7 +167,7 @@ def _sample_size(pipe: Any, network: Any) -> int | tuple[int, int]:
 
 FAMILIES: tuple[Family, ...] = (
     Family(
-        UNet2DConditionModel,
+        diffusers.UNet2DConditionModel,
         native=_sample_size,
         sample="sample",
         canvas=lambda arguments: arguments["sample"],
@@ -191,9 +175,9 @@ FAMILIES: tuple[Family, ...] = (
         output=UNet2DConditionOutput,
         shifts=True,
     ),
-    Family(SD3Transformer2DModel, native=_sample_size, patch=_patch_size, dynamic_shift=1.16),
+    Family(diffusers.SD3Transformer2DModel, native=_sample_size, patch=_patch_size, dynamic_shift=1.16),
     Family(
-        FluxTransformer2DModel,
+        diffusers.FluxTransformer2DModel,
         # A constant of the pipeline's class, unless whoever opened the network knows better.
         native=lambda pipe, network: getattr(network, "native_size", pipe.default_sample_size),
         patch=lambda network: 2,  # packed by the pipeline: the network's own patch_size is 1
@@ -206,10 +190,10 @@ FAMILIES: tuple[Family, ...] = (
         prediction=to_image,
         result=to_tokens,
     ),
-    Family(PixArtTransformer2DModel, native=_sample_size, patch=_patch_size, tiles=_pixart_tiles),
-    Family(SanaTransformer2DModel, native=_sample_size, patch=_patch_size),
+    Family(diffusers.PixArtTransformer2DModel, native=_sample_size, patch=_patch_size, tiles=_pixart_tiles),
+    Family(diffusers.SanaTransformer2DModel, native=_sample_size, patch=_patch_size),
     Family(
-        ZImageTransformer2DModel,
+        diffusers.ZImageTransformer2DModel,
         # Neither the network nor the pipeline holds the size: the pipeline's default is 1024 image pixels.
         native=lambda pipe, network: 1024 // pipe.vae_scale_factor,
         patch=lambda network: network.config.all_patch_size[0],
@@ -223,7 +207,7 @@ FAMILIES: tuple[Family, ...] = (
         result=lambda prediction: list(prediction.unsqueeze(2).unbind(0)),
     ),
     Family(
-        QwenImageTransformer2DModel,
+        diffusers.QwenImageTransformer2DModel,
         native=lambda pipe, network: pipe.default_sample_size,
         patch=lambda network: 2,
         packed=True,
