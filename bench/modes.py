@@ -26,8 +26,7 @@ from PIL import Image
 from bench import measure, study
 from bench.study import PX, Figures, Key
 from tiledcore import Motion, TiledPipeline, TileGrid, TilingConfig
-from tiledcore.models import call_defaults
-from tiledcore.models.architecture import NATIVE
+from tiledcore.models import NATIVE, call_defaults
 from tiledcore.tiles.families import network_of
 
 PROMPTS = ["topographic map of a rugged coast", "satellite view of desert", "relief map of mountains"]

@@ -25,8 +25,8 @@ from PIL import Image
 
 from bench.quality import Pixels, cut_windows, low_frequency_power, seam_check
 from tiledcore import TilingConfig
-from tiledcore.models.architecture import NATIVE
-from tiledcore.models.evaluate import patch_distance
+from tiledcore.models import NATIVE
+from tiledcore.models.training.metrics import patch_distance
 
 WINDOWS = 128  # cut from each image
 SAMPLES = 32  # native ones, in each of two sets

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import modes, oracle, peers_table, suite
-from tiledcore.models.architecture import NATIVE
+from tiledcore.models import NATIVE
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "README.md")

@@ -40,7 +40,7 @@ class UNetSibling:
         text_encoder = architecture.build_text_encoder(self.tokenizer)
         self.model = torch.nn.ModuleDict({"unet": architecture.build_unet(), "text_encoder": text_encoder})
         self.network: Any = self.model["unet"]
-        self.network.set_attn_processor(PlainAttention())
+        self.network.set_attn_processor(PlainAttention())  # type: ignore[operator]
 
     def start_from(self, folder: Path) -> None:
         """Take the weights of an exported model."""
