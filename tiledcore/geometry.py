@@ -180,17 +180,17 @@ class TileGrid(Tiling):
 def _snapped(size: int, tile: int, overlap: int, wrap: bool, snap: int) -> tuple[int, ...]:
     if snap == 1 or size % snap or tile % snap or overlap >= tile - snap:
         return _spread(size, tile, overlap, wrap)
-    units = _spread(size // snap, tile // snap, _ceil_div(overlap, snap), wrap)
+    units = _spread(size // snap, tile // snap, -(-overlap // snap), wrap)
     return tuple(snap * unit for unit in units)
 
 
 def _spread(size: int, tile: int, overlap: int, wrap: bool) -> tuple[int, ...]:
     if wrap:
-        n = _ceil_div(size, tile - overlap)
+        n = -(-size // (tile - overlap))
         return tuple(i * size // n for i in range(n))
     if size == tile:
         return (0,)
-    n = _ceil_div(size - overlap, tile - overlap)
+    n = -(-(size - overlap) // (tile - overlap))
     return tuple(i * (size - tile) // (n - 1) for i in range(n))
 
 
@@ -198,7 +198,7 @@ def _moved(size: int, tile: int, wrap: bool, random: float) -> tuple[Pair, ...]:
     """(start, size) of the tiles of one axis whose lines are moved by ``random`` of a tile."""
     unit = tile // 8 if tile % 8 == 0 else 1
     if wrap:
-        n = _ceil_div(size, tile)
+        n = -(-size // tile)
         lines = [i * (size // unit) // n * unit for i in range(n)]
         shift = int(random * size / n)  # what is rotated as a whole keeps its sizes
         starts = sorted((line + shift) % size for line in lines)
@@ -231,7 +231,3 @@ def _lines(size: int, tile: int, wrap: bool, offsets: tuple[int, ...], cores: tu
     for offset in offsets:
         lines |= {offset, (offset + tile) % size}
     return tuple(sorted(lines if wrap else lines - {0}))
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)

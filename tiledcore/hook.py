@@ -114,12 +114,7 @@ class NetworkHook:
 
 @contextmanager
 def tiled(pipe: Any, config: TilingConfig, execution: Execution | None = None) -> Iterator[NetworkHook]:
-    """Inside a ``with`` block, the pipeline's network is evaluated in tiles.
-
-    Raises:
-        TypeError: the pipeline has no network that can be tiled.
-        ValueError: tile or overlap are not whole tokens of that network.
-    """
+    """Inside a ``with`` block, the pipeline's network is evaluated in tiles. Raises as :func:`apply_tiling` does."""
     network, family = network_of(pipe)
     execution = execution or Execution()
     denoiser = _denoiser(pipe, config, execution)

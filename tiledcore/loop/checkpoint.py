@@ -202,9 +202,6 @@ def _generators(call: dict[str, Any]) -> list[torch.Generator]:
     return generators
 
 
-# ----------------------------------------------------------------------------- what makes a run the same
-
-
 def settings_of(pipe: Any, call: dict[str, Any], more: dict[str, Any]) -> dict[str, str]:
     """All that the denoised canvas depends on, as comparable text; large values as their hash."""
     scheduler = pipe.scheduler
@@ -212,7 +209,9 @@ def settings_of(pipe: Any, call: dict[str, Any], more: dict[str, Any]) -> dict[s
         "tiledcore": __version__,
         "pipeline": type(pipe).__name__,
         "scheduler": f"{type(scheduler).__name__} {_hash([repr(sorted(scheduler.config.items())).encode()])}",
-        "generator": _describe([_describe_generator(g) for g in _generators(call)]),
+        "generator": _describe(
+            [f"seed {g.initial_seed()}, state {_hash([_bytes(g.get_state())])}" for g in _generators(call)]
+        ),
     }
     settings |= {name: _describe(v) for name, v in call.items() if name not in FORM + CALLBACKS}
     settings |= {name: _describe(v) for name, v in more.items()}
@@ -220,10 +219,6 @@ def settings_of(pipe: Any, call: dict[str, Any], more: dict[str, Any]) -> dict[s
         if isinstance(component, torch.nn.Module):
             settings[f"weights of {name}"] = _hash(_samples(component))
     return settings
-
-
-def _describe_generator(generator: torch.Generator) -> str:
-    return f"seed {generator.initial_seed()}, state {_hash([_bytes(generator.get_state())])}"
 
 
 def _describe(value: Any) -> str:

@@ -27,10 +27,7 @@ def why_not(pipe: Any, call: dict[str, Any]) -> str | None:
 
 
 def fusable(pipe: Any, scheduler: Any, timestep: float, eta: float) -> LinearSolver | NotLinear:
-    """The steps of a call as coefficients for the fused step, or why the scheduler's own ``step`` must be called.
-
-    ``scheduler`` has the ``step`` of its class and the call's timesteps; ``timestep`` is the first one of the network.
-    """
+    """Coefficients of a call's steps for the fused step, or why the scheduler's own ``step`` must be called."""
     name = type(scheduler).__name__
     eta_too = "eta" in inspect.signature(scheduler.step).parameters and takes_eta(pipe)
     places = places_of(scheduler, timestep)

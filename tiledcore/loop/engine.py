@@ -59,14 +59,11 @@ class Engine:
     Args:
         pipe: the pipeline.
         call: the arguments of its call, by name.
-        settings: what else the image depends on (the tiling, the regions); a checkpoint compares it.
+        settings: what else the image depends on (tiling, regions), by name; a checkpoint compares it.
         graphs: CUDA graphs of the steps, kept from call to call.
         features: of the call, entered already.
-        checkpoint: where the call is saved, and goes on from.
+        checkpoint: where the call is saved; a ValueError if it cannot be, or cannot go on from there.
         fused: False: always the pipeline's own loop.
-
-    Raises:
-        ValueError: the call cannot be saved, or cannot go on from what is there.
     """
 
     def __init__(

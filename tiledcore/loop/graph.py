@@ -108,11 +108,7 @@ class StepGraphs:
             raise ValueError(f"cuda_graph={self.mode!r}: must be 'auto', True or False")
 
     def entry(self, key: Hashable, make: Callable[[], Any]) -> Entry:
-        """The buffers and the graph of a key, made if new.
-
-        The key holds all that the kernels depend on beside the buffers' contents: shapes, dtypes, device, network,
-        numbers.
-        """
+        """The buffers and the graph of a key: all that kernels depend on, such as shapes, dtypes and numbers."""
         if key not in self._entries:
             self._entries[key] = Entry(make())
             while len(self._entries) > self.size:

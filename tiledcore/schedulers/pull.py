@@ -66,15 +66,13 @@ def low_pass_matrix(size: int, sigma: float, wrap: bool) -> Tensor:
     kernel = [math.exp(-0.5 * (k / sigma) ** 2) for k in range(-reach, reach + 1)]
     offsets = torch.arange(-reach, reach + 1)
     where = torch.arange(size)[:, None] + offsets
-    where = where % size if wrap else _mirror(where, size)
+    if wrap:
+        where = where % size
+    else:  # mirrored, each border pixel twice
+        where = torch.minimum(where % (2 * size), 2 * size - 1 - where % (2 * size))
     matrix = torch.zeros(size, size, dtype=torch.float64)
     matrix.scatter_add_(1, where, torch.tensor(kernel, dtype=torch.float64).expand(size, -1))
     return matrix / sum(kernel)
-
-
-def _mirror(where: Tensor, size: int) -> Tensor:
-    folded = where % (2 * size)
-    return torch.minimum(folded, 2 * size - 1 - folded)
 
 
 def low_pass(image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -83,11 +81,7 @@ def low_pass(image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 class Pulling(Feature):
-    """The pull of one image-to-image call.
-
-    ``unit``: latent pixels per canvas pixel along each axis. ``wrap``: axes (y, x) of the canvas that are circles.
-    ``sigma``: of the low-pass where ``pull`` has none, in latent pixels.
-    """
+    """The pull of one image-to-image call; ``unit``: latent pixels per canvas pixel, ``sigma`` in latent pixels."""
 
     every_step = True
 

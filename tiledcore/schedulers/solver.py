@@ -167,8 +167,8 @@ def _allocate(program: list[Evaluation], timesteps: Tensor) -> LinearSolver:
 def _live(program: list[Evaluation]) -> list[set[int]]:
     """For the moment before each evaluation, and the end: the values besides the sample that are needed later.
 
-    Values that only one row reads are added up in the evaluation before, which changes rows of ``program``: Heun's
-    method keeps ``x + dt/2 d`` rather than both ``x`` and ``d``.
+    Changes ``program``: values that only one row reads are added up one evaluation earlier, as ``x + dt/2 d`` in
+    Heun's.
     """
     alive: list[set[int]] = [set()]
     for index in reversed(range(len(program))):

@@ -52,11 +52,7 @@ def swap_major(rows: Tensor, outer: int, inner: int) -> Tensor:
 
 
 def check_residuals(kwargs: dict[str, Any], tiling: Tiling | Partition, canvas: Pair) -> None:
-    """Whether tiles have a whole part of each residual: at every level they begin and end between its pixels.
-
-    Raises:
-        ValueError: they do not; names the nearest canvas that can be cut.
-    """
+    """ValueError unless tiles begin and end between a residual's pixels at every level; names the nearest canvas."""
     given = [kwargs[name] for name in RESIDUALS if kwargs.get(name) is not None]
     levels = [_level(one, canvas) for each in given for one in (each if isinstance(each, list | tuple) else [each])]
     groups = tiling.groups if isinstance(tiling, Partition) else {tiling.tile_size: tiling.offsets}

@@ -148,10 +148,7 @@ class TileDenoiser:
             return ops.blend_tiles(tiles, offsets, size, window=self.config.window, ramp=ramp, impl=self.execution.impl)
 
     def place(self, size: Pair, timestep: Time, device: torch.device) -> bool:
-        """Lay out the tiles of a step, and put their offsets on the device, always in the same tensor.
-
-        Returns whether all steps have as many tiles of the same sizes, so that one CUDA graph serves them all.
-        """
+        """Put a step's tile offsets on the device, in one tensor; returns whether one CUDA graph fits all steps."""
         tiling = self.tiling(*size, timestep)
         uniform = isinstance(tiling, Tiling) or len(tiling.groups) == 1
         places = tiling.offsets if isinstance(tiling, Tiling) else next(iter(tiling.groups.values()))
