@@ -119,3 +119,26 @@ def stepless(scheduler: Any) -> Any:
 def scales_predictions(scheduler: Any) -> bool:
     """Whether a scheduler scales predictions itself (EDM, Karras et al. 2022)."""
     return hasattr(scheduler, "precondition_outputs")
+
+
+def has_hooks(module: Any) -> bool:
+    """Whether anything runs before or after the module's forward, or replaced it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or is_hooked(module)
+
+
+def onload(module: Any) -> None:
+    """Bring a module's weights to the device, if accelerate would do that at its next call."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    if hasattr(hook, "pre_forward"):
+        hook.pre_forward(module)
+
+
+def offload_state(pipe: Any) -> dict[str, Any]:
+    """The attributes of a pipeline that ``enable_model_cpu_offload`` changes, with their values now."""
+    unset = {"_all_hooks": [], "_offload_gpu_id": 0, "_offload_device": None}
+    return {name: getattr(pipe, name, value) for name, value in unset.items()}
+
+
+def pipeline_class(index: dict[str, Any]) -> str:
+    """The pipeline's class name in the content of a ``model_index.json``."""
+    return str(index.get("_class_name"))

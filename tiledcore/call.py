@@ -1,4 +1,4 @@
-"""Call: one call of a TiledPipeline as a value. Arguments are bound once, size and image resolved once."""
+"""Call: one call of a TiledPipeline as an object, with arguments, size, image and tiling resolved."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ from tiledcore.vae.wrap import continuation, wrapped
 
 logger = logging.getLogger(__name__)
 
-# Larger images are decoded and encoded in row bands, exactly to rounding; up to here the autoencoder runs as it
-# is, bit for bit. An untiled SDXL decoder needs 24 GiB of activations at 4096x4096.
+# Larger images are decoded and encoded in exact row bands; smaller ones by the autoencoder as it is. An untiled SDXL
+# decoder needs 24 GiB of activations at 4096x4096.
 EXACT_DECODE_PIXELS = 2048 * 2048
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a call of a TiledPipeline takes beside the wrapped pipeline's arguments; None is the pipeline's own."""
+    """Arguments of a TiledPipeline call that the wrapped pipeline does not have; None: the pipeline's default."""
 
     tiling: TilingConfig | None = None
     regions: Sequence[Region] = ()
@@ -58,7 +58,7 @@ class Options:
 
     @classmethod
     def of(cls, checkpoint: Any, preview: Any, regions: Any, **others: Any) -> Options:
-        """Paths become a :class:`Checkpoint` and a :class:`Preview`, which check them."""
+        """Make options; paths become a :class:`Checkpoint` and a :class:`Preview`, which check them."""
         if isinstance(checkpoint, str | PathLike):
             checkpoint = Checkpoint(Path(checkpoint))
         if isinstance(preview, str | PathLike):
@@ -67,7 +67,7 @@ class Options:
 
 
 def bind(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments by name. Positional ones are those of the pipeline that the caller holds."""
+    """All arguments by name; positional ones are named by the signature of ``pipe``."""
     if not args:
         return dict(kwargs)
     names = list(signature(type(pipe).__call__).parameters)[1:]
@@ -81,17 +81,17 @@ def bind(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, 
 
 @dataclass(frozen=True)
 class Call:
-    """One call, resolved; :meth:`run` makes the image."""
+    """One resolved call; :meth:`run` makes the image."""
 
     pipe: Any
     """The pipeline that runs: the wrapped one, or its image-to-image or inpainting sibling on the same weights."""
     arguments: dict[str, Any]
-    """Of its call, by name."""
+    """The arguments of its call, by name."""
     tiling: TilingConfig
     execution: Execution
     options: Options
     size: Pair | None
-    """(height, width) of the image in px; None where the pipeline decides."""
+    """(height, width) of the image in px; None if the pipeline decides."""
     plan: Plan | None
 
     @classmethod
@@ -110,11 +110,11 @@ class Call:
         Args:
             pipe: the wrapped pipeline.
             arguments: of the call, by name.
-            options: what the TiledPipeline adds.
+            options: the additional arguments of a TiledPipeline.
             tiling: of this call.
             execution: of this call.
-            budget: of memory, or None.
-            asked: the caller chose the tiling; a plan then keeps its geometry.
+            budget: the memory budget, or None.
+            asked: whether the caller chose the tiling; a plan then keeps it.
 
         Raises:
             ValueError: names the argument that is not valid.
@@ -140,7 +140,7 @@ class Call:
         return cls(runs, arguments, tiling, execution, options, size, plan)
 
     def features(self, hook: NetworkHook) -> list[Feature]:
-        """What the call does beside denoising, in the order in which it is entered."""
+        """The features of the call, in the order in which they are entered."""
         pipe, options, tiling = self.pipe, self.options, self.tiling
         network, family = network_of(pipe)
         unit, native = family.unit(network), both(family.native(pipe, network))
@@ -168,7 +168,7 @@ class Call:
 
     @contextmanager
     def engine(self, graphs: StepGraphs, fused: bool) -> Iterator[Engine]:
-        """For the length of a ``with`` block, the pipeline denoises as this call says."""
+        """Inside the ``with`` block, the pipeline denoises as this call says."""
         checkpoint = self.options.checkpoint
         if not fused and checkpoint is not None:
             raise ValueError("checkpoint: only the fused step can be resumed; leave out fused=False")
@@ -190,7 +190,7 @@ class Call:
             yield engine
 
     def run(self, wrapper: Any, graphs: StepGraphs, fused: bool) -> Any:
-        """Make the image; ``wrapper.report`` says how."""
+        """Make the image, and set ``wrapper.report``."""
         with within(wrapper, self.pipe, self.plan), self.engine(graphs, fused) as engine:
             try:
                 return self.pipe(**self.arguments)
@@ -202,10 +202,10 @@ class Call:
 
 
 def sibling(pipe: Any, arguments: dict[str, Any]) -> Any:
-    """The pipeline that runs a call: with ``image``, its image-to-image or inpainting sibling on the same weights.
+    """The pipeline that runs a call: with ``image``, the image-to-image or inpainting one on the same weights.
 
     Raises:
-        ValueError: there is a mask and no image, or diffusers has no such sibling.
+        ValueError: there is a mask but no image, or diffusers has no such pipeline.
     """
     masked = arguments.get("mask_image") is not None
     if arguments.get("image") is None:
@@ -223,9 +223,9 @@ def sibling(pipe: Any, arguments: dict[str, Any]) -> Any:
 
 
 def _with_size(pipe: Any, arguments: dict[str, Any]) -> Pair | None:
-    """Settle image and size of a call; ``arguments`` has both afterwards, as far as the pipeline takes them.
+    """Resolve image and size of a call in ``arguments``; returns (height, width) in px, or None if not known.
 
-    An image without ``height`` and ``width`` keeps its own size, rounded down to what the model can make.
+    An image without ``height`` and ``width`` keeps its size, rounded down to a multiple of :func:`size_unit`.
     """
     image, takes = arguments.get("image"), signature(type(pipe).__call__).parameters
     height, width = arguments.get("height"), arguments.get("width")
@@ -242,22 +242,22 @@ def _with_size(pipe: Any, arguments: dict[str, Any]) -> Pair | None:
 
 
 def size_unit(pipe: Any) -> int:
-    """What the sides of an image must be multiples of, px: the VAE's factor times a token's side."""
+    """Both sides of an image must be multiples of this, px: VAE factor times token side."""
     network, family = network_of(pipe)
     return int(pipe.vae_scale_factor * family.patch(network))
 
 
 @contextmanager
 def bounded_vae(pipe: Any, size: Pair | None, plan: Plan | None = None) -> Iterator[None]:
-    """Run the VAE in exact bands where the whole image would not fit; in diffusers' tiles if bands cannot."""
+    """Run the VAE in exact bands if the whole image would not fit; if bands cannot, in diffusers' tiles."""
     vae = pipe.vae
-    if getattr(vae, "use_tiling", True):  # the caller's own choice, or not an autoencoder of this kind
+    if getattr(vae, "use_tiling", True):  # the caller's choice, or another kind of autoencoder
         yield
         return
     pixels = size[0] * size[1] if size else 0
     if (reason := why_not_exact(vae, pixels)) is None:
         larger_than, band, room = EXACT_DECODE_PIXELS, None, None
-        if plan is not None:  # which knows whether the whole image fits
+        if plan is not None:  # the plan knows whether the whole image fits
             larger_than, band, room = 2**63 if plan.vae_band is None else 0, plan.vae_band, plan.vae_room
         with exact_bands(vae, larger_than, band, room):
             yield

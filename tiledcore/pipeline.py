@@ -1,4 +1,4 @@
-"""TiledPipeline: the drop-in, a diffusers pipeline that makes images of any size."""
+"""TiledPipeline: a drop-in for a diffusers pipeline that makes images of any size."""
 
 from __future__ import annotations
 
@@ -29,21 +29,20 @@ OWN = ("pipe", "tiling", "execution", "fused", "report", "stages")
 
 
 class TiledPipeline:
-    """A diffusers pipeline that makes images of any size: the same call, the same output class.
+    """A diffusers pipeline that makes images of any size: same call, same output class.
 
     Components are read and set through it (``pipe.scheduler = ...``, ``pipe.load_lora_weights(...)``). With ``image=``
-    a text-to-image pipeline runs as its image-to-image sibling, with ``mask_image=`` as its inpainting one, on the same
-    weights.
+    a text-to-image pipeline runs as image-to-image, with ``mask_image=`` as inpainting, on the same weights.
 
     Args:
-        pipe: any pipeline whose ``unet`` or ``transformer`` is of a class in :mod:`tiledcore.tiles.families`. Outside
-            of this object it stays untiled.
-        tiling: Default: chosen in each call, by what the model and the scheduler are then.
-        execution: how it is computed.
-        fused: blend, guidance and scheduler are one fused step, where pipeline and scheduler allow it.
-        cuda_graph: capture the step: where it pays, always, or never.
-        memory_budget: bytes, or such as ``"24GiB"``: each call is planned to stay within it
-            (:func:`tiledcore.memory.planner.plan`), and refused where that cannot be.
+        pipe: a pipeline whose ``unet`` or ``transformer`` is of a class in :mod:`tiledcore.tiles.families`. The object
+            itself is not changed.
+        tiling: how images are cut into tiles. Default: chosen in each call for the model and the scheduler.
+        execution: how the tiles are computed.
+        fused: blend, guidance and scheduler run as one fused step, if pipeline and scheduler allow it.
+        cuda_graph: capture the step as a CUDA graph: if it pays, always, or never.
+        memory_budget: bytes, or a text such as ``"24GiB"``: each call is planned to stay within it
+            (:func:`tiledcore.memory.planner.plan`), or refused.
         stages: make images in stages, see :mod:`tiledcore.compose.stages`.
 
     Raises:
@@ -56,7 +55,7 @@ class TiledPipeline:
     stages: Stages
     fused: bool
     report: Report | None
-    """How the last call ran: fused or not, graph replays, and why not."""
+    """How the last call ran: fused or not and why, graph replays."""
 
     def __init__(
         self,
@@ -88,10 +87,10 @@ class TiledPipeline:
         stages: Stages = None,
         **kwargs: Any,
     ) -> TiledPipeline:
-        """Open a checkpoint: a hub id, a folder, or an embedded model: ``"earth"``, the default, or ``"earth-flux"``.
+        """Open a checkpoint: a hub id, a folder, or an embedded model: ``"earth"`` (default) or ``"earth-flux"``.
 
-        ``kwargs`` go to ``DiffusionPipeline.from_pretrained`` (``torch_dtype``, ``variant``, ...), whose errors are
-        raised unchanged.
+        ``kwargs`` are those of ``DiffusionPipeline.from_pretrained`` (``torch_dtype``, ``variant``, ...), which also
+        raises the errors.
         """
         folder = EARTH if model is None else EMBEDDED.get(str(model), model)
         if folder == EARTH_FLUX and not (EARTH_FLUX / "vae").is_dir():
@@ -112,17 +111,17 @@ class TiledPipeline:
 
     @classmethod
     def from_pipe(cls, pipe: Any, **kwargs: Any) -> TiledPipeline:
-        """Wrap a pipeline that is already there; ``kwargs`` are those of the constructor."""
+        """Wrap an existing pipeline; ``kwargs`` are those of the constructor."""
         return cls(pipe, **kwargs)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """The wrapped pipeline's class: ``isinstance(self, DiffusionPipeline)`` holds, as does ``TiledPipeline``."""
+        """The wrapped pipeline's class, so that ``isinstance(self, DiffusionPipeline)`` is true."""
         return type(self.__dict__["pipe"]) if "pipe" in self.__dict__ else type(self)
 
     @property
     def tiling(self) -> TilingConfig:
-        """The tiling that was asked for, or else the default of the pipeline as it is now. Set None for the default."""
+        """The tiling that was asked for, or the default for the pipeline as it is now. Set None for the default."""
         asked: TilingConfig | None = self.__dict__["_tiling"]
         return asked or default_tiling(self.pipe)
 
@@ -131,7 +130,7 @@ class TiledPipeline:
         self.__dict__["_tiling"] = tiling
 
     def grid(self, height: int, width: int, tiling: TilingConfig | None = None) -> TileGrid:
-        """The tiles of an image of ``height`` by ``width`` px, in latent pixels; before they move."""
+        """The tiles of an image of ``height`` by ``width`` px, in latent pixels, before any shift."""
         network, family = network_of(self.pipe)
         factor = self.pipe.vae_scale_factor
         return (tiling or self.tiling).grid(height // factor, width // factor, family.native(self.pipe, network))
@@ -142,7 +141,7 @@ class TiledPipeline:
         return self
 
     def __getattr__(self, name: str) -> Any:
-        if name == "pipe":  # not initialised yet, as while unpickling
+        if name == "pipe":  # not initialised yet, for example while unpickling
             raise AttributeError(name)
         return getattr(self.pipe, name)
 
@@ -151,7 +150,7 @@ class TiledPipeline:
             self.__dict__["_tiling" if name == "tiling" else name] = value
             return
         setattr(self.pipe, name, value)
-        if self._running is not None and self._running is not self.pipe:  # such as _interrupt
+        if self._running is not None and self._running is not self.pipe:  # for example _interrupt
             setattr(self._running, name, value)
 
     def __call__(
@@ -174,23 +173,22 @@ class TiledPipeline:
             args: as for the wrapped pipeline.
             tiling: for this call, instead of ``self.tiling``.
             execution: for this call, instead of ``self.execution``.
-            regions: parts of the canvas with prompts of their own, see :class:`tiledcore.Region`.
-            rows: is given the decoded image as an iterator of bands ``[rows, width, 3]`` uint8, top to bottom, and
-                the image is never in memory whole; those of the result are then stand-ins of one pixel.
-            checkpoint: a folder, or a :class:`~tiledcore.loop.checkpoint.Checkpoint`: the run is saved there, and goes
-                on from there if it was broken off.
-            pull: with ``image``, hold the picture to the image's low frequencies.
-            stages: for this call, instead of ``self.stages``. With ``image``, that picture takes the place of the
-                first stage's.
-            keep_colour: with ``image``, give the result the low frequencies of that picture.
-            preview: a picture file (.png, .jpg, .webp), or a :class:`~tiledcore.Preview`: every few evaluations a
-                small picture of the canvas is written there.
-            kwargs: as for the wrapped pipeline; ``image``: start from this picture (PIL, array, tensor, latents, or a
-                list), resized to ``height`` and ``width`` where these are given; ``mask_image``: change only where it
-                is white. ``use_resolution_binning`` (PixArt, Sana) is off unless it is given.
+            regions: parts of the canvas with their own prompts, see :class:`tiledcore.Region`.
+            rows: a function that takes the decoded image as an iterator of bands ``[rows, width, 3]`` uint8, top to
+                bottom. The image is never in memory whole; the result has a placeholder of one pixel.
+            checkpoint: a folder or a :class:`~tiledcore.loop.checkpoint.Checkpoint`: progress is saved there, and an
+                interrupted run continues from there.
+            pull: with ``image``: stay close to the image's low frequencies.
+            stages: for this call, instead of ``self.stages``. With ``image``, the first stage enlarges that image.
+            keep_colour: with ``image``: give the result the low frequencies of that image.
+            preview: an image file (.png, .jpg, .webp) or a :class:`~tiledcore.Preview`: a small image of the canvas
+                is written there every few steps.
+            kwargs: as for the wrapped pipeline. ``image``: start from this image (PIL, array, tensor, latents, or a
+                list), resized to ``height`` and ``width`` if given. ``mask_image``: change only its white part.
+                ``use_resolution_binning`` (PixArt, Sana) is off by default.
 
         Returns:
-            The wrapped pipeline's own output class.
+            The wrapped pipeline's output class.
 
         Raises:
             ValueError: names the argument, its value and what is valid.

@@ -67,6 +67,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 def table(plan: Plan) -> str:
     """A plan as text: each phase, its peak with and without the safety factor, and the choice made for it."""
+    from tiledcore.memory.planner import COUNTED_BYTES
     from tiledcore.memory.prediction import show_bytes
 
     width, height = plan.size
@@ -87,5 +88,5 @@ def table(plan: Plan) -> str:
     lines.append(
         f"{plan.tiles} tile{'s' * (plan.tiles != 1)} a step; modules: {where}; the plan needs {show_bytes(plan.needs)}"
     )
-    lines.append("counted are tensors: a process also holds libraries and, on a GPU, the CUDA context")
+    lines.append(COUNTED_BYTES)
     return "\n".join(lines)

@@ -1,11 +1,8 @@
-"""Sets of images whose edges fit: self, one-to-one and many-to-many, after Tiled Diffusion
-(Madar and Fried, 2025).
+"""Connected images: sets of images whose edges fit together (Tiled Diffusion: Madar and Fried, 2025).
 
-All images are denoised together. Before every evaluation each canvas is continued past its sides by strips of the
-images that lie there, and what was added is cut off the prediction: a pixel at an edge is predicted in the sight of
-its neighbours on both sides. Where several images may lie beyond a side, each step draws one of them, so that over
-the steps a side sees them all; and since all of them must then look alike at that edge, the sides of such a
-group share one strip of latents: same noise at the start, same prediction in every step.
+All images are denoised together. Before each network call every canvas is padded with strips of its neighbours, and
+the padding is cut off the prediction. If a side has several possible neighbours, each step draws one of them; the
+sides of such a group also share one strip of latents.
 """
 
 from __future__ import annotations
@@ -23,28 +20,27 @@ from torch import Tensor
 
 from tiledcore import ops
 from tiledcore.config import Execution, Motion, TilingConfig
-from tiledcore.geometry import Pair
+from tiledcore.geometry import Pair, both
 from tiledcore.tiles.denoiser import Prediction, TileDenoiser
 from tiledcore.tiles.families import network_of
 from tiledcore.utils import replaced
 from tiledcore.vae.wrap import decoder_reach
 
 SHARED = 5
-"""Latent pixels of the strip that the sides of a group have in common; the paper's width."""
+"""Width in latent pixels of the strip that a group of sides shares, as in the paper."""
 
 Partners = dict[str, tuple[list[int], list[int]]]
-"""Per axis: for each image, which one lies before it (left, above) and which behind it (right, below)."""
+"""Per axis: for each image, the image before it (left, above) and the image behind it (right, below)."""
 
 
 @dataclass(frozen=True)
 class Joint:
-    """Edges that fit: of ``before``, every right (bottom) side continues in every left (top) side of ``behind``.
+    """Edges that fit: each right (bottom) side of ``before`` continues in each left (top) side of ``behind``.
 
     Args:
-        axis: ``"x"``: the images lie side by side; ``"y"``: one above the other.
-        before: numbers of the images on the left (above).
-        behind: numbers of the images on the right (below). An image may be on both sides, as one that continues
-            in itself: ``Joint("x", (0,), (0,))``.
+        axis: ``"x"`` for images side by side, ``"y"`` for one above the other.
+        before: indices of the images on the left (above).
+        behind: indices of the images on the right (below). ``Joint("x", (0,), (0,))`` is an image that repeats.
     """
 
     axis: Literal["x", "y"]
@@ -53,14 +49,14 @@ class Joint:
 
 
 class CanvasGraph:
-    """Which edges of a set of equally large images fit.
+    """Which edges fit in a set of images of one size.
 
     Args:
         images: how many there are.
-        joints: each side is in one joint at most. On an axis with joints every image has one on both sides.
+        joints: on an axis with joints, each side of each image is in exactly one.
 
     Raises:
-        ValueError: names the argument, its value and what is valid.
+        ValueError: names the argument and what is valid.
     """
 
     def __init__(self, images: int, joints: Sequence[Joint]) -> None:
@@ -83,11 +79,11 @@ class CanvasGraph:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """Those that have joints."""
+        """The axes that have joints."""
         return tuple(axis for axis in ("y", "x") if any(joint.axis == axis for joint in self.joints))
 
     def partners(self, random: Random | None) -> Partners:
-        """A neighbour for each side: drawn, or, without a generator, itself where it may, else the first."""
+        """One neighbour for each side: drawn at random; without a generator the image itself, or else the first."""
         found: Partners = {axis: ([0] * self.images, [0] * self.images) for axis in self.axes}
         for joint in self.joints:
             before, behind = found[joint.axis]
@@ -96,13 +92,13 @@ class CanvasGraph:
                 (joint.before, joint.behind, behind),
             ):
                 for i in sides:
-                    # random() is the one method whose values Python promises to keep between versions.
+                    # random() is the only method whose values are the same in all Python versions.
                     at = int(random.random() * len(others)) if random else others.index(i) if i in others else 0
                     neighbours[i] = others[at]
         return found
 
     def pad(self, canvases: Tensor, reach: Pair, partners: Partners) -> Tensor:
-        """Continue each canvas ``[k * images, C, H, W]`` by ``reach`` (y, x) on the sides of the axes with joints."""
+        """Pad each canvas ``[k * images, C, H, W]`` with ``reach`` (y, x) pixels of its neighbours."""
         groups = canvases.unflatten(0, (-1, self.images))
         for axis in ("x", "y"):
             if axis not in partners:
@@ -114,13 +110,18 @@ class CanvasGraph:
             groups = torch.cat([ends[0], groups, ends[1]], d)
         return groups.flatten(0, 1)
 
-    def crop(self, canvases: Tensor, reach: Pair) -> Tensor:
-        """Cut off what :meth:`pad` added, of lengths in its own pixels."""
+    def on_axes(self, reach: Pair) -> Pair:
+        """``reach`` (y, x), with 0 for an axis without joints."""
         y, x = (n if axis in self.axes else 0 for axis, n in zip("yx", reach, strict=True))
+        return y, x
+
+    def crop(self, canvases: Tensor, reach: Pair) -> Tensor:
+        """Undo :meth:`pad`; ``reach`` in pixels of ``canvases``."""
+        y, x = self.on_axes(reach)
         return canvases[..., y : canvases.shape[-2] - y, x : canvases.shape[-1] - x]
 
     def share(self, canvases: Tensor, width: int, random: Random) -> Tensor:
-        """Give the sides of each group one strip: that of one of them, drawn. In corners the last axis rules."""
+        """Give all sides of a group the strip of one of them, drawn at random. In corners the last axis wins."""
         groups = canvases.unflatten(0, (-1, self.images)).clone()
         for joint in self.joints:
             d = -2 if joint.axis == "y" else -1
@@ -134,19 +135,19 @@ class CanvasGraph:
 
 
 class ConnectedDenoiser(TileDenoiser):
-    """A :class:`TileDenoiser` whose batch are the images of a :class:`CanvasGraph`; ``reach`` in canvas pixels."""
+    """A :class:`TileDenoiser` for a batch of connected images; ``reach`` in canvas pixels."""
 
     graph: CanvasGraph
     reach: Pair
 
     def place(self, size: Pair, timestep: Tensor | float, device: torch.device) -> bool:
-        y, x = (2 * n if axis in self.graph.axes else 0 for axis, n in zip("yx", self.reach, strict=True))
-        return super().place((size[0] + y, size[1] + x), timestep, device)
+        y, x = self.graph.on_axes(self.reach)
+        return super().place((size[0] + 2 * y, size[1] + 2 * x), timestep, device)
 
     def evaluate(
         self, forward: Callable[..., Any], sample: Tensor, timestep: Tensor | float, **kwargs: Any
     ) -> Prediction:
-        # By the timestep, so that both guidance branches of a step see the same neighbours.
+        # Seeded by the timestep, so that both guidance branches of a step see the same neighbours.
         step = round(1000 * float(torch.as_tensor(timestep).flatten()[0]))
         random = Random(f"connected/{(self.config.moving or Motion()).seed}/{step}")
         padded = self.graph.pad(sample, self.reach, self.graph.partners(random))
@@ -173,19 +174,16 @@ def connected(
     """Make a set of images whose edges fit.
 
     Args:
-        pipe: a text-to-image pipeline, or a ``TiledPipeline``. Its own loop and its scheduler's own step run. With a
-            scheduler that draws noise in each step, sides of a group no longer share their strip.
-        prompts: of the images.
+        pipe: a text-to-image pipeline, or a ``TiledPipeline``. Its own loop and scheduler run. With a scheduler that
+            draws noise in each step, the strips of a group differ.
+        prompts: one per image.
         joints: their edges, see :class:`CanvasGraph`.
-        height: of each image, in image pixels.
-        width: the same.
-        seed: of the noise; image i has ``seed + i``.
-        context: latent pixels that an image sees of its neighbours; at most a side. Default: a quarter of the tile.
-        tiling: how each image is cut into tiles; without wrap, since joints are what wraps.
+        height: of each image, px.
+        width: of each image, px.
+        seed: image i uses ``seed + i``.
+        context: latent pixels that an image sees of its neighbours. Default: a quarter of the tile.
+        tiling: how each image is tiled; without ``wrap``.
         call: other arguments of the pipeline.
-
-    Returns:
-        The images, as the pipeline returns them.
 
     Raises:
         ValueError: names the argument, its value and what is valid.
@@ -198,15 +196,14 @@ def connected(
     pipe = getattr(pipe, "pipe", pipe)
     tiling = tiling or default_tiling(pipe)
     graph = CanvasGraph(len(prompts), joints)
-    if tiling.mode != "tiles" or tiling.wrap not in (False, (False, False)):
+    if tiling.mode != "tiles" or any(both(tiling.wrap)):
         raise ValueError(
             f"tiling: mode={tiling.mode!r}, wrap={tiling.wrap}: connected images need mode='tiles', no wrap"
         )
     network, family = network_of(pipe)
     factor, native = pipe.vae_scale_factor, family.native(pipe, network)
-    tile = tiling.tile or native
-    smallest = tile if isinstance(tile, int) else min(tile)
     unit = family.unit(network)
+    smallest = min(both(tiling.tile or native))
     context = smallest // 4 // unit * unit if context is None else context
     if context < unit or context % unit or context * factor > min(height, width):
         raise ValueError(
@@ -228,10 +225,9 @@ def connected(
 
 @contextmanager
 def _connected_decoder(vae: Any, graph: CanvasGraph, factor: int) -> Iterator[None]:
-    """``vae.decode`` sees each image continued by its neighbours, as :func:`tiledcore.vae.wrap.wrapped` does.
+    """``vae.decode`` pads each image with its neighbours, as :func:`tiledcore.vae.wrap.wrapped` does.
 
-    The images of a set are normalised by the statistics of all of them: by its own, each would have another tone, and
-    that would step at the joints.
+    Normalisation uses the statistics of all images together: separate ones would give each image another tone.
     """
     decode, partners = vae.decode, graph.partners(None)
 
@@ -249,7 +245,7 @@ def _connected_decoder(vae: Any, graph: CanvasGraph, factor: int) -> Iterator[No
 
 @contextmanager
 def _shared_statistics(network: torch.nn.Module) -> Iterator[None]:
-    """Every GroupNorm takes its statistics over the whole batch, as if the images were one."""
+    """Every GroupNorm computes its statistics over the whole batch."""
 
     def shared(norm: torch.nn.GroupNorm, x: Tensor) -> Tensor:
         one = x.transpose(0, 1).flatten(1)[None]  # [1, C, N * pixels]

@@ -1,4 +1,4 @@
-"""Pictures as tensors, and the colours of one given to another."""
+"""Images as tensors: conversion, size, resizing, and transfer of colours."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from tiledcore.io.images import to_rgb
 from tiledcore.schedulers.pull import low_pass, low_pass_matrix
 
 COLOUR_GRID = 256
-"""Longest side at which the low frequencies are compared: they hold nothing that a finer grid would show."""
+"""Longest side in px at which low frequencies are compared."""
 
 
 def to_tensor(image: Any) -> Tensor:
-    """A picture as ``[B, 3, H, W]``, float32 in 0..1.
+    """An image as ``[B, 3, H, W]``, float32 in 0..1.
 
     Args:
-        image: PIL, a list of PIL images of one size, an array ``[B, H, W, 3]`` or ``[H, W, 3]`` (uint8, or floating in
-            0..1), or a tensor ``[B, 3, H, W]`` or ``[3, H, W]`` in 0..1.
+        image: PIL image or list of them, array ``[B, H, W, 3]`` or ``[H, W, 3]`` (uint8, or float in 0..1), or float
+            tensor ``[B, 3, H, W]`` or ``[3, H, W]`` in 0..1.
 
     Raises:
         ValueError: it is none of these.
@@ -44,12 +44,10 @@ def to_tensor(image: Any) -> Tensor:
 
 
 def size_px(image: Any, factor: int) -> tuple[int, int] | None:
-    """(height, width) in pixels of what a pipeline starts from; None where it tells none.
+    """(height, width) in px of an ``image`` argument; None if unknown.
 
-    Args:
-        image: PIL, an array ``[B, H, W, 3]`` or ``[H, W, 3]``, a tensor ``[B, 3, H, W]`` or ``[3, H, W]``, latents (a
-            tensor with other channels), or a list of them.
-        factor: image pixels per latent pixel.
+    ``image`` is an image as in :func:`to_tensor`, latents (a tensor whose channels are not 3), or a list of either;
+    ``factor`` is image pixels per latent pixel.
     """
     if isinstance(image, list | tuple) and image:
         return size_px(image[0], factor)
@@ -68,9 +66,9 @@ def _is_pixels(image: Tensor) -> bool:
 
 
 def resized(image: Any, size: tuple[int, int], factor: int) -> Any:
-    """The same picture, in the same form, at (height, width) px; latents stay as they are.
+    """The same image in the same form at ``size`` (height, width) px; latents are not changed.
 
-    Pictures of PIL become RGB and are resized by Lanczos, arrays and tensors bicubic.
+    PIL images become RGB and are resized by Lanczos, arrays and tensors by bicubic interpolation.
     """
     if isinstance(image, list | tuple):
         return [resized(one, size, factor) for one in image]
@@ -92,16 +90,13 @@ def resized(image: Any, size: tuple[int, int], factor: int) -> Any:
 
 
 def match_colour(images: Any, source: Tensor, cycles: float = 4.0, wrap: tuple[bool, bool] = (False, False)) -> Any:
-    """Pictures with the low frequencies of another one: ``image + LowPass(source - image)``, clipped to 0..1.
+    """Images with the low frequencies of ``source``: ``image + LowPass(source - image)``, clipped to 0..1.
 
     Args:
-        images: list of PIL images, array ``[B, H, W, 3]`` or tensor ``[B, 3, H, W]``, as pipelines return them.
-        source: ``[B, 3, h, w]`` or ``[1, 3, h, w]`` in 0..1, of any size; seen at the pictures' size.
-        cycles: per shorter side, at which the Gaussian low-pass takes half of the amplitude.
-        wrap: axes (y, x) that are circles.
-
-    Returns:
-        The same form as ``images``.
+        images: list of PIL images, array ``[B, H, W, 3]`` or tensor ``[B, 3, H, W]``; the result has the same form.
+        source: ``[B, 3, h, w]`` or ``[1, 3, h, w]`` in 0..1, of any size.
+        cycles: per shorter side, where the Gaussian low-pass has half of its amplitude.
+        wrap: whether the image wraps, (y, x).
     """
     pixels = to_tensor(images)
     height, width = pixels.shape[2:]

@@ -1,7 +1,6 @@
-"""Running a pipeline with regions: each tile is evaluated once for every prompt that has a share in it.
+"""Run a pipeline with regions: each tile is evaluated once per prompt in it, and the predictions are mixed.
 
-The predictions are then mixed by those shares, before tiles are blended. A tile of one prompt alone costs what it
-always does. The pipeline encodes the regions' prompts itself, by the same arguments as the global one's.
+The pipeline's own ``encode_prompt`` encodes the regions' prompts, with the arguments of the global one.
 """
 
 from __future__ import annotations
@@ -27,13 +26,14 @@ from tiledcore.compose.regional_tiles import Shares, evaluate, grid_of, split
 from tiledcore.compose.regions import Region, check_are_regions, check_regions, region_weights, seed_noise
 from tiledcore.feature import Feature
 from tiledcore.geometry import Pair, both
+from tiledcore.utils import replaced
 
 if TYPE_CHECKING:
     from tiledcore.tiles.denoiser import Prediction, TileDenoiser
 
 Wrap = bool | tuple[bool, bool]
 
-# Which arguments of a network's forward are a prompt's, and where the pipeline's encode_prompt returns them. A name
+# The arguments of a network's forward that depend on the prompt, and their place in encode_prompt's result. A name
 # with a dot is an entry of a dict.
 TEXT: dict[type, dict[str, int]] = {
     UNet2DConditionModel: {"encoder_hidden_states": 0, "added_cond_kwargs.text_embeds": 2},
@@ -45,17 +45,17 @@ TEXT: dict[type, dict[str, int]] = {
 
 
 class Regional(Feature):
-    """The regions of one call. While it is entered, ``encode_prompt`` encodes the regions' prompts too.
+    """The regions of one call. While entered, ``encode_prompt`` encodes the regions' prompts too.
 
     Args:
         pipe: the pipeline.
         network: its denoiser.
         regions: at least one.
-        hook: of the network, which is told of the regions.
+        hook: the hook of the network.
 
     Raises:
-        TypeError: the network's prompts cannot be replaced yet, or something in ``regions`` is no region.
-        ValueError: not in canvas mode.
+        TypeError: the network's prompts cannot be replaced, or ``regions`` holds something else.
+        ValueError: the network has no regions in canvas mode.
     """
 
     def __init__(self, pipe: Any, network: Any, regions: Sequence[Region], hook: Any) -> None:
@@ -66,7 +66,7 @@ class Regional(Feature):
             known = ", ".join(kind.__name__ for kind in TEXT)
             raise TypeError(f"regions: {type(pipe).__name__} has no prompts that can be replaced; known are {known}")
         self.pipe, self.regions, self._text = pipe, tuple(regions), found[0]
-        self.tiles = 0  # evaluated in the last step, each as often as there are prompts in it
+        self.tiles = 0  # tiles evaluated in the last step, counted once per prompt
         self._encoded: list[Any] = []
         self._negative: list[Tensor] = []
         self._used = False
@@ -79,13 +79,12 @@ class Regional(Feature):
         if self._hook.denoiser.config.mode == "canvas":
             self._canvas = CanvasRegions(self._network)
         self._hook.regions = self
-        self._own = vars(self.pipe).get("encode_prompt")
         original = self.pipe.encode_prompt
         parameters = signature(original)
 
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
-            if self._encoded and not self._used:  # the same call's second: a negative prompt
+            if self._encoded and not self._used:  # the second call in one run is for the negative prompt
                 self._negative.append(result[0])
                 return result
             arguments = dict(parameters.bind(*args, **kwargs).arguments)
@@ -93,28 +92,26 @@ class Regional(Feature):
             count = _images(arguments)
             texts = [n for n in arguments if "prompt" in n and "negative" not in n and n != "num_images_per_prompt"]
             arguments |= dict.fromkeys(texts)
-            if "do_classifier_free_guidance" in parameters.parameters:  # the negative prompt is there already
+            if "do_classifier_free_guidance" in parameters.parameters:  # the first call encoded the negative prompt
                 arguments["do_classifier_free_guidance"] = False
             others = [original(**{**arguments, "prompt": [region.prompt] * count}) for region in self.regions]
             self._encoded, self._negative, self._used = [result, *others], [], False
             return result
 
-        vars(self.pipe)["encode_prompt"] = encode_prompt
+        self._encoder = replaced(self.pipe, encode_prompt=encode_prompt)
+        self._encoder.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._hook.regions = None
         if self._canvas is not None:
             self._canvas.restore()
-        del vars(self.pipe)["encode_prompt"]
-        if self._own is not None:
-            vars(self.pipe)["encode_prompt"] = self._own
+        self._encoder.__exit__(None, None, None)
 
     def prompts(self, conditions: dict[str, Any]) -> list[dict[str, Any]] | None:
-        """What each prompt changes in the arguments of the network's forward, the global one (nothing) first.
+        """For each prompt, the arguments of forward that it changes; the global prompt comes first and changes none.
 
-        Only rows of the prompt itself: those of a negative prompt stay. None where all rows are a negative prompt's,
-        as in FLUX' second evaluation.
+        Rows of a negative prompt are kept. None if all rows are a negative prompt's, as in FLUX' second evaluation.
         """
         if not self._encoded:
             raise ValueError("regions: the pipeline was called without encoding a prompt")
@@ -140,7 +137,7 @@ class Regional(Feature):
         return changed
 
     def weights(self, size: Pair, pixels: int, wrap: Wrap) -> Tensor:
-        """``region_weights`` of a canvas, on the CPU; checked, and kept from step to step."""
+        """:func:`region_weights` of a canvas, on the CPU; checked once and kept for all steps."""
         wraps = both(wrap)
         key = (size, pixels, wraps)
         if self._weights is None or self._weights[0] != key:
@@ -151,7 +148,7 @@ class Regional(Feature):
     def joined(
         self, denoiser: TileDenoiser, prompts: list[dict[str, Any]], size: Pair, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """The arguments of one evaluation of the whole canvas, in canvas mode."""
+        """The arguments of one evaluation of the whole canvas, for canvas mode."""
         assert self._canvas is not None
         return self._canvas.joined(prompts, self.weights(size, denoiser.pixels, denoiser.config.wrap), kwargs)
 
@@ -163,7 +160,7 @@ class Regional(Feature):
         sample: Tensor,
         kwargs: dict[str, Any],
     ) -> Prediction:
-        """As :meth:`tiledcore.tiles.denoiser.TileDenoiser.evaluate`, with :meth:`prompts` in place of one."""
+        """:meth:`tiledcore.tiles.denoiser.TileDenoiser.evaluate` with several prompts, from :meth:`prompts`."""
         size, wrap = (sample.shape[2], sample.shape[3]), denoiser.config.wrap
         weights = self.weights(size, denoiser.pixels, wrap)
         if self._shares is None or self._shares[0] is not weights:
@@ -175,25 +172,18 @@ class Regional(Feature):
 
 
 def draw_noise(pipe: Any, family: Any, network: Any, call: dict[str, Any]) -> Tensor:
-    """The noise ``[B, C, H, W]`` that a text-to-image pipeline would draw for this call.
-
-    Args:
-        pipe: the pipeline.
-        family: how its network maps to a canvas.
-        network: the denoiser.
-        call: the arguments of the pipeline's call.
+    """The noise ``[B, C, H, W]`` that a text-to-image pipeline would draw for ``call``, its arguments by name.
 
     Raises:
-        ValueError: the call brings its own latents, or starts from an image.
+        ValueError: the call has latents of its own, or starts from an image.
     """
     for name in ("latents", "image"):
         if call.get(name) is not None:
             raise ValueError(f"{name}: a region's seed needs initial noise drawn here; leave one of them out")
     factor, native = pipe.vae_scale_factor, family.native(pipe, network)
-    natives = (native, native) if isinstance(native, int) else native
-    height, width = (call.get(name) or factor * n for name, n in zip(("height", "width"), natives, strict=True))
+    height, width = (call.get(name) or factor * n for name, n in zip(("height", "width"), both(native), strict=True))
     images = _images(call) * (call.get("num_images_per_prompt") or 1)
-    channels = network.config.in_channels // (4 if family.packed else 1)
+    channels = network.config.in_channels // family.unit(network) ** 2
     return randn_tensor(
         (images, channels, height // factor, width // factor),
         generator=call.get("generator"),
@@ -203,17 +193,16 @@ def draw_noise(pipe: Any, family: Any, network: Any, call: dict[str, Any]) -> Te
 
 
 def as_latents(pipe: Any, family: Any, noise: Tensor) -> Tensor:
-    """Noise ``[B, C, H, W]`` in the form in which the pipeline takes ``latents``: packed, where it packs."""
+    """Noise ``[B, C, H, W]`` as the pipeline takes ``latents``: as tokens if it packs them."""
     return pack(pipe, noise) if family.packed else noise
 
 
 def seeded_latents(
     pipe: Any, family: Any, network: Any, call: dict[str, Any], regions: Sequence[Region], wrap: Wrap
 ) -> Tensor:
-    """The ``latents`` that a text-to-image pipeline's call starts from, with the regions' own noise in them.
+    """The ``latents`` for a text-to-image call, in which each region with a seed has its own noise.
 
-    Elsewhere it is the noise that the pipeline would draw itself. Arguments and errors are those of
-    :func:`draw_noise`; ``wrap`` says whether the canvas is a torus, as one bool or (along y, along x).
+    Elsewhere it is the pipeline's own noise. Errors as for :func:`draw_noise`.
     """
     noise, factor = draw_noise(pipe, family, network, call), pipe.vae_scale_factor
     height, width = (factor * n for n in noise.shape[2:])
@@ -222,7 +211,7 @@ def seeded_latents(
 
 
 def _images(arguments: dict[str, Any]) -> int:
-    """How many prompts a call has."""
+    """The number of prompts of a call."""
     if arguments.get("prompt_embeds") is not None:
         return len(arguments["prompt_embeds"])
     prompt = arguments.get("prompt")

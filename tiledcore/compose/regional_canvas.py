@@ -1,8 +1,7 @@
-"""Regions in canvas mode: cross-attention in which every pixel attends to the prompts that have a share in it.
+"""Regions in canvas mode: each pixel's cross-attention uses the prompts that have a share in that pixel.
 
-The network runs once over the whole canvas. All prompts go in at once, one after the other along the text tokens; each
-cross-attention layer takes them apart, and mixes what the prompts gave by their shares at the layer's own resolution.
-A prompt is computed for the pixels where it has a share, so that the cost grows with the overlaps alone.
+The network runs once over the whole canvas, with all prompts concatenated along the text tokens. Each cross-attention
+layer splits them again and mixes the results by the shares at its resolution.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from tiledcore.geometry import Pair
 
 
 class Shares:
-    """The prompts' shares at each level of a UNet, found by the number of its tokens."""
+    """The shares of the prompts at each level of a UNet, looked up by the number of image tokens."""
 
     def __init__(self) -> None:
         self.prompts = 1
@@ -28,7 +27,7 @@ class Shares:
         self._key: Any = None
 
     def enter(self, weights: Tensor, levels: int, device: torch.device, dtype: torch.dtype) -> None:
-        """Take the shares ``[P, H, W]`` of a canvas; each level has half of the one above, rounded up."""
+        """Set the shares ``[P, H, W]`` of a canvas; each level has half the size of the one above, rounded up."""
         key = (id(weights), device, dtype)
         if key == self._key:
             return
@@ -41,14 +40,14 @@ class Shares:
             self._levels[size[0] * size[1]] = found
 
     def level(self, tokens: int) -> list[tuple[Tensor, Tensor]]:
-        """Per prompt, the indices of the tokens in which it has a share, and the shares."""
+        """Per prompt: the indices of the tokens where it has a share, and the shares."""
         if tokens not in self._levels:
             raise ValueError(f"regions: a layer has {tokens} image tokens, which is no level of this canvas")
         return self._levels[tokens]
 
 
 class RegionProcessor:
-    """Cross-attention to several prompts, by the layer's own processor for each of them."""
+    """Cross-attention to several prompts: the layer's own processor runs once per prompt."""
 
     def __init__(self, inner: Any, shares: Shares) -> None:
         self.inner, self.shares = inner, shares
@@ -71,11 +70,11 @@ class RegionProcessor:
 
 
 class CanvasRegions:
-    """Replaces the processors of a UNet's cross-attention layers; :meth:`restore` puts them back.
+    """Replaces the processors of a UNet's cross-attention layers, until :meth:`restore`.
 
     Raises:
-        ValueError: the network is no UNet.
-        TypeError: one of its layers has a processor that cannot be called on a part of the pixels.
+        ValueError: the network is not a UNet.
+        TypeError: a layer has a processor that cannot run on some of the pixels.
     """
 
     def __init__(self, network: Any) -> None:
@@ -99,8 +98,7 @@ class CanvasRegions:
             layer.set_processor(processor)
 
     def joined(self, prompts: list[dict[str, Any]], weights: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of the network's forward with all prompts in them. A pooled text (SDXL) stays the global one's,
-        since it conditions the whole canvas."""
+        """The arguments of forward with all prompts in them; a pooled text (SDXL) stays the global prompt's."""
         text = kwargs["encoder_hidden_states"]
         self.shares.enter(weights, self._depth, text.device, text.dtype)
         return {

@@ -1,7 +1,7 @@
-"""Tile mode with regions: which tiles are evaluated for which prompts, and how the predictions become one canvas.
+"""Regions in tile mode: which tiles are evaluated for which prompts, and how the predictions are mixed.
 
-The canvas' tiles are evaluated once for every prompt that has a share in them. A region with a seed has tiles
-of its own, laid out from its box, so that what it becomes does not depend on where among the canvas' tiles it lies.
+Each tile of the canvas is evaluated once per prompt that has a share in it. A region with a seed has its own tiles,
+laid out from its box, so that its content does not depend on the position of the box.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ Run = Callable[[Tensor, Pair, int], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Shares:
-    """What each prompt has of a canvas."""
+    """The shares of the prompts in a canvas."""
 
     common: Tensor
-    """``[P, H, W]``: of the prompts that are evaluated on the canvas' tiles; 0 for the others."""
+    """``[P, H, W]``: shares on the tiles of the canvas; 0 for a prompt with its own tiles."""
     own: dict[int, tuple[Tensor, Tensor, Tensor]]
-    """Of a prompt with tiles of its own: the rows and the columns that these cover, and its share there."""
+    """Per prompt with its own tiles: the rows and columns that they cover, and its share there."""
 
 
 def split(regions: Sequence[Region], weights: Tensor, pixels: int, tile: Pair, wrap: tuple[bool, bool]) -> Shares:
-    """Tell regions with a seed from the other prompts.
+    """Separate the regions with a seed from the other prompts.
 
     Args:
-        regions: in the order of the weights, which have the global prompt before them.
-        weights: ``[P, H, W]``, see :func:`tiledcore.compose.regions.region_weights`.
-        pixels: image pixels per canvas pixel along an axis.
-        tile: size of a tile in canvas pixels.
-        wrap: (along y, along x).
+        regions: in the order of the weights.
+        weights: ``[1 + regions, H, W]``, the global prompt first.
+        pixels: image pixels per canvas pixel.
+        tile: size in canvas pixels, (y, x).
+        wrap: (y, x).
     """
     common, own = weights.clone(), {}
     for p, region in enumerate(regions, 1):
@@ -63,7 +63,7 @@ def split(regions: Sequence[Region], weights: Tensor, pixels: int, tile: Pair, w
 
 
 def _extent(low: int, high: int, size: int, tile: int, wrap: bool) -> Tensor:
-    """Positions of one axis from ``low`` to ``high``, at least a tile, all of them on the canvas."""
+    """Positions on one axis from ``low`` to ``high``, at least one tile long, all inside the canvas."""
     length = min(size, max(high - low, tile))
     low -= max(0, length - (high - low)) // 2
     if not wrap:
@@ -79,10 +79,9 @@ def evaluate(
     sample: Tensor,
     kwargs: dict[str, Any],
 ) -> tuple[Prediction, int]:
-    """As :meth:`tiledcore.tiles.denoiser.TileDenoiser.evaluate`, with the changes of several prompts to ``kwargs``.
+    """:meth:`tiledcore.tiles.denoiser.TileDenoiser.evaluate`, with the changes of each prompt to ``kwargs``.
 
-    Returns:
-        The prediction, and how many tiles were evaluated.
+    Returns the prediction, and how many tiles were evaluated.
     """
     batch, size, tiling = len(sample), (sample.shape[2], sample.shape[3]), denoiser.placed
     assert tiling is not None
@@ -121,7 +120,7 @@ def _groups(tiling: Tiling | Partition) -> dict[Pair, tuple[Pair, ...]]:
 def _common(
     run: Run, weights: Tensor, offsets: Tensor, tile: Pair, batch: int, like: Tensor | None, tile_batch: int
 ) -> Tensor:
-    """Tiles ``[T*B, C, h, w]``, each the mix of the prompts that have a share in it."""
+    """Tiles ``[T*B, C, h, w]``, each a mix of the prompts that have a share in it."""
     shares = ops.gather_tiles(weights[None], offsets, tile)
     tiles = None if like is None else like.new_zeros(len(offsets) * batch, like.shape[1], *tile)
     for chosen, p in _batches(shares, tile_batch):
@@ -130,14 +129,14 @@ def _common(
         parts = shares[chosen, p : p + 1].to(out)
         for i, t in enumerate(chosen):
             one = out[i * batch : (i + 1) * batch]
-            whole = bool((shares[t, p] == 1).all())  # the only prompt here: as it came, so that no bit changes
+            whole = bool((shares[t, p] == 1).all())  # the only prompt here: not multiplied, so no bit changes
             tiles[t * batch : (t + 1) * batch] += one if whole else one * parts[i]
     assert tiles is not None
     return tiles
 
 
 def _batches(shares: Tensor, tile_batch: int) -> Iterator[tuple[list[int], int]]:
-    """(tiles, prompt) of every evaluation: only prompts that have a share in the tile."""
+    """(tiles, prompt) of every evaluation; only prompts with a share in the tile."""
     present = shares.amax((2, 3)) > 0
     for p in range(shares.shape[1]):
         mine = present[:, p].nonzero().flatten().tolist()
@@ -146,10 +145,10 @@ def _batches(shares: Tensor, tile_batch: int) -> Iterator[tuple[list[int], int]]
 
 
 def _own(denoiser: TileDenoiser, run: Run, rows: Tensor, columns: Tensor, timestep: Any, size: Pair, p: int) -> Tensor:
-    """The prediction ``[B, C, h, w]`` of a part of the canvas, on tiles laid out from its corner."""
+    """The prediction ``[B, C, h, w]`` of a part of the canvas, on tiles that start at its corner."""
     config, grid = denoiser.config, grid_of(denoiser, (len(rows), len(columns)), (False, False))
     tiling: Tiling | Partition = grid
-    if isinstance(denoiser.placed, Partition):  # as the canvas' own tiles in this step
+    if isinstance(denoiser.placed, Partition):  # shifted like the tiles of the canvas in this step
         step, _ = denoiser.step(timestep)
         tiling = TileGrid(grid.height, grid.width, grid.tile_size).shifted(step, (config.moving or Motion()).seed)
     corner, canvas = torch.tensor([[int(rows[0]), int(columns[0])]]), None
@@ -169,7 +168,7 @@ def _own(denoiser: TileDenoiser, run: Run, rows: Tensor, columns: Tensor, timest
 
 
 def grid_of(denoiser: TileDenoiser, size: Pair, wrap: tuple[bool, bool]) -> TileGrid:
-    """The tiles of a canvas, or of a part of one, in canvas pixels; before any shift."""
+    """The tiles of a canvas, or of a part of it, in canvas pixels; not shifted."""
     config, unit = replace(denoiser.config, wrap=wrap), denoiser.unit
     return config.grid(size[0] * unit, size[1] * unit, denoiser.native, unit)
 
@@ -184,7 +183,7 @@ def _blend(denoiser: TileDenoiser, tiling: Tiling, tiles: Tensor, offsets: Tenso
 
 
 def _put(canvas: Tensor, tile: Tensor, place: Pair) -> None:
-    """Write a tile ``[B, C, h, w]`` where it belongs; it may wrap."""
+    """Write a tile ``[B, C, h, w]`` into the canvas; it may wrap."""
     rows, columns = (
         torch.arange(start, start + n, device=canvas.device) % size
         for start, n, size in zip(place, tile.shape[2:], canvas.shape[2:], strict=True)

@@ -1,10 +1,7 @@
-"""Regions: parts of the canvas with a prompt of their own, as the caller describes them.
+"""Regions: parts of the canvas with their own prompts, and the share of each prompt in each pixel.
 
-Lengths are image pixels here. What they become on a canvas, the share that each prompt has in each canvas pixel, is
-:func:`region_weights`; who uses it is :mod:`tiledcore.compose.regional`.
-
-Several prompts on one canvas whose predictions are blended: Bar-Tal et al., MultiDiffusion, 2023, section 4.2;
-Jimenez, Mixture of Diffusers, 2023.
+Blending the predictions of several prompts: Bar-Tal et al., MultiDiffusion, 2023, section 4.2; Jimenez, Mixture of
+Diffusers, 2023. The code that runs regions is in :mod:`tiledcore.compose.regional`.
 """
 
 from __future__ import annotations
@@ -23,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from tiledcore import validate
 from tiledcore.geometry import Pair
 from tiledcore.io.images import load_image
 
@@ -32,23 +30,17 @@ KEYS = ("prompt", "box", "mask", "weight", "feather", "seed")
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """A part of the canvas with its own prompt.
-
-    Inside it the region's prompt replaces the global one (``weight`` 1) or is mixed with it (below 1). Where regions
-    overlap they share in proportion to their weights.
+    """A part of the canvas with its own prompt; overlapping regions share in proportion to their weights.
 
     Args:
         prompt: of the region.
-        box: (left, top, right, bottom) in image pixels, as PIL has it. On an axis that wraps, right or bottom may
-            lie past the canvas: the box then goes on at its other side.
-        mask: instead of a box: PIL image, or array or tensor ``[H, W]`` of the canvas' size in image pixels; bool,
-            float from 0 to 1, or int from 0 to 255. Non-zero is inside.
-        weight: above 0.
-        feather: width in image pixels of the transition at the region's border, half of it outside. At the canvas'
-            own border there is none.
-        seed: of the region's part of the initial noise. The region then also has tiles of its own (in tile mode), so
-            that its content moves along when the box is moved, by whole latent pixels, and changes only where tiles
-            reach out of it. Default: the noise of the canvas.
+        box: (left, top, right, bottom), px. On an axis that wraps, right or bottom may lie past the canvas.
+        mask: instead of a box: PIL image, or array or tensor ``[H, W]`` of the canvas' size in px; bool, float from 0
+            to 1, or int from 0 to 255. Non-zero is inside.
+        weight: above 0. From 1 on the region's prompt replaces the global one, below 1 they are mixed.
+        feather: width in px of the transition at the region's border, half of it outside.
+        seed: of the region's initial noise. In tile mode the region then has its own tiles, so its content moves with
+            the box, by whole latent pixels. Default: the noise of the canvas.
 
     Raises:
         ValueError: names the argument, its value and what is valid.
@@ -70,12 +62,11 @@ class Region:
         if self.box is not None:
             _check_box(self.box)
             object.__setattr__(self, "box", tuple(self.box))
-        if not _is_number(self.weight) or not 0 < self.weight < math.inf:
-            raise ValueError(f"weight={self.weight!r}: must be a number above 0")
-        if not _is_integer(self.feather) or self.feather < 0:
-            raise ValueError(f"feather={self.feather!r}: must be an int of at least 0, in image pixels")
-        if self.seed is not None and (not _is_integer(self.seed) or not 0 <= self.seed < 2**64):
-            raise ValueError(f"seed={self.seed!r}: must be an int from 0 to 2**64 - 1")
+        if validate.real("weight", self.weight, 0) == 0:
+            raise ValueError(f"weight={self.weight!r} must be above 0")
+        validate.integer("feather", self.feather, 0)
+        if self.seed is not None and validate.integer("seed", self.seed, 0) >= 2**64:
+            raise ValueError(f"seed={self.seed!r} must be at most 2**64 - 1")
 
     def bounds(self) -> tuple[int, int, int, int]:
         """The box, or the smallest one around the mask."""
@@ -86,7 +77,7 @@ class Region:
         return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
     def describe(self) -> dict[str, Any]:
-        """As it may stand in a scene file, but for a mask's pixels."""
+        """The region as in a scene file, without the pixels of a mask."""
         named = {key: getattr(self, key) for key in KEYS if getattr(self, key) is not None}
         if self.mask is not None:
             named["mask"] = str(getattr(self.mask, "filename", None) or "mask")
@@ -94,17 +85,17 @@ class Region:
 
 
 def check_are_regions(regions: Sequence[Any]) -> None:
-    """Raise TypeError for the first one that is no :class:`Region`."""
+    """Raise TypeError if one of them is not a :class:`Region`."""
     for i, region in enumerate(regions):
         if not isinstance(region, Region):
             raise TypeError(f"regions[{i}]={region!r}: must be a tiledcore.Region")
 
 
 def check_regions(regions: Sequence[Region], width: int, height: int, wrap: tuple[bool, bool]) -> None:
-    """Check the regions against the canvas, in image pixels; ``wrap`` is (along y, along x).
+    """Check regions against a canvas in px; ``wrap`` is (y, x).
 
     Raises:
-        ValueError: names the region by its number from 0, the argument, its value and what is valid.
+        ValueError: names the region by its index, the argument, its value and what is valid.
     """
     canvas = f"the canvas of {width}x{height} px"
     for i, region in enumerate(regions):
@@ -129,18 +120,18 @@ def check_regions(regions: Sequence[Region], width: int, height: int, wrap: tupl
 def region_weights(regions: Sequence[Region], size: Pair, pixels: int, wrap: tuple[bool, bool]) -> Tensor:
     """The share of each prompt in each pixel of a canvas.
 
-    A region covers a pixel by ``c`` from 0 to 1: 1 inside, 0 outside, a linear ramp of the feather's width between.
-    The global prompt's share is the product of ``1 - min(weight, 1) c`` over all regions, as of panes of glass, in
-    any order; the regions divide the rest in proportion to ``weight c``.
+    A region covers a pixel by ``c``: 1 inside, 0 outside, with a linear ramp of the feather's width. The global
+    prompt's share is the product of ``1 - min(weight, 1) c`` over all regions; the regions divide the rest in
+    proportion to ``weight c``.
 
     Args:
-        regions: that :func:`check_regions` has passed.
-        size: of the canvas, in canvas pixels.
-        pixels: image pixels per canvas pixel along an axis.
-        wrap: (along y, along x).
+        regions: checked by :func:`check_regions`.
+        size: of the canvas (y, x), in canvas pixels.
+        pixels: image pixels per canvas pixel.
+        wrap: (y, x).
 
     Returns:
-        ``[1 + len(regions), H, W]`` float32, the global prompt first; they sum to 1 in every pixel.
+        ``[1 + len(regions), H, W]`` float32, the global prompt first; the sum is 1 in every pixel.
     """
     weighted = torch.stack([region.weight * coverage(region, size, pixels, wrap) for region in regions])
     opaque = [weighted[i] / max(region.weight, 1.0) for i, region in enumerate(regions)]
@@ -150,7 +141,7 @@ def region_weights(regions: Sequence[Region], size: Pair, pixels: int, wrap: tup
 
 
 def coverage(region: Region, size: Pair, pixels: int, wrap: tuple[bool, bool]) -> Tensor:
-    """How much of each canvas pixel a region covers, its feather included: ``[H, W]`` float32 from 0 to 1."""
+    """How much of each canvas pixel a region covers, with its feather: ``[H, W]`` float32 from 0 to 1."""
     width = region.feather / pixels
     if region.box is not None:
         left, top, right, bottom = region.box
@@ -163,19 +154,15 @@ def coverage(region: Region, size: Pair, pixels: int, wrap: tuple[bool, bool]) -
 
 
 def seed_noise(noise: Tensor, regions: Sequence[Region], pixels: int) -> Tensor:
-    """The initial noise of a canvas, in which each region that has a seed brings its own.
+    """The initial noise of a canvas, in which each region with a seed has its own noise.
 
-    A region's noise is drawn for its box (of a mask, the smallest one around it), so that it does not depend on where
-    the box lies. The later of two overlapping regions is in front. Without a feather: half of one noise and half of
-    another would have too little variance.
+    That noise is drawn for the region's bounding box, so it does not depend on the position. A later region is in
+    front. There is no feather, because a mix of two noises has too little variance.
 
     Args:
-        noise: ``[B, C, H, W]``, standard normal.
-        regions: those without a seed are passed over.
-        pixels: image pixels per canvas pixel along an axis.
-
-    Returns:
-        A new tensor.
+        noise: ``[B, C, H, W]``, standard normal; a new tensor is returned.
+        regions: those without a seed change nothing.
+        pixels: image pixels per canvas pixel.
     """
     noise = noise.clone()
     B, C, H, W = noise.shape
@@ -185,7 +172,7 @@ def seed_noise(noise: Tensor, regions: Sequence[Region], pixels: int) -> Tensor:
         left, top, right, bottom = region.bounds()
         rows = torch.arange(top // pixels, -(-bottom // pixels)) % H
         columns = torch.arange(left // pixels, -(-right // pixels)) % W
-        # On the CPU, so that a seed means the same noise on every device.
+        # On the CPU, so that a seed gives the same noise on every device.
         generator = torch.Generator().manual_seed(region.seed)
         drawn = torch.stack([torch.randn(C, len(rows), len(columns), generator=generator) for _ in range(B)])
         here = torch.ones(len(rows), len(columns), dtype=torch.bool)
@@ -197,16 +184,13 @@ def seed_noise(noise: Tensor, regions: Sequence[Region], pixels: int) -> Tensor:
     return noise
 
 
-# ----------------------------------------------------------------------------- scene files
-
-
 def load_scene(path: Path) -> list[Region]:
     """Read regions from a TOML file: one ``[[region]]`` table each, with the arguments of :class:`Region` as keys.
 
     A mask is the name of an image file, relative to the scene's folder.
 
     Raises:
-        ValueError: in one line: the file, the region by its number from 1, the key and what is valid.
+        ValueError: names the file, the region by its number from 1, the key and what is valid.
         OSError: a file cannot be read.
     """
     try:
@@ -253,7 +237,7 @@ def _read_mask(where: str, file: Path) -> Image.Image:
 
 
 def scene_for(path: Path, width: int, height: int, wrap: tuple[bool, bool]) -> list[Region]:
-    """:func:`load_scene`, checked against a canvas in image pixels; errors name the region as the file has it."""
+    """:func:`load_scene`, checked against a canvas in px; errors name the region by its number in the file."""
     regions = load_scene(path)
     for i, region in enumerate(regions, 1):
         try:
@@ -263,25 +247,14 @@ def scene_for(path: Path, width: int, height: int, wrap: tuple[bool, bool]) -> l
     return regions
 
 
-# ----------------------------------------------------------------------------- helpers
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _check_box(box: Any) -> None:
-    valid = isinstance(box, tuple | list) and len(box) == 4 and all(_is_integer(n) for n in box)
+    valid = isinstance(box, tuple | list) and len(box) == 4 and all(type(n) is int for n in box)
     if not valid or box[2] <= box[0] or box[3] <= box[1]:
         raise ValueError(f"box={box!r}: must be (left, top, right, bottom), ints with left < right and top < bottom")
 
 
 def _mask(mask: Any) -> NDArray[np.float32]:
-    """``[H, W]`` from 0 to 1."""
+    """A mask as ``[H, W]`` from 0 to 1."""
     if isinstance(mask, Image.Image):
         mask = mask.convert("L")
     values = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
@@ -295,7 +268,7 @@ def _mask(mask: Any) -> NDArray[np.float32]:
 
 
 def _profile(low: int, high: int, size: int, pixels: int, wrap: bool) -> Tensor:
-    """The part of each canvas pixel of one axis that lies between two positions in image pixels."""
+    """The part of each canvas pixel, on one axis, between the positions ``low`` and ``high`` in px."""
     edges = torch.arange(size + 1, dtype=torch.float64) * pixels
 
     def part(start: int, stop: int) -> Tensor:
@@ -309,7 +282,7 @@ def _profile(low: int, high: int, size: int, pixels: int, wrap: bool) -> Tensor:
 
 
 def _feather(values: Tensor, width: float, wrap: bool) -> Tensor:
-    """Mean over a window of ``width`` along the last axis of ``[N, L]``: a step becomes a linear ramp of that width."""
+    """Mean over a window of ``width`` along the last axis of ``[N, L]``: steps become linear ramps of that width."""
     reach = math.ceil(width / 2 - 0.5)
     if reach <= 0:
         return values

@@ -1,4 +1,4 @@
-"""Which stages lead to a size: integers and floats only, no model."""
+"""Plan the stages of a staged generation: sizes and strengths, computed without a model."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from typing import Literal
 
 from torch import Tensor
 
+from tiledcore import validate
 from tiledcore.geometry import Pair
 from tiledcore.schedulers.pull import Pull
 
 Upscaler = Callable[[Tensor, Pair], Tensor]
-"""``([B, 3, h, w] in 0..1, (H, W))`` -> ``[B, 3, H, W]`` in 0..1."""
+"""``(image [B, 3, h, w] in 0..1, (H, W))`` -> ``[B, 3, H, W]`` in 0..1."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a plan. Sizes are image pixels.
+    """One stage: its size in px and its strength.
 
     Args:
-        width: of the picture that the stage makes.
-        height: the same.
-        strength: share of the steps that are run on the enlarged picture, above 0 up to 1; None generates from
-            nothing, in the first stage only.
+        width: of the image that the stage makes.
+        height: of the image that the stage makes.
+        strength: share of the steps that run on the enlarged image, above 0 up to 1; None, in the first stage only:
+            generate from noise.
     """
 
     width: int
@@ -32,29 +33,30 @@ class Stage:
     strength: float | None
 
     def __post_init__(self) -> None:
-        if min(self.width, self.height) < 1:
-            raise ValueError(f"stage of {self.width}x{self.height} px: both sides must be at least 1")
-        if self.strength is not None and not 0 < self.strength <= 1:
-            raise ValueError(
-                f"stage of {self.width}x{self.height} px: strength={self.strength!r} must be above 0 up to 1"
-            )
+        validate.integer("stages: width", self.width, 1)
+        validate.integer("stages: height", self.height, 1)
+        if self.strength is not None:
+            _check_strength(self.strength)
+
+
+def _check_strength(strength: float) -> None:
+    if not 0 < strength <= 1:
+        raise ValueError(f"stages: strength={strength!r} must be above 0 up to 1")
 
 
 @dataclass(frozen=True)
 class Staging:
-    """How stages are laid out and refined.
+    """How stages are planned and refined.
 
     Args:
-        factor: largest enlargement of one stage along a side, above 1 up to 4.
+        factor: largest enlargement per stage and side, above 1 up to 4.
         strength: of every stage but the first, above 0 up to 1.
-        pull: toward the coarse picture's low frequencies; None leaves it out.
-        upscale: of the picture between two stages: ``"bicubic"``, or a function of the picture ``[B, 3, h, w]`` in
-            0..1 and the new (height, width); or ``"latent"``, bicubic too, but of the latents, which are not decoded
-            and encoded between stages (Stable Diffusion, SDXL, SD3, FLUX). A picture that the caller brings is
-            enlarged as pixels.
-        match: give each refined picture the lowest frequencies of the first one, so that what the pull lets go does
-            not add up (``match_colour``); not where there are latents in place of pictures.
-        sizes: the stages themselves, instead of planned ones; the last one's size is that of the call.
+        pull: toward the low frequencies of the smaller image; None: no pull.
+        upscale: how an image is enlarged between stages: ``"bicubic"``, a function of the image ``[B, 3, h, w]`` in
+            0..1 and the new (height, width), or ``"latent"``: bicubic on latents, without decoding between stages
+            (Stable Diffusion, SDXL, SD3, FLUX). An image of the caller is always enlarged as pixels.
+        match: give each refined image the lowest frequencies of the first one (``match_colour``); not for latents.
+        sizes: the stages themselves; the last one has the size of the call.
 
     Raises:
         ValueError: names the argument, its value and what is valid.
@@ -70,21 +72,20 @@ class Staging:
     def __post_init__(self) -> None:
         if not 1 < self.factor <= 4:
             raise ValueError(f"stages: factor={self.factor!r} must be above 1 and at most 4")
-        if not 0 < self.strength <= 1:
-            raise ValueError(f"stages: strength={self.strength!r} must be above 0 up to 1")
+        _check_strength(self.strength)
         if self.upscale not in ("bicubic", "latent") and not callable(self.upscale):
             raise ValueError(f"stages: upscale={self.upscale!r} must be 'bicubic', 'latent' or a function")
 
 
 Stages = Literal["auto"] | Staging | Sequence[Stage] | None
-"""What ``stages=`` takes: planned by the defaults, planned otherwise, given one by one, or none."""
+"""What ``stages=`` takes: planned with defaults, planned as given, a list of stages, or no stages."""
 
 
 def staging(stages: Stages) -> Staging | None:
     """``stages=`` as a :class:`Staging`.
 
     Raises:
-        TypeError: it is none of the forms of :data:`Stages`.
+        TypeError: it is not of :data:`Stages`.
         ValueError: it is an empty list.
     """
     if stages is None or isinstance(stages, Staging):
@@ -99,20 +100,20 @@ def staging(stages: Stages) -> Staging | None:
 
 
 def plan_stages(size: Pair, native: Pair, multiple: int, config: Staging, start: Pair | None = None) -> list[Stage]:
-    """The stages from the native size, or from a picture, to ``size``; all (height, width) in image pixels.
+    """The stages from the native size, or from an image, to ``size``; all sizes are (height, width) in px.
 
-    The first stage has the native area and the aspect ratio of ``size``, but no side below half of the native one: a
-    long panorama starts longer, in tiles. The others enlarge by one ratio each, as few as ``config.factor`` allows.
+    The first stage has the native area and the aspect ratio of ``size``, but no side below half of the native one.
+    The others all enlarge by one ratio, and there are as few as ``config.factor`` allows.
 
     Args:
         size: of the last stage.
-        native: at which the model was trained.
-        multiple: that every side is a multiple of; ``size`` must be.
-        config: factor, strength, or the stages themselves.
-        start: of the picture that the first stage enlarges; then no stage generates from nothing.
+        native: the size that the model was trained on.
+        multiple: every side, also of ``size``, is a multiple of this.
+        config: how to plan.
+        start: size of the image that the first stage enlarges; None: the first stage generates from noise.
 
     Raises:
-        ValueError: ``size`` is no multiple, or the given stages do not lead to it.
+        ValueError: ``size`` is not a multiple, or the given stages do not lead to it.
     """
     height, width = size
     if height < 1 or width < 1 or height % multiple or width % multiple:
@@ -126,15 +127,15 @@ def plan_stages(size: Pair, native: Pair, multiple: int, config: Staging, start:
     else:
         begin = start
     total = max(height / begin[0], width / begin[1])
-    # A native size that is rounded must not cost a stage more.
+    # The 0.02: rounding of the native size must not cost one more stage.
     count = max(0, math.ceil(math.log(total) / math.log(config.factor) - 0.02)) if total > 1 else 0
     if start is not None:
         count = max(1, count)
     elif count == 0:
-        begin = size  # it is the native size but for that rounding
+        begin = size  # equal to the native size up to rounding
     stages = [] if start is not None else [Stage(begin[1], begin[0], None)]
     for index in range(1, count + 1):
-        # Each axis by its own ratio: a picture may have other proportions than the result.
+        # Each axis has its own ratio, because a given image may have another aspect ratio than the result.
         h, w = (
             _rounded(first * (last / first) ** (index / count), multiple)
             for first, last in zip(begin, size, strict=True)
@@ -168,7 +169,7 @@ def _check_given(stages: Sequence[Stage], size: Pair, multiple: int, start: Pair
 
 
 def stage_steps(stage: Stage, steps: int, rounds_down: bool) -> int:
-    """Steps of a stage, as diffusers' image-to-image pipelines count them; those of UNets round down."""
+    """The number of steps of a stage, as in diffusers' image-to-image pipelines; those of UNets round down."""
     if stage.strength is None:
         return steps
     return int(steps * stage.strength) if rounds_down else steps - int(max(steps - steps * stage.strength, 0))

@@ -1,12 +1,8 @@
-"""Staged generation: a picture of the model's own size decides the composition, stages of image-to-image refine it.
+"""Staged generation: make a small image first, then enlarge and refine it in stages, so that it stays one image.
 
-Windows alone repeat the subject in every tile, because no window sees the whole. So the first stage is one native
-image; each further stage enlarges the picture by at most ``factor``, adds noise to a chosen strength, and denoises it
-tiled, held to the coarse picture's low frequencies (``pull``). Progressive upscaling as in DemoFusion
-(Du et al. 2024), with the noise of image-to-image instead of an inverted trajectory, so that every family works that
-has an image-to-image pipeline.
-
-The plan itself is in :mod:`tiledcore.compose.stage_plan`.
+Tiles alone repeat the subject, because no tile sees the whole image. So the first stage makes one image of native
+size. Each further stage enlarges it, adds noise, and denoises it in tiles, guided by the low frequencies of the smaller
+image (``pull``). Progressive upscaling: DemoFusion (Du et al. 2024); here each stage is plain image-to-image.
 """
 
 from __future__ import annotations
@@ -23,56 +19,44 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
-from PIL import Image
 from torch import Tensor
 
-from tiledcore.compose.pictures import match_colour, to_tensor
+from tiledcore.compose.pictures import match_colour, size_px, to_tensor
 from tiledcore.compose.stage_plan import Stage, Staging, Upscaler, plan_stages, stage_steps, staging
 from tiledcore.config import Execution, TilingConfig
 from tiledcore.geometry import Pair, both
 from tiledcore.tiles.families import network_of, to_image
 
 STARTS_FROM_LATENTS = (UNet2DConditionModel, SD3Transformer2DModel, FluxTransformer2DModel)
-"""Networks whose image-to-image pipelines in diffusers take latents for the image, as their text-to-image ones
-return them; those of Z-Image and Qwen-Image prepare every image as pixels, or return it with a frame's axis."""
+"""Networks whose image-to-image pipelines in diffusers also take latents as the image."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one stage costs.
-
-    Attributes:
-        stage: the stage.
-        steps: evaluations of the whole canvas (twice the steps for a scheduler of second order is not counted).
-        tiles: of the grid.
-        area_factor: tile area evaluated in a step over that of the canvas.
-        canvases: evaluations in units of the final canvas: ``steps * area_factor * area / final area``.
-    """
+    """The cost of one stage."""
 
     stage: Stage
     steps: int
+    """Network evaluations of the whole canvas; a second-order scheduler needs twice as many."""
     tiles: int
     area_factor: float
+    """Tile area evaluated in a step over the area of the canvas."""
     canvases: float
+    """Evaluations of the final canvas that cost the same: ``steps * area_factor * area / final area``."""
 
 
 def stage_tiling(stage: Stage, config: TilingConfig, native: Pair, factor: int, patch: int) -> TilingConfig:
-    """The tiling of a stage: the caller's, but one native image is seen whole unless it wraps.
+    """The tiling of a stage: the caller's; but an image of native size is one tile unless it wraps.
 
-    Args:
-        stage: which one.
-        config: the caller's.
-        native: in latent pixels.
-        factor: image pixels per latent pixel.
-        patch: latent pixels per token.
+    ``native`` is (height, width) in latent pixels, ``factor`` image pixels per latent pixel, ``patch`` latent pixels
+    per token.
     """
     height, width = stage.height // factor, stage.width // factor
-    open_tiles = config.mode == "tiles" and config.wrap in (False, (False, False))
+    open_tiles = config.mode == "tiles" and not any(both(config.wrap))
     if stage.strength is None and open_tiles and height * width <= 1.05 * native[0] * native[1]:
         return replace(config, overlap=None, motion="still", tile=(height, width), halo=None)
-    tile = native if config.tile is None else (config.tile if isinstance(config.tile, tuple) else (config.tile,) * 2)
-    wrap = both(config.wrap)
-    # One tile as large as an axis that wraps would see a border there: it gets less, so that several meet.
+    tile, wrap = both(config.tile or native), both(config.wrap)
+    # A single tile on an axis that wraps would have a border there, so it is made smaller and several tiles meet.
     least = 8 * patch
     cut = tuple(
         max(least, min(t, n * 3 // 4) // least * least) if w and t >= n else t
@@ -82,20 +66,19 @@ def stage_tiling(stage: Stage, config: TilingConfig, native: Pair, factor: int, 
 
 
 class StagePlan:
-    """The stages of one image of one pipeline, and what they cost.
+    """The stages of one image, and their cost.
 
     Args:
         pipe: a :class:`~tiledcore.pipeline.TiledPipeline`.
         size: (height, width) of the result, px.
-        config: how stages are laid out.
+        config: how to plan the stages.
         tiling: of the last stage.
-        start: (height, width) of the picture that the first stage enlarges, or None.
+        start: (height, width) of the image that the first stage enlarges, or None.
     """
 
     def __init__(self, pipe: Any, size: Pair, config: Staging, tiling: TilingConfig, start: Pair | None = None) -> None:
         network, family = network_of(pipe.pipe)
-        native = family.native(pipe.pipe, network)
-        self.native = (native, native) if isinstance(native, int) else native
+        self.native = both(family.native(pipe.pipe, network))
         self.factor, self.patch = int(pipe.vae_scale_factor), family.patch(network)
         self.config, self.tiling = config, tiling
         self._rounds_down = family.model is UNet2DConditionModel
@@ -103,7 +86,7 @@ class StagePlan:
         self.stages = plan_stages(size, native_px, self.factor * self.patch, config, start)
 
     def tilings(self) -> list[TilingConfig]:
-        """Of each stage. Only the last one blends: what is left of an earlier one's partitions is drawn over."""
+        """The tiling of each stage. Only the last stage blends: later stages redraw the seams of earlier ones."""
         config = self.tiling.refining()
         moving = config
         if config.moving is not None and config.moving.blend_last:
@@ -114,10 +97,10 @@ class StagePlan:
         ]
 
     def costs(self, steps: int) -> list[Cost]:
-        """Of each stage, for a call of ``steps`` steps.
+        """The cost of each stage, for a call of ``steps`` steps.
 
         Raises:
-            ValueError: a stage's strength leaves none of the steps.
+            ValueError: a stage's strength leaves no step.
         """
         final = self.stages[-1].height * self.stages[-1].width
         costs = []
@@ -132,7 +115,7 @@ class StagePlan:
         return costs
 
     def rows(self, steps: int) -> list[dict[str, Any]]:
-        """The plan as a table: one row for each stage, and the sum."""
+        """The plan as a table: one row per stage, and their sum."""
         costs = self.costs(steps)
         rows: list[dict[str, Any]] = [
             {
@@ -147,21 +130,18 @@ class StagePlan:
             for index, cost in enumerate(costs)
         ]
         total = sum(cost.canvases for cost in costs)
-        # The floor: the final stage's steps, with no pixel evaluated twice.
+        # The lower bound: the steps of the final stage, each pixel once.
         return [*rows, {"stage": "all", "canvases": round(total, 2), "of_floor": round(total / costs[-1].steps, 2)}]
 
 
 def plan_call(pipe: Any, call: dict[str, Any]) -> StagePlan:
-    """The plan of a call of a :class:`~tiledcore.pipeline.TiledPipeline` with these arguments by name.
+    """The plan of a call of a :class:`~tiledcore.pipeline.TiledPipeline`; ``call`` has its arguments by name.
 
     Raises:
-        ValueError: the stages do not lead to the size, or a strength leaves none of the steps.
+        ValueError: the stages do not lead to the size, or a strength leaves no step.
     """
     image = call.get("image")
-    start = None
-    if image is not None:
-        width, height = image.size if isinstance(image, Image.Image) else to_tensor(image).shape[:1:-1]
-        start = (height, width)
+    start = None if image is None else size_px(image, pipe.vae_scale_factor)
     config = staging(call["stages"]) or Staging()
     strength = call.get("strength")
     config = replace(
@@ -181,7 +161,7 @@ def plan_call(pipe: Any, call: dict[str, Any]) -> StagePlan:
 
 
 def from_pictures(pipe: Any, arguments: dict[str, Any], options: Any, execution: Execution | None) -> Any:
-    """A call of a :class:`~tiledcore.pipeline.TiledPipeline` in stages, or with the source's colours kept, or both.
+    """Run a call of a :class:`~tiledcore.pipeline.TiledPipeline` that has stages, ``keep_colour``, or both.
 
     Args:
         pipe: the TiledPipeline.
@@ -190,7 +170,7 @@ def from_pictures(pipe: Any, arguments: dict[str, Any], options: Any, execution:
         execution: of the call, or None.
 
     Raises:
-        ValueError: an argument does not go with stages or ``keep_colour``; names it.
+        ValueError: names an argument that does not go with stages or ``keep_colour``.
     """
     for name, value in (("rows", options.rows), ("checkpoint", options.checkpoint), ("regions", options.regions)):
         if value:
@@ -230,7 +210,7 @@ def from_pictures(pipe: Any, arguments: dict[str, Any], options: Any, execution:
 
 
 def _check_sibling(pipe: Any, call: dict[str, Any]) -> None:
-    """There is an image-to-image pipeline of the same model, and it takes the arguments of the call."""
+    """Check that the model has an image-to-image pipeline, and that this takes the arguments of the call."""
     name, known = type(pipe).__name__, signature(type(pipe).__call__).parameters
     if getattr(pipe, "controlnet", None) is not None:
         raise ValueError(f"stages: {name} is not refined in stages; give stages=None")
@@ -249,16 +229,13 @@ def _check_sibling(pipe: Any, call: dict[str, Any]) -> None:
 
 
 def run(pipe: Any, plan: StagePlan, call: dict[str, Any], image: Tensor | None = None) -> Any:
-    """Make an image stage by stage.
+    """Make an image stage by stage; returns the result of the last stage's pipeline.
 
     Args:
         pipe: the :class:`~tiledcore.pipeline.TiledPipeline`.
         plan: of this image.
         call: arguments of the call by name, without size, image, tiling, strength and pull.
-        image: ``[B, 3, H, W]`` in 0..1: the picture that the first stage enlarges, where the plan has one.
-
-    Returns:
-        What the last stage's pipeline returns.
+        image: ``[B, 3, H, W]`` in 0..1 that the first stage enlarges, if the plan has one.
     """
     call = dict(call)
     return_dict = call.pop("return_dict", True)
@@ -293,10 +270,10 @@ def run(pipe: Any, plan: StagePlan, call: dict[str, Any], image: Tensor | None =
 
 
 def enlarge(image: Tensor, size: Pair, upscale: Literal["bicubic", "latent"] | Upscaler) -> Tensor:
-    """A picture ``[B, 3, h, w]`` in 0..1 at another size (height, width), in 0..1; bicubic unless by a function.
+    """An image ``[B, 3, h, w]`` in 0..1 at another size (height, width), in 0..1: bicubic or by a function.
 
     Raises:
-        ValueError: the caller's function gave another shape.
+        ValueError: the function returned another shape.
     """
     if callable(upscale):
         enlarged = upscale(image, size)
@@ -310,9 +287,9 @@ def enlarge(image: Tensor, size: Pair, upscale: Literal["bicubic", "latent"] | U
 
 
 def enlarge_latents(latents: Tensor, size: Pair) -> Tensor:
-    """Latents ``[B, C, h, w]`` at another size (height, width): bicubic, with the mean and variance of each channel.
+    """Latents ``[B, C, h, w]`` at another size (height, width): bicubic, with each channel's mean and variance.
 
-    Interpolation takes variance, which in latents is contrast and detail that the next stage would build on.
+    Interpolation alone lowers the variance, which removes contrast and detail.
     """
     source = latents.float()
     enlarged = F.interpolate(source, size, mode="bicubic", antialias=True)
@@ -323,7 +300,7 @@ def enlarge_latents(latents: Tensor, size: Pair) -> Tensor:
 
 
 def _unpacked(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
-    """Latents ``[B, C, height, width]`` of what a pipeline returns for them, which may be tokens."""
+    """The latents that a pipeline returned, as ``[B, C, height, width]``; they may be tokens."""
     network, family = network_of(pipe)
     if not family.packed:
         return latents

@@ -1,4 +1,4 @@
-"""The modules of a model by their configurations: of a built-in name, a folder or an open pipeline."""
+"""Describe the modules of a model by their configurations: built-in name, folder or open pipeline."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from tiledcore._diffusers import pipeline_class, uncompiled
 from tiledcore.models import EARTH, EARTH_FLUX, EMBEDDED
 
 NETWORKS = ("UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel")
-"""Network classes that :mod:`tiledcore.memory.prediction` knows the arguments of."""
+"""Network classes whose memory :mod:`tiledcore.memory.prediction` can predict."""
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,14 @@ class Part:
     role: str
     """Its name in the pipeline, such as ``"text_encoder_2"``."""
     kind: str
-    """Its class, in diffusers or transformers."""
+    """Its class in diffusers or transformers."""
     config: Mapping[str, Any]
     dtype: torch.dtype
     weight_bytes: int | None = None
-    """Bytes of the real module, which may have adapters or be quantised; None: as configured."""
+    """Bytes of the real module (with adapters, quantised); None: computed from the configuration."""
 
     def make(self) -> torch.nn.Module:
-        """The module, with weights of the default dtype."""
+        """Build the module, with weights of the default dtype."""
         import diffusers
         import transformers
 
@@ -49,14 +50,14 @@ class Architecture:
     vae: Part
     text_encoders: tuple[Part, ...]
     native: int | tuple[int, int]
-    """Side of the images that the network was trained on, in latent pixels."""
+    """Size of the training images in latent pixels: one side or (y, x)."""
     text_tokens: int
     long_text: int
-    """Tokens given to a text encoder without a length of its own (T5)."""
+    """Tokens for a text encoder that has no maximum length (T5)."""
     branches: int
     """2 with classifier-free guidance, else 1."""
     upcasts_vae: bool = False
-    """Whether the pipeline decodes in float32 where the VAE is in float16."""
+    """Whether the pipeline decodes in float32 if the VAE is in float16."""
 
     @property
     def factor(self) -> int:
@@ -68,7 +69,7 @@ class Architecture:
         return (*self.text_encoders, self.network, self.vae)
 
     def to(self, dtype: torch.dtype) -> Architecture:
-        """The same, with all weights in another dtype."""
+        """A copy with all weights in another dtype."""
         cast = [replace(part, dtype=dtype, weight_bytes=None) for part in self.parts]
         return replace(self, text_encoders=tuple(cast[:-2]), network=cast[-2], vae=cast[-1])
 
@@ -77,7 +78,7 @@ def architecture(model: Any, dtype: torch.dtype | None = None) -> Architecture:
     """The modules of a model.
 
     Args:
-        model: a name from :data:`BUILT_IN`, a folder in diffusers' format (without reading weights), or a pipeline.
+        model: a name from :data:`BUILT_IN`, a folder in diffusers' format (weights are not read), or a pipeline.
         dtype: of the weights; None: float16, or the pipeline's own.
 
     Raises:
@@ -110,7 +111,7 @@ def _of_folder(name: str, folder: Path, dtype: torch.dtype) -> Architecture:
             # The embedded transformer shares the other model's autoencoder.
             home = EARTH if folder == EARTH_FLUX and role == "vae" else folder
             parts[role] = (entry[1], _json(home / role / "config.json"))
-    return _assemble(name, str(index.get("_class_name")), _parts(parts, dtype))
+    return _assemble(name, pipeline_class(index), _parts(parts, dtype))
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -130,16 +131,19 @@ def _parts(configurations: Mapping[str, tuple[str, dict[str, Any]]], dtype: torc
 def _of_pipeline(pipe: Any) -> Architecture:
     parts = []
     for role in ("text_encoder", "text_encoder_2", "text_encoder_3", "unet", "transformer", "vae"):
-        module = getattr(pipe, role, None)
-        module = getattr(module, "_orig_mod", module)  # compiled
+        module = uncompiled(getattr(pipe, role, None))
         if module is None:
             continue
         config = module.config.to_dict() if role.startswith("text_encoder") else dict(module.config)
-        size = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
-        parts.append(Part(role, type(module).__name__, config, module.dtype, size))
+        parts.append(Part(role, type(module).__name__, config, module.dtype, tensor_bytes(module)))
     found = _assemble(type(pipe).__name__, type(pipe).__name__, parts)
     native = getattr(pipe, "default_sample_size", None) if found.network.role == "transformer" else None
     return found if native is None else replace(found, native=native)
+
+
+def tensor_bytes(module: torch.nn.Module) -> int:
+    """Bytes of a module's parameters and buffers."""
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _assemble(name: str, pipeline: str, parts: list[Part]) -> Architecture:
@@ -175,7 +179,7 @@ def _assemble(name: str, pipeline: str, parts: list[Part]) -> Architecture:
 
 
 def _text_tokens(kind: str, encoders: tuple[Part, ...]) -> int:
-    """How many text tokens the network is given, by the defaults of the pipelines."""
+    """The number of text tokens for the network, with the pipelines' defaults."""
     if kind == "FluxTransformer2DModel":
         return 512
     clip = max((e.config.get("max_position_embeddings", 0) for e in encoders if e.kind.startswith("CLIP")), default=77)
@@ -183,7 +187,7 @@ def _text_tokens(kind: str, encoders: tuple[Part, ...]) -> int:
 
 
 # Built-in configurations, from cards and papers: Rombach et al. 2022, Podell et al. 2023, Esser et al. 2024,
-# Black Forest Labs 2024. What is not named is the classes' default.
+# Black Forest Labs 2024. What is missing has the default of its class.
 _CLIP_L: dict[str, Any] = dict(
     hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768, max_position_embeddings=77
 )

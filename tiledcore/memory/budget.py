@@ -1,4 +1,4 @@
-"""``TiledPipeline(memory_budget=...)``: plan each call, run it as planned, and measure what it took."""
+"""``TiledPipeline(memory_budget=...)``: plan each call within a memory budget, run the plan, and measure its peak."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tiledcore._diffusers import device_of, is_offloaded
+from tiledcore._diffusers import device_of, is_offloaded, offload_state
 from tiledcore.compose.pictures import size_px
 from tiledcore.config import Execution, TilingConfig
 from tiledcore.geometry import Pair, both
@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 
 
 class Budget:
-    """Plans the calls of one pipeline; predictions are kept from call to call.
+    """Plans the calls of one pipeline; predictions are cached.
 
     Args:
-        limit: bytes of tensors on the device, as :func:`tiledcore.memory.prediction.parse_bytes` takes them.
+        limit: bytes of tensors on the device, see :func:`tiledcore.memory.prediction.parse_bytes`.
 
     Raises:
-        ValueError: ``limit`` is no such number.
+        ValueError: ``limit`` is not valid.
     """
 
     def __init__(self, limit: int | str) -> None:
@@ -40,7 +40,7 @@ class Budget:
         self._predictor: Predictor | None = None
 
     def plan(self, pipe: Any, arguments: dict[str, Any], tiling: TilingConfig | None, execution: Execution) -> Plan:
-        """The plan of ``pipe(**arguments)``; the rest and errors as for :func:`tiledcore.memory.planner.plan`."""
+        """The plan of ``pipe(**arguments)``; other arguments and errors: :func:`tiledcore.memory.planner.plan`."""
         bound = signature(type(pipe).__call__).bind_partial(pipe, **arguments)
         bound.apply_defaults()
         call = bound.arguments
@@ -58,9 +58,9 @@ class Budget:
         return planner.plan(_size(pipe, call), tiling, execution)
 
     def keeps_off(self, pipe: Any, *args: Any, **kwargs: Any) -> bool:
-        """Instead of ``pipe.to(...)``: enable offload if the weights alone exceed the budget; whether it was enabled.
+        """Called before ``pipe.to(...)``: if the weights exceed the budget, enable offload and return True.
 
-        It stays enabled, as the effect of ``to`` does; ``pipe.remove_all_hooks()`` ends it.
+        Offload stays enabled until ``pipe.remove_all_hooks()``.
         """
         device = kwargs.get("device", next((a for a in args if isinstance(a, str | torch.device)), None))
         if device is None or torch.device(device).type != "cuda":
@@ -84,7 +84,7 @@ def _images(call: dict[str, Any]) -> int:
 
 
 def _size(pipe: Any, call: dict[str, Any]) -> Pair:
-    """(width, height) of the image, px."""
+    """(width, height) of the image in px."""
     height, width = size_px(call.get("image"), pipe.vae_scale_factor) or (call.get("height"), call.get("width"))
     tall, wide = both(architecture(pipe).native)
     return width or wide * pipe.vae_scale_factor, height or tall * pipe.vae_scale_factor
@@ -92,9 +92,9 @@ def _size(pipe: Any, call: dict[str, Any]) -> Pair:
 
 @contextmanager
 def within(wrapper: Any, pipe: Any, plan: Plan | None) -> Iterator[None]:
-    """Run a call as planned, and put the plan and the real peak into the wrapper's report; None: just run it.
+    """Run a call as planned; the report then has the plan and the measured peak. None: only run it.
 
-    Offload that only the plan needs is on for this call; afterwards, also after an error, ``pipe`` is as it was.
+    Offload that the plan needs is on for this call only; afterwards ``pipe`` is as before, also after an error.
     """
     if plan is None:
         yield
@@ -115,10 +115,9 @@ def _offload(pipe: Any) -> Iterator[None]:
     """Model CPU offload inside the ``with`` block; afterwards hooks, devices and attributes are as before."""
     modules: list[Any] = [module for module in pipe.components.values() if isinstance(module, torch.nn.Module)]
     places = [module.device for module in modules]
-    state = {"_all_hooks": [], "_offload_gpu_id": 0, "_offload_device": None}
     with ExitStack() as stack:
-        stack.enter_context(replaced(pipe, **{name: getattr(pipe, name, unset) for name, unset in state.items()}))
-        for module in modules:  # accelerate leaves a forward of its own behind
+        stack.enter_context(replaced(pipe, **offload_state(pipe)))
+        for module in modules:  # accelerate leaves its own forward behind
             stack.enter_context(replaced(module, forward=module.forward))
         try:
             pipe.enable_model_cpu_offload(device=device_of(pipe))
@@ -132,10 +131,9 @@ def _offload(pipe: Any) -> Iterator[None]:
 
 @contextmanager
 def measured(pipe: Any) -> Iterator[Callable[[], int]]:
-    """The peak of tensors on the pipeline's device, weights included, while the ``with`` block runs.
+    """The peak bytes of tensors on the pipeline's device, weights included, inside the ``with`` block.
 
-    CUDA: what the allocator says. CPU: counted, which costs some microseconds per operation; a compiled network runs
-    uncompiled meanwhile.
+    CUDA: from the allocator. CPU: counted, some microseconds per operation; a compiled network runs uncompiled.
     """
     device = device_of(pipe)
     if device.type == "cuda":

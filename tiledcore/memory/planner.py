@@ -15,17 +15,17 @@ from tiledcore.memory.architectures import architecture
 from tiledcore.memory.prediction import SLOTS, Evaluation, Phase, Predictor, parse_bytes, show_bytes
 
 SAFETY = 1.1
-"""A predicted peak times this must be within the budget: the allocator's fragmentation, the kernels' own workspaces
-and the CUDA context are not predicted."""
+"""A predicted peak times this must fit the budget: fragmentation, kernel workspaces and the CUDA context are not
+predicted."""
 COUNTED_BYTES = "tensors on the device are counted, not the whole process"
 MODES: tuple[Literal["tiles", "canvas"], ...] = ("tiles", "canvas")
-"""At equal FLOPs the first is taken."""
+"""In the order of preference at equal FLOPs."""
 Way = tuple[TilingConfig, Execution]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How to make an image within a budget, and what it is predicted to take."""
+    """How to make an image within a budget, and its predicted memory."""
 
     model: str
     size: Pair
@@ -40,7 +40,7 @@ class Plan:
     vae_band: int | None
     """Rows of the image that are decoded at a time; None: all."""
     vae_room: int | None
-    """With bands: bytes that they may take beside weights, latents and the image."""
+    """With bands: bytes for them, without weights, latents and the image."""
     tiles: int
     area_factor: float
     phases: tuple[Phase, ...]
@@ -52,7 +52,7 @@ class Plan:
 
     @property
     def needs(self) -> int:
-        """The least budget that this plan fits."""
+        """The smallest budget that this plan fits."""
         return math.ceil(self.peak * self.safety)
 
     @property
@@ -65,7 +65,7 @@ class Plan:
         return self.needs <= self.budget
 
 
-class DoesNotFit(ValueError):  # noqa: N818 - it is an answer as much as an error
+class DoesNotFit(ValueError):  # noqa: N818 - the public name
     """No plan fits; the message says which budget or size would."""
 
     def __init__(self, leanest: Plan, size: Pair | None) -> None:
@@ -96,8 +96,7 @@ def plan(
 ) -> Plan:
     """Choose mode, tile batch, guidance split, VAE band and offload so that an image fits a budget.
 
-    The first plan that fits is taken: the mode with fewer FLOPs first, in it no offload before offload, and large
-    batches before small ones.
+    The first plan that fits is taken. Order: the mode with fewer FLOPs, then no offload, then large batches.
 
     Args:
         model: a pipeline, a name from :data:`~tiledcore.memory.architectures.BUILT_IN`, or a folder.
@@ -105,15 +104,15 @@ def plan(
         budget: bytes of tensors on the device, such as ``"24GiB"``.
         tiling: kept as it is. Default: both modes are tried.
         execution: its tile batch is the largest that is tried.
-        device: ``"cuda"`` or ``"cpu"``; nothing is offloaded from a CPU.
+        device: ``"cuda"`` or ``"cpu"``; on a CPU nothing is offloaded.
         dtype: of the weights. Default: a pipeline's own, else float16.
-        images: made at a time.
-        branches: 2 with classifier-free guidance, 1 without. Default: as the family's pipeline is called.
-        offload: whether each module is on the device only while it runs. Default: only if needed.
+        images: images per call.
+        branches: 2 with classifier-free guidance, 1 without. Default: as the pipeline does.
+        offload: each module is on the device only while it runs. Default: only if needed.
 
     Raises:
-        DoesNotFit: no plan does; the message names the least budget and the largest size of this aspect.
-        ValueError: the size is no multiple of the VAE's factor, or the budget or the model is none.
+        DoesNotFit: no plan fits; the message names the smallest budget and the largest size of this aspect.
+        ValueError: size, budget or model is not valid.
         TypeError: the model's memory cannot be predicted.
     """
     planner = Planner(Predictor(architecture(model, dtype), device), parse_bytes(budget), images, branches, offload)
@@ -121,7 +120,7 @@ def plan(
 
 
 class Planner:
-    """Plans for one model, budget and call; they share predictions. See :func:`plan`."""
+    """Plans for one model, budget and call, with shared predictions. See :func:`plan`."""
 
     def __init__(
         self,
@@ -150,15 +149,12 @@ class Planner:
         )
 
     def _check(self, size: Pair) -> None:
-        factor = self.predictor.model.factor
-        network = self.predictor.model.network
-        if network.kind != "UNet2DConditionModel":
-            factor *= 2  # a token is 2x2 latent pixels
-        if any(n < 1 or n % factor for n in size):
-            raise ValueError(f"size={size[0]}x{size[1]}: both sides must be multiples of {factor} px")
+        unit = self.predictor.unit
+        if any(n < 1 or n % unit for n in size):
+            raise ValueError(f"size={size[0]}x{size[1]}: both sides must be multiples of {unit} px")
 
     def _ways(self, tiling: TilingConfig | None, execution: Execution) -> list[list[Way]]:
-        """Per mode, the ways over the canvas from the fastest to the leanest."""
+        """Per mode, the ways to process the canvas, from the fastest to the one with the least memory."""
         if tiling is None:
             return [ways for mode in MODES for ways in self._ways(TilingConfig(mode=mode), execution)]
         if tiling.mode == "canvas":
@@ -229,7 +225,7 @@ class Planner:
         )
 
     def _largest(self, size: Pair, modes: list[list[Way]]) -> Pair | None:
-        """The largest of some smaller sizes of this aspect that fits."""
+        """The largest of some smaller sizes of this aspect that fits, or None."""
         lean = Planner(self.predictor, self.budget, self.images, self.branches, self.offloads[-1])
 
         def smaller(eighths: int) -> Pair:

@@ -1,6 +1,6 @@
-"""Predict the peak memory of making an image, by running the real code on fake tensors.
+"""Predict the peak memory of making an image, by running the real code on fake tensors (without data).
 
-The phases of a call are text encoders, network (in tiles or over the whole canvas), fused step and VAE.
+The phases of a call are text encoders, network (in tiles or on the whole canvas), fused step and VAE.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tiledcore import ops
+from tiledcore._diffusers import float32_parts
 from tiledcore.canvas import attention
 from tiledcore.config import Execution, TilingConfig
 from tiledcore.feature import Step
 from tiledcore.geometry import Pair, Partition, Tiling, both
-from tiledcore.memory.architectures import Architecture, Part
+from tiledcore.memory.architectures import Architecture, Part, tensor_bytes
 from tiledcore.memory.simulation import Simulated, build, simulated
 from tiledcore.tiles.denoiser import TileDenoiser
 from tiledcore.tiles.fade import Fade
@@ -29,19 +30,19 @@ from tiledcore.vae.plan import BANDS, BandPlan, Search, machine
 from tiledcore.vae.program import program
 
 COUNTED = 128 * 128
-"""Up to so many latent pixels a decode in bands is simulated, and not only estimated."""
+"""Up to this many latent pixels a decode in bands is simulated; above, its peak is estimated."""
 SLOTS = 2
-"""Canvases of scheduler state that are counted: those of a second-order multistep scheduler."""
+"""Canvases of scheduler state: those of a second-order multistep scheduler."""
 UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
     f"{letter}ib": 2 ** (10 * power) for power, letter in enumerate("kmgt", 1)
 }
 
 
 def parse_bytes(value: int | str) -> int:
-    """A number of bytes: 24_000_000_000, ``"24GiB"``, ``"24 GB"`` or ``"512MiB"``.
+    """Parse a number of bytes: 24_000_000_000, ``"24GiB"``, ``"24 GB"`` or ``"512MiB"``.
 
     Raises:
-        ValueError: it is none, a text without a unit, or not from 1 byte to 1024 TiB.
+        ValueError: not a number of bytes, no unit, or not from 1 byte to 1024 TiB.
     """
     size = value if isinstance(value, int) and not isinstance(value, bool) else 0
     if isinstance(value, str):
@@ -58,7 +59,7 @@ def parse_bytes(value: int | str) -> int:
 
 
 def show_bytes(size: float) -> str:
-    """In GiB or MiB, for people."""
+    """A size as text, in GiB or MiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
@@ -72,17 +73,17 @@ class Phase:
     flops: int
     """Of the network: per step."""
     choice: str
-    """What was chosen for it."""
+    """The choice that was made for it."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The network on one canvas, and the step after it: bytes, without the network's weights."""
+    """The network on one canvas and the step after it, in bytes without the network's weights."""
 
     network: int
     step: int
     kept: int
-    """The engine's buffers, which are still there when the image is decoded."""
+    """The engine's buffers, which still exist while the image is decoded."""
     flops: int
     tiles: int
     area_factor: float
@@ -101,7 +102,7 @@ class Decode:
 
 
 class Predictor:
-    """Predicts the phases of one model on ``"cuda"`` or ``"cpu"``; modules and results are kept."""
+    """Predicts the phases of one model on ``"cuda"`` or ``"cpu"``; modules and results are cached."""
 
     def __init__(self, model: Architecture, device: str) -> None:
         self.model, self.device = model, device
@@ -115,39 +116,47 @@ class Predictor:
         part = self.part(role)
         return build(part.make, dtype or part.dtype, self.mode)
 
+    @property
+    def family(self) -> Family:
+        return next(family for family in FAMILIES if family.model.__name__ == self.model.network.kind)
+
+    @property
+    def unit(self) -> int:
+        """Both sides of an image must be multiples of this, px."""
+        return self.model.factor * self.family.patch(self.module(self.model.network.role))
+
     def part(self, role: str) -> Part:
         return next(part for part in self.model.parts if part.role == role)
 
     def weights(self, role: str) -> int:
-        """Bytes of a module's weights: of the real module, if there is one."""
+        """Bytes of a module's weights: of the real module if there is one."""
         part, module = self.part(role), self.module(role)
         if part.weight_bytes is not None:
             return part.weight_bytes
-        # With float16, transformers loads some of T5's layers in float32.
-        kept = getattr(module, "_keep_in_fp32_modules", None) or () if part.dtype == torch.float16 else ()
+        # With float16, transformers keeps some of T5's layers in float32.
+        kept = float32_parts(module) if part.dtype == torch.float16 else ()
         twice = sum(p.nbytes for name, p in module.named_parameters() if set(kept) & set(name.split(".")))
-        return _weights(module) + twice
+        return tensor_bytes(module) + twice
 
     def _text(self, images: int) -> dict[str, tuple[int, int]]:
-        """Per text encoder: bytes without weights, and FLOPs, of one prompt per image."""
+        """Per text encoder: bytes without weights, and FLOPs, for one prompt per image."""
         found = {}
         for part in self.model.text_encoders:
             module = self.module(part.role)
             length = part.config.get("max_position_embeddings") or self.model.long_text
             with simulated(self.mode, [module], self.device) as run:
                 module(torch.zeros(images, length, dtype=torch.int64), output_hidden_states=True)
-            found[part.role] = (run.live.peak - _weights(module), run.flops)
+            found[part.role] = (run.live.peak - tensor_bytes(module), run.flops)
         return found
 
     def _evaluation(
         self, canvas: Pair, config: TilingConfig, execution: Execution, images: int, branches: int
     ) -> Evaluation:
-        """One step over a canvas of (height, width) latent pixels; shifted grids: the worst of three."""
+        """One step on a canvas of (height, width) latent pixels; for shifted grids the worst of three steps."""
         network: Any = self.module(self.model.network.role)
-        family = next(f for f in FAMILIES if f.model.__name__ == self.model.network.kind)
+        family = self.family
         patch = family.patch(network)
-        tile = config.tile or self.model.native
-        height, width = both(tile)
+        height, width = both(config.tile or self.model.native)
         found = []
         for timestep in (999, 500, 1) if config.moving else (999,):
             denoiser = TileDenoiser(
@@ -163,7 +172,7 @@ class Predictor:
                     guidance_batch=execution.guidance_batch,
                     impl=execution.impl,
                 )
-                # The values of positions, from which it is read otherwise, do not exist here.
+                # The hook normally reads these from the values of position arguments, which do not exist here.
                 hook.grid = ((canvas[0] // patch, canvas[1] // patch), patch)
             try:
                 with simulated(self.mode, [network], self.device) as run:
@@ -184,11 +193,11 @@ class Predictor:
         branches: int,
         timestep: float,
     ) -> Evaluation:
-        """What :meth:`tiledcore.loop.engine.Engine.run_step` does, on buffers like those of engine and pipeline."""
-        weights, dtype = _weights(network), self.model.network.dtype
+        """The same work as :meth:`tiledcore.loop.engine.Engine.run_step`, on buffers of the same sizes."""
+        weights, dtype = tensor_bytes(network), self.model.network.dtype
         channels = network.config.in_channels
         latents = torch.empty(images, channels, *size, dtype=dtype)
-        held = [torch.cat([latents] * branches)]  # by the pipeline, in the first step
+        held = [torch.cat([latents] * branches)]  # held by the pipeline in the first step
         conditions = _conditions(self.model, network, size, images * branches)
         state = torch.empty(SLOTS, *latents.shape, dtype=torch.float32)
         model_input = torch.empty_like(latents)
@@ -197,7 +206,7 @@ class Predictor:
         total = 0
 
         def forward(tiles: Tensor, timestep: Any, **given: Any) -> tuple[Tensor]:
-            """The network; run only once per shape, since all tile batches of one shape take the same."""
+            """The network; runs once per shape, because all tile batches of one shape need the same."""
             nonlocal total
             shape = tuple(tiles.shape)
             if shape in flops:
@@ -214,7 +223,7 @@ class Predictor:
         denoiser.place(size, timestep, latents.device)
         tiling = denoiser.tiling(*size, timestep)
         if denoiser.config.mode == "tiles" and len(tiling) > 1:
-            # In a run the buffer exists from the second batch on.
+            # In a real run this buffer exists from the second batch on.
             count, height, width = _buffer_size(tiling)
             denoiser._buffer((count * images * branches, predicted, height, width), latents)
         times = torch.zeros(() if family.sample == "sample" else images * branches, dtype=dtype)
@@ -260,20 +269,20 @@ class Predictor:
         )
 
     def _decode(self, canvas: Pair, images: int, room: int | None) -> Decode:
-        """Decode latents of (height, width) and make a picture of them, VAE weights included.
+        """Decode latents of (height, width) to an image; weights of the VAE included.
 
-        ``room``: None decodes the whole image at once; else in bands, as for :func:`vae_peak`.
+        ``room``: None decodes the whole image at once, else in bands, see :func:`vae_peak`.
         """
         part = self.model.vae
         upcast = self.model.upcasts_vae and part.dtype == torch.float16
         vae: Any = self.module("vae", torch.float32 if upcast else None)
         shape = (images, vae.config.latent_channels, *canvas)
         real = part.weight_bytes
-        extra = 0 if real is None else real * (2 if upcast else 1) - _weights(vae)
+        extra = 0 if real is None else real * (2 if upcast else 1) - tensor_bytes(vae)
         with simulated(self.mode, [vae], self.device) as run:
             latents = [torch.empty(shape, dtype=vae.dtype) for _ in range(2)]  # scaled and not
             image = vae.decode(latents[0], return_dict=False)[0]
-            base = _weights(vae) + extra + 2 * latents[0].nbytes + image.nbytes
+            base = tensor_bytes(vae) + extra + 2 * latents[0].nbytes + image.nbytes
             whole, flops = run.live.reset() + extra, run.flops
             torch.stack([(one * 0.5 + 0.5).clamp(0, 1) for one in image])  # VaeImageProcessor.denormalize
             after = run.live.peak + extra
@@ -284,10 +293,9 @@ class Predictor:
 
 
 def vae_peak(vae: Any, latents: tuple[int, ...], room: int) -> BandPlan:
-    """Exact decoding in bands within ``room`` bytes beside weights, latents and image; if nothing fits, in the least.
+    """Plan an exact decode in bands within ``room`` bytes, without weights, latents and image; or the smallest plan.
 
-    Without host memory, which a CUDA device may use in addition to compute less twice. Above :data:`COUNTED` latent
-    pixels the peak is an upper bound, because counting takes minutes.
+    Host memory is not used. Above :data:`COUNTED` latent pixels the peak is an upper bound, because counting is slow.
 
     Raises:
         TypeError: the autoencoder has parts that cannot be computed in bands.
@@ -305,7 +313,7 @@ def vae_peak(vae: Any, latents: tuple[int, ...], room: int) -> BandPlan:
 
 
 def _buffer_size(tiling: Tiling | Partition) -> tuple[int, int, int]:
-    """Tiles, height and width of the buffer that predictions go to: a canvas, where tiles are of several sizes."""
+    """Tiles, height and width of the buffer for predictions; one canvas if tiles have several sizes."""
     if isinstance(tiling, Tiling):
         return len(tiling), *tiling.tile_size
     if len(tiling.groups) == 1:
@@ -313,12 +321,8 @@ def _buffer_size(tiling: Tiling | Partition) -> tuple[int, int, int]:
     return 1, tiling.height, tiling.width
 
 
-def _weights(module: torch.nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-
-
 def _conditions(model: Architecture, network: Any, size: Pair, batch: int) -> dict[str, Any]:
-    """The other arguments of the network's forward, as its pipeline gives them."""
+    """The other arguments of the network's forward, as its pipeline passes them."""
     config, kind, dtype = network.config, model.network.kind, model.network.dtype
 
     def empty(*shape: int) -> Tensor:

@@ -1,11 +1,10 @@
-"""Run modules without data: fake tensors have a shape and a dtype but no storage; live bytes and FLOPs are counted.
+"""Run modules on fake tensors (shape and dtype, no data), and count live bytes and FLOPs.
 
-The real Python code of a module runs on torch's fake tensors, so the same tensors are alive at the same time as in a
-real run. Kernels differ in three ways:
+The modules' real Python code runs, so the same tensors are alive at the same time as in a real run. Differences:
 
 - Plain attention counts as a memory-efficient kernel: queries, keys, values and output, without the scores.
-- ``neighbor_attention`` counts by its implementation: the kernels need no scratch; ``"sdpa"`` gathers in chunks.
-- Workspaces inside other kernels (cuDNN, cuBLAS, oneDNN) do not count; the safety factor is for them.
+- ``neighbor_attention`` counts by its implementation: the kernels need no scratch, ``"sdpa"`` gathers in chunks.
+- Workspaces inside other kernels (cuDNN, cuBLAS, oneDNN) do not count; the planner's safety factor covers them.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from tiledcore.vae.live_bytes import LiveBytes
 
 @dataclass
 class Simulated:
-    """Modules on fake tensors, and what was counted of their execution."""
+    """What was counted while modules ran on fake tensors."""
 
     live: LiveBytes
     counter: FlopCounterMode
@@ -39,7 +38,7 @@ class Simulated:
 
 
 def build(make: Callable[[], torch.nn.Module], dtype: torch.dtype, mode: FakeTensorMode) -> torch.nn.Module:
-    """Make a module with fake weights of a floating dtype: no data, no initialisation, in about a second."""
+    """Build a module with fake weights of a floating dtype, without data, in about a second."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -51,12 +50,12 @@ def build(make: Callable[[], torch.nn.Module], dtype: torch.dtype, mode: FakeTen
 
 @contextmanager
 def simulated(mode: FakeTensorMode, modules: Sequence[torch.nn.Module], device: str) -> Iterator[Simulated]:
-    """Execute on fake tensors and count.
+    """Run the ``with`` block on fake tensors and count.
 
     Args:
-        mode: that the modules were built in.
+        mode: the mode in which the modules were built.
         modules: on the device from the beginning.
-        device: type of the device to plan for, ``"cuda"`` or ``"cpu"``; the fake tensors are on the CPU.
+        device: the device to plan for, ``"cuda"`` or ``"cpu"``; the fake tensors are on the CPU.
     """
     most = attention_scratch(device)
 
@@ -71,10 +70,7 @@ def simulated(mode: FakeTensorMode, modules: Sequence[torch.nn.Module], device: 
 
 
 def attention_scratch(device: str) -> int:
-    """Bytes that ``neighbor_attention`` needs at most beside its arguments and result.
-
-    The kernels need none. ``"sdpa"`` uses one chunk of gathered windows while it gathers the next.
-    """
+    """The most scratch bytes of ``neighbor_attention``: 0 for the kernels, two chunks of windows for ``"sdpa"``."""
     kernel: ops.Impl = "triton" if device == "cuda" else "native"
     if ops.unavailable("neighbor_attention", kernel, torch.device(device)) is None:
         return 0
@@ -82,7 +78,7 @@ def attention_scratch(device: str) -> int:
 
 
 def _seen(size: int, tile: int, halo: int, wraps: bool) -> list[Pair]:
-    """Along one axis, for each tile: (its queries, the keys that they see)."""
+    """Per tile of one axis: (number of its queries, number of keys that they see)."""
     found = []
     for start in range(0, size, tile):
         end = min(start + tile, size)
@@ -92,7 +88,7 @@ def _seen(size: int, tile: int, halo: int, wraps: bool) -> list[Pair]:
 
 
 def _gathered(q: Tensor, *arguments: Any) -> int:
-    """Bytes of all queries, windows and results of ``neighbor_attention``, if ``"sdpa"`` gathered them at once."""
+    """Bytes of all queries, windows and results of ``neighbor_attention``, if ``"sdpa"`` gathered all at once."""
     canvas, tile, halo, wrap = arguments[5:9]
     keys = 1
     for axis in zip(canvas, tile, halo, wrap, strict=True):
@@ -101,7 +97,7 @@ def _gathered(q: Tensor, *arguments: Any) -> int:
 
 
 def attention_pairs(canvas: Pair, tile: Pair, halo: Pair, wrap: tuple[bool, bool]) -> int:
-    """How many (query, key) pairs neighbour attention scores, without global tokens."""
+    """The number of (query, key) pairs in neighbour attention, without global tokens."""
     total = 1
     for axis in zip(canvas, tile, halo, wrap, strict=True):
         total *= sum(queries * seen for queries, seen in _seen(*axis))
@@ -122,7 +118,7 @@ def _neighbor_attention_flops(
     *_: Any,
     **__: Any,
 ) -> int:
-    """Two products (scores, and scores by values), a multiply-add as two FLOPs, as for plain attention."""
+    """FLOPs of two products (scores, and scores times values); a multiply-add counts as two."""
     batch, tokens, heads, dim = q
     pairs = attention_pairs(canvas, tile, halo, wrap) + tokens * (0 if global_k is None else global_k[1])
     return 4 * batch * heads * dim * pairs

@@ -1,4 +1,4 @@
-"""An autoencoder's attention between all pixels of an image, for one band of rows at a time."""
+"""Attention layers of autoencoders, computed for one band of rows at a time."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class KeysAndValues(Reduction):
 
 
 class Attention(Layer):
-    """Self-attention of a VAE's middle block: the queries of a band against the keys of all rows."""
+    """Self-attention of a VAE's middle block: queries of one band, keys of all rows."""
 
     def __init__(self, attention: Any) -> None:
         self.attention, self.statistics = attention, Statistics(attention.group_norm)
@@ -56,7 +56,7 @@ class Attention(Layer):
             t.unflatten(2, (heads, -1)).transpose(1, 2)
             for t in (attention.to_q(tokens), self.memory.keys, self.memory.values)
         )
-        # On meta tensors torch would take its fallback, which keeps all scores; the real kernels do not.
+        # On meta tensors torch would use its fallback, which stores all scores; the real kernels do not.
         attended = torch.empty_like(q) if q.is_meta else F.scaled_dot_product_attention(q, k, v)
         attended = attended.transpose(1, 2).flatten(2)
         out = attention.to_out[0](attended).transpose(1, 2).unflatten(2, rows.shape[2:])
@@ -94,7 +94,7 @@ class Project(Layer):
 
 
 class Scales(Conv):
-    """The input, and after it along the channels the same seen at several scales.
+    """The input and its versions at several scales, concatenated along the channels.
 
     Args:
         projections: each a depthwise convolution ``proj_in`` of odd size and a 1x1 convolution ``proj_out``.
@@ -123,16 +123,16 @@ class Scales(Conv):
         return 2.0 * extent.height * extent.row(0) * weights
 
     def work(self, extent: Extent, rows: int) -> int:
-        # The window, the output of one depthwise convolution, all parts of the result, and the result.
+        # The window, one depthwise output, the parts of the result, and the result.
         paths = 1 + 1 + 2 * len(self.projections) + 1
         return (rows + self.kernel - 1) * (paths * extent.row(0) + extent.row() - extent.row(0))
 
 
 class LinearSums(Reduction):
-    """Sums of ``value keyᵀ`` and of ``key`` over all pixels: all that linear attention needs.
+    """Sums of ``value keyᵀ`` and of ``key`` over all pixels, for linear attention.
 
     Float32 within a band, as in diffusers, and float64 between bands. If the image has no more pixels than a head has
-    channels, diffusers uses plain attention instead; then all keys and values are kept.
+    channels, diffusers uses plain attention, and all keys and values are kept.
 
     Args:
         attention: a ``SanaMultiscaleLinearAttention``.
@@ -202,5 +202,5 @@ class LinearAttention(Layer):
         return extent.batch * extent.height * extent.width * per_pixel
 
     def work(self, extent: Extent, rows: int) -> int:
-        # Queries and result: two thirds of the input's channels, in float32, so at most twice the input's bytes each.
+        # Queries and result have two thirds of the input's channels in float32: at most twice its bytes each.
         return rows * (extent.row() + 2 * extent.row(0))

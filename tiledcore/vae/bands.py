@@ -1,9 +1,9 @@
-"""Network layers that work on an image a band of rows at a time and give the same result as for the whole image.
+"""Network layers that process an image in bands of rows, with the same result as for the whole image.
 
-A layer takes bands of consecutive rows and yields bands of its output, top to bottom. A convolution keeps the few
-input rows that its next band needs too, so no row is computed twice and only the image's own border is padded.
-A residual travels with its band. What depends on all rows (GroupNorm's statistics, the keys of an attention) is a
-reduction: a pass over the layer's input that ends before the layer's first output.
+A layer takes bands of consecutive rows, top to bottom, and yields bands of its output. A convolution keeps the input
+rows that its next band also needs, so no row is computed twice and only the border of the image is padded. A residual
+travels with its band. What depends on all rows (GroupNorm's statistics, an attention's keys) is a reduction: a pass
+over the layer's input before its first output.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tiledcore import ops
 
 
 class UnsupportedError(TypeError):
-    """A part of a network cannot be computed in bands here."""
+    """A part of a network cannot be computed in bands."""
 
 
 def unknown(module: Any) -> UnsupportedError:
@@ -28,7 +28,7 @@ def unknown(module: Any) -> UnsupportedError:
 
 
 def known(module: Any, *kinds: type) -> Any:
-    """The module itself, if it is exactly of one of these classes; else an UnsupportedError."""
+    """The module, if its class is exactly one of these; else raises UnsupportedError."""
     if type(module) not in kinds:
         raise unknown(module)
     return module
@@ -36,9 +36,9 @@ def known(module: Any, *kinds: type) -> Any:
 
 @dataclass
 class Band:
-    """Consecutive rows ``[B, C, rows, W]``: of the main path, then of each residual that waits.
+    """Consecutive rows ``[B, C, rows, W]``: first of the main path, then of each waiting residual.
 
-    Who receives a band empties it, so that each tensor is freed after its last use.
+    The receiver of a band empties it, so that each tensor is freed after its last use.
     """
 
     tensors: list[Tensor]
@@ -50,7 +50,7 @@ Stream = Iterator[Band]
 
 @dataclass(frozen=True)
 class Extent:
-    """Size of the whole image between two layers; ``channels`` has one entry per path."""
+    """Size of the whole image between two layers; ``channels`` has one entry per path (main and residuals)."""
 
     batch: int
     channels: tuple[int, ...]
@@ -58,19 +58,19 @@ class Extent:
     width: int
 
     def row(self, path: int | None = None) -> int:
-        """Elements of one row, of one path or of all."""
+        """Elements of one row, of one path or of all paths."""
         return self.batch * self.width * (sum(self.channels) if path is None else self.channels[path])
 
     def main(self, channels: int) -> Extent:
-        """The same with another number of channels on the main path."""
+        """A copy with another number of channels on the main path."""
         return replace(self, channels=(channels, *self.channels[1:]))
 
 
 class Reduction:
-    """A pass over all rows of a layer's input, needed before the layer's first output.
+    """A pass over all rows of a layer's input, before the layer's first output.
 
     Attributes:
-        through: layers that only this pass sends its rows through first.
+        through: layers that the rows pass first, in this pass only.
     """
 
     through: Sequence[Layer] = ()
@@ -82,14 +82,11 @@ class Reduction:
     def finish(self) -> None: ...
 
     def free(self) -> None:
-        """Drop what is large, after the last pass through the layer."""
+        """Free large tensors, after the last pass through the layer."""
 
 
 class Statistics(Reduction):
-    """GroupNorm's mean and variance, merged over bands (Chan, Golub and LeVeque 1979).
-
-    Those of a band are computed in float32 and merged in float64.
-    """
+    """GroupNorm's mean and variance: float32 per band, merged in float64 (Chan, Golub and LeVeque 1979)."""
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         self.norm = norm
@@ -129,13 +126,13 @@ class Statistics(Reduction):
 
 
 class Layer:
-    """One layer. A subclass overrides :meth:`change` if it treats each band alone, else :meth:`run`.
+    """One layer. A subclass overrides :meth:`change` if each band is independent, else :meth:`run`.
 
     Attributes:
-        reductions: passes over the input that come first, in this order.
-        upsample: output rows per input row, where there are more.
-        divides: the input's height and width must be multiples of it.
-        delay: input rows that wait for the rows below them, so that the last band is that much larger.
+        reductions: passes over the input before the first output, in this order.
+        upsample: output rows per input row, if more than 1.
+        divides: the input's height and width must be multiples of this.
+        delay: input rows that wait for the rows below them; the last band is larger by these.
     """
 
     reductions: Sequence[Reduction] = ()
@@ -156,7 +153,7 @@ class Layer:
         return extent
 
     def flops(self, extent: Extent) -> float:
-        """For the whole image; a multiply-add counts as two."""
+        """FLOPs for the whole image; a multiply-add counts as two."""
         return 0.0
 
     def held(self, extent: Extent) -> int:
@@ -164,12 +161,12 @@ class Layer:
         return 0
 
     def work(self, extent: Extent, rows: int) -> int:
-        """An upper bound of the elements alive while ``rows`` input rows pass, input and output included."""
+        """Upper bound of the elements alive while ``rows`` input rows pass, input and output included."""
         return rows * extent.row() + rows * self.upsample * self.after(extent).row()
 
 
 def convolution(conv: Any) -> nn.Conv2d:
-    """The module itself, if :class:`Conv` can compute it; else an UnsupportedError."""
+    """The module, if :class:`Conv` can compute it; else raises UnsupportedError."""
     known(conv, nn.Conv2d)
     plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str) and set(conv.dilation) == {1}
     if not plain or conv.kernel_size[0] < conv.stride[0]:
@@ -178,16 +175,16 @@ def convolution(conv: Any) -> nn.Conv2d:
 
 
 class Conv(Layer):
-    """A convolution with what comes just before it: norm and SiLU, or upsampling.
+    """A convolution, with the norm and SiLU or the upsampling just before it.
 
-    Where it changes the image's size, the residuals that wait follow by pixel shuffle or unshuffle.
+    If it changes the size of the image, waiting residuals follow by pixel shuffle or unshuffle.
 
     Args:
         conv: zero-padded, without dilation.
         statistics: normalise the input first.
-        upsample: repeat each input pixel so many times along both axes first.
+        upsample: repeat each input pixel this often along both axes first.
         pad: zeros (top, bottom, left, right) instead of the convolution's own.
-        reduce: whether the statistics' pass belongs to this layer, and not to an earlier one.
+        reduce: whether the pass for the statistics belongs to this layer, and not to an earlier one.
     """
 
     def __init__(
@@ -232,7 +229,7 @@ class Conv(Layer):
             skips = _pairs(waiting, band.tensors)
             band.tensors.clear()
             waiting = []
-            while skips:  # one at a time, so that each is freed before the next is copied
+            while skips:  # one at a time, so that each is freed before the next copy
                 both = _join(*skips.pop(0))
                 done = both[:, :, : rows * stride]
                 result.tensors.append(F.pixel_unshuffle(done, stride) if stride > 1 else done)
@@ -241,7 +238,7 @@ class Conv(Layer):
             yield result
 
     def _window(self, tensors: list[Tensor], held: Tensor | None, first: bool, last: bool) -> Tensor:
-        """The held rows and the band's own, ready for the convolution; takes the main path out of ``tensors``."""
+        """The held rows and the band's rows, ready for the convolution; removes the main path from ``tensors``."""
         top, bottom, left, right = self.pad
         x = tensors.pop(0)
         if self.kernel == 1 and self.statistics is None and self.upsample == 1:
@@ -307,12 +304,12 @@ def _join(old: Tensor | None, new: Tensor) -> Tensor:
 
 
 def joined(waiting: Sequence[Tensor | None], new: Sequence[Tensor]) -> list[Tensor]:
-    """Each path's rows below those that wait, if there are any."""
+    """Per path: the waiting rows, if any, and the new rows below them."""
     return [_join(old, rows) for old, rows in _pairs(waiting, new)]
 
 
 class Shortcut(Protocol):
-    """What a residual goes through, pixel by pixel: a 1x1 convolution or something simpler."""
+    """The operation on a residual, per pixel: a 1x1 convolution or something simpler."""
 
     @property
     def out_channels(self) -> int: ...
@@ -330,8 +327,8 @@ class Save(Layer):
     """Start a residual: a copy of the main path waits for :class:`Add`.
 
     Args:
-        shortcut: applied to the copy; here where it makes the copy smaller.
-        reductions: those of the next layer, done here because there is only one path to keep yet.
+        shortcut: applied to the copy here, if that makes the copy smaller.
+        reductions: those of the next layer, done here because there is only one path so far.
     """
 
     def __init__(self, shortcut: Shortcut | None = None, reductions: Sequence[Reduction] = ()) -> None:
@@ -358,7 +355,7 @@ class Add(Layer):
         saved = band.tensors.pop()
         if self.shortcut is not None:
             saved = self.shortcut(saved)
-        band.tensors[-1].add_(saved)  # always the new output of a convolution, which nobody else reads
+        band.tensors[-1].add_(saved)  # in place is safe: this is the new output of a convolution
         if self.scale != 1.0:
             band.tensors[-1].div_(self.scale)
 
@@ -384,7 +381,7 @@ def activation(module: Any) -> Layer:
 
 
 def split(source: Stream, rows: int) -> Stream:
-    """Cut bands into pieces of at most so many rows."""
+    """Split bands into pieces of at most ``rows`` rows."""
     for band in source:
         starts = range(0, band.tensors[0].shape[2], rows)
         for start in starts:

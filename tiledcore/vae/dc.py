@@ -1,7 +1,6 @@
-"""The layers of diffusers' ``AutoencoderDC`` (DC-AE: Chen et al. 2025), Sana's autoencoder.
+"""The layers of diffusers' ``AutoencoderDC`` (DC-AE: Chen et al. 2025), the autoencoder of Sana.
 
-Only its linear attention needs the whole image. Sizes change by pixel shuffle; the shortcut beside it repeats
-channels or takes their mean.
+Only its linear attention needs the whole image. Sizes change by pixel shuffle.
 """
 
 from __future__ import annotations
@@ -37,12 +36,12 @@ from tiledcore.vae.bands import (
     unknown,
 )
 
-FACTOR = 2  # each block that changes the height and width does so by this
+FACTOR = 2  # of every block that changes the height and width
 
 
 @dataclass(frozen=True)
 class Repeat:
-    """A shortcut to more channels: each channel so many times."""
+    """A shortcut to more channels: each channel is repeated."""
 
     times: int
     out_channels: int
@@ -53,7 +52,7 @@ class Repeat:
 
 @dataclass(frozen=True)
 class Mean:
-    """A shortcut to fewer channels: the mean of each group of so many."""
+    """A shortcut to fewer channels: the mean of each group of ``of`` channels."""
 
     of: int
     out_channels: int
@@ -63,7 +62,7 @@ class Mean:
 
 
 class Shuffle(Layer):
-    """Channels become pixels, on all paths: twice the height and width, a quarter of the channels."""
+    """Pixel shuffle on all paths: twice the height and width, a quarter of the channels."""
 
     upsample = FACTOR
 
@@ -183,10 +182,10 @@ def _up(block: Any) -> list[Layer]:
         if block.interpolation_mode != "nearest":
             raise UnsupportedError(f"a DCUpBlock2d interpolates with {block.interpolation_mode!r}, not 'nearest'")
         layers: list[Layer] = [Conv(conv, upsample=FACTOR)]
-        # Repeated here, before Conv carries it to the larger size by pixel shuffle.
+        # Repeated here, before Conv enlarges it by pixel shuffle.
         wide = conv.out_channels * FACTOR**2
         return [Save(Repeat(block.repeats, wide)), *layers, Add()] if block.shortcut else layers
-    # Both paths end in the same shuffle, so one after their sum is enough.
+    # Both paths end in the same shuffle, so one shuffle after their sum is enough.
     both = [Save(), Conv(conv), Add(Repeat(block.repeats, conv.out_channels))] if block.shortcut else [Conv(conv)]
     return [*both, Shuffle()]
 

@@ -1,7 +1,7 @@
 """Decode and encode images of any size exactly, in bands of rows.
 
-The result is that of ``vae.decode`` and ``vae.encode`` with unlimited memory, up to rounding: convolutions see the
-rows beside their band, GroupNorm's statistics and the middle block's attention are those of the whole image.
+The result equals ``vae.decode`` and ``vae.encode`` up to rounding: convolutions see the rows beside their band, and
+GroupNorm and attention use the whole image.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution, Enco
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor
 
+from tiledcore import validate
+from tiledcore._diffusers import onload
 from tiledcore.utils import replaced
 from tiledcore.vae import plan as vae_plan
 from tiledcore.vae.bands import Conv, Layer, Reduction, Stream, split
@@ -32,11 +34,11 @@ from tiledcore.vae.stores import Given, OnDevice, OnHost
 logger = logging.getLogger(__name__)
 
 CPU_EXACT_PIXELS = 4096 * 4096
-"""The middle block's attention grows with the square of the pixels: 3.5e13 FLOP for the embedded model at 4096x4096."""
+"""The cost of the middle block's attention grows with the square of the pixels: 3.5e13 FLOP at 4096x4096."""
 
 
 def why_not_exact(vae: Any, pixels: int) -> str | None:
-    """Why an image of so many pixels cannot go through an autoencoder in exact bands, or None if it can."""
+    """Why an image of this size cannot go through an autoencoder in exact bands, or None if it can."""
     if (reason := unsupported(vae)) is not None:
         return reason
     attends = getattr(vae.config, "mid_block_add_attention", False)
@@ -46,20 +48,20 @@ def why_not_exact(vae: Any, pixels: int) -> str | None:
 
 
 def decode_rows(vae: Any, latents: Tensor, band_px: int | None = None, budget: float | None = None) -> Iterator[Tensor]:
-    """Decode an image and yield its finished rows, top to bottom, so that it is never in memory whole.
+    """Decode an image and yield its finished rows, top to bottom; the whole image is never in memory.
 
     Args:
         vae: a supported autoencoder (see :func:`unsupported`), in eval mode.
-        latents: ``[B, C, h, w]``, scaled and shifted as ``vae.decode`` takes them; any device and floating dtype.
-        band_px: rows of the image that are worked on at once; None: by what fits.
-        budget: bytes of device memory beside weights and latents; None: most of what is free now.
+        latents: ``[B, C, h, w]``, scaled and shifted as for ``vae.decode``; any device and floating dtype.
+        band_px: rows of the image per band; None: as many as fit.
+        budget: bytes of device memory, without weights and latents; None: most of the free memory.
 
     Yields:
-        ``[B, 3, rows, W]`` of the dtype and on the device of ``vae``, without a gradient. The heights vary.
+        ``[B, 3, rows, W]`` with the dtype and device of ``vae``, without a gradient. The heights vary.
 
     Raises:
-        TypeError: ``latents`` is no tensor of floats, or ``vae`` is not supported.
-        ValueError: an argument is not as above, or nothing fits ``budget``; raised at the call.
+        TypeError: ``latents`` is not a tensor of floats, or ``vae`` is not supported.
+        ValueError: an argument is not valid, or nothing fits ``budget``; raised at the call.
     """
     return _start(vae, latents, "decode", band_px, budget)[0]
 
@@ -88,13 +90,15 @@ def encode(vae: Any, images: Tensor, band_px: int | None = None, budget: float |
 def exact_bands(
     vae: Any, larger_than: int = 0, band_px: int | None = None, budget: float | None = None
 ) -> Iterator[None]:
-    """Let ``vae.decode`` and ``vae.encode`` run in exact bands inside the ``with`` block.
+    """Inside the ``with`` block, ``vae.decode`` and ``vae.encode`` run in exact bands.
 
-    Only the forward of encoder and decoder is replaced: slicing, offload and output classes stay diffusers' own.
+    Only the forward of encoder and decoder is replaced: slicing, offload and output classes are diffusers' own.
 
     Args:
-        vae: a supported autoencoder; ``band_px`` and ``budget`` as for :func:`decode_rows`.
-        larger_than: images of up to so many pixels run as they are, bit for bit.
+        vae: a supported autoencoder.
+        larger_than: images of up to this many pixels are not split.
+        band_px: see :func:`decode_rows`.
+        budget: see :func:`decode_rows`.
 
     Raises:
         TypeError: ``vae`` is not supported.
@@ -130,16 +134,16 @@ def plan(
     """The fastest way to decode or encode within a budget; allocates nothing.
 
     Args:
-        vae: a supported autoencoder, which may be on the meta device.
+        vae: a supported autoencoder, also on the meta device.
         shape: of the latents ``[B, C, h, w]``, or of the images ``[B, 3, H, W]`` for ``"encode"``.
         direction: ``"decode"`` or ``"encode"``.
-        band_px: rows of the image worked on at once; None tries :data:`~tiledcore.vae.plan.BANDS`.
-        budget: bytes of device memory, beside weights, the given tensor and the finished image; None: no limit.
-        whole: with the convolution between latents and decoder, or encoder and latents.
+        band_px: rows of the image per band; None tries :data:`~tiledcore.vae.plan.BANDS`.
+        budget: bytes of device memory, without weights, input and finished image; None: no limit.
+        whole: include the convolution between the latents and the decoder or encoder.
 
     Raises:
         TypeError: (an UnsupportedError) ``vae`` has parts that cannot be computed in bands.
-        ValueError: an argument is not as above, or nothing fits ``budget``; the message says what would.
+        ValueError: an argument is not valid, or nothing fits ``budget``; the message says what would.
     """
     layers = program(vae, direction, whole)
     _check(shape, layers, band_px, budget)
@@ -166,9 +170,9 @@ def peak_bytes(
     direction: str = "decode",
     budget: float | None = None,
 ) -> int:
-    """The counted peak of :func:`plan`'s choice in bytes; for a large image in low bands this takes minutes.
+    """The counted peak of :func:`plan`'s choice in bytes; slow (minutes) for a large image in low bands.
 
-    Workspaces inside a convolution's library (cuDNN, oneDNN) are not in it.
+    Workspaces inside cuDNN and oneDNN are not counted.
     """
     return counted(vae, shape, plan(vae, shape, direction=direction, band_px=band_px, budget=budget), direction)
 
@@ -186,8 +190,8 @@ def counted(vae: Any, shape: Sequence[int], chosen: BandPlan, direction: str = "
 
 
 def _check(shape: Sequence[int], layers: Sequence[Layer], band_px: int | None, budget: float | None) -> None:
-    if band_px is not None and (isinstance(band_px, bool) or not isinstance(band_px, int) or band_px < 1):
-        raise ValueError(f"band_px={band_px!r} must be an int of at least 1, or None")
+    if band_px is not None:
+        validate.integer("band_px", band_px, 1)
     if budget is not None and not budget > 0:
         raise ValueError(f"budget={budget!r} must be a positive number of bytes, or None")
     if len(shape) != 4 or min(shape) < 1:
@@ -217,13 +221,12 @@ def _free_bytes(device: torch.device) -> float:
 def _start(
     vae: Any, given: Tensor, direction: str, band_px: int | None, budget: float | None, whole: bool = True
 ) -> tuple[Iterator[Tensor], list[Layer]]:
-    """The output's rows, and the layers that make them."""
+    """The rows of the output, and the layers that make them."""
     if not isinstance(given, Tensor) or not given.is_floating_point():
         kind = given.dtype if isinstance(given, Tensor) else type(given).__name__
         raise TypeError(f"{'latents' if direction == 'decode' else 'images'} must be a tensor of floats, got {kind}")
-    hook: Any = getattr(vae, "_hf_hook", None)
-    if whole and hasattr(hook, "pre_forward"):  # model offload: weights come to the device when they are called
-        hook.pre_forward(vae)
+    if whole:
+        onload(vae)
     weight = next(vae.parameters())
     limit = _free_bytes(weight.device) if budget is None else budget
     chosen = plan(vae, given.shape, direction=direction, band_px=band_px, budget=limit, whole=whole)
@@ -257,7 +260,7 @@ def run(layers: Sequence[Layer], given: Given, stores: Sequence[Kind | None], ba
     def stream(end: int, consume: bool) -> Stream:
         source = store.read(limits[start], consume)
         for layer, rows in zip(layers[start:end], limits[start:end], strict=True):
-            # Bands grow a little on their way; before a layer that multiplies rows they are cut to size again.
+            # Bands grow a little on their way; before a layer that multiplies rows they are split again.
             source = layer.run(split(source, rows) if layer.upsample > 1 else source)
         return source
 
@@ -267,7 +270,7 @@ def run(layers: Sequence[Layer], given: Given, stores: Sequence[Kind | None], ba
             kept = (OnDevice if stores[i] == "device" else OnHost)(given.device, given.dtype)
         passes: Sequence[Reduction | None] = layer.reductions or [None] * (kept is not None)
         for reduction in passes:
-            # The first pass that gets here keeps what the next ones start from.
+            # The first pass that reaches this layer stores the activations that the next passes start from.
             writes = kept if kept is not None and store is not kept else None
             if reduction is not None:
                 reduction.start(places[i])

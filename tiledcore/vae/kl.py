@@ -135,7 +135,7 @@ def _step(module: Any) -> Layer:
     return Conv(convolution(module)) if type(module) is nn.Conv2d else activation(module)
 
 
-# What the forward of DecoderTiny and EncoderTiny does around their layers.
+# The operations of DecoderTiny.forward and EncoderTiny.forward around their layers.
 def _to_decoder(x: Tensor) -> Tensor:
     return torch.tanh(x / 3) * 3
 

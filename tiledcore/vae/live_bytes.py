@@ -1,4 +1,4 @@
-"""Count the bytes of the tensors that are alive while code runs, with or without data."""
+"""Count the bytes of the tensors that are alive while code runs; works on real, meta and fake tensors."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ Scratch = Callable[[Any, tuple[Any, ...]], int]
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the tensor storages made inside its ``with`` block, each once, until nothing refers to it any more.
+    """Counts each tensor storage made inside the ``with`` block, until nothing refers to it any more.
 
-    Tensors made before count only if they belong to ``modules``. What a kernel allocates and frees within one
-    operation is not seen.
+    Older tensors count only if they belong to ``modules``. Memory that a kernel allocates and frees itself is not seen.
 
     Args:
-        modules: their parameters and buffers are alive from the beginning.
-        scratch: ``(operation, its arguments)`` -> bytes that it needs only while it runs. None: no operation does.
+        modules: their parameters and buffers count from the beginning.
+        scratch: ``(operation, its arguments)`` -> bytes that it needs only while it runs.
 
     Attributes:
         now: bytes alive now.
@@ -38,7 +37,7 @@ class LiveBytes(TorchDispatchMode):
                 self._add(tensor)
 
     def reset(self) -> int:
-        """Start a new peak; returns the one so far."""
+        """Start a new peak; returns the old one."""
         peak, self.peak = self.peak, self.now
         return peak
 

@@ -1,7 +1,7 @@
-"""Where a decode or encode in bands keeps its activations: on the device, on the host, or nowhere.
+"""Plan where a decode or encode in bands keeps its activations: on the device, on the host, or nowhere.
 
-Each GroupNorm needs a pass over its whole input before its first output. The next pass starts from activations that
-were kept, or computes them again. :class:`Search` finds the fastest choice within a budget by dynamic programming.
+Each GroupNorm needs a pass over its whole input before its first output. The next pass starts from stored activations,
+or computes them again. :class:`Search` finds the fastest choice within a budget by dynamic programming.
 """
 
 from __future__ import annotations
@@ -23,34 +23,30 @@ from tiledcore.vae.bands import Extent, Layer
 Kind = Literal["device", "host"]
 Kinds = tuple[Kind | None, Kind | None]
 BANDS = (512, 256, 128, 64)
-"""Band heights in px that are tried if none is given."""
+"""Band heights in px to try if none is given."""
 SLACK = 1.1
-"""Estimated peaks are multiplied by this. Counted ones were up to 8 % above the estimate with a tight budget, and
-otherwise up to 30 % below."""
+"""Estimated peaks are multiplied by this: counted peaks were up to 8 % above the estimate."""
 
 
 @dataclass(frozen=True)
 class BandPlan:
-    """How one image is decoded or encoded.
-
-    Attributes:
-        band_px: rows of the image that are worked on at once.
-        stores: for each layer, where its input is kept, or None; the first is the given tensor.
-        peak_bytes: estimated bytes alive at once on the device, without weights, the given tensor and the result.
-        seconds: a guess to compare plans by.
-        recomputed: FLOPs, over those of one pass without recomputation.
-    """
+    """How one image is decoded or encoded."""
 
     band_px: int
+    """Rows of the image per band."""
     stores: tuple[Kind | None, ...]
+    """Per layer: where its input is kept, or None; the first is the given tensor."""
     peak_bytes: int
+    """Estimated bytes alive at once on the device, without weights, the given tensor and the result."""
     seconds: float
+    """A rough estimate, to compare plans."""
     recomputed: float
+    """FLOPs, relative to one pass without recomputation."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Speeds to guess times from: FLOP/s, bytes/s to the host (0: no host memory), seconds per layer and band."""
+    """Speeds for estimates: FLOP/s, bytes/s to the host (0: no host memory), seconds per layer and band."""
 
     flops: float
     link: float
@@ -59,7 +55,7 @@ class Machine:
 
 @lru_cache
 def machine(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Measure a CUDA device once with a typical convolution and a copy to pinned memory; for a CPU, fixed values."""
+    """Measure a CUDA device once, with a typical convolution and a copy to pinned memory; fixed values for a CPU."""
     if device.type != "cuda":
         return Machine(5e10, 0.0, 2e-4)
     x, weight = torch.randn(1, 128, 66, 2048, device=device, dtype=dtype), torch.randn(128, 128, 3, 3).to(device, dtype)
@@ -89,7 +85,7 @@ def extents(layers: Sequence[Layer], shape: Sequence[int]) -> list[Extent]:
 
 
 def limits(places: Sequence[Extent], band_px: int) -> list[int]:
-    """Rows of a band at each of these places, for bands of so many px of the image."""
+    """Rows of a band at each of these places, for bands of ``band_px`` rows of the image."""
     image = max(place.height for place in places)
     return [max(1, round(band_px * place.height / image)) for place in places]
 
@@ -112,15 +108,15 @@ class Search:
         self.end = len(layers)
         self.bands = math.ceil(max(place.height for place in self.places) / band_px)
         self.flops = [layer.flops(place) for layer, place in zip(layers, self.places, strict=False)]
-        # FLOPs of the reductions' own layers: once per reduction, whatever is kept.
+        # FLOPs of the reductions' own layers: once per reduction in every plan.
         self.reduced = [sum(step.flops(at) for step, at in self._through(i)) for i in range(self.end)]
-        # Activations may be kept before a reduction, and before a layer that makes them larger.
+        # Activations can be stored before a reduction, and before a layer that makes them larger.
         self.nodes = [i for i, layer in enumerate(layers) if i > 0 and (layer.reductions or layer.upsample > 1)]
 
     def plan(self, budget: float) -> BandPlan | None:
-        """The fastest plan within so many bytes, or None if nothing fits."""
+        """The fastest plan within ``budget`` bytes, or None if nothing fits."""
         kinds: tuple[Kind, ...] = ("device", "host") if self.machine.link else ("device",)
-        # (what is kept last, where) -> (seconds, peak, all that was kept)
+        # (last stored layer, place) -> (seconds, peak, all stored layers and places)
         best: dict[tuple[int, Kind], tuple[float, int, tuple[tuple[int, Kind], ...]]] = {(0, "device"): (0.0, 0, ())}
         for j in [*self.nodes, self.end]:
             for kind in kinds if j < self.end else kinds[:1]:
@@ -140,7 +136,7 @@ class Search:
         return BandPlan(self.band_px, tuple(kept.get(i) for i in range(self.end)), peak, seconds, recomputed)
 
     def least(self) -> int:
-        """The smallest budget that has a plan, to 2 %, in bytes."""
+        """The smallest budget in bytes for which there is a plan, within 2 %."""
         high = 1 << 20
         while self.plan(high) is None:
             high *= 2
@@ -163,7 +159,7 @@ class Search:
         return 0 if i == 0 else place.height * place.row() * self.item
 
     def _passes(self, i: int, j: int) -> list[int]:
-        """Where each pass that starts at i ends, when the next activations kept are those at j."""
+        """Where each pass that starts at i ends, if the next stored activations are those at j."""
         found = [i] * max(0, len(self.layers[i].reductions) - 1) if i else [0] * len(self.layers[0].reductions)
         for b in range(i + 1, j):
             found += [b] * len(self.layers[b].reductions)
@@ -180,7 +176,7 @@ class Search:
         return total
 
     def _memory(self, i: int, j: int, kinds: Kinds) -> int:
-        """An upper bound of the peak in bytes between the activations kept at i and those at j."""
+        """Upper bound of the peak in bytes between the activations stored at i and those at j."""
         work = self._work(i, j)
         before = self._stored(i) if kinds[0] == "device" else 0
         after = self._stored(j) if kinds[1] == "device" and j < self.end else 0
@@ -196,12 +192,12 @@ class Search:
         for k in range(i, j):
             layer, place = self.layers[k], self.places[k]
             if layer.upsample > 1:
-                grown = 0  # cut to the limit again
+                grown = 0  # split again to the limit
             most = max(most, layer.work(place, min(self.limits[k] + grown, place.height)))
             held += layer.held(place)
             grown += layer.delay
         if j < self.end and self.layers[j].reductions:
-            # Statistics in half precision use a copy in float32.
+            # Statistics in half precision use a float32 copy.
             place = self.places[j]
             wide = 3 if self.item == 2 else 1
             most = max(most, (self.limits[j] + grown) * (place.row() + (wide - 1) * place.row(0)))

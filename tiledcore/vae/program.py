@@ -1,4 +1,4 @@
-"""Turn a diffusers autoencoder into the list of layers that :mod:`tiledcore.vae.bands` runs."""
+"""Turn a diffusers autoencoder into a list of layers from :mod:`tiledcore.vae.bands`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from diffusers.models.autoencoders import autoencoder_dc
 from diffusers.models.autoencoders.vae import Decoder, DecoderTiny, Encoder, EncoderTiny
 
+from tiledcore._diffusers import has_hooks
 from tiledcore.vae import dc, kl
 from tiledcore.vae.bands import Conv, Layer, UnsupportedError, convolution, unknown
 
@@ -53,8 +54,7 @@ def program(vae: Any, direction: str, whole: bool = True) -> list[Layer]:
 
 def _layers(network: Any) -> list[Layer]:
     for name, module in network.named_modules():
-        hooked = module._forward_hooks or module._forward_pre_hooks
-        if name and (hooked or hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")):
+        if name and has_hooks(module):
             raise UnsupportedError(f"{name} has a hook (sequential or group offload?), which bands would pass by")
     if type(network) not in _LAYERS:
         raise unknown(network)

@@ -1,4 +1,4 @@
-"""Where bands of activations are kept between two passes: as given, on the device, or in pinned host memory."""
+"""Stores for bands of activations between two passes: the input tensor, the device, or pinned host memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tiledcore.vae.bands import Band, Stream, split
 
 
 class Given:
-    """The tensor that everything starts from; its bands go to the device one at a time."""
+    """The input tensor; its bands go to the device one at a time."""
 
     def __init__(self, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> None:
         self.tensor, self.device, self.dtype = tensor, device, dtype
@@ -28,7 +28,7 @@ class Given:
 
 
 class OnDevice:
-    """Bands that stay where they were computed."""
+    """Bands that stay on the device."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.bands: deque[Band] = deque()
@@ -37,7 +37,7 @@ class OnDevice:
         self.bands.append(Band(list(band.tensors), band.last))
 
     def read(self, rows: int, consume: bool) -> Stream:
-        """Bands of at most so many rows, top to bottom; with ``consume`` each is dropped once it was read."""
+        """Bands of at most ``rows`` rows, top to bottom; with ``consume`` each is freed after it was read."""
         if consume:
             while self.bands:
                 yield from split(iter([self.bands.popleft()]), rows)
@@ -47,7 +47,7 @@ class OnDevice:
 
 
 class OnHost:
-    """Bands in pinned host memory, copied on a CUDA stream of their own while the next band is computed."""
+    """Bands in pinned host memory, copied on another CUDA stream while the next band is computed."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
@@ -57,7 +57,7 @@ class OnHost:
 
     @contextmanager
     def _beside(self) -> Iterator[None]:
-        """On the copying stream, after what the current one has been given so far."""
+        """Run on the copy stream, after all work given to the current stream so far."""
         if self.stream is None:
             yield
             return
@@ -69,13 +69,13 @@ class OnHost:
         host: list[Any] = []
         with self._beside():
             for tensor in band.tensors:
-                if tensor.device.type == "meta":  # a count of device memory, without the host's
+                if tensor.device.type == "meta":  # only device memory is counted
                     host.append(tensor.shape)
                     continue
                 target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.stream is not None)
                 host.append(target.copy_(tensor, non_blocking=True))
         self.bands.append((host, band.last))
-        # A band's device memory is free only after its copy, so no more than two may wait.
+        # A band's device memory is freed only after its copy, so at most two bands may wait.
         self.writes.append((list(band.tensors), None if self.stream is None else self.stream.record_event()))
         if len(self.writes) > 2:
             self._wait()
@@ -94,7 +94,7 @@ class OnHost:
         return tensors, self.stream.record_event() if self.stream is not None else None
 
     def read(self, rows: int, consume: bool) -> Stream:
-        """As :meth:`OnDevice.read`; the next band is loaded while one is used."""
+        """As :meth:`OnDevice.read`; loads the next band while one is used."""
         while self.writes:
             self._wait()
         source = (self.bands.popleft() for _ in range(len(self.bands))) if consume else iter(self.bands)

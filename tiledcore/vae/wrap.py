@@ -1,11 +1,8 @@
-"""Decoding and encoding a canvas that is a torus, around any autoencoder.
+"""Decode and encode a canvas that wraps around, with any autoencoder.
 
-An autoencoder's convolutions pad with zeros at the border of what they get, so that the ends of a wrapped axis would
-not meet. So the canvas is continued at its ends by the rows and columns from its other side, as far as the convolutions
-see, and what was added is cut off again: across the border the result is then one smooth image, exactly.
-
-Attention and normalisation see the whole of what they get, hence the added strips twice. That shifts the statistics
-of the whole image a little, by the same amount everywhere, and makes no seam; `python -m bench.worlds` measures it.
+Convolutions pad the border with zeros, so the two ends of a wrapped axis would not fit. So the canvas is padded with
+rows and columns from its other side, as far as the convolutions see, and the padding is cut off the result. The result
+has no seam. Attention and normalisation also see the padding, which changes the tone of the whole image a little.
 """
 
 from __future__ import annotations
@@ -23,20 +20,20 @@ from torch import Tensor
 from tiledcore.geometry import both
 from tiledcore.utils import replaced
 
-# Latent pixels, for autoencoders whose layers are not counted: more than any of Stable Diffusion's and FLUX' sees.
+# Latent pixels, for unknown autoencoders: more than the reach of those of Stable Diffusion and FLUX.
 REACH = 24
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """How far a torus is continued past its borders, in latent pixels on each side: (y, x), 0 where it is open."""
+    """Padding of a wrapped canvas in latent pixels per side: (y, x), 0 on an axis that does not wrap."""
 
     reach: tuple[int, int]
     factor: int
     """Image pixels per latent pixel."""
 
     def pad(self, canvas: Tensor, pixels: int = 1) -> Tensor:
-        """``[..., H, W]`` continued; of lengths that are ``pixels`` times those in latent pixels."""
+        """Pad ``[..., H, W]``; ``pixels`` is pixels of ``canvas`` per latent pixel."""
         for axis, reach in zip((-2, -1), self.reach, strict=True):
             if reach:
                 size = canvas.shape[axis]
@@ -45,16 +42,16 @@ class Continuation:
         return canvas
 
     def crop(self, canvas: Tensor, pixels: int = 1) -> Tensor:
-        """What :meth:`pad` added, cut off; a view."""
+        """Undo :meth:`pad`; a view."""
         y, x = (reach * pixels for reach in self.reach)
         return canvas[..., y : canvas.shape[-2] - y, x : canvas.shape[-1] - x]
 
     def crop_rows(self, bands: Iterable[Tensor], height: int) -> Iterator[Tensor]:
-        """:meth:`crop` of an image that comes in bands of rows ``[..., rows, W]``, top to bottom.
+        """:meth:`crop` for an image in bands of rows ``[..., rows, W]``, top to bottom.
 
         Args:
-            bands: of the continued image, in image pixels.
-            height: of the image without the continuation.
+            bands: of the padded image, in image pixels.
+            height: of the image without padding.
         """
         y, x = (reach * self.factor for reach in self.reach)
         at = -y
@@ -66,31 +63,30 @@ class Continuation:
 
 
 def continuation(vae: Any, wrap: bool | tuple[bool, bool], factor: int) -> Continuation:
-    """What a torus needs to be decoded by this autoencoder; ``wrap`` is one bool or (along y, along x)."""
+    """The padding that this autoencoder needs for a wrapped canvas; ``wrap`` is one bool or (y, x)."""
     y, x = both(wrap)
     reach = decoder_reach(vae)
     return Continuation((reach * y, reach * x), factor)
 
 
 def decoder_reach(vae: Any) -> int:
-    """Latent pixels on each side that one pixel of the decoder's convolutions sees."""
+    """Latent pixels on each side that affect one output pixel of the decoder."""
     if not isinstance(vae, AutoencoderKL):
         return REACH
     levels, layers = len(vae.config.block_out_channels), vae.config.layers_per_block
-    # 3x3 convolutions: at the entrance, two in each of two residual blocks in the middle, then at each level two in
-    # each of layers + 1 blocks, one after each upsampling, one at the exit. At level i each sees 2**-i latent pixels.
+    # 3x3 convolutions: one at the start, two in each of two residual blocks in the middle, then per level two in each
+    # of layers + 1 blocks, one after each upsampling, one at the end. At level i each sees 2**-i latent pixels.
     seen = 1 + 4 + sum((2 * (layers + 1) + (i > 0)) / 2**i for i in range(levels)) + 1 / 2 ** (levels - 1)
     return -int(-seen // 1)
 
 
 @contextmanager
 def wrapped(vae: Any, wrap: bool | tuple[bool, bool], factor: int) -> Iterator[None]:
-    """For the length of a ``with`` block, ``vae.decode`` and ``vae.encode`` take their canvas for a torus.
+    """Inside the ``with`` block, ``vae.decode`` and ``vae.encode`` treat their canvas as wrapped.
 
     Args:
-        vae: any autoencoder whose ``decode`` returns a tuple or has a ``sample``; as it is at this time, so that
-            whatever replaced its methods before is what runs.
-        wrap: one bool, or (along y, along x); nothing changes where both are False.
+        vae: any autoencoder whose ``decode`` returns a tuple or has a ``sample``.
+        wrap: one bool or (y, x); nothing changes if both are False.
         factor: image pixels per latent pixel.
     """
     around = continuation(vae, wrap, factor)
