@@ -1,10 +1,9 @@
-// What the CPU kernels that blend tiles share: weights per axis, the grid of tiles, the walk over the
-// tiles of a band of canvas rows, and how each dtype is widened and narrowed.
+// Shared code of the CPU kernels that blend tiles: weights per axis, the grid of tiles, the loop over
+// the tiles of a band of canvas rows, and the conversion of each dtype.
 //
-// The weights are separable and the grid is rows x columns, so both are split per axis: a small
-// table of weights for each row and each column of tiles, already normalised per axis, is all that
-// is ever stored. Tiles are summed row by row, then column by column, in whatever order they are
-// listed.
+// The weights are separable and the tiles form a grid of rows and columns, so only a small table of
+// normalised weights is stored for each tile row and each tile column. Tiles are summed row by row,
+// then column by column, independent of their order in the list.
 #pragma once
 
 #include "common.h"
@@ -31,8 +30,8 @@ inline uint32_t float_to_bits(float value) {
   return bits;
 }
 
-// 64 KiB of sums: a small part of any L2. From each tile a band of rows reads some kilobytes in one
-// piece, which is what the hardware prefetches well.
+// 64 KiB of sums, a small part of any L2 cache. A band of rows reads some contiguous kilobytes from
+// each tile, which the hardware prefetches well.
 constexpr int64_t BAND_ELEMENTS = 16384;
 
 template <typename Acc>
@@ -49,8 +48,8 @@ inline double relative_weight(
     return 1.0;
   }
   if (window == "gaussian") {
-    // exp(-c^2/0.02) / exp(-c_deepest^2/0.02), c = 0.5 - (depth + 0.5) / extent, with the
-    // difference of squares taken apart: exact where the plain form would cancel.
+    // exp(-c^2/0.02) / exp(-c_deepest^2/0.02), c = 0.5 - (depth + 0.5) / extent, with the difference of
+    // squares factored, which avoids cancellation.
     const double side = static_cast<double>(extent - 1 - depth - deepest);
     return std::exp(-50.0 * gap * side / (static_cast<double>(extent) * extent));
   }
@@ -99,7 +98,7 @@ Axis<Acc> make_axis(
   return axis;
 }
 
-// Where the tiles lie and what they weigh.
+// The positions of the tiles and their weights.
 template <typename Acc>
 struct Plan {
   int64_t H, W, h, w;
@@ -140,12 +139,12 @@ Plan<Acc> make_plan(
 }
 
 // Calls add(sum, weights, scale, tile, at, n) for every piece of a tile's row that has weight in the
-// canvas rows y0 <= y < y1: sum[i] is to grow by scale * weights[i] times element at + i of one plane
-// of the tile. `sums` holds whole canvas rows, the first of them y0.
+// canvas rows y0 <= y < y1. The callee adds scale * weights[i] * (element at + i of one plane of the
+// tile) to sum[i]. `sums` holds whole canvas rows, starting with y0.
 template <typename Acc, typename Add>
 void sum_band(const Plan<Acc>& plan, int64_t y0, int64_t y1, Acc* sums, const Add& add) {
   struct Line {
-    int64_t y, u;  // the same line, counted in the band and in the tile
+    int64_t y, u;  // the same row, counted in the band and in the tile
     Acc weight;
   };
   const Axis<Acc>&down = plan.down, &across = plan.across;
@@ -163,7 +162,7 @@ void sum_band(const Plan<Acc>& plan, int64_t y0, int64_t y1, Acc* sums, const Ad
       const int64_t tile = plan.grid[i * columns + j];
       const Acc* weights = &across.weights[j * plan.w];
       const int64_t start = across.starts[j], first = across.first[j], last = across.last[j];
-      // Columns first..wrap lie left of where the canvas wraps, wrap..last right of it.
+      // Columns first..wrap are left of the canvas border, wrap..last continue at its other side.
       const int64_t wrap = std::min(std::max(first, plan.W - start), last);
       for (const Line& line : lines) {
         Acc* sum = sums + line.y * plan.W + start;
@@ -177,8 +176,8 @@ void sum_band(const Plan<Acc>& plan, int64_t y0, int64_t y1, Acc* sums, const Ad
   }
 }
 
-// How each dtype is stored and summed. torch's own Half and BFloat16 convert with branches and
-// through class objects, which GCC does not vectorise; on plain integers and selects it does.
+// Storage and arithmetic of each dtype. torch's Half and BFloat16 convert with branches and class
+// objects, which GCC does not vectorise; it does vectorise integers and selects.
 struct F32 {
   using Store = float;
   using Acc = float;
@@ -208,17 +207,17 @@ struct F16 {
   using Store = uint16_t;
   using Acc = float;
   static Acc widen(Store v) {
-    // Sign, exponent and mantissa at a float's places, then the exponents' biases, 112 apart, made
-    // up for by a product, which is exact and makes denormal halves normal.
+    // Move sign, exponent and mantissa to a float's bits, then correct the exponent bias (112) by a
+    // product, which is exact and makes denormal halves normal.
     const uint32_t spread = static_cast<uint32_t>(static_cast<int16_t>(v)) << 13;
     const uint32_t bits = float_to_bits(bits_to_float(spread & 0x8fffe000) * 0x1p112f);
-    // From 2^16 on it is no number: infinity or NaN, by the mantissa.
+    // From 2^16 on the value is infinity or NaN, depending on the mantissa.
     return bits_to_float((bits & 0x7fffffff) < 0x47800000 ? bits : bits | 0x7f800000);
   }
   static Store narrow(Acc v) {
     const uint32_t bits = float_to_bits(v), rest = bits & 0x7fffffff;
     const uint32_t normal = (rest - (112u << 23) + 0xfff + ((rest >> 13) & 1)) >> 13;
-    // Below 2^-14: adding 1/2 leaves units of 2^-24, those of a denormal half, rounded to even.
+    // Below 2^-14: adding 1/2 leaves units of 2^-24, as in a denormal half, rounded to even.
     const uint32_t small = float_to_bits(bits_to_float(rest) + 0.5f) - 0x3f000000;
     const uint32_t special = rest > 0x7f800000 ? 0x7e00 : 0x7c00;
     const uint32_t half = rest < 0x38800000 ? small : rest < 0x47800000 ? normal : special;
@@ -236,7 +235,7 @@ inline __attribute__((always_inline)) void accumulate_row(
   }
 }
 
-// target_clones does not apply to templates, hence an overload a dtype.
+// target_clones does not work on templates, so there is one overload per dtype.
 #define TILEDCORE_ACCUMULATE(F)                                                                 \
   [[maybe_unused]] TILEDCORE_CLONES void accumulate(                                            \
       F, F::Acc* acc, const F::Acc* weights, F::Acc scale, const F::Store* row, int64_t n) {    \

@@ -1,7 +1,7 @@
 // CPU implementation of tiledcore::blend_tiles in gather form.
 //
-// One band of output rows is accumulated in the cache and stored once, while the tiles' rows stream
-// through; see blend_axis.h.
+// One band of output rows is accumulated in the cache and stored once, while the rows of the tiles
+// are read one after the other; see blend_axis.h.
 #include "blend_axis.h"
 
 namespace tiledcore {
@@ -16,7 +16,7 @@ inline __attribute__((always_inline)) void store_row(
   }
 }
 
-// target_clones does not apply to templates, hence an overload a dtype.
+// target_clones does not work on templates, so there is one overload per dtype.
 #define TILEDCORE_ROW_LOOPS(F)                                                                  \
   [[maybe_unused]] TILEDCORE_CLONES void store(                                                 \
       F, F::Store* out, const F::Acc* acc, int64_t n) {                                         \

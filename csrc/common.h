@@ -1,8 +1,8 @@
-// What the ops' files share: argument checks, and the macro that compiles a loop for several CPUs.
+// Shared code of all ops: argument checks, and the macro that compiles a loop for several CPUs.
 //
-// Built on PyTorch's stable ABI only: one binary serves every torch from 2.10 on. The Python side
-// (tiledcore/ops/) owns the schemas and reports bad arguments well; the checks here only keep a
-// direct call of the raw op from touching memory that is not its own.
+// Built on PyTorch's stable ABI only: one binary works with every torch from 2.10 on. The Python side
+// (tiledcore/ops/) owns the schemas and has the helpful error messages; the checks here only prevent
+// a direct call of the raw op from accessing memory outside of its tensors.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -14,9 +14,9 @@
 #include <cstdint>
 #include <initializer_list>
 
-// Baseline machine code plus clones that the loader picks by CPU: a wheel built here runs anywhere
-// (-march=native would not), and still uses the wide registers of the machine that it runs on.
-// Clones need the GNU dynamic loader's ifunc; elsewhere the baseline alone is compiled.
+// Baseline machine code plus clones that the loader selects by CPU: unlike -march=native, a wheel
+// built here runs anywhere and still uses the wide registers of the CPU that it runs on. Clones need
+// the GNU dynamic loader's ifunc; elsewhere only the baseline is compiled.
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
 #define TILEDCORE_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
@@ -28,8 +28,8 @@ namespace tiledcore {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The product of sizes that a caller chose; an error where it does not fit 64 bits. Torch checks the sizes
-// of tensors itself, but a wrapped product could agree with a tensor's size, 0 among them.
+// The product of sizes that a caller chose; an error if it does not fit 64 bits. Torch checks the
+// sizes of tensors itself, but an overflowed product could equal a tensor's size, for example 0.
 inline int64_t product(const char* name, std::initializer_list<int64_t> sizes) {
   int64_t result = 1;
   for (const int64_t size : sizes) {
@@ -38,7 +38,7 @@ inline int64_t product(const char* name, std::initializer_list<int64_t> sizes) {
   return result;
 }
 
-// Offsets as contiguous pairs (y, x), every one on the canvas.
+// Offsets as contiguous pairs (y, x), all of them on the canvas.
 inline Tensor checked_offsets(const Tensor& offsets, int64_t height, int64_t width) {
   STD_TORCH_CHECK(
       offsets.is_cpu() && offsets.dim() == 2 && offsets.size(1) == 2 && offsets.size(0) > 0 &&

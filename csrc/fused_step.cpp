@@ -1,8 +1,9 @@
 // CPU implementation of tiledcore::fused_step.
 //
-// A band of canvas rows at a time: the tiles' guided predictions are summed in the cache as in
-// blend_tiles, then the band of every state slot is read once, combined and written once. No value is
-// stored before all that is computed from the one it replaces, so the update is in place.
+// Works on one band of canvas rows at a time: the guided predictions of the tiles are summed in the
+// cache as in blend_tiles, then the band of every state slot is read once, combined and written once.
+// A value is only overwritten after everything that depends on it is computed, so the update is in
+// place.
 #include "blend_axis.h"
 
 #include <array>
@@ -12,9 +13,9 @@ namespace tiledcore {
 namespace {
 
 constexpr int64_t MAX_SLOTS = 8;
-constexpr int64_t CHUNK = 1024;  // new values of a chunk wait in L1 until the last is computed
+constexpr int64_t CHUNK = 1024;  // new values of a chunk stay in L1 until the last one is computed
 
-// Blending is linear: guidance before it is guidance after it, with one sum in place of two.
+// Blending is linear, so guidance can be applied before it: one sum instead of two.
 template <typename F>
 inline __attribute__((always_inline)) void accumulate_guided_row(
     typename F::Acc* __restrict acc, const typename F::Acc* __restrict weights,
@@ -27,7 +28,7 @@ inline __attribute__((always_inline)) void accumulate_guided_row(
   }
 }
 
-// Of one tile as large as the canvas: it weighs 1 everywhere, and nothing is summed.
+// For one tile as large as the canvas: its weight is 1 everywhere, and nothing is summed.
 template <typename F>
 inline __attribute__((always_inline)) void guide_row(
     typename F::Acc* __restrict out, const typename F::Store* __restrict uncond,
@@ -104,7 +105,7 @@ inline __attribute__((always_inline)) void combine_rows(
   }
 }
 
-// target_clones does not apply to templates, hence overloads.
+// target_clones does not work on templates, so there are overloads.
 #define TILEDCORE_DTYPE_LOOPS(F)                                                                \
   TILEDCORE_CLONES void accumulate_guided(                                                      \
       F, F::Acc* acc, const F::Acc* weights, F::Acc scale, const F::Store* uncond,              \
@@ -138,7 +139,7 @@ TILEDCORE_CLONES void combine(
   combine_rows<double>(out, in, c, terms, n);
 }
 
-// One slot that this evaluation writes: the inputs that count, and by how much.
+// One slot that this evaluation writes: the inputs with a weight, and these weights.
 template <typename Acc>
 struct Row {
   int64_t slot, terms = 0;
@@ -211,7 +212,7 @@ void run(const Arguments& a) {
   const int64_t halves = guidance ? 2 : 1;
   const int64_t guidance_stride = guidance && a.guidance_scale->size(0) > 1 ? 1 : 0;
 
-  // A tile as large as the canvas streams anyhow, so its band need not be wide: it stays in L1.
+  // A tile as large as the canvas is read in order anyway, so its band can be small and stay in L1.
   const bool unmoved = plan.down.starts[0] == 0 && plan.across.starts[0] == 0;
   const bool whole = T == 1 && h == H && w == W && unmoved;
   const int64_t band = std::clamp<int64_t>((whole ? CHUNK : BAND_ELEMENTS) / W, 1, H);
@@ -262,7 +263,7 @@ void run(const Arguments& a) {
             in[k] = source(row.input[k]);
             by[k] = row.coefficient[k] * (rescaled ? rescale[image] : Acc(1));
           }
-          // The last row's slot is read by none after it.
+          // No later row reads the slot of the last row.
           const bool direct = r + 1 == rows.size() && row.terms <= FUSED_TERMS;
           out[r] = direct ? state + row.slot * planes * H * W + pixel : &fresh[r * CHUNK];
           combine(out[r], in.data(), by.data(), row.terms, n);

@@ -1,4 +1,4 @@
-// CPU implementation of tiledcore::gather_tiles: rows of tiles are one or two memcpy each.
+// CPU implementation of tiledcore::gather_tiles: each row of a tile is one or two calls of memcpy.
 #include "common.h"
 
 #include <algorithm>
@@ -29,12 +29,12 @@ Tensor gather_tiles_cpu(
   char* to = static_cast<char*>(out.mutable_data_ptr());
   const int64_t size = static_cast<int64_t>(canvas.element_size());
 
-  // One index is one plane of one tile; a thread is worth waking for about 64 KiB.
+  // One index is one plane of one tile. A thread should get at least about 64 KiB of work.
   const int64_t grain = std::max<int64_t>(1, 65536 / (h * w * size));
   torch::stable::parallel_for(0, T * planes, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t y0 = at[2 * (i / planes)], x0 = at[2 * (i / planes) + 1];
-      const int64_t before = std::min(w, W - x0);  // columns left of where the canvas wraps
+      const int64_t before = std::min(w, W - x0);  // columns before the canvas wraps
       const char* plane = from + (i % planes) * H * W * size;
       char* row = to + i * h * w * size;
       for (int64_t u = 0; u < h; ++u, row += w * size) {

@@ -1,7 +1,7 @@
 // CPU implementation of tiledcore::group_norm_silu: one pass, each element read once and written once.
 //
-// The planes of a channel are contiguous, batches and channels may be any distance apart: a band of rows
-// of a larger tensor is read, and one of a convolution's window is written, without a copy.
+// The planes of a channel must be contiguous, but batches and channels may have any stride: input and
+// output can be bands of rows of larger tensors, without a copy.
 #include "blend_axis.h"
 
 #include <array>
@@ -9,8 +9,8 @@
 namespace tiledcore {
 namespace {
 
-// e^-v as 2^(-v log2 e), to a few units in the last place; kept within the normal numbers, where
-// v / (1 + e^-v) is 0 or v to rounding anyway. NaN stays NaN.
+// e^-v as 2^(-v log2 e), accurate to a few units in the last place, and limited to normal numbers:
+// beyond these, v / (1 + e^-v) is 0 or v up to rounding anyway. NaN stays NaN.
 inline __attribute__((always_inline)) float exp_of_negative(float v) {
   float x = v * -1.44269504f;
   x = x < -126.0f ? -126.0f : x;
@@ -49,7 +49,7 @@ inline __attribute__((always_inline)) void plane(
   }
 }
 
-// target_clones does not apply to templates, hence overloads.
+// target_clones does not work on templates, so there are overloads.
 #define TILEDCORE_PLANE(F)                                                                     \
   TILEDCORE_CLONES void normalize(                                                             \
       F, F::Store* out, const F::Store* in, F::Acc mean, F::Acc scale, F::Acc bias, bool silu, \
@@ -62,7 +62,7 @@ TILEDCORE_PLANE(F16)
 TILEDCORE_PLANE(BF16)
 #undef TILEDCORE_PLANE
 
-constexpr int64_t CHUNK = 16384;  // elements that one task works on: enough to be worth a thread
+constexpr int64_t CHUNK = 16384;  // elements per task: enough work to use a thread
 
 template <typename F>
 void run(
@@ -102,7 +102,7 @@ void check(const char* name, const Tensor& tensor, ScalarType type, const std::v
 }
 
 void check_planes(const char* name, const Tensor& tensor) {
-  // Strides of dimensions of one element may be anything.
+  // The stride of a dimension of size 1 may have any value.
   STD_TORCH_CHECK(
       (tensor.size(3) == 1 || tensor.stride(3) == 1) &&
           (tensor.size(2) == 1 || tensor.stride(2) == tensor.size(3)),

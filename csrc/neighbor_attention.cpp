@@ -1,10 +1,10 @@
 // CPU implementation of tiledcore::neighbor_attention: blocked online softmax (Milakov and Gimelshein
 // 2018; Dao 2022).
 //
-// One task is a chunk of one tile's queries for one head. It walks over its window in blocks of keys,
-// packs each block into panels that the inner loop reads in order, and keeps a running maximum, sum
-// and weighted values for each query. So memory is a fixed scratch for each thread, whatever the
-// canvas, tile and window, and strided inputs are read in place. All arithmetic is in float32.
+// One task is a chunk of one tile's queries for one head. It loops over the tile's window in blocks of
+// keys, packs each block into panels that the inner loop reads in order, and keeps a running maximum,
+// sum and weighted values per query. So each thread needs a fixed amount of scratch memory, and inputs
+// are read in place by their strides. All arithmetic is float32.
 #include "blend_axis.h"
 
 #include <limits>
@@ -15,8 +15,8 @@
 namespace tiledcore {
 namespace {
 
-constexpr int64_t QUERIES = 480;  // of a chunk; queries and sums of D = 64 take 240 KiB of L2
-constexpr int64_t KEYS = 64;      // of a block; its keys and values of D = 64 take 32 KiB
+constexpr int64_t QUERIES = 480;  // per chunk; queries and sums with D = 64 take 240 KiB of L2
+constexpr int64_t KEYS = 64;      // per block; its keys and values with D = 64 take 32 KiB
 
 // A tensor [B, tokens, heads, D] whose last dimension is contiguous; strides in elements.
 struct Strided {
@@ -24,7 +24,7 @@ struct Strided {
   int64_t batch = 0, token = 0, head = 0;
 };
 
-// One tile along one axis, and the window that it sees: `window` positions from `first` on, mod size.
+// One tile on one axis, and its window: `window` positions from `first` on, modulo the canvas size.
 struct Span {
   int64_t start, extent, first, window;
 };
@@ -36,7 +36,7 @@ struct Problem {
   double scale;
 };
 
-// Queries begin..begin + count of a tile, row-major in the tile.
+// Queries begin..begin + count of a tile, in row-major order.
 struct Task {
   int64_t b, h, begin, count;
   Span down, across;
@@ -60,7 +60,7 @@ struct Block {
   int64_t count;
 };
 
-// What a thread works in.
+// Scratch memory of one thread.
 struct Scratch {
   float *queries, *sums, *highest, *total, *keys, *values, *scores;
 };
@@ -115,7 +115,7 @@ Attend<F> best() {
   return baseline::attend<F>;
 }
 
-// Each tile is as long as `tile`, the last one as short as what is left.
+// All tiles have the length `tile`, except the last one, which may be shorter.
 std::vector<Span> spans(int64_t size, int64_t tile, int64_t halo, bool wrap) {
   tile = std::min(tile, size);
   halo = std::min(halo, size);
@@ -123,7 +123,7 @@ std::vector<Span> spans(int64_t size, int64_t tile, int64_t halo, bool wrap) {
   for (int64_t start = 0; start < size; start += tile) {
     const int64_t extent = std::min(tile, size - start);
     int64_t low = start - halo, high = start + extent + halo;
-    if (!wrap || high - low >= size) {  // a key that wrapping reaches from both sides counts once
+    if (!wrap || high - low >= size) {  // a key that is reached from both sides counts once
       low = wrap ? 0 : std::max<int64_t>(low, 0);
       high = wrap ? size : std::min(high, size);
     }
@@ -138,7 +138,7 @@ void run(const Problem& p, const std::vector<Span>& down, const std::vector<Span
   for (const Span& y : down) {
     for (const Span& x : across) {
       const int64_t all = y.extent * x.extent;
-      // Even chunks: two of 300 rather than 480 and 120.
+      // Chunks of equal size: two of 300 instead of 480 and 120.
       const int64_t chunks = (all + QUERIES - 1) / QUERIES, each = (all + chunks - 1) / chunks;
       for (int64_t begin = 0; begin < all; begin += each) {
         tasks.push_back({0, 0, begin, std::min(each, all - begin), y, x});
@@ -177,7 +177,7 @@ Strided strided(const Tensor& tensor) {
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-// The tensor, or a copy if its last dimension is not contiguous; of q's dtype, heads and D.
+// The tensor, or a copy if its last dimension is not contiguous; checks dtype, heads and D against q.
 Tensor checked(const char* name, const Tensor& tensor, const Tensor& q, int64_t tokens) {
   STD_TORCH_CHECK(
       tensor.is_cpu() && tensor.dim() == 4 && tensor.scalar_type() == q.scalar_type() &&

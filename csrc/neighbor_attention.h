@@ -1,13 +1,13 @@
-// The inner part of csrc/neighbor_attention.cpp, for one instruction set. Included once for each, with
+// The inner loops of csrc/neighbor_attention.cpp for one instruction set. Included once for each, with
 //
 //   TILEDCORE_ISA      the namespace of this copy
 //   TILEDCORE_TARGET   the attribute that lets the compiler use the instruction set
 //   TILEDCORE_LANES    floats in a vector register
-//   TILEDCORE_ROWS     queries that one call of multiply() works on. ROWS x 2 sums, two vectors and
-//                      one broadcast must fit the registers; else the sums spill in the inner loop.
+//   TILEDCORE_ROWS     queries per call of multiply(). ROWS x 2 sums, two vectors and one broadcast
+//                      must fit the registers; otherwise the sums spill in the inner loop.
 //
-// Copies and not target_clones, because the best block differs, and because GCC splits a vector type
-// into what the function's own target has before it inlines: each function needs the target itself.
+// Separate copies instead of target_clones, because the best block size differs, and because GCC
+// lowers a vector type to the function's own target before it inlines: each function needs the target.
 
 namespace tiledcore {
 namespace {
@@ -19,13 +19,13 @@ constexpr int PANEL = 2 * LANES;
 static_assert(KEYS % PANEL == 0, "a full block of keys is whole panels");
 static_assert(QUERIES % ROWS == 0, "a full chunk of queries is whole groups of rows");
 
-// Unaligned on purpose: on aligned addresses it costs nothing, and D need not be a multiple of LANES.
+// Unaligned: this costs nothing on aligned addresses, and D may not be a multiple of LANES.
 typedef float Vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t Int __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 TILEDCORE_TARGET inline Vec splat(float value) { return value - Vec{}; }
 
-// c[ROWS, V * LANES] = factor[row] * c + a[ROWS, depth] @ b[depth, V * LANES], without c where first.
+// c[ROWS, V * LANES] = factor[row] * c + a[ROWS, depth] @ b[depth, V * LANES]; if `first`, without c.
 template <int V, bool first>
 TILEDCORE_TARGET inline void multiply(
     const float* __restrict a, int64_t a_row, const float* __restrict b, int64_t depth,
@@ -61,13 +61,13 @@ TILEDCORE_TARGET inline void multiply(
   }
 }
 
-// 2^x for x <= 0, to 2e-7 of itself; 0 below 2^-126; NaN stays NaN.
+// 2^x for x <= 0, with a relative error of 2e-7; 0 below 2^-126; NaN stays NaN.
 TILEDCORE_TARGET inline Vec exp2_negative(Vec x) {
   // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum.
   const Vec magic = splat(12582912.0f);
   const Vec shifted = x + magic;
   const Vec f = x - (shifted - magic);  // -1/2 to 1/2
-  // Taylor series of exp(f * ln 2): the first term left out is 1.2e-7 at most.
+  // Taylor series of exp(f * ln 2); the truncation error is at most 1.2e-7.
   Vec y = splat(1.5403530e-4f);
   y = y * f + 1.3333558e-3f;
   y = y * f + 9.6181291e-3f;
@@ -80,8 +80,8 @@ TILEDCORE_TARGET inline Vec exp2_negative(Vec x) {
   return x < -126.0f ? Vec{} : result;
 }
 
-// Online softmax of one row's scores of a block: scores become weights, the running maximum and sum
-// are updated, and what is returned is the factor that earlier sums must be multiplied by.
+// Online softmax of one row's scores in a block: replaces scores by weights, updates the running
+// maximum and sum, and returns the factor for earlier sums.
 TILEDCORE_TARGET inline float softmax(
     float* __restrict scores, int64_t padded, float& highest, float& total) {
   Vec most = *reinterpret_cast<Vec*>(scores);
@@ -109,7 +109,7 @@ TILEDCORE_TARGET inline float softmax(
   return factor;
 }
 
-// Columns of the sums: whole panels of two vectors, then one of a single vector where that suffices.
+// Columns of the sums: panels of two vectors, then a single vector if that is enough.
 constexpr int64_t padded_depth(int64_t D) { return (D + LANES - 1) / LANES * LANES; }
 
 // Keys as panels [D, PANEL], values as panels [count, PANEL or LANES], widened to float32.
@@ -124,7 +124,7 @@ TILEDCORE_TARGET inline void pack(const Problem& p, const Block& block, Scratch&
       to[d * PANEL] = F::widen(key[d]);
     }
   }
-  // What fills the last panel up is masked by its score, but must not be a NaN of earlier memory.
+  // The padding of the last panel is masked by its score, but must not be NaN from old memory.
   for (int64_t j = count; j % PANEL; ++j) {
     float* to = s.keys + j / PANEL * PANEL * D + j % PANEL;
     for (int64_t d = 0; d < D; ++d) {
@@ -176,7 +176,7 @@ template <typename F>
 TILEDCORE_TARGET inline void load_queries(
     const Problem& p, const Strided& from, const Task& task, float* to) {
   using Store = typename F::Store;
-  // With log2(e) in the scale, the softmax is one of powers of 2.
+  // The scale includes log2(e), so the softmax uses powers of 2.
   const float scale = static_cast<float>(p.scale * 1.4426950408889634);
   const Store* start = static_cast<const Store*>(from.data) + task.b * from.batch + task.h * from.head;
   for (int64_t i = 0; i < task.count; ++i) {

@@ -1,9 +1,8 @@
 """Triton kernel of :func:`tiledcore.ops.blend_tiles`, in gather form.
 
-A program owns a block of the canvas, a few planes deep. It finds the tiles that overlap the block,
-sums them with weights computed from coordinates, and stores the block once: no atomics, and one
-order of summation. Bytes: every tile element whose weight is not zero is read once, every canvas
-element is written once; offsets (8 bytes a tile and program) come from the cache.
+Each program computes one block of the canvas, a few planes deep: it finds the tiles that overlap the block, sums them
+with weights computed from coordinates, and stores the block once, without atomics, in a fixed order. Every tile element
+with a non-zero weight is read once, every canvas element is written once.
 """
 
 from collections.abc import Iterator
@@ -15,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Element size in bytes -> launch. A row of a block is at least 128 bytes of the canvas. Planes
-# share the search for tiles and the weights; with more of 2 or 4 bytes, ptxas spills on sm_80-120.
+# Element size in bytes -> launch. A row of a block is at least 128 bytes of the canvas. Planes share the tile search
+# and the weights; with more planes of 2 or 4 bytes, ptxas spills on sm_80-120.
 CONFIGS = {
     2: {"BLOCK_H": 8, "BLOCK_W": 64, "PLANES": 2, "num_warps": 4},
     4: {"BLOCK_H": 8, "BLOCK_W": 64, "PLANES": 2, "num_warps": 4},
@@ -24,15 +23,15 @@ CONFIGS = {
 }
 SCAN = 256  # offsets looked at together
 
-# A tile's key sorts by (y, x, place in the list): 20 bits each. END is greater than every key.
+# A tile's key sorts by (y, x, index): 20 bits each. END is greater than every key.
 _FIELD = tl.constexpr(20)
 _MASK = tl.constexpr((1 << 20) - 1)
 _END = tl.constexpr(1 << 62)
 LIMIT = 1 << 20
 PLANE_LIMIT = 1 << 29  # pixels: 32-bit addresses within the planes of a program, at most 4
 
-# Triton compiles no variants for their values: they change from call to call, and each of them would have three
-# (1, a multiple of 16, any other). So what is compiled ahead of time is also what runs.
+# Triton must not compile variants for the values of these arguments (1, a multiple of 16, any other), because they
+# change from call to call. So the variants compiled ahead of time are complete.
 SCALARS = ["T", "H", "W", "h", "w", "planes", "ramp"]
 _ELEMENTS = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
 
@@ -43,8 +42,8 @@ def _next_tile(
 ):  # fmt: skip
     """The smallest key greater than ``after`` of a tile that overlaps the block, or ``_END``.
 
-    All offsets are compared at once and reduced, in place of a loop over tiles: the time does not
-    grow with the number of tiles until there are thousands, and the order comes for free.
+    All offsets are compared at once, without a loop over tiles: the time is constant up to thousands of tiles, and the
+    order is fixed.
     """
     best = tl.full([], _END, tl.int64)
     for start in range(0, T, SCAN):
@@ -82,8 +81,8 @@ def _weight(depth, deepest, extent, ramp, scale, WINDOW: tl.constexpr, ACC: tl.c
     if WINDOW == "mean":
         weight = tl.full(gap.shape, 1, ACC)
     elif WINDOW == "gaussian":
-        # exp(-c²/0.02) / exp(-c_deepest²/0.02), c = 0.5 - (depth + 0.5) / extent, with the
-        # difference of squares taken apart: exact where the plain form would cancel.
+        # exp(-c²/0.02) / exp(-c_deepest²/0.02), c = 0.5 - (depth + 0.5) / extent, with the difference of squares
+        # factored, which avoids cancellation.
         weight = tl.exp(gap.to(ACC) * (extent - 1 - depth - deepest).to(ACC) * scale)
     else:
         weight = tl.where(gap == 0, 1, tl.maximum(ramp - gap, 0).to(ACC) * scale)
@@ -92,7 +91,7 @@ def _weight(depth, deepest, extent, ramp, scale, WINDOW: tl.constexpr, ACC: tl.c
 
 @triton.jit
 def _scale(extent, ramp, WINDOW: tl.constexpr, ACC: tl.constexpr):
-    """What ``_weight`` multiplies with, so that its loop is free of divisions (calls, on a GPU)."""
+    """Factors for ``_weight``, computed once, because a division is a function call on a GPU."""
     one = tl.full([], 1, ACC)
     if WINDOW == "gaussian":
         length = one * extent
@@ -127,7 +126,7 @@ def blend_tiles_kernel(
     y0 = pid // blocks_x % blocks_y * BLOCK_H
     y = y0 + tl.arange(0, BLOCK_H)
     x = x0 + tl.arange(0, BLOCK_W)
-    # The planes of a tile follow each other: batch and channel need not be told apart.
+    # The planes of a tile are contiguous, so batch and channel are one index.
     first = pid // (blocks_x * blocks_y) * PLANES
     plane = tl.arange(0, PLANES)[:, None, None]
     inside = ((y < H)[:, None] & (x < W)[None, :])[None, :, :] & (plane < planes - first)
@@ -158,17 +157,17 @@ def blend_tiles_kernel(
         weight_y = _weight(_depth(u, h), deepest_y, h, ramp, scale_y, WINDOW, ACC)
         weight_x = _weight(_depth(v, w), deepest_x, w, ramp, scale_x, WINDOW, ACC)
         weight = weight_y[:, None] * weight_x[None, :]
-        # 64 bits to the tile's first plane, as the buffer of the tiles can exceed 2^31 elements;
-        # 32 from there on, as registers are what limits the loads in flight.
+        # 64 bits for the offset of the tile's first plane, because the buffer of tiles can exceed 2^31 elements; 32
+        # bits within it, because registers limit the number of loads in flight.
         source = tiles + ((key & _MASK) * planes + first) * h * w
         within = plane * (h * w) + (u[:, None] * w + v[None, :])[None, :, :]
-        # What has no weight is not read: less to move, and a NaN there cannot spread.
+        # Elements without weight are not read: this saves memory traffic, and a NaN there cannot spread.
         mask = inside & (weight > 0)[None, :, :]
         value += weight[None, :, :] * tl.load(source + within, mask=mask, other=0).to(ACC)
         total += weight
         key = _next_tile(offsets, T, key, y0, rows, x0, columns, H, W, h, w, SCAN)
 
-    # Division of float32 is approximate here; a pixel that one tile alone covers must be a copy.
+    # Float32 division is approximate here, but a pixel covered by one tile must be an exact copy.
     total = tl.broadcast_to(total[None, :, :], value.shape)
     blended = tl.where(total == 1, value, value / total)
     target = out + first.to(tl.int64) * H * W
@@ -194,7 +193,7 @@ def blend_tiles(tiles: Tensor, offsets: Tensor, canvas_size: tuple[int, int], wi
     config: dict[str, Any] = CONFIGS[tiles.element_size()]
     blocks = triton.cdiv(H, config["BLOCK_H"]) * triton.cdiv(W, config["BLOCK_W"])
     grid = (blocks * triton.cdiv(B * C, config["PLANES"]),)
-    # Triton launches on the current device, which need not be the tensor's.
+    # Triton launches on the current device, which may not be the tensor's.
     with torch.cuda.device(tiles.device) if tiles.is_cuda else nullcontext():
         blend_tiles_kernel[grid](
             tiles.contiguous(),

@@ -1,10 +1,9 @@
 """Triton kernel of :func:`tiledcore.ops.fused_step`, in gather form.
 
-A program owns a block of the canvas, a few planes deep: it sums the guided predictions of the tiles
-over the block as blend_tiles does, reads the block of every state slot that counts, and writes the
-new values and the network's next input. No atomics, one order of summation; the update is in place
-because nobody else touches the block. Bytes: every tile element that has weight and every used slot
-is read once, every changed slot and the model's input is written once.
+Each program computes one block of the canvas, a few planes deep: it sums the guided predictions of the tiles as in
+blend_tiles, reads the block of every used state slot, and writes the new values and the network's next input. There
+are no atomics, and the order is fixed; the update is in place because no other program uses the block. Every used tile
+element and slot is read once, every changed slot and the model input is written once.
 """
 
 from collections.abc import Iterator
@@ -29,9 +28,8 @@ from tiledcore.kernels.blend_tiles import (
 )
 from torch import Tensor
 
-# Element size of the tiles in bytes -> launch. A thread holds its pixels of every slot in registers. Left
-# to itself, ptxas spills some to fit one more block on a multiprocessor; given a bound that is never
-# reached, it takes the registers that it needs.
+# Element size of the tiles in bytes -> launch. A thread holds its pixels of every slot in registers. By default ptxas
+# spills some of them to fit one more block on a multiprocessor; a register limit that is never reached prevents that.
 CONFIGS = {
     2: {"BLOCK_H": 8, "BLOCK_W": 64, "PLANES": 1, "num_warps": 4},
     4: {"BLOCK_H": 8, "BLOCK_W": 64, "PLANES": 1, "num_warps": 4},
@@ -39,8 +37,8 @@ CONFIGS = {
 }
 REGISTERS = 168
 
-# Triton compiles no variants for their values: they change from call to call, and each of them would have three
-# (1, a multiple of 16, any other). So what is compiled ahead of time is also what runs.
+# Triton must not compile variants for the values of these arguments (1, a multiple of 16, any other), because they
+# change from call to call. So the variants compiled ahead of time are complete.
 SCALARS = ["T", "H", "W", "h", "w", "planes", "channels", "ramp", "guidance_stride", "has_noise", "has_rescale"]
 
 
@@ -61,7 +59,7 @@ def _blended(
 ):  # fmt: skip
     """The guided prediction of the block: the weighted mean of the tiles over it.
 
-    Guidance comes before blending, which is linear: one sum in place of two.
+    Guidance is applied before blending: blending is linear, so one sum is enough instead of two.
     """
     begin = tl.full([], -1, tl.int64)
     deepest_y = tl.full(y.shape, -1, tl.int32)
@@ -87,26 +85,25 @@ def _blended(
         weight_y = _weight(_depth(u, h), deepest_y, h, ramp, scale_y, WINDOW, ACC)
         weight_x = _weight(_depth(v, w), deepest_x, w, ramp, scale_x, WINDOW, ACC)
         weight = weight_y[:, None] * weight_x[None, :]
-        # 64 bits to the tile's first plane, 32 from there on, as in blend_tiles.
+        # 64 bits for the tile's first plane, 32 bits within it, as in blend_tiles.
         tile = tiles + ((key & _MASK) * G * planes + first) * h * w
         within = plane * (h * w) + (u[:, None] * w + v[None, :])[None, :, :]
-        # What has no weight is not read: less to move, and a NaN there cannot spread.
+        # Elements without weight are not read: this saves memory traffic, and a NaN there cannot spread.
         mask = inside & (weight > 0)[None, :, :]
         value += weight[None, :, :] * _predicted(tile, within, half, mask, guidance, G, ACC)
         total += weight
         key = _next_tile(offsets, T, key, y0, rows, x0, columns, H, W, h, w, SCAN)
 
-    # Division of float32 is approximate here; a pixel that one tile alone covers must be a copy.
+    # Float32 division is approximate here, but a pixel covered by one tile must be an exact copy.
     total = tl.broadcast_to(total[None, :, :], value.shape)
     return tl.where(total == 1, value, value / total)
 
 
 @triton.jit
 def _plan(table, S: tl.constexpr):
-    """(slots to write, inputs to read) as bits, from the rows and columns of one evaluation's table.
+    """(slots to write, inputs to read) as bits, from one evaluation's table.
 
-    A row that is the identity leaves its slot alone; a column counts if a row that does not has a
-    coefficient there.
+    A row of the identity leaves its slot unchanged; an input is read if another row has a coefficient for it.
     """
     written = tl.full([], 0, tl.int32)
     read = tl.full([], 0, tl.int32)
@@ -126,17 +123,16 @@ def _combined(row, inputs, S: tl.constexpr, ACC: tl.constexpr):
     total = tl.zeros(inputs[0].shape, ACC)
     for j in tl.static_range(S + 2):
         coefficient = tl.load(row + j)
-        # Without weight, whatever it is adds nothing: history that was never written may be NaN.
+        # An input without weight must add nothing: history that was never written may be NaN.
         total += tl.where(coefficient != 0, coefficient * inputs[j], 0)
     return total
 
 
 @triton.jit
 def _if_set(mask, plane, bits, place):
-    """The mask, or none of it where the bit is not set.
+    """The mask if the bit is set, else an empty mask.
 
-    Compared along the planes, since a scalar truth value does not broadcast to a mask in Triton's
-    interpreter.
+    Compared along the planes, because a scalar bool does not broadcast to a mask in Triton's interpreter.
     """
     return mask & (plane < ((bits >> place) & 1) << 20)
 
@@ -204,7 +200,7 @@ def fused_step_kernel(
         )  # fmt: skip
     m *= tl.load(rescale + image, mask=plane < (planes - first) * has_rescale, other=1)
 
-    # Not before the blend: registers held during its loop are what ptxas spills first.
+    # Loaded after the blend, because ptxas spills registers that are held during its loop.
     evaluation = tl.load(step)
     table += evaluation * (S * (S + 2))
     written, read = _plan(table, S)
@@ -217,10 +213,10 @@ def fused_step_kernel(
         mask = _if_set(inside, plane, read, j)
         inputs += (tl.load(state + j * size + origin + pixel, mask=mask, other=0),)  # type: ignore[assignment]
     mask = _if_set(inside, plane, read, S + 1) & (plane < planes * has_noise)
-    # Noise that is asked for and not there shows as NaN.
+    # If noise is needed but not given, the result is NaN.
     inputs += (m, tl.load(noise + origin + pixel, mask=mask, other=float("nan")))  # type: ignore[assignment]
-    # No thread may store before every thread has loaded: a load and a store may share out the block
-    # among the threads differently.
+    # All threads must load before any thread stores: a load and a store may assign the pixels of the block to threads
+    # differently.
     tl.debug_barrier()
 
     fresh = _combined(table, inputs, S, ACC)
@@ -228,7 +224,7 @@ def fused_step_kernel(
     sample = tl.where((written & 1) != 0, fresh, inputs[0])  # type: ignore[misc]
     scaled = tl.load(input_scale + evaluation + 1) * sample
     tl.store(model_input + origin + pixel, scaled.to(model_input.dtype.element_ty), mask=inside)
-    # Not unrolled: the coefficients of all rows would be loaded, and registers spilled.
+    # Not unrolled: otherwise the coefficients of all rows are loaded, and registers spill.
     for s in range(1, S):
         fresh = _combined(table + s * (S + 2), inputs, S, ACC)
         tl.store(state + s * size + origin + pixel, fresh, mask=_if_set(inside, plane, written, s))
@@ -264,12 +260,12 @@ def fused_step(
     config: dict[str, Any] = CONFIGS[tiles.element_size()]
     blocks = triton.cdiv(H, config["BLOCK_H"]) * triton.cdiv(W, config["BLOCK_W"])
     grid = (blocks * triton.cdiv(B * C, config["PLANES"]),)
-    # What is not there is never read: any pointer of the right type will do.
+    # Missing tensors are never read, so any pointer of the right type will do.
     guidance, added, factor = (
         state if tensor is None else tensor.contiguous() for tensor in (guidance_scale, noise, rescale)
     )
     stride = int(guidance_scale is not None and guidance_scale.shape[0] > 1)
-    # Triton launches on the current device, which need not be the tensor's.
+    # Triton launches on the current device, which may not be the tensor's.
     with torch.cuda.device(tiles.device) if tiles.is_cuda else nullcontext():
         fused_step_kernel[grid](
             *(tiles.contiguous(), offsets.contiguous(), state, table.contiguous(), input_scale.contiguous(), step),
@@ -285,10 +281,10 @@ def fused_step(
 
 
 def aot_configurations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, dict[str, Any]]]:
-    """Yield (kernel, signature, constants, warps, options) of variants that stand for all.
+    """Yield (kernel, signature, constants, warps, options) of a representative set of variants.
 
-    Every dtype, every window, both numbers of halves, and the fewest and most slots, but not their
-    product: that would take minutes to compile, and its members differ in little but registers.
+    Every dtype, every window, both numbers of halves, and the fewest and most slots, but not all combinations: these
+    take minutes to compile and differ in little but registers.
     """
     variants = [("fp16", window, 2, 2) for window in ("mean", "gaussian", "ramp", "whole")]
     variants += [("fp32", "gaussian", 2, 3), ("fp64", "gaussian", 2, 2), ("bf16", "ramp", 1, 1)]

@@ -1,8 +1,7 @@
 """Triton kernel of :func:`tiledcore.ops.gather_tiles`: a copy with wrapped coordinates.
 
-It moves every tile element once in and once out, ``2 * T * B * C * h * w`` elements. Elements are
-copied as integers of their size, so that a copy is exact for every dtype, NaN payloads included,
-and four compiled variants serve all dtypes.
+It reads and writes every tile element once, ``2 * T * B * C * h * w`` elements. Elements are copied as integers of
+their size, so that the copy is exact for every dtype (also for NaN), with four compiled variants.
 """
 
 from collections.abc import Iterator
@@ -16,8 +15,8 @@ from torch import Tensor
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-# Element size in bytes -> launch. A row of a block is at least 128 bytes; a thread moves 8 to 16
-# elements of one tile, enough loads in flight to cover the latency of the offset before them.
+# Element size in bytes -> launch. A row of a block is at least 128 bytes. A thread moves 8 to 16 elements of one tile:
+# enough loads in flight to hide the latency of reading the offset.
 CONFIGS = {
     1: {"BLOCK_H": 8, "BLOCK_W": 128, "PLANES": 2, "num_warps": 4},
     2: {"BLOCK_H": 8, "BLOCK_W": 64, "PLANES": 4, "num_warps": 4},
@@ -26,8 +25,8 @@ CONFIGS = {
 }
 PLANE_LIMIT = 1 << 29  # pixels: 32-bit addresses within the planes of a program, at most 4
 
-# Triton compiles no variants for their values: they change from call to call, and each of them would have three
-# (1, a multiple of 16, any other). So what is compiled ahead of time is also what runs.
+# Triton must not compile variants for the values of these arguments (1, a multiple of 16, any other), because they
+# change from call to call. So the variants compiled ahead of time are complete.
 SCALARS = ["H", "W", "h", "w", "planes"]
 
 
@@ -45,7 +44,7 @@ def gather_tiles_kernel(
     BLOCK_W: tl.constexpr,
     PLANES: tl.constexpr,
 ):
-    # One grid axis for everything: the others end at 65535.
+    # One grid axis for everything, because the other axes are limited to 65535.
     blocks_x = tl.cdiv(w, BLOCK_W)
     blocks_y = tl.cdiv(h, BLOCK_H)
     groups = tl.cdiv(planes, PLANES)
@@ -61,12 +60,12 @@ def gather_tiles_kernel(
     x = tl.load(offsets + 2 * t + 1) + v
     y = tl.where(y >= H, y - H, y)
     x = tl.where(x >= W, x - W, x)
-    # The planes of a tile follow each other: batch and channel need not be told apart.
+    # The planes of a tile are contiguous, so batch and channel are one index.
     first = (group * PLANES).to(tl.int64)
     plane = tl.arange(0, PLANES)[:, None, None]
     mask = ((u < h)[:, None] & (v < w)[None, :])[None, :, :] & (plane < planes - first)
-    # 64 bits to the first plane: a large canvas, and even more the buffer of its tiles, can exceed
-    # 2^31 elements. 32 from there on, as registers are what limits the loads in flight.
+    # 64 bits for the first plane, because a large canvas and the buffer of its tiles can exceed 2^31 elements; 32 bits
+    # within it, because registers limit the number of loads in flight.
     source = canvas + first * H * W
     target = out + (t.to(tl.int64) * planes + first) * h * w
     at = plane * (H * W) + (y[:, None] * W + x[None, :])[None, :, :]
@@ -87,7 +86,7 @@ def gather_tiles(canvas: Tensor, offsets: Tensor, tile: tuple[int, int]) -> Tens
     integer = _INTEGERS[canvas.element_size()]
     blocks = triton.cdiv(h, config["BLOCK_H"]) * triton.cdiv(w, config["BLOCK_W"])
     grid = (T * triton.cdiv(B * C, config["PLANES"]) * blocks,)
-    # Triton launches on the current device, which need not be the tensor's.
+    # Triton launches on the current device, which may not be the tensor's.
     with torch.cuda.device(canvas.device) if canvas.is_cuda else nullcontext():
         gather_tiles_kernel[grid](
             canvas.contiguous().view(integer),

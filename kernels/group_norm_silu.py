@@ -24,8 +24,8 @@ CONFIGS = {
 PLANE_LIMIT = 1 << 30  # elements of a band's channel: addressed by 32 bits
 
 
-# Triton compiles no variants for their values. `n` and the strides have two each, a multiple of 16 or not, because
-# this is what lets a thread move 16 bytes at a time.
+# Triton makes no specialised variants for the values of most arguments. `n` and the strides have two each, multiple of
+# 16 or not, because multiples let a thread move 16 bytes at a time.
 @triton.jit(do_not_specialize=["C", "G"])
 def group_norm_silu_kernel(
     x,  # [B, C, n], strides x_batch, x_channel, 1
@@ -44,7 +44,7 @@ def group_norm_silu_kernel(
     SILU: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # One grid axis for everything: the others end at 65535.
+    # One grid axis for everything, because the other axes are limited to 65535.
     blocks = tl.cdiv(n, BLOCK)
     pid = tl.program_id(0)
     plane = pid // blocks
@@ -78,7 +78,7 @@ def group_norm_silu(
         return
     config: dict[str, Any] = CONFIGS[x.element_size()]
     grid = (B * C * triton.cdiv(n, config["BLOCK"]),)
-    # Triton launches on the current device, which need not be the tensor's.
+    # Triton launches on the current device, which may not be the tensor's.
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         group_norm_silu_kernel[grid](
             *(x, mean, rstd, weight, bias, out),
@@ -98,7 +98,7 @@ def aot_configurations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], 
             pointers = {"x": element, "mean": exact, "rstd": exact, "weight": element, "bias": element, "out": element}
             signature = {name: f"*{pointee}" for name, pointee in pointers.items()}
             signature |= dict.fromkeys(["n", "C", "G"], "i32")
-            # A stride between batches passes 2^31 elements in a large image's band.
+            # In a band of a large image, the stride between batch entries exceeds 2^31 elements.
             signature |= dict.fromkeys(["x_batch", "x_channel", "out_batch", "out_channel"], "i64")
             signature |= dict.fromkeys(constants, "constexpr")
             yield group_norm_silu_kernel, signature, constants, warps, {"divisible": ("x", "out")}

@@ -1,12 +1,11 @@
 """Triton kernel of :func:`tiledcore.ops.neighbor_attention`.
 
-A program owns a patch of queries of one tile and one head. It goes through the patches of keys that
-make up the tile's window, then through the global tokens, with an online softmax in base 2
-(Milakov & Gimelshein 2018; Dao et al. 2022): scores and sums in float32, and nothing of the size
-queries × keys in memory. Tokens are read where they are, by strides; nothing is gathered or permuted.
+Each program computes one patch of queries of one tile and one head. It loops over the patches of keys in the tile's
+window, then over the global tokens, with an online softmax in base 2 (Milakov & Gimelshein 2018; Dao et al. 2022).
+Scores and sums are float32, and nothing of size queries × keys is stored. Tokens are read in place, by strides.
 
-A window is cut into patches from its own corner, so a window that is a multiple of the patch has no
-masked key at all. Its list has the whole patches first: they can take a path without masks.
+A window is cut into patches from its own corner, so a window that is a multiple of the patch has no masked keys. The
+list has the complete patches first, because these need no masks.
 """
 
 import math
@@ -40,7 +39,7 @@ LOG2_E = 1 / math.log(2)
 
 @triton.jit
 def load_rows(start, tokens, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
-    """``[tokens, WIDTH]`` of a head's channels from FIRST on; 0 where masked and beyond channel D."""
+    """``[tokens, WIDTH]``: channels of one head from FIRST on; 0 where masked and beyond channel D."""
     d = FIRST + tl.arange(0, WIDTH)
     at = start + tokens[:, None] + d[None, :]
     if MASKED:
@@ -79,7 +78,7 @@ def attend(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Let the queries see the valid ones of the keys at ``k + k_tokens``, values at ``v + v_tokens``."""
+    """Attention of the queries to the valid keys at ``k + k_tokens``, with values at ``v + v_tokens``."""
     if CHUNK > 0:
         s = tl.zeros([mine.shape[0], k_tokens.shape[0]], tl.float32)
         for c in tl.static_range(0, D0 + D1, CHUNK):
@@ -112,7 +111,7 @@ def store_rows(start, tokens, valid, acc, total, FIRST: tl.constexpr, WIDTH: tl.
 
 @triton.jit
 def tokens_of_patch(W, stride, PY: tl.constexpr, PX: tl.constexpr):
-    """Offsets of a patch's tokens from its first one, in elements. 32 bits do: a patch is a few rows."""
+    """Offsets of a patch's tokens from its first one, in elements. 32 bits suffice: a patch is a few rows."""
     i = tl.arange(0, PY * PX)
     return (i // PX * W + i % PX) * stride
 
@@ -140,7 +139,7 @@ def neighbor_attention_kernel(
     UNMASKED: tl.constexpr, VECTOR: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    # The patches of a tile follow each other, so that the window they share stays in the L2 cache.
+    # Consecutive programs process the patches of one tile, so that their window stays in the L2 cache.
     block = blocks + pid % n_blocks * 8
     head = (pid // n_blocks % heads).to(tl.int64)
     b = (pid // (n_blocks * heads)).to(tl.int64)
@@ -203,7 +202,7 @@ def neighbor_attention_kernel(
         )  # fmt: skip
 
     if G > 0:
-        # What addresses and masks follow from is read again, so that they are not kept in registers so far.
+        # Loaded again here, so that the values need not stay in registers during the loop above.
         g_W = tl.load(block + 7)
         g_mine = inside_patch(tl.load(block + 2), tl.load(block + 3), QY, QX)
         gq_token, gk_token, gv_token = gq_t * VECTOR, gk_t * VECTOR, gv_t * VECTOR
@@ -232,7 +231,7 @@ def neighbor_attention_kernel(
 
 
 def aligned(t: Tensor, vector: int) -> Tensor:
-    """The tensor, or a copy where 16-byte loads could not read it; no view of a projection is copied."""
+    """The tensor, or a copy if 16-byte loads cannot read it; views of a projection are not copied."""
     odd = any(size > 1 and stride % vector for size, stride in zip(t.shape, t.stride()[:3], strict=False))
     return t.clone(memory_format=torch.contiguous_format) if vector > 1 and (odd or t.data_ptr() % 16) else t
 
@@ -247,7 +246,7 @@ def strides_of(tensors: tuple[Tensor, ...], vector: int, W: int, rows: int) -> l
 
 
 def _describe(t: Tensor, canvas: tuple[int, int], patch: tuple[int, int]) -> Any:
-    """A descriptor of ``[B, H, W, heads, D]`` that reads one head of a patch; None where TMA cannot."""
+    """A descriptor of ``[B, H, W, heads, D]`` that reads one head of a patch; None if TMA cannot."""
     B, N, heads, D = t.shape
     token = t.stride(1) if N > 1 else heads * D
     head = t.stride(2) if heads > 1 else D
@@ -295,7 +294,7 @@ def neighbor_attention(
         tuple(canvas), tuple(tile), tuple(halo), tuple(wrap), config.query_patch, config.key_patch, q.device
     )
     described = [_describe(t, canvas, config.key_patch) for t in (k, v)] if config.descriptors else [None, None]
-    # Triton launches on the current device, which need not be the tensor's.
+    # Triton launches on the current device, which may not be the tensor's.
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         neighbor_attention_kernel[(len(blocks) * heads * B,)](
             *tensors,
@@ -314,7 +313,7 @@ def neighbor_attention(
 
 def _constants(D: int, dtype: torch.dtype, config: Config) -> dict[str, Any]:
     D0, D1 = split(D)
-    # The interpreter multiplies bfloat16 wrongly.
+    # Triton's interpreter multiplies bfloat16 wrongly.
     compute = {torch.float16: tl.float16, torch.bfloat16: tl.float32 if INTERPRETED else tl.bfloat16}
     return {
         **{"D": D, "D0": D0, "D1": D1, "UNMASKED": config.unmasked, "VECTOR": vector_of(D)},

@@ -1,7 +1,7 @@
-"""How the kernels of neighbor_attention are compiled: one table, per head dimension and architecture.
+"""Compile options for the neighbor_attention kernel: one table, per head dimension and architecture.
 
-No variant is searched for at the time of a call. The table holds what compiles for every architecture
-without spilling a register (tests/test_aot.py), with the largest patches for which that is so.
+There is no tuning at run time. The table has the largest patches that compile without register spills on every
+architecture (tests/test_aot.py).
 """
 
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 HEAD_DIMS = (40, 64, 80, 96, 128, 160)
-"""Head dimensions with a configuration; others up to the last use that of the next."""
+"""Head dimensions with an entry; other dimensions use the entry of the next larger one."""
 
 DTYPES: dict[torch.dtype, str] = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
@@ -17,25 +17,25 @@ SCALARS = [
     *("heads", "tokens", "W", "G", "n_blocks", "factor"),
     *(f"{tensor}_{dim}" for tensor in ("q", "k", "v", "gq", "gk", "gv") for dim in "bth"),
 ]
-"""Arguments for whose values Triton compiles no variants, so that the ahead-of-time table is complete."""
+"""Arguments for whose values Triton makes no specialised variants, so that the ahead-of-time table is complete."""
 DESCRIPTORS = ("k_patches", "v_patches")
 
 
 class Config(NamedTuple):
-    """What a variant is compiled with; patches are (rows, columns) of tokens."""
+    """Compile options of one variant; patches are (rows, columns) of tokens."""
 
     query_patch: tuple[int, int]
     key_patch: tuple[int, int]
     warps: int
     stages: int
     unmasked: bool = True
-    """Whether whole patches have a loop of their own, without masks; it takes registers."""
+    """Whether complete patches have a separate loop without masks, which needs more registers."""
     descriptors: bool = False
     """Whether that loop reads by tensor descriptors (TMA)."""
     products: str = "tf32"
-    """How float32 is multiplied: three products in TF32 have nearly all of its digits."""
+    """How float32 is multiplied: three TF32 products give nearly full precision."""
     chunk: int = 0
-    """Channels of the queries that are read again for each patch of keys; 0 keeps them in registers."""
+    """Channels of the queries that are loaded again for each patch of keys; 0 keeps all in registers."""
 
 
 def _rows(*configs: Config) -> dict[str, Config]:
@@ -46,7 +46,7 @@ _Q128, _K128, _K64, _K32, _K16 = (8, 16), (8, 16), (8, 8), (4, 8), (4, 4)
 
 
 def _half(key_patch: tuple[int, int], stages: int, unmasked: bool = True, descriptors: bool = False) -> Config:
-    """128 queries and 8 warps: fewer queries would read the keys more often than the L2 cache can deliver."""
+    """128 queries and 8 warps: with fewer queries, the L2 cache cannot deliver the keys fast enough."""
     return Config(_Q128, key_patch, 8, stages, unmasked, descriptors)
 
 
@@ -78,8 +78,8 @@ _HALF = {
         _half(_K16, 2, unmasked=False),
     ),
 }
-# Three products in TF32 need everything twice in registers, so the queries are read again for each patch. A
-# product of sm_90 takes 64 queries at least.
+# Three TF32 products need all operands twice in registers, so the queries are loaded again for each patch. A product
+# on sm_90 has at least 64 queries.
 _FLOAT_64 = Config(_K64, _K16, 4, 2, False, False, "tf32x3", 16)
 _FLOAT_32 = Config(_K32, _K16, 4, 1, False, False, "tf32x3", 16)
 _FLOAT_90 = _FLOAT_64._replace(stages=1)
@@ -90,11 +90,10 @@ _FLOAT = {
 
 
 def split(D: int) -> tuple[int, int]:
-    """Two powers of two that hold a head dimension, the second may be 0.
+    """Two powers of two whose sum is at least D; the second may be 0.
 
-    Padded to one power of two, 40, 80, 96 and 160 would spend 60, 60, 33 and 60 % more on matrix
-    products; as 32 + 16, 64 + 16, 64 + 32 and 128 + 32 it is 20, 0, 0 and 0 %. 16 is the least depth
-    and width of a matrix product.
+    With one power of two, D = 40, 80, 96 and 160 would cost 60, 60, 33 and 60 % more matrix products; as 32 + 16,
+    64 + 16, 64 + 32 and 128 + 32 it is 20, 0, 0 and 0 %. 16 is the smallest side of a matrix product.
     """
     least = 16
     whole = max(least, 1 << (D - 1).bit_length())
@@ -104,19 +103,19 @@ def split(D: int) -> tuple[int, int]:
 
 
 def vector_of(D: int) -> int:
-    """Elements that are loaded together: all strides must be multiples of it."""
+    """Elements per load: all strides must be multiples of this."""
     return 8 if D % 8 == 0 else 1
 
 
 def architecture(capability: int) -> str:
-    """The column of the table: what has the same matrix instructions and shared memory."""
+    """The column of the table: architectures with the same matrix instructions and shared memory."""
     if capability == 80:
         return "sm_80"
     return {9: "sm_90", 10: "sm_100", 11: "sm_100", 12: "sm_120"}.get(capability // 10, "sm_86")
 
 
 def capability_of(device: torch.device) -> int:
-    """Like 89 for compute capability 8.9; interpreted it does not matter."""
+    """Such as 89 for compute capability 8.9; any value in the interpreter."""
     if device.type != "cuda":
         return 89
     major, minor = torch.cuda.get_device_capability(device)

@@ -1,7 +1,6 @@
-"""Which patches of keys each patch of queries sees: integers in CSR form, built once per geometry.
+"""Compute which patches of keys each patch of queries sees: integers in CSR form, once per geometry.
 
-The window of a tile is the same for all of its queries, so the lists of keys are per tile, and the
-patches of queries of a tile share one.
+All queries of a tile have the same window, so there is one list of keys per tile.
 """
 
 from functools import lru_cache
@@ -16,11 +15,10 @@ SIDE_LIMIT = 1 << 15  # tokens: row and column of a patch share an int32
 
 
 def cut_axis(size: int, tile: int, halo: int, wrap: bool, patch: int) -> list[list[Pair]]:
-    """For each tile of one axis the (start, length) of the patches of its window.
+    """For each tile of one axis, the (start, length) of the patches of its window.
 
-    A window that crosses the border of a wrapped axis is cut there first, so that no patch crosses
-    it; one that goes round the axis is the whole axis, once. Cuts are counted from where the window
-    starts, which leaves the fewest patches.
+    A window that crosses the border of a wrapped axis is cut there, so that no patch crosses it; a window larger than
+    the axis is the whole axis. Cuts start at the start of the window, which gives the fewest patches.
     """
     windows = []
     for start in range(0, size, tile):
@@ -53,12 +51,10 @@ def patch_lists(
     """The two lists that the kernel reads, on the device.
 
     Returns:
-        ``blocks [n, 8]``: of each patch of queries the first row and column, how many rows and
-        columns lie in its tile, then the places ``begin``, ``whole``, ``end`` in the second list,
-        and the canvas's width.
-        Patches from ``begin`` to ``whole`` lie in the window entirely, those up to ``end`` partly.
-        ``patches [m, 2]``: first row ``<< 16 |`` first column, rows ``<< 16 |`` columns that count.
-        Both int32.
+        ``blocks [n, 8]`` int32, per patch of queries: first row and column, rows and columns inside its tile, the
+        positions ``begin``, ``whole``, ``end`` in the second list, and the canvas width. Patches from ``begin`` to
+        ``whole`` are completely inside the window, those from ``whole`` to ``end`` partly.
+        ``patches [m, 2]`` int32: first row ``<< 16 |`` first column, valid rows ``<< 16 |`` valid columns.
 
     Raises:
         ValueError: the canvas has a side that does not fit.
@@ -66,7 +62,7 @@ def patch_lists(
     if max(canvas) > SIDE_LIMIT:
         raise ValueError(f"canvas={canvas} is longer than the Triton kernel's {SIDE_LIMIT} tokens a side")
     key_rows, key_columns = (cut_axis(*axis) for axis in zip(canvas, tile, halo, wrap, key_patch, strict=True))
-    # Queries: no halo, and cut from the tile's corner.
+    # Queries have no halo, and are cut from the tile's corner.
     query_rows, query_columns = (
         cut_axis(size, t, 0, False, patch) for size, t, patch in zip(canvas, tile, query_patch, strict=True)
     )
@@ -75,7 +71,7 @@ def patch_lists(
         for columns, window_columns in zip(query_columns, key_columns, strict=True):
             seen = [((y << 16) | x, (h << 16) | w) for (y, h), (x, w) in product(window_rows, window_columns)]
             full = (key_patch[0] << 16) | key_patch[1]
-            # sorted() is stable: row-major among the whole ones, and among the others.
+            # sorted() is stable, so both the complete and the partial patches stay row-major.
             seen.sort(key=lambda patch: patch[1] != full)
             begin, whole = len(patches), len(patches) + sum(extent == full for _, extent in seen)
             patches += seen

@@ -24,7 +24,7 @@ from tiledcore.geometry import Pair, both
 from tiledcore.tiles.denoiser import Prediction, TileDenoiser
 from tiledcore.tiles.families import network_of
 from tiledcore.utils import replaced
-from tiledcore.vae.wrap import decoder_reach
+from tiledcore.vae.wrap import cropped, decoder_reach
 
 SHARED = 5
 """Width in latent pixels of the strip that a group of sides shares, as in the paper."""
@@ -235,9 +235,7 @@ def _connected_decoder(vae: Any, graph: CanvasGraph, factor: int) -> Iterator[No
         y, x = (min(decoder_reach(vae), n) for n in z.shape[-2:])
         with _shared_statistics(vae):
             output = decode(graph.pad(z, (y, x), partners), *args, **kwargs)
-        if isinstance(output, tuple):
-            return (graph.crop(output[0], (y * factor, x * factor)), *output[1:])
-        return type(output)(sample=graph.crop(output.sample, (y * factor, x * factor)))
+        return cropped(output, lambda image: graph.crop(image, (y * factor, x * factor)))
 
     with replaced(vae, decode=decode_connected):
         yield

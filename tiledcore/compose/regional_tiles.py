@@ -104,9 +104,7 @@ def evaluate(
                 return Prediction(tiles, offsets.to(sample.device), size, denoiser.ramp(tiling)), count
             canvas = _blend(denoiser, tiling, tiles, offsets)
             break
-        canvas = tiles.new_empty(batch, tiles.shape[1], *size) if canvas is None else canvas
-        for place, one in zip(places, tiles.split(batch), strict=True):
-            _put(canvas, one, place)
+        canvas = _put(canvas, tiles, places, size)
     assert canvas is not None
     for p, (rows, columns, share) in shares.own.items():
         canvas[:, :, rows[:, None].to(canvas.device), columns.to(canvas.device)] += own[p] * share.to(canvas)
@@ -151,18 +149,15 @@ def _own(denoiser: TileDenoiser, run: Run, rows: Tensor, columns: Tensor, timest
     if isinstance(denoiser.placed, Partition):  # shifted like the tiles of the canvas in this step
         step, _ = denoiser.step(timestep)
         tiling = TileGrid(grid.height, grid.width, grid.tile_size).shifted(step, (config.moving or Motion()).seed)
-    corner, canvas = torch.tensor([[int(rows[0]), int(columns[0])]]), None
+    corner = torch.tensor([[int(rows[0]), int(columns[0])]])
+    canvas: Tensor | None = None
     for tile, places in _groups(tiling).items():
         local = torch.tensor(places, dtype=torch.int32)
         offsets = ((local + corner) % torch.tensor([size])).to(torch.int32)
         tiles = torch.cat([run(part, tile, p) for part in offsets.split(denoiser.tile_batch)])
         if isinstance(tiling, Tiling):
             return _blend(denoiser, tiling, tiles, local)
-        batch = len(tiles) // len(places)
-        if canvas is None:
-            canvas = tiles.new_empty(batch, tiles.shape[1], len(rows), len(columns))
-        for place, one in zip(places, tiles.split(batch), strict=True):
-            _put(canvas, one, place)
+        canvas = _put(canvas, tiles, places, (grid.height, grid.width))
     assert canvas is not None
     return canvas
 
@@ -182,10 +177,14 @@ def _blend(denoiser: TileDenoiser, tiling: Tiling, tiles: Tensor, offsets: Tenso
     )
 
 
-def _put(canvas: Tensor, tile: Tensor, place: Pair) -> None:
-    """Write a tile ``[B, C, h, w]`` into the canvas; it may wrap."""
-    rows, columns = (
-        torch.arange(start, start + n, device=canvas.device) % size
-        for start, n, size in zip(place, tile.shape[2:], canvas.shape[2:], strict=True)
-    )
-    canvas[:, :, rows[:, None], columns] = tile
+def _put(canvas: Tensor | None, tiles: Tensor, places: Sequence[Pair], size: Pair) -> Tensor:
+    """Write tiles ``[T*B, C, h, w]`` into a canvas ``[B, C, *size]``, which is made if None; tiles may wrap."""
+    batch = len(tiles) // len(places)
+    canvas = tiles.new_empty(batch, tiles.shape[1], *size) if canvas is None else canvas
+    for place, tile in zip(places, tiles.split(batch), strict=True):
+        rows, columns = (
+            torch.arange(start, start + n, device=canvas.device) % side
+            for start, n, side in zip(place, tile.shape[2:], size, strict=True)
+        )
+        canvas[:, :, rows[:, None], columns] = tile
+    return canvas

@@ -7,7 +7,7 @@ has no seam. Attention and normalisation also see the padding, which changes the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +80,13 @@ def decoder_reach(vae: Any) -> int:
     return -int(-seen // 1)
 
 
+def cropped(output: Any, crop: Callable[[Tensor], Tensor]) -> Any:
+    """The result of ``vae.decode``, a tuple or an output object, with its image cropped."""
+    if isinstance(output, tuple):
+        return (crop(output[0]), *output[1:])
+    return type(output)(sample=crop(output.sample))
+
+
 @contextmanager
 def wrapped(vae: Any, wrap: bool | tuple[bool, bool], factor: int) -> Iterator[None]:
     """Inside the ``with`` block, ``vae.decode`` and ``vae.encode`` treat their canvas as wrapped.
@@ -96,10 +103,7 @@ def wrapped(vae: Any, wrap: bool | tuple[bool, bool], factor: int) -> Iterator[N
     decode, encode = vae.decode, vae.encode
 
     def decode_torus(z: Tensor, *args: Any, **kwargs: Any) -> Any:
-        output = decode(around.pad(z), *args, **kwargs)
-        if isinstance(output, tuple):
-            return (around.crop(output[0], factor), *output[1:])
-        return type(output)(sample=around.crop(output.sample, factor))
+        return cropped(decode(around.pad(z), *args, **kwargs), lambda image: around.crop(image, factor))
 
     def encode_torus(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         output = encode(around.pad(x, factor), *args, **kwargs)
