@@ -223,3 +223,9 @@ def test_impossible_grids(arguments: dict[str, Any], message: str) -> None:
 def test_impossible_shift() -> None:
     with pytest.raises(ValueError, match=r"overlap=\(8, 8\) cannot be shifted"):
         TileGrid(64, 64, 32, 8).shifted(0, 0)
+
+
+def test_a_grid_that_would_only_fill_the_memory_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match=r"tile=\(4, 4\), overlap=\(3, 3\): about \d+ tiles, more than 1048576"):
+        TileGrid(2**40, 2**40, tile=4, overlap=3)
+    assert len(TileGrid(2**13, 2**13, tile=8).rows) == 1024

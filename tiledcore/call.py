@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from os import PathLike
@@ -24,7 +24,7 @@ from tiledcore.geometry import Pair, both
 from tiledcore.hook import NetworkHook, tiled, with_fade
 from tiledcore.io.preview import Preview, Previewing
 from tiledcore.io.stream import Rows, streamed
-from tiledcore.loop.checkpoint import Checkpoint
+from tiledcore.loop.checkpoint import Checkpoint, locked
 from tiledcore.loop.engine import Engine
 from tiledcore.loop.graph import CudaBackend, StepGraphs
 from tiledcore.memory.budget import Budget, within
@@ -182,6 +182,7 @@ class Call:
             for name, value in vars(self.tiling).items()
         }
         with (
+            nullcontext() if checkpoint is None else locked(checkpoint),
             tiled(self.pipe, self.tiling, self.execution) as hook,
             Features(self.features(hook)) as features,
             Engine(self.pipe, dict(bound.arguments), settings, graphs, features, checkpoint, fused) as engine,

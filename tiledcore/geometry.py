@@ -7,6 +7,7 @@ tiles: MultiDiffusion (Bar-Tal et al. 2023). Tiles that move in each step: SpotD
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from random import Random
@@ -16,6 +17,7 @@ from tiledcore import validate
 
 Pair = validate.Pair
 T = TypeVar("T", int, bool)
+MOST_TILES = 2**20
 
 
 def both(value: T | tuple[T, T]) -> tuple[T, T]:
@@ -144,6 +146,7 @@ class TileGrid(Tiling):
             for size, t, o in zip(canvas, tiles, overlaps, strict=True)
         ]
         (h, overlap_y), (w, overlap_x) = fitted
+        _check_count(canvas, (h, w), (overlap_y, overlap_x))
         super().__init__(
             height=canvas[0],
             width=canvas[1],
@@ -175,6 +178,15 @@ class TileGrid(Tiling):
             _moved(*axis) for axis in zip((self.height, self.width), self.tile_size, self.wrap, moved, strict=True)
         )
         return Partition(self.height, self.width, rows, cols)
+
+
+def _check_count(canvas: Pair, tile: Pair, overlap: Pair) -> None:
+    """Refuse a grid that would only fill the memory."""
+    count = math.prod(-(-n // (t - o)) for n, t, o in zip(canvas, tile, overlap, strict=True))
+    if count > MOST_TILES:
+        raise ValueError(
+            f"tile={tile}, overlap={overlap}: about {count} tiles, more than {MOST_TILES}; take larger ones"
+        )
 
 
 def _snapped(size: int, tile: int, overlap: int, wrap: bool, snap: int) -> tuple[int, ...]:

@@ -248,3 +248,22 @@ def test_kill_9_at_a_random_step(
     assert sorted(os.listdir()) == [out, "model"]
     assert main([*command, "--seed", seed[1], "--out", f"b.{extension}"]) == 0
     assert Path(out).read_bytes() == Path(f"b.{extension}").read_bytes()
+
+
+def test_another_process_in_the_same_folder_is_told_so(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    code = f"""
+import time
+from pathlib import Path
+from tiledcore.loop.checkpoint import Checkpoint, locked
+with locked(Checkpoint(Path({str(folder)!r}))):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=r"checkpoint: .*run: another process uses it"):
+            run(tiny_sd(), checkpoint=folder)
+        other.kill()
+    run(tiny_sd(), checkpoint=folder)
+    assert [path.name for path in folder.iterdir()] == [FILE]

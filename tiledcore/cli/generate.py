@@ -6,12 +6,11 @@ torch and diffusers take seconds to import, so they are imported only after the 
 from __future__ import annotations
 
 import argparse
-import os
 import secrets
 import textwrap
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from inspect import signature
 from pathlib import Path
@@ -80,26 +79,11 @@ def _checkpoint(args: argparse.Namespace) -> Iterator[Checkpoint | None]:
     if args.checkpoint is None:
         yield None
         return
-    import fcntl
-
-    from tiledcore.loop.checkpoint import Checkpoint
+    from tiledcore.loop.checkpoint import Checkpoint, locked
 
     checkpoint = Checkpoint(args.checkpoint, args.checkpoint_every or 1)
-    args.checkpoint.mkdir(exist_ok=True)
-    folder = os.open(args.checkpoint, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise CommandError(
-                    f"--checkpoint {args.checkpoint}: another process uses it; wait for it, or give another folder"
-                ) from error
+    with locked(checkpoint):
         yield checkpoint
-    finally:
-        os.close(folder)
-        with suppress(OSError):  # not empty: a run was saved
-            args.checkpoint.rmdir()
 
 
 def _saved_seed(args: argparse.Namespace, checkpoint: Checkpoint, seed: int) -> int:

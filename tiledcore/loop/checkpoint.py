@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +33,13 @@ class Buffers(Protocol):
     model_input: Tensor
     step: Tensor
 
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: no locks
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
 
 FILE = "checkpoint.safetensors"
 CALLBACKS = ("callback_on_step_end", "callback")
@@ -118,6 +127,40 @@ def _bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     data: memoryview = flat.view(torch.uint8).numpy().data
     return data
+
+
+_held: set[Path] = set()  # folders that this process has locked
+
+
+@contextmanager
+def locked(checkpoint: Checkpoint) -> Iterator[None]:
+    """No other process uses the folder meanwhile; it is made for that, and removed again where nothing was saved.
+
+    Raises:
+        ValueError: another process uses it.
+    """
+    folder = checkpoint.folder.resolve()
+    if folder in _held or fcntl is None:
+        yield
+        return
+    folder.mkdir(exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"checkpoint: {checkpoint.folder}: another process uses it; wait for it, or give another folder"
+            ) from error
+        except OSError as error:  # a file system without locks
+            logger.warning("checkpoint: %s cannot be locked: %s", checkpoint.folder, error)
+        _held.add(folder)
+        yield
+    finally:
+        _held.discard(folder)
+        os.close(handle)
+        with suppress(OSError):  # not empty: a run was saved
+            folder.rmdir()
 
 
 class Run:

@@ -162,6 +162,8 @@ def _patch_size(network: Any) -> int:
 
 def _sample_size(pipe: Any, network: Any) -> int | tuple[int, int]:
     size = network.config.sample_size
+    if size is None:
+        raise ValueError(f"{type(network).__name__} names no native size (sample_size=None): it cannot be tiled")
     return size if isinstance(size, int) else (size[0], size[1])
 
 
