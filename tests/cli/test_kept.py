@@ -78,7 +78,7 @@ def test_two_runs_do_not_share_a_checkpoint(model: str, here: Path, capsys: pyte
     folder = os.open("run", os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)
     assert generate(model, "--checkpoint", "run") == 2
-    assert "--checkpoint run: another process uses it; wait for it, or give another folder" in error(capsys)
+    assert "checkpoint: run: another process uses it; wait for it, or give another folder" in error(capsys)
     assert os.listdir("run") == ["other"] and not Path("a.png").exists()
     os.close(folder)
     assert generate(model, "--checkpoint", "run") == 0

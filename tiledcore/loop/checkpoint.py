@@ -143,6 +143,7 @@ def locked(checkpoint: Checkpoint) -> Iterator[None]:
     if folder in _held or fcntl is None:
         yield
         return
+    made = not folder.exists()
     folder.mkdir(exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -159,8 +160,9 @@ def locked(checkpoint: Checkpoint) -> Iterator[None]:
     finally:
         _held.discard(folder)
         os.close(handle)
-        with suppress(OSError):  # not empty: a run was saved
-            folder.rmdir()
+        if made:
+            with suppress(OSError):  # not empty: a run was saved
+                folder.rmdir()
 
 
 class Run:
