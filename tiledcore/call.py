@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 
 from tiledcore._diffusers import device_of, share_settings
@@ -182,6 +183,7 @@ class Call:
             for name, value in vars(self.tiling).items()
         }
         with (
+            current_device(device_of(self.pipe)),
             nullcontext() if checkpoint is None else locked(checkpoint),
             tiled(self.pipe, self.tiling, self.execution) as hook,
             Features(self.features(hook)) as features,
@@ -200,6 +202,11 @@ class Call:
                 regional = next((f for f in engine.features if isinstance(f, Regional)), None)
                 if regional is not None:
                     wrapper.report.region_tiles = regional.tiles or None
+
+
+def current_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a CUDA device the current one: capture, launches and timing go there, and it may be another than the first."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def sibling(pipe: Any, arguments: dict[str, Any]) -> Any:

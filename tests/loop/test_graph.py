@@ -1,12 +1,18 @@
 """StepGraphs: what is captured, replayed, dropped and refused, with a double in place of CUDA's graphs."""
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+from peft import LoraConfig
 from runs import Double
+from tiny import tiny_sd
 
-from tiledcore.loop.graph import Body, StepGraphs
+from tiledcore.loop.graph import Body, CudaBackend, StepGraphs, identity
 
 
 def counting() -> tuple[list[int], Callable[[int], Body]]:
@@ -101,3 +107,80 @@ def test_the_least_recently_used_graph_goes_first() -> None:
 def test_unknown_mode() -> None:
     with pytest.raises(ValueError, match="cuda_graph='always': must be 'auto', True or False"):
         StepGraphs("always")  # type: ignore[arg-type]
+
+
+def test_after_a_failed_capture_nothing_is_captured_again() -> None:
+    double = Double(fails=True)
+    graphs = StepGraphs("auto", backend=double)
+    run(graphs, 4)
+    double.fails = False
+    assert run(graphs, 4, key="b") == [0, 1, 2, 3]
+    assert graphs.counters.captures == 0 and "cannot be captured" in str(graphs.counters.reason)
+
+
+def test_the_eager_retry_does_not_keep_the_failed_attempt_alive() -> None:
+    """Tensors of the failed capture are gone when the step runs again."""
+
+    class Failing(Double):
+        def capture(self, body: Body) -> Body:
+            held = torch.empty(4)
+            alive.append(weakref.ref(held))
+            raise RuntimeError("no")
+
+    alive: list[Any] = []
+    graphs, seen = StepGraphs("auto", backend=Failing()), []
+    for _ in range(3):
+        graphs.run(graphs.entry("a", dict), lambda: seen.append(bool(alive) and alive[0]() is None))
+    assert seen == [False, False, True]
+
+
+class Graph:
+    """A double of torch's graph, whose end of capture fails."""
+
+    def reset(self) -> None:
+        return None
+
+
+def test_a_failed_capture_puts_the_stream_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams: list[Any] = ["main"]
+
+    @contextmanager
+    def graph(_: Any, pool: Any) -> Iterator[None]:
+        streams.append("side")
+        yield
+        raise RuntimeError("capture_end")
+
+    for name, value in {
+        "CUDAGraph": Graph,
+        "graph": graph,
+        "graph_pool_handle": object,
+        "current_stream": lambda: streams[-1],
+        "set_stream": streams.append,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    backend = CudaBackend()
+    pool = backend.pool
+    with pytest.raises(RuntimeError, match="capture_end"):
+        backend.capture(lambda: None)
+    assert streams == ["main", "side", "main"] and backend.pool is not pool
+
+
+def changes() -> list[Callable[[Any], Any]]:
+    return [
+        lambda pipe: pipe.unet.disable_adapters(),
+        lambda pipe: pipe.set_adapters(["one"], [0.5]),
+        lambda pipe: pipe.fuse_lora(),
+        lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
+        lambda pipe: pipe.unet.set_attn_processor(AttnProcessor()),
+        lambda pipe: pipe.unet.train(),
+    ]
+
+
+@pytest.mark.parametrize("change", changes())
+def test_what_a_graph_bakes_in_belongs_to_its_key(change: Callable[[Any], Any]) -> None:
+    pipe = tiny_sd()
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), adapter_name="one")
+    before = identity(pipe.unet)
+    assert identity(pipe.unet) == before
+    change(pipe)
+    assert identity(pipe.unet) != before

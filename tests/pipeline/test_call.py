@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import diffusers
@@ -14,6 +15,7 @@ from tiny import tiny_sd
 from tiny_transformers import build, tiny_flux
 
 from tiledcore import TiledPipeline, TilingConfig
+from tiledcore.call import current_device
 from tiledcore.hook import default_tiling
 
 
@@ -152,3 +154,10 @@ def test_the_default_follows_the_pipeline(pipe: TiledPipeline) -> None:
     pipe.tiling = None
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     assert pipe.tiling == default_tiling(pipe.pipe)
+
+
+def test_a_pipeline_on_the_second_gpu_runs_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
+    with current_device(torch.device("cuda:1")), current_device(torch.device("cpu")):
+        assert entered == [torch.device("cuda:1")]

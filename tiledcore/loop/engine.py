@@ -293,6 +293,8 @@ class Engine:
             return "CPU offload moves the weights between steps"
         if self.shows_latents:
             return "a callback may change what the next step reads"
+        if self.family.packed and self.denoiser is not None and self.denoiser.config.mode == "canvas":
+            return "canvas mode of packed latents reads positions on the host"
         if conditions.get("regions") is not None:
             return "regions: which prompts a tile has is decided on the host"
         if self.features.active(self.index):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -43,9 +43,16 @@ class CudaBackend:
         self.pool = torch.cuda.graph_pool_handle()
 
     def capture(self, body: Body) -> Body:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            body()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                body()
+        except BaseException:
+            # torch leaves its side stream current where the end of a capture raises.
+            torch.cuda.set_stream(stream)
+            graph.reset()
+            self.pool = torch.cuda.graph_pool_handle()
+            raise
         replay: Body = graph.replay
         return replay
 
@@ -102,6 +109,7 @@ class StepGraphs:
     backend: Backend | None = None
     counters: Counters = field(default_factory=Counters)
     _entries: OrderedDict[Hashable, Entry] = field(default_factory=OrderedDict)
+    _broken: str | None = None  # why a capture failed
 
     def __post_init__(self) -> None:
         if self.mode not in ("auto", True, False):
@@ -150,16 +158,22 @@ class StepGraphs:
     def _unwanted(self) -> str | None:
         if self.mode is False:
             return "cuda_graph=False"
+        if self._broken is not None:
+            return self._broken
         return "there is no CUDA device" if self.backend is None else None
 
     def _capture(self, entry: Entry, body: Body) -> None:
         assert self.backend is not None
+        reason = None
         try:
             replay = self.backend.capture(body)
         except RuntimeError as error:
             if self.mode is True:
                 raise RuntimeError(f"cuda_graph=True: the step cannot be captured: {error}") from error
-            self._drop(entry, f"the step cannot be captured: {str(error).splitlines()[0]}")
+            reason = f"the step cannot be captured: {str(error).splitlines()[0]}"
+        if reason is not None:  # outside of the handler, whose traceback holds the tensors of the failed attempt
+            self._broken = reason  # the device may be in any state: no second try in this object
+            self._drop(entry, reason)
             self.counters.eager += 1
             body()
             return
@@ -188,10 +202,27 @@ class StepGraphs:
 
 
 def identity(network: Any) -> tuple[Any, ...]:
-    """What a graph of the network bakes in: where its weights lie, and the scales of its adapters."""
+    """What a graph of the network bakes in: where its weights lie, and the settings of all its modules.
+
+    Settings are plain values, such as an adapter that is disabled or merged, its scale, and FreeU's factors, and the
+    attention processors with theirs.
+    """
     weights = hash(tuple(p.data_ptr() for p in network.parameters()))
-    scales = [str(m.scaling) for m in network.modules() if isinstance(getattr(m, "scaling", None), dict)]
-    return id(network), weights, hash(tuple(scales))
+    settings = []
+    for module in network.modules():
+        settings.append((id(module), module.training, *_plain(vars(module))))
+        processor = getattr(module, "processor", None)
+        if processor is not None:
+            settings.append((type(processor).__name__, *_plain(vars(processor))))
+    return id(network), weights, hash(tuple(settings))
+
+
+def _plain(attributes: dict[str, Any]) -> Iterator[str]:
+    """Names and values of the attributes that hold nothing but plain values."""
+    for name, value in attributes.items():
+        leaves, _ = tree_flatten(value)
+        if all(leaf is None or isinstance(leaf, bool | int | float | str) for leaf in leaves):
+            yield f"{name}={value}"
 
 
 def clone(value: Any) -> Any:
