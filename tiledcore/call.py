@@ -205,7 +205,7 @@ class Call:
 
 
 def current_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Make a CUDA device the current one: capture, launches and timing go there, and it may be another than the first."""
+    """Make a CUDA device the current one, for captures, launches and timing; any other device needs nothing."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 

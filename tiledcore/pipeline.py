@@ -193,16 +193,9 @@ class TiledPipeline:
         Raises:
             ValueError: names the argument, its value and what is valid.
         """
-        options = Options.of(
-            checkpoint,
-            preview,
-            regions,
-            tiling=tiling or self.tiling,
-            rows=rows,
-            pull=pull,
-            stages=self.stages if stages == "default" else stages,
-            keep_colour=keep_colour,
-        )
+        chosen = self.stages if stages == "default" else stages
+        more = {"rows": rows, "pull": pull, "stages": chosen, "keep_colour": keep_colour}
+        options = Options.of(checkpoint, preview, regions, tiling=tiling or self.tiling, **more)
         arguments = bind(self.pipe, args, kwargs)
         if options.preview is not None and self._budget is not None:
             raise ValueError("preview: its decode is not counted by the memory_budget; leave out one of them")
