@@ -161,3 +161,21 @@ def test_a_pipeline_on_the_second_gpu_runs_there(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
     with current_device(torch.device("cuda:1")), current_device(torch.device("cpu")):
         assert entered == [torch.device("cuda:1")]
+
+
+def test_pipelines_that_cannot_be_tiled_say_so_in_one_line() -> None:
+    class IFPipeline:
+        """Works on pixels, as DeepFloyd IF does."""
+
+        unet = tiny_sd().unet
+
+    with pytest.raises(TypeError, match="pipe=IFPipeline: has no autoencoder; tiling needs a latent pipeline"):
+        TiledPipeline(IFPipeline())
+    sizeless = tiny_sd()
+    sizeless.unet.register_to_config(sample_size=None)
+    with pytest.raises(ValueError, match="UNet2DConditionModel names no native size"):
+        TiledPipeline(sizeless)("a cat")
+    adapted = tiny_sd()
+    adapted.adapter = adapted.unet
+    with pytest.raises(ValueError, match="stages: StableDiffusionPipeline is not refined in stages"):
+        TiledPipeline(adapted)("a cat", 256, 256, stages="auto")

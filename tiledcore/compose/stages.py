@@ -21,6 +21,7 @@ from diffusers import (
 )
 from torch import Tensor
 
+from tiledcore._diffusers import is_hinted
 from tiledcore.compose.pictures import match_colour, size_px, to_tensor
 from tiledcore.compose.stage_plan import Stage, Staging, Upscaler, plan_stages, stage_steps, staging
 from tiledcore.config import Execution, TilingConfig
@@ -212,7 +213,7 @@ def from_pictures(pipe: Any, arguments: dict[str, Any], options: Any, execution:
 def _check_sibling(pipe: Any, call: dict[str, Any]) -> None:
     """Check that the model has an image-to-image pipeline, and that this takes the arguments of the call."""
     name, known = type(pipe).__name__, signature(type(pipe).__call__).parameters
-    if getattr(pipe, "controlnet", None) is not None:
+    if is_hinted(pipe):
         raise ValueError(f"stages: {name} is not refined in stages; give stages=None")
     if "image" in known:
         if call.get("image") is None:

@@ -70,6 +70,8 @@ def network_of(pipe: Any) -> tuple[Any, Family]:
         inner = uncompiled(network)
         for family in FAMILIES:
             if isinstance(inner, family.model):
+                if not hasattr(pipe, "vae_scale_factor"):
+                    raise TypeError(f"pipe={type(pipe).__name__}: has no autoencoder; tiling needs a latent pipeline")
                 return network, family
     there = ", ".join(f"{name}: {type(value).__name__}" for name, value in found.items() if value is not None)
     known = ", ".join(family.model.__name__ for family in FAMILIES)
