@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -37,6 +38,7 @@ def picture(form: str, height: int, width: int, seed: int) -> Any:
     return {"PIL": image, "tensor": tensor, "tensors": tensor[None]}[form]
 
 
+@examples(30, 200)
 @given(st.sampled_from(FORMS), sides, sides, sides, sides, st.integers(0, 99))
 def test_a_resized_picture_keeps_its_form_and_range(
     form: str, height: int, width: int, tall: int, wide: int, seed: int
@@ -55,6 +57,7 @@ def test_a_resized_picture_keeps_its_form_and_range(
     assert low - 1e-4 <= float(new.min()) and float(new.max()) <= high + 1e-4
 
 
+@examples(30, 200)
 @given(
     st.sampled_from(PIPES),
     st.sampled_from(FORMS),
@@ -77,6 +80,7 @@ def test_the_size_of_a_call_is_settled_once(
     assert (arguments["height"], arguments["width"]) == (tall, wide)
 
 
+@examples(30, 200)
 @given(st.sampled_from(PIPES), st.integers(1, 10**6), st.integers(1, 10**6))
 def test_the_command_refuses_other_sizes_and_names_the_nearest(pipe: Any, width: int, height: int) -> None:
     unit = size_unit(pipe)
