@@ -71,7 +71,7 @@ bench-peers: install
 # -P keeps the root, and so `kernels`, off sys.path.
 train: install
 	$(PIP) --no-build-isolation -e '.[dev,bench,train]'
-	$(BIN)/python -P -m tiledcore.models.training.denoiser $(TRAIN_ARGS)
+	$(BIN)/python -P -m tiledcore.models.training $(TRAIN_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,8 +1,8 @@
 """Train the autoencoder: first to reconstruct, then the decoder alone to look sharp; resumes from its last save.
 
-``python -P -m training.autoencoder --teacher <diffusers vae folder> --minutes 20 30``. In stage 1 the loss is L1 on
-the image and its gradients, and the latents are held near those of a teacher, so that denoisers trained on the
-teacher's latents can go on. In stage 2 the encoder is frozen and the decoder learns against a small patch
+``python -P -m tiledcore.models.training.autoencoder --minutes 20 30``. In stage 1 the loss is L1 on the image and its
+gradients. The latents are held near those of a teacher (by default the embedded autoencoder), so that denoisers that
+know the teacher's latents can go on. In stage 2 the encoder is frozen and the decoder learns against a small patch
 discriminator (Isola et al. 2017) with a hinge loss. The decoder sees slightly noised latents throughout, so that small
 errors of a denoiser do not turn into crackle.
 """
@@ -23,7 +23,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from . import architecture, data, metrics
-from .common import WORK, Schedule, prefetch, save_state, to_float, update_ema
+from .common import MODELS, WORK, Schedule, prefetch, save_state, to_float, update_ema
 
 
 def detail_loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -213,7 +213,7 @@ def run_stage(trainer: Trainer, batches: list[Iterator[torch.Tensor]], held: tor
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=WORK)
-    parser.add_argument("--teacher", type=Path, default=WORK / "teacher", help="diffusers folder of an autoencoder")
+    parser.add_argument("--teacher", type=Path, default=MODELS / "earth" / "vae", help="diffusers folder")
     parser.add_argument("--minutes", type=float, nargs=2, default=(20, 30), help="of the two stages")
     parser.add_argument("--adversary", type=float, default=0.03, help="weight of the discriminator's loss")
     parser.add_argument(

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-#: Checkpoints, caches and logs. They outlive a session.
-WORK = Path("/root/tiledcore-training")
+#: Checkpoints, caches and logs.
+WORK = Path.home() / "tiledcore-training"
+#: The folder of the embedded models.
+MODELS = Path(__file__).parents[1]
 
 
 class Schedule:

@@ -122,7 +122,7 @@ def _place(size: int, zoom: float, held_out: bool, rng: np.random.Generator) -> 
         x, y = rng.uniform(left, right) - w / 2, (90 - lat) * PX_PER_DEGREE - h / 2
         if left <= x and x + w <= right and top <= y and y + h <= bottom and w < WIDTH / 2:
             return x, y, x + w, y + h
-    raise ValueError(f"{size} px at zoom {zoom} do not fit the rasters")
+    raise ValueError(f"size={size} at scale={zoom} does not fit the rasters outside or inside the held-out band")
 
 
 def random_crop(

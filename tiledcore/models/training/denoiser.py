@@ -1,8 +1,8 @@
 """Train a denoiser and its text encoders on cached latents; resumes from its last save.
 
-``python -P -m training.denoiser --kind unet --cache latents.pt --minutes 120`` (with ``tiledcore/models`` on
-PYTHONPATH). The first run starts from the exported model, if there is one. Muon for matrices and kernels, AdamW for
-the rest, bfloat16 autocast, averaged weights, a learning rate that falls over the second half of the minutes.
+``python -P -m tiledcore.models.training.denoiser --kind unet --minutes 120``. The first run starts from the exported
+model, if there is one. Muon for matrices and kernels, AdamW for the rest, bfloat16 autocast, averaged weights, a
+learning rate that falls over the second half of the minutes.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ import numpy as np
 import torch
 
 from . import architecture
-from .common import WORK, Schedule, prefetch, save_state, update_ema
+from .common import MODELS, WORK, Schedule, prefetch, save_state, update_ema
 from .latents import draw
 from .muon import Muon, split
 from .siblings import SIBLINGS
 
-MODELS = Path(__file__).parents[1]
 FOLDERS = {"unet": MODELS / "earth", "flux": MODELS / "earth_flux"}
 LEVELS = (0.06, 0.18, 0.3, 0.42, 0.54, 0.66, 0.78, 0.9)
 
@@ -57,8 +56,8 @@ class Trainer:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.path = args, args.work / f"{args.kind}.pt"
-        tokenizer = args.work / "tokenizer"
-        if not tokenizer.exists():
+        tokenizer = args.work / f"{args.kind}_tokenizer"
+        if not tokenizer.exists():  # the two models' tokenizers number their words differently
             shutil.copytree(FOLDERS[args.kind] / "tokenizer", tokenizer)
         self.sibling = SIBLINGS[args.kind](args.work)
         self.model = self.sibling.model

@@ -1,7 +1,7 @@
 """Measure an embedded model against real crops of the held-out longitudes, and draw sheets of its samples.
 
-``python -P -m training.evaluate --folder tiledcore/models/earth --json bench/results/earth.json`` generates one image
-of native size for the caption of each of ``--count`` held-out crops with the plain diffusers pipeline. It prints
+``python -P -m tiledcore.models.training.evaluate --json bench/results/earth.json`` generates one image of native size
+for the caption of each of ``--count`` held-out crops with the plain diffusers pipeline. It prints
 
 - distances of spectrum, colour and patches to these crops, per style, beside the same between two disjoint sets of
   real held-out crops (the floor), and for the autoencoder's reconstructions;
@@ -27,10 +27,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw
 
 from . import data, judges
-from .common import WORK
+from .common import MODELS, WORK
 from .metrics import Images, colour_distance, patch_distance, psnr, spectrum_distance
 
-MODELS = Path(__file__).parents[1]
 CONTENTS = ("a rugged coast", "islands in the ocean", "desert", "forest", "mountains", "ice", "continents and oceans")
 SHEET = [f"{style} of {c}" for style in ("satellite view", "relief map", "topographic map") for c in CONTENTS]
 METRICS = {"spectrum": spectrum_distance, "colour": colour_distance, "patches": patch_distance}
@@ -110,14 +109,14 @@ def draw_sheet(images: Images, captions: list[str], columns: int = 7) -> Image.I
 def nearest(images: Images, rasters: data.Rasters, count: int = 4000, seed: int = 5) -> Images:
     """For each image the nearest of ``count`` training crops, by colour at 16x16 px."""
     rng = np.random.default_rng(seed)
-    crops = np.stack([data.random_crop(rasters, images.shape[1], rng).image for _ in range(count)]) / 255
+    crops = np.stack([data.random_crop(rasters, images.shape[1], rng).image for _ in range(count)])  # bytes: 0.8 GB
 
-    def small(x: Images) -> np.ndarray[Any, Any]:
+    def small(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         step = x.shape[1] // 16
         return x.reshape(len(x), 16, step, 16, step, 3).mean((2, 4)).reshape(len(x), -1)
 
-    near = ((small(images)[:, None] - small(crops)[None]) ** 2).mean(-1).argmin(1)
-    return crops[near]
+    near = ((small(images)[:, None] - small(crops)[None] / 255) ** 2).mean(-1).argmin(1)
+    return crops[near] / 255
 
 
 def balanced_crops(rasters: data.Rasters, count: int, seed: int) -> list[data.Crop]:

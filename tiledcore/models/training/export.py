@@ -1,4 +1,7 @@
-"""Write the averaged weights as an ordinary diffusers folder in fp16: ``python -P -m training.export --kind unet``."""
+"""Write the averaged weights as an ordinary diffusers folder in fp16.
+
+``python -P -m tiledcore.models.training.export --kind unet``
+"""
 
 from __future__ import annotations
 

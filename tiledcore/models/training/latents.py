@@ -72,11 +72,14 @@ def draw(cache: Cache, rng: np.random.Generator, area: int) -> tuple[torch.Tenso
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--vae", type=Path, required=True, help="diffusers folder")
+    parser.add_argument("--vae", type=Path, default=WORK / "encoder", help="diffusers folder of the autoencoder")
     parser.add_argument("--out", type=Path, default=WORK / "latents.pt")
     parser.add_argument("--count", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
+    if args.out.exists():
+        print(f"{args.out} is there; remove it to make another")
+        return
     torch.set_num_threads(1)
     make_cache(AutoencoderKL.from_pretrained(args.vae).eval(), args.out, args.count, args.seed)
 

@@ -35,12 +35,12 @@ class UNetSibling:
     """Stable Diffusion: UNet and CLIP, v-prediction."""
 
     def __init__(self, work: Path) -> None:
-        self.tokenizer = architecture.build_tokenizer(work / "tokenizer")
+        self.tokenizer = architecture.build_tokenizer(work / "unet_tokenizer")
         self.alphas = architecture.build_scheduler().alphas_cumprod
         text_encoder = architecture.build_text_encoder(self.tokenizer)
-        self.model = torch.nn.ModuleDict({"unet": architecture.build_unet(), "text_encoder": text_encoder})
-        self.network: Any = self.model["unet"]
-        self.network.set_attn_processor(PlainAttention())  # type: ignore[operator]
+        self.network: Any = architecture.build_unet()
+        self.network.set_attn_processor(PlainAttention())
+        self.model = torch.nn.ModuleDict({"unet": self.network, "text_encoder": text_encoder})
 
     def start_from(self, folder: Path) -> None:
         """Take the weights of an exported model."""
@@ -77,8 +77,8 @@ class FluxSibling:
     """FLUX: transformer, CLIP for the pooled text, T5 for its tokens, rectified flow."""
 
     def __init__(self, work: Path) -> None:
-        self.tokenizer = architecture.build_tokenizer(work / "tokenizer")
-        self.tokenizer_2 = architecture.build_t5_tokenizer(work / "tokenizer_2")
+        self.tokenizer = architecture.build_tokenizer(work / "flux_tokenizer")
+        self.tokenizer_2 = architecture.build_t5_tokenizer(work / "flux_tokenizer_2")
         self.model = torch.nn.ModuleDict(
             {
                 "transformer": architecture.build_transformer(),
