@@ -150,7 +150,8 @@ def plan_call(pipe: Any, call: dict[str, Any]) -> StagePlan:
         pull=call.get("pull") or config.pull,
         strength=config.strength if strength is None else strength,
     )
-    native = pipe.grid(10**6, 10**6, TilingConfig()).tile_size
+    network, family = network_of(pipe.pipe)
+    native = both(family.native(pipe.pipe, network))
     default = start or (native[0] * pipe.vae_scale_factor, native[1] * pipe.vae_scale_factor)
     size = (call.get("height") or default[0], call.get("width") or default[1])
     plan = StagePlan(pipe, size, config, call.get("tiling") or pipe.tiling, start)
