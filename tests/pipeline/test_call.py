@@ -179,3 +179,21 @@ def test_pipelines_that_cannot_be_tiled_say_so_in_one_line() -> None:
     adapted.adapter = adapted.unet
     with pytest.raises(ValueError, match="stages: StableDiffusionPipeline is not refined in stages"):
         TiledPipeline(adapted)("a cat", 256, 256, stages="auto")
+
+
+@pytest.mark.parametrize("make", [tiny_sd, lambda: build(tiny_flux)], ids=["sd", "flux"])
+@pytest.mark.parametrize("returns", [False, True])
+def test_a_callback_may_change_the_latents_in_place(make: Any, returns: bool) -> None:
+    def halve(_: Any, index: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if index == 1:
+            given["latents"].mul_(0.5)
+        return given if returns else {}
+
+    pipe = make()
+    pipe.set_progress_bar_config(disable=True)
+    size = 16 * pipe.vae_scale_factor  # one tile: diffusers' own result is the right one
+    arguments = {"height": size, "width": size, "output_type": "latent", "num_inference_steps": 4}
+    own = run(pipe, "a cat", callback_on_step_end=halve, **arguments)
+    found = run(TiledPipeline(pipe, TilingConfig(tile=16)), "a cat", callback_on_step_end=halve, **arguments)
+    torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(own, run(pipe, "a cat", **arguments), atol=1e-2)

@@ -305,7 +305,7 @@ class Engine:
         """What the pipeline is given for its latents after a step."""
         shown = self.buffers.state[0].to(self.buffers.model_input.dtype, copy=True)
         if self.shows_latents:
-            self._shown = shown
+            self._shown = shown.clone()  # a callback may change what it is given in place
         latents: Tensor = self.family.result(shown)
         return latents
 
