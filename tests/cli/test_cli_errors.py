@@ -114,7 +114,7 @@ def test_refused_before_anything_is_loaded(
         (SCENE.replace("96", "960"), "region 1: box=(0, 0, 960, 160): does not lie inside the canvas of 192x160 px"),
         (SCENE.replace("box", "boks"), "region 1: unknown key 'boks'"),
         (SCENE.replace("box = [0, 0, 96, 160]", 'mask = "empty.png"'), "region 1: mask: is empty"),
-        (SCENE.replace("16\n", '"16"\n'), "region 1: feather='16': must be an int"),
+        (SCENE.replace("16\n", '"16"\n'), "region 1: feather='16' must be an int"),
     ],
 )
 def test_a_bad_scene_is_refused_before_the_model_is_opened(
