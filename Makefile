@@ -64,7 +64,7 @@ demo-before: install
 		--motion still --overlap 0 --dtype bf16 --out demo-before.png
 	-$(BIN)/python -m bench.seams demo-before.png
 
-# Every figure of docs/benchmarks.md, and of README.md where it has markers. BENCH_ARGS=--quick for the small cases.
+# The tables of docs/benchmarks.md that have markers. BENCH_ARGS=--quick for the small cases.
 # The peers take about 20 minutes on two cores: `make bench-peers`.
 bench: install
 	$(BIN)/python -m bench run --json bench/results/cpu_suite.json $(BENCH_ARGS)

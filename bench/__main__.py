@@ -3,7 +3,7 @@
     python -m bench list
     python -m bench run [CASE ...] [--quick] [--json out.json]
     python -m bench compare A.json B.json
-    python -m bench tables [--check]      writes the tables of README.md and docs/benchmarks.md
+    python -m bench tables [--check]      writes the tables of docs/benchmarks.md
 
 ``run`` exits with 1 if a result was wrong, ``compare`` if something became slower, ``tables --check`` if a table
 is out of date.

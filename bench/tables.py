@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/benchmarks.md from bench/results: ``python -m bench tables``."""
+"""Write the tables of docs/benchmarks.md from bench/results: ``python -m bench tables``."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from bench import modes, oracle, peers_table, suite
 from tiledcore.models import NATIVE
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "README.md")
+PAGES = (ROOT / "docs" / "benchmarks.md",)
 RESULTS = ROOT / "bench" / "results"
 
 Data = dict[str, Any]

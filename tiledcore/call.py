@@ -199,9 +199,8 @@ class Call:
                 return self.pipe(**self.arguments)
             finally:
                 wrapper.report = engine.report()
-                regional = next((f for f in engine.features if isinstance(f, Regional)), None)
-                if regional is not None:
-                    wrapper.report.region_tiles = regional.tiles or None
+                for feature in engine.features:
+                    feature.report(wrapper.report)
 
 
 def current_device(device: torch.device) -> AbstractContextManager[Any]:

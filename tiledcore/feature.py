@@ -67,6 +67,9 @@ class Feature:
     def after_step(self, index: int, sample: Tensor) -> None:
         """``index`` evaluations are done, and this is the canvas ``[B, C, H, W]``."""
 
+    def report(self, report: Any) -> None:
+        """The call is over: add to its :class:`~tiledcore.loop.report.Report`."""
+
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint must hold to go on."""
         return {}

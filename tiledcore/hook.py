@@ -1,4 +1,4 @@
-"""apply_tiling and remove_tiling: make a diffusers pipeline denoise in tiles, by a hook on its network."""
+"""apply_tiling and remove_tiling: make all calls of a diffusers pipeline denoise in tiles."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tiledcore.tiles.denoiser import TileDenoiser
 from tiledcore.tiles.families import Family, network_of
 from tiledcore.utils import replaced
 
-STEPWISE = Motion(blend_first=0, blend_last=3, fade=0)  # How tiles move where nothing can fade
+STEPWISE = Motion(blend_first=0, blend_last=3, fade=0)  # how tiles move where nothing can fade
 
 _locks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 

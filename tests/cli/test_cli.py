@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 from tilings import still
 from tiny import tiny_sdxl
-from tiny_command import FAST, SCENE, generate, pixels, saved_model, spied_denoiser, stored, verbosity_put_back
+from tiny_command import FAST, SCENE, generate, pixels, spied_denoiser, stored
 
 from tiledcore import Motion, TiledPipeline, TilingConfig, ops
 from tiledcore.cli import choices
@@ -29,17 +28,7 @@ OWN_MOTION = {"blend_first": 2, "blend_last": 1, "fade": None, "seed": 5}
 """How tiles move with ``--motion moving`` and the seed of ``FAST``."""
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return saved_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty working folder."""
-    monkeypatch.chdir(tmp_path)
-    with verbosity_put_back():
-        yield tmp_path
+pytestmark = pytest.mark.usefixtures("here")
 
 
 # ----------------------------------------------------------------------------- what it writes

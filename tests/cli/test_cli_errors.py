@@ -3,31 +3,19 @@
 import errno
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from tiny_command import SCENE, error, fail, generate, saved_model, spied_denoiser, verbosity_put_back
+from tiny_command import SCENE, error, fail, generate, spied_denoiser
 
 from tiledcore import TiledPipeline
 from tiledcore.cli import generate as command
 from tiledcore.cli.main import main
 from tiledcore.io import images
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return saved_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty working folder."""
-    monkeypatch.chdir(tmp_path)
-    with verbosity_put_back():
-        yield tmp_path
+pytestmark = pytest.mark.usefixtures("here")
 
 
 # ----------------------------------------------------------------------------- what it refuses

@@ -15,7 +15,7 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_command import error, generate, saved_model
+from tiny_command import error, generate
 from tiny_transformers import build, tiny_flux, tiny_sd3
 from transformers.utils import logging as transformers_logging
 
@@ -23,11 +23,6 @@ from tiledcore import TiledPipeline
 from tiledcore.cli.console import quiet
 from tiledcore.cli.generate import _check_prompt
 from tiledcore.cli.main import main
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return saved_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(autouse=True)

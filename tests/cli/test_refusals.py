@@ -9,15 +9,10 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from tiny_command import error, fail, generate, saved_model
+from tiny_command import error, fail, generate
 
 from tiledcore import TiledPipeline
 from tiledcore.cli.main import main
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return saved_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,7 @@ from tiledcore.compose.regional_tiles import Shares, evaluate, grid_of, split
 from tiledcore.compose.regions import Region, check_are_regions, check_regions, region_weights, seed_noise
 from tiledcore.feature import Feature
 from tiledcore.geometry import Pair, both
+from tiledcore.loop.report import Report
 from tiledcore.utils import replaced
 
 if TYPE_CHECKING:
@@ -107,6 +108,9 @@ class Regional(Feature):
         if self._canvas is not None:
             self._canvas.restore()
         self._encoder.__exit__(None, None, None)
+
+    def report(self, report: Report) -> None:
+        report.region_tiles = self.tiles or None
 
     def prompts(self, conditions: dict[str, Any]) -> list[dict[str, Any]] | None:
         """For each prompt, the arguments of forward that it changes; the global prompt comes first and changes none.
