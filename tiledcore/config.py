@@ -20,7 +20,7 @@ class Motion:
         blend_first: so many first steps overlap in place: tiles that do not move compose better. A call that starts
             from an image blends as many more of its last steps instead.
         blend_last: so many last steps overlap in place, as no step follows to heal a seam.
-        fade: width on each side of a line, in latent pixels; at most a quarter of a tile, 0 is none. Default: 3/16 of
+        fade: width on each side of a line, in latent pixels; cut to a quarter of a tile, 0 is none. Default: 3/16 of
             the model's own size; none where the scheduler or the pipeline cannot fade.
         seed: of the places of the lines.
 
@@ -132,6 +132,8 @@ class TilingConfig:
             raise ValueError(
                 f"mode='canvas' has neither overlap={self.overlap} nor motion={self.motion!r}: leave them out"
             )
+        if self.ramp is not None and (self.mode == "canvas" or self.window != "ramp"):
+            raise ValueError(f"ramp={self.ramp}: only for mode='tiles' with window='ramp'; leave it out")
         if self.mode == "tiles" and self.halo is not None:
             raise ValueError(f"halo={self.halo!r}: only for mode='canvas'")
         if self.moving and not self.moving.blended and overlaps:

@@ -197,3 +197,9 @@ def test_a_callback_may_change_the_latents_in_place(make: Any, returns: bool) ->
     found = run(TiledPipeline(pipe, TilingConfig(tile=16)), "a cat", callback_on_step_end=halve, **arguments)
     torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(own, run(pipe, "a cat", **arguments), atol=1e-2)
+
+
+def test_settings_that_would_do_nothing_are_refused() -> None:
+    for more in ({"window": "mean"}, {"mode": "canvas"}):
+        with pytest.raises(ValueError, match="ramp=4: only for mode='tiles' with window='ramp'"):
+            TilingConfig(ramp=4, **more)
