@@ -271,8 +271,11 @@ class TileDenoiser:
     def _tile_batch(
         self, forward: Forward, sample: Tensor, offsets: Tensor, tile: Pair, kwargs: dict[str, Any]
     ) -> Tensor:
-        """Predictions of some tiles, tile-major. The network sees them branch-major, as it sees images: what chunks
-        the batch by guidance branch (PAG, GLIGEN, skip-layer guidance) then finds whole branches."""
+        """Predictions of some tiles, tile-major: all images of the first tile, then all of the next.
+
+        The network gets the batch branch-major: all tiles of one guidance branch, then all of the next. Pipelines build
+        their batches like this, and PAG, GLIGEN and others split a batch by branch.
+        """
         batch, count = len(sample), len(offsets)
         with label("gather"):
             inputs = swap_major(ops.gather_tiles(sample, offsets, tile, impl=self.execution.impl), count, batch)
