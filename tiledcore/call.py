@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 
-from tiledcore._diffusers import device_of, share_settings
+from tiledcore._diffusers import device_of, is_hinted, share_settings
 from tiledcore.compose.pictures import resized, size_px
 from tiledcore.compose.regional import Regional, seeded_latents
 from tiledcore.compose.regions import Region, check_are_regions
@@ -22,7 +22,7 @@ from tiledcore.compose.stage_plan import Stages
 from tiledcore.config import Execution, TilingConfig
 from tiledcore.feature import Feature, Features, Scoped
 from tiledcore.geometry import Pair, both
-from tiledcore.hook import NetworkHook, tiled, with_fade
+from tiledcore.hook import NetworkHook, snap_of, tiled, with_fade
 from tiledcore.io.preview import Preview, Previewing
 from tiledcore.io.stream import Rows, streamed
 from tiledcore.loop.checkpoint import Checkpoint, locked
@@ -126,6 +126,7 @@ class Call:
         if "use_resolution_binning" in takes:
             arguments.setdefault("use_resolution_binning", False)
         size = _with_size(runs, arguments)
+        check_levels(runs, tiling, size)
         if arguments.get("image") is not None:
             tiling = tiling.refining()
         plan = None
@@ -252,6 +253,25 @@ def size_unit(pipe: Any) -> int:
     """Both sides of an image must be multiples of this, px: VAE factor times token side."""
     network, family = network_of(pipe)
     return int(pipe.vae_scale_factor * family.patch(network))
+
+
+def check_levels(pipe: Any, tiling: TilingConfig, size: Pair | None) -> None:
+    """A ControlNet or adapter adds images at each level of the network; to cut them, all levels must divide the canvas.
+
+    Raises:
+        ValueError: they do not, and there are several tiles; names the nearest size.
+    """
+    network, family = network_of(pipe)
+    unit = pipe.vae_scale_factor * snap_of(pipe)
+    if size is None or tiling.mode == "canvas" or not is_hinted(pipe) or all(side % unit == 0 for side in size):
+        return
+    height, width = (side // pipe.vae_scale_factor for side in size)
+    if len(tiling.grid(height, width, family.native(pipe, network))) > 1:
+        near = "x".join(str(max(1, round(side / unit)) * unit) for side in reversed(size))
+        raise ValueError(
+            f"height={size[0]}, width={size[1]}: with a ControlNet or an adapter both must be multiples of {unit} px; "
+            f"the nearest size is {near} (width x height)"
+        )
 
 
 @contextmanager

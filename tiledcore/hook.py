@@ -145,7 +145,9 @@ def _denoiser(pipe: Any, config: TilingConfig, execution: Execution) -> TileDeno
     network, family = network_of(pipe)
     native = family.native(pipe, network)
     unit = family.unit(network)
-    denoiser = TileDenoiser(config, execution, native, pipe.vae_scale_factor, family.patch(network), unit, _snap(pipe))
+    denoiser = TileDenoiser(
+        config, execution, native, pipe.vae_scale_factor, family.patch(network), unit, snap_of(pipe)
+    )
     height, width = both(config.tile or native)
     denoiser.tiling(2 * height // unit, 2 * width // unit, 0)
     scheduler, clock = pipe.scheduler, family.clock
@@ -153,8 +155,8 @@ def _denoiser(pipe: Any, config: TilingConfig, execution: Execution) -> TileDeno
     return denoiser
 
 
-def _snap(pipe: Any) -> int:
-    """What tiles must begin at multiples of, latent pixels."""
+def snap_of(pipe: Any) -> int:
+    """Tiles must begin at multiples of this, latent pixels. It is above 1 with a ControlNet or an adapter."""
     levels = len(getattr(uncompiled(network_of(pipe)[0]).config, "block_out_channels", (1,)))
     return 2 ** (levels - 1) if is_hinted(pipe) else 1
 

@@ -10,7 +10,7 @@ from PIL import Image
 from tilings import CANVAS, ONE, RAMP, still
 from tiny import tiny_sd
 
-from tiledcore import TiledPipeline, TilingConfig
+from tiledcore import TiledPipeline, TilingConfig, apply_tiling
 from tiledcore.hook import default_tiling
 from tiledcore.tiles.denoiser import TileDenoiser
 
@@ -92,8 +92,18 @@ def test_one_tile_and_canvas_mode_are_the_pipelines_own(pipe: Any) -> None:
 def test_tiles_between_a_levels_pixels_are_refused(pipe: Any) -> None:
     with pytest.raises(ValueError, match="tiles must begin and end at multiples of 2"):
         run(pipe, still(tile=15, overlap=4), hint(256, 128))
+    picture = hint(232, 128)
+    with pytest.raises(ValueError, match=r"height=128, width=232: .* multiples of 16 px; the nearest size is 224x128"):
+        run(pipe, RAMP, picture)
     with pytest.raises(ValueError, match=r"canvas of 16x29 .* multiples of 2; the nearest such canvas is 16x28"):
-        run(pipe, RAMP, hint(232, 128))
+        apply_tiling(pipe, RAMP)("a coast", image=picture, num_inference_steps=1)
+
+
+def test_any_size_of_one_tile_works_as_in_diffusers(pipe: Any) -> None:
+    picture = hint(120, 104)
+    arguments = {"num_inference_steps": 1, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
+    plain = pipe("a coast", image=picture, **arguments).images
+    torch.testing.assert_close(run(pipe, RAMP, picture, num_inference_steps=1), plain, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("width", [1536, 1920, 1088, 2560, 3072])
