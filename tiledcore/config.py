@@ -53,7 +53,8 @@ class Execution:
 
     Args:
         tile_batch: tiles per call of the network; bounds the memory.
-        guidance_batch: canvas mode: both guidance branches at once, or one after the other to save memory.
+        guidance_batch: both guidance branches in one call of the network, or one after the other. That needs less
+            memory, and gives several processes twice as many calls to share. In tile mode with the fused loop only.
         impl: implementation of the ops, see :mod:`tiledcore.ops`; None picks the fastest.
     """
 

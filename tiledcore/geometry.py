@@ -46,6 +46,11 @@ class Tiling:
         return tuple((y, x) for y in self.rows for x in self.cols)
 
     @property
+    def groups(self) -> dict[Pair, tuple[Pair, ...]]:
+        """As those of a :class:`Partition`; here all tiles have one size."""
+        return {self.tile_size: self.offsets}
+
+    @property
     def area_factor(self) -> float:
         """Tile area evaluated per step over canvas area; 1.0 is the floor."""
         h, w = self.tile_size

@@ -22,7 +22,7 @@ from tiledcore.canvas.processors import FluxProcessor, QwenProcessor, SD3Process
 from tiledcore.canvas.windows import Canvas, Rotary, Windows
 from tiledcore.geometry import Pair
 from tiledcore.intercept import around_of, intercept, release
-from tiledcore.tiles.conditioning import one_image
+from tiledcore.tiles.conditioning import images_of
 from tiledcore.tiles.families import FAMILIES
 
 # FLUX and Qwen-Image get 2x2 latent pixels packed into one token; their networks do not know it.
@@ -76,7 +76,7 @@ class CanvasAttention:
             return call(**kwargs)  # which says what is missing
         if self.guidance_batch or len(first) == 1:
             return self._evaluate(call, kwargs)
-        return _stack([self._evaluate(call, one_image(kwargs, i, len(first))) for i in range(len(first))])
+        return _stack([self._evaluate(call, images_of(kwargs, slice(i, i + 1), len(first))) for i in range(len(first))])
 
     def _evaluate(self, call: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         grid, pixels = self.grid or _grid(self._network, kwargs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,19 @@ from tiledcore.tiles.denoiser import Prediction
 if TYPE_CHECKING:
     from tiledcore.tiles.denoiser import TileDenoiser
 
-Run = Callable[[Tensor, Pair, int], Tensor]
-"""``(offsets [n, 2], tile size, prompt)`` -> predictions ``[n*B, C, h, w]``."""
+
+class Part(NamedTuple):
+    """Tiles of one size that the network gets in one call, with one prompt."""
+
+    prompt: int
+    tile: Pair
+    offsets: Tensor  # ``[n, 2]`` int32, on the canvas
+    images: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(N, h, w)`` of its predictions ``[N, C, h, w]``."""
+        return len(self.offsets) * self.images, *self.tile
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,19 +96,21 @@ def evaluate(
     """
     batch, size, tiling = len(sample), (sample.shape[2], sample.shape[3]), denoiser.placed
     assert tiling is not None
-    count = 0
 
-    def run(offsets: Tensor, tile: Pair, p: int) -> Tensor:
-        nonlocal count
-        count += len(offsets)
-        return denoiser._tile_batch(forward, sample, offsets.to(sample.device), tile, {**kwargs, **prompts[p]})
+    def run(part: Part) -> Tensor:
+        offsets = part.offsets.to(sample.device)
+        return denoiser._tile_batch(forward, sample, offsets, part.tile, {**kwargs, **prompts[part.prompt]})
 
-    own = {p: _own(denoiser, run, at[0], at[1], kwargs["timestep"], size, p) for p, at in shares.own.items()}
+    tilings = {p: _own_tiling(denoiser, (len(at[0]), len(at[1])), kwargs["timestep"]) for p, at in shares.own.items()}
+    parts = _parts(shares, tilings, tiling, size, batch, denoiser.tile_batch)
+    outs = iter(denoiser.deal(parts, run, sample))
+    count = sum(len(part.offsets) for part in parts)
+    own = {p: _own(denoiser, outs, tilings[p]) for p in shares.own}
     like = next(iter(own.values()), None)
     canvas: Tensor | None = None
-    for tile, places in _groups(tiling).items():
+    for tile, places in tiling.groups.items():
         offsets = torch.tensor(places, dtype=torch.int32)
-        tiles = _common(run, shares.common, offsets, tile, batch, like, denoiser.tile_batch)
+        tiles = _common(outs, shares.common, offsets, tile, batch, like, denoiser.tile_batch)
         like = tiles
         if isinstance(tiling, Tiling):
             if not own:
@@ -111,18 +124,42 @@ def evaluate(
     return denoiser.whole(canvas), count
 
 
-def _groups(tiling: Tiling | Partition) -> dict[Pair, tuple[Pair, ...]]:
-    return {tiling.tile_size: tiling.offsets} if isinstance(tiling, Tiling) else tiling.groups
+def _parts(
+    shares: Shares,
+    tilings: dict[int, Tiling | Partition],
+    tiling: Tiling | Partition,
+    size: Pair,
+    images: int,
+    tile_batch: int,
+) -> list[Part]:
+    """The tile batches of a step: first of the prompts with own tiles, then of those that share the canvas'."""
+    found = []
+    for p, (rows, columns, _) in shares.own.items():
+        corner = torch.tensor([[int(rows[0]), int(columns[0])]])
+        for tile, places in tilings[p].groups.items():
+            offsets = ((torch.tensor(places) + corner) % torch.tensor([size])).to(torch.int32)
+            found += [Part(p, tile, part, images) for part in offsets.split(tile_batch)]
+    for tile, places in tiling.groups.items():
+        offsets = torch.tensor(places, dtype=torch.int32)
+        weights = ops.gather_tiles(shares.common[None], offsets, tile)
+        found += [Part(p, tile, offsets[chosen], images) for chosen, p in _batches(weights, tile_batch)]
+    return found
 
 
 def _common(
-    run: Run, weights: Tensor, offsets: Tensor, tile: Pair, batch: int, like: Tensor | None, tile_batch: int
+    outs: Iterator[Tensor],
+    weights: Tensor,
+    offsets: Tensor,
+    tile: Pair,
+    batch: int,
+    like: Tensor | None,
+    tile_batch: int,
 ) -> Tensor:
     """Tiles ``[T*B, C, h, w]``, each a mix of the prompts that have a share in it."""
     shares = ops.gather_tiles(weights[None], offsets, tile)
     tiles = None if like is None else like.new_zeros(len(offsets) * batch, like.shape[1], *tile)
     for chosen, p in _batches(shares, tile_batch):
-        out = run(offsets[chosen], tile, p)
+        out = next(outs)
         tiles = out.new_zeros(len(offsets) * batch, *out.shape[1:]) if tiles is None else tiles
         parts = shares[chosen, p : p + 1].to(out)
         for i, t in enumerate(chosen):
@@ -142,22 +179,24 @@ def _batches(shares: Tensor, tile_batch: int) -> Iterator[tuple[list[int], int]]
             yield mine[start : start + tile_batch], p
 
 
-def _own(denoiser: TileDenoiser, run: Run, rows: Tensor, columns: Tensor, timestep: Any, size: Pair, p: int) -> Tensor:
-    """The prediction ``[B, C, h, w]`` of a part of the canvas, on tiles that start at its corner."""
-    config, grid = denoiser.config, grid_of(denoiser, (len(rows), len(columns)), (False, False))
-    tiling: Tiling | Partition = grid
-    if isinstance(denoiser.placed, Partition):  # shifted like the tiles of the canvas in this step
-        step, _ = denoiser.step(timestep)
-        tiling = TileGrid(grid.height, grid.width, grid.tile_size).shifted(step, (config.moving or Motion()).seed)
-    corner = torch.tensor([[int(rows[0]), int(columns[0])]])
+def _own_tiling(denoiser: TileDenoiser, size: Pair, timestep: Any) -> Tiling | Partition:
+    """The tiles of a part of the canvas, from its corner on; shifted like those of the canvas in this step."""
+    grid = grid_of(denoiser, size, (False, False))
+    if not isinstance(denoiser.placed, Partition):
+        return grid
+    step, _ = denoiser.step(timestep)
+    seed = (denoiser.config.moving or Motion()).seed
+    return TileGrid(grid.height, grid.width, grid.tile_size).shifted(step, seed)
+
+
+def _own(denoiser: TileDenoiser, outs: Iterator[Tensor], tiling: Tiling | Partition) -> Tensor:
+    """The prediction ``[B, C, h, w]`` of a part of the canvas."""
     canvas: Tensor | None = None
-    for tile, places in _groups(tiling).items():
-        local = torch.tensor(places, dtype=torch.int32)
-        offsets = ((local + corner) % torch.tensor([size])).to(torch.int32)
-        tiles = torch.cat([run(part, tile, p) for part in offsets.split(denoiser.tile_batch)])
+    for places in tiling.groups.values():
+        tiles = torch.cat([next(outs) for _ in range(0, len(places), denoiser.tile_batch)])
         if isinstance(tiling, Tiling):
-            return _blend(denoiser, tiling, tiles, local)
-        canvas = _put(canvas, tiles, places, (grid.height, grid.width))
+            return _blend(denoiser, tiling, tiles, torch.tensor(places, dtype=torch.int32))
+        canvas = _put(canvas, tiles, places, (tiling.height, tiling.width))
     assert canvas is not None
     return canvas
 

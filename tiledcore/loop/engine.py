@@ -28,7 +28,7 @@ from tiledcore.loop.graph import Counters, Entry, StepGraphs, clone, identity, r
 from tiledcore.loop.report import Report
 from tiledcore.ops import guidance_rescale
 from tiledcore.schedulers.solver import LinearSolver, NotLinear
-from tiledcore.tiles.denoiser import Prediction, TileDenoiser
+from tiledcore.tiles.denoiser import Prediction, TileDenoiser, run_all
 from tiledcore.tiles.families import Family, network_of
 from tiledcore.utils import label, replaced
 
@@ -211,6 +211,7 @@ class Engine:
         if buffers.denoiser is not None and buffers.denoiser is not denoiser:
             denoiser = buffers.denoiser.renewed(denoiser)
         self.denoiser = buffers.denoiser = denoiser
+        denoiser.branches = self.branches
         uniform = denoiser.place(size, timestep, buffers.model_input.device)
         refusal = self._graph_refusal(uniform, conditions)
         if refusal is None and self.graphs.backend is not None:
@@ -287,6 +288,8 @@ class Engine:
 
     def _graph_refusal(self, uniform: bool, conditions: dict[str, Any]) -> str | None:
         """Why this step cannot be captured in a CUDA graph, or None."""
+        if self.denoiser is not None and self.denoiser.deal is not run_all:
+            return "several processes exchange the predictions of a step"
         if not uniform:
             return "the tiles of a step have several sizes, or differ from step to step"
         if is_offloaded(network_of(self.pipe)[0]):

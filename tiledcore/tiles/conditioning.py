@@ -34,14 +34,14 @@ _TENSORS = {*PER_IMAGE, *RESIDUALS, *REFUSED, *SAMPLES, "t", "additional_t_cond"
 _LISTS = ("x", "cap_feats", "img_shapes")
 
 
-def one_image(arguments: dict[str, Any], i: int, batch: int) -> dict[str, Any]:
-    """The arguments of image ``i`` of ``batch`` alone; tensors may be in lists and dicts, as adapters' are."""
+def images_of(arguments: dict[str, Any], images: slice, batch: int) -> dict[str, Any]:
+    """The arguments of some images of ``batch`` alone; tensors may be in lists and dicts, as adapters' are."""
 
     def cut(value: Tensor) -> Tensor:
-        return value[i : i + 1] if value.ndim and value.shape[0] == batch else value
+        return value[images] if value.ndim and value.shape[0] == batch else value
 
     out = {name: tree_map_only(Tensor, cut, value) if name in _TENSORS else value for name, value in arguments.items()}
-    return out | {name: arguments[name][i : i + 1] for name in _LISTS if name in arguments}
+    return out | {name: arguments[name][images] for name in _LISTS if name in arguments}
 
 
 def swap_major(rows: Tensor, outer: int, inner: int) -> Tensor:
@@ -55,8 +55,7 @@ def check_residuals(kwargs: dict[str, Any], tiling: Tiling | Partition, canvas: 
     """ValueError unless tiles begin and end between a residual's pixels at every level; names the nearest canvas."""
     given = [kwargs[name] for name in RESIDUALS if kwargs.get(name) is not None]
     levels = [_level(one, canvas) for each in given for one in (each if isinstance(each, list | tuple) else [each])]
-    groups = tiling.groups if isinstance(tiling, Partition) else {tiling.tile_size: tiling.offsets}
-    for size, places in groups.items():
+    for size, places in tiling.groups.items():
         for fy, fx in levels:
             if size[0] % fy or size[1] % fx or any(y % fy or x % fx for y, x in places):
                 raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from random import Random
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from tiledcore.tiles.conditioning import (
     check_residuals,
     crop_residuals,
     cut_attention_kwargs,
+    images_of,
     swap_major,
 )
 from tiledcore.utils import label
@@ -58,6 +59,33 @@ class Prediction(NamedTuple):
     ramp: int
 
 
+class Batch(NamedTuple):
+    """Tiles of one size that the network gets in one call: the unit that is dealt to several processes."""
+
+    tile: Pair
+    offsets: Tensor  # ``[n, 2]`` int32
+    places: Sequence[Pair]  # the same numbers on the host
+    first: int  # how many tiles of the step come before
+    images: slice  # of the canvas' ``B``: one guidance branch, or all
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(N, h, w)`` of its predictions ``[N, C', h, w]``."""
+        return len(self.places) * (self.images.stop - self.images.start), *self.tile
+
+
+Deal = Callable[[Sequence[Any], Callable[[Any], Tensor], Tensor], Iterable[Tensor]]
+
+
+def run_all(batches: Sequence[Any], run: Callable[[Any], Tensor], sample: Tensor) -> Iterable[Tensor]:
+    """The predictions of all tile batches of a canvas ``sample``, in order.
+
+    With several processes, another function with this signature stands here: it runs a part of the batches, and gets
+    the others' predictions. A batch has a ``shape``, see :class:`Batch`.
+    """
+    return map(run, batches)
+
+
 class TileDenoiser:
     """A denoiser's forward over a canvas of any size, evaluated on overlapping tiles.
 
@@ -86,6 +114,8 @@ class TileDenoiser:
         self.pixels = pixels * unit  # per canvas pixel
         self.tile_batch = execution.tile_batch  # as long as it fits
         self.attention: Any = None  # of canvas mode: its guidance_batch is what can be lowered
+        self.branches = 1  # of guidance, where the network's rows are known to be independent
+        self.deal: Deal = run_all
         self.reductions: list[str] = []
         self._grid: TileGrid | None = None
         self.placed: Tiling | Partition | None = None  # The tiles of the step that is running
@@ -150,8 +180,8 @@ class TileDenoiser:
     def place(self, size: Pair, timestep: Time, device: torch.device) -> bool:
         """Put a step's tile offsets on the device, in one tensor; returns whether one CUDA graph fits all steps."""
         tiling = self.tiling(*size, timestep)
-        uniform = isinstance(tiling, Tiling) or len(tiling.groups) == 1
-        places = tiling.offsets if isinstance(tiling, Tiling) else next(iter(tiling.groups.values()))
+        uniform = len(tiling.groups) == 1
+        places = next(iter(tiling.groups.values()))
         if not uniform:
             self._offsets = None
         elif self._offsets is None or self._offsets.device != device or len(self._offsets) != len(places):
@@ -175,26 +205,58 @@ class TileDenoiser:
         if self.config.mode == "canvas":
             if prompts is not None:
                 kwargs = regions.joined(self, prompts, size, kwargs)
-            return self.whole(self._network(forward, sample, timestep=timestep, **kwargs))
+            return self._evaluate_whole(forward, sample, timestep, kwargs)
         _refuse(kwargs)
-        tiling, offsets = self.placed, self._offsets
+        tiling = self.placed
         assert tiling is not None, "place() comes first"
         if prompts is not None:
             return regions.evaluate(self, prompts, forward, sample, {**kwargs, "timestep": timestep})
         if len(tiling) == 1:
-            return self.whole(self._network(forward, sample, timestep=timestep, **kwargs))
+            return self._evaluate_whole(forward, sample, timestep, kwargs)
         check_residuals(kwargs, tiling, size)
-        if offsets is None:
-            assert isinstance(tiling, Partition)
-            return self._evaluate_partition(tiling, forward, sample, timestep, kwargs)
         kwargs["timestep"] = timestep
-        tile = next(iter(tiling.groups)) if isinstance(tiling, Partition) else tiling.tile_size
-        for start in range(0, len(tiling), self.tile_batch):
-            part = offsets[start : start + self.tile_batch]
-            out = self._tile_batch(forward, sample, part, tile, kwargs)
-            buffer = self._buffer((len(tiling) * batch, *out.shape[1:]), out)
-            buffer[start * batch : start * batch + len(out)] = out
-        return Prediction(buffer, offsets, size, self.ramp(tiling))
+
+        def run(part: Batch) -> Tensor:
+            some = kwargs if part.images == slice(0, batch) else images_of(kwargs, part.images, batch)
+            return self._tile_batch(forward, sample[part.images], part.offsets, part.tile, some)
+
+        parts = self._batches(tiling, batch, sample.device)
+        for part, out in zip(parts, self.deal(parts, run, sample), strict=True):
+            tiles = out.unflatten(0, (len(part.places), -1))
+            if self._offsets is not None:
+                buffer = self._buffer((len(tiling) * batch, *out.shape[1:]), out)
+                stop = part.first + len(tiles)
+                buffer.unflatten(0, (-1, batch))[part.first : stop, part.images] = tiles
+                continue
+            buffer = self._buffer((batch, out.shape[1], height, width), out)
+            for (y, x), tile in zip(part.places, tiles, strict=True):
+                for into_y, from_y in _span(y, part.tile[0], height):
+                    for into_x, from_x in _span(x, part.tile[1], width):
+                        buffer[part.images, :, into_y, into_x] = tile[:, :, from_y, from_x]
+        if self._offsets is None:  # tiles of several sizes do not overlap: each is in its place
+            return self.whole(buffer)
+        return Prediction(buffer, self._offsets, size, self.ramp(tiling))
+
+    def _batches(self, tiling: Tiling | Partition, batch: int, device: torch.device) -> list[Batch]:
+        """The tile batches of a step, in order; with ``guidance_batch=False`` each has one guidance branch."""
+        count = batch // (1 if self.execution.guidance_batch else self.branches)
+        found, before = [], 0
+        for tile, places in tiling.groups.items():
+            offsets = torch.tensor(places, dtype=torch.int32).to(device) if self._offsets is None else self._offsets
+            for start in range(0, len(places), self.tile_batch):
+                part = slice(start, start + self.tile_batch)
+                for image in range(0, batch, count):
+                    images = slice(image, image + count)
+                    found.append(Batch(tile, offsets[part], places[part], before + start, images))
+            before += len(places)
+        return found
+
+    def _evaluate_whole(self, forward: Forward, sample: Tensor, timestep: Time, kwargs: dict[str, Any]) -> Prediction:
+        """The canvas in one call of the network, as it is."""
+        batch, _, height, width = sample.shape
+        part = Batch((height, width), torch.zeros(1, 2), ((0, 0),), 0, slice(0, batch))
+        [out] = self.deal([part], lambda _: self._network(forward, sample, timestep=timestep, **kwargs), sample)
+        return self.whole(out)
 
     def ramp(self, tiling: Tiling | Partition) -> int:
         """Width of the transition between two tiles, in canvas pixels; a partition has none."""
@@ -223,7 +285,7 @@ class TileDenoiser:
         """This one, for another call that made ``other``; what was lowered before stays."""
         if other.attention is not None and self.reductions:
             other.attention.guidance_batch = False
-        self.attention, self.timesteps = other.attention, other.timesteps
+        self.attention, self.timesteps, self.deal = other.attention, other.timesteps, other.deal
         return self
 
     def _reduce(self, batch: int) -> bool:
@@ -242,25 +304,6 @@ class TileDenoiser:
         self.reductions.append(change)
         logger.warning("out of memory: %s, from this step on", change)
         return True
-
-    def _evaluate_partition(
-        self, partition: Partition, forward: Forward, sample: Tensor, timestep: Time, kwargs: dict[str, Any]
-    ) -> Prediction:
-        """Tiles of several sizes that do not overlap: each is copied to its place."""
-        batch, _, height, width = sample.shape
-        kwargs["timestep"] = timestep
-        for (h, w), places in partition.groups.items():
-            for start in range(0, len(places), self.tile_batch):
-                group = places[start : start + self.tile_batch]
-                part = torch.tensor(group, dtype=torch.int32).to(sample.device)
-                out = self._tile_batch(forward, sample, part, (h, w), kwargs)
-                canvas = self._buffer((batch, out.shape[1], height, width), out)
-                for (y, x), tile in zip(group, out.split(batch), strict=True):
-                    rows, columns = _span(y, h, height), _span(x, w, width)
-                    for into_y, from_y in rows:
-                        for into_x, from_x in columns:
-                            canvas[:, :, into_y, into_x] = tile[:, :, from_y, from_x]
-        return self.whole(canvas)
 
     def whole(self, prediction: Tensor) -> Prediction:
         """A prediction of the canvas as one tile."""
