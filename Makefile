@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.tiledcore
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: install lint check test test-all format demo demo-before bench bench-peers train clean
+.PHONY: install lint check test test-all format demo demo-before bench bench-modes train clean
 .DEFAULT_GOAL := install
 
 $(BIN)/python:
@@ -65,14 +65,16 @@ demo-before: install
 	-$(BIN)/python -m bench.seams demo-before.png
 
 # The tables of docs/benchmarks.md that have markers. BENCH_ARGS=--quick for the small cases.
-# The peers take about 20 minutes on two cores: `make bench-peers`.
+# All ways over one canvas and the other methods take hours on two cores: `make bench-modes`.
 bench: install
 	$(BIN)/python -m bench run --json bench/results/cpu_suite.json $(BENCH_ARGS)
 	$(BIN)/python -m bench.oracle --json bench/results/oracle.json
 	$(BIN)/python -m bench tables
 
-bench-peers: install
-	$(BIN)/python -m bench.peers_table --json bench/results/peers_earth.json $(BENCH_ARGS)
+bench-modes: install
+	$(BIN)/python -m bench.modes --model earth --size 1024 --seeds 2 --json bench/results/modes_earth_1024.json
+	$(BIN)/python -m bench.modes --model earth --size 2048 --seeds 2 --json bench/results/modes_earth_2048.json
+	$(BIN)/python -m bench.modes --model earth-flux --size 1024 --seeds 2 --json bench/results/modes_flux_1024.json
 	$(BIN)/python -m bench tables
 
 # -P keeps the root, and so `kernels`, off sys.path.

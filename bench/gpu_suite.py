@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bench import peers_table, suite
+from bench import suite
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 520.0
@@ -46,18 +46,14 @@ def steps(out: Path, dry: bool) -> list[Step]:
     def module(name: str, *options: str, result: str) -> list[str]:
         return ["-m", f"bench{name}", *options, "--json", str(out / result)]
 
-    work = ["--work", str(out / "work")]
     if dry:
         run = ["run", "gather_tiles", "--quick", "--rounds", "2", "--device", "cpu"]
-        peers = ["--size", "512", "--steps", "1", "--only", "tiledcore, shift", "SpotDiffusion", "--device", "cpu"]
         tests.append("--collect-only")
     else:
         run = ["run", "--dtype", "float16", "--seconds", "2"]
-        peers = ["--size", "1024", "--steps", "8", "--device", "cuda"]
     found = [
         Step("tests", tests, 200),
         Step("suite", module("", *run, result="suite.json"), 200, "suite.json"),
-        Step("peers", module(".peers_table", *peers, *work, result="peers.json"), 180, "peers.json"),
     ]
     if not dry:
         brief = ["run", "--quick", "--dtype", "bfloat16"]
@@ -99,10 +95,7 @@ def markdown(done: list[dict[str, Any]], dry: bool) -> str:
         if data is None:
             continue
         lines += ["", f"## {step['name']}", ""]
-        if step["name"] == "peers":
-            lines += [peers_table.table(data["rows"]), "", *(f"- {line}" for line in data["verdict"])]
-        else:
-            lines.append(suite.markdown(data))
+        lines.append(suite.markdown(data))
     return "\n".join(lines) + "\n"
 
 

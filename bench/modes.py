@@ -1,78 +1,94 @@
-"""All ways to cover one canvas with tiles, side by side: cost, seams, low frequencies, patches.
+"""All ways over one canvas, side by side: our own and the other methods. Same weights, prompts, seeds and steps.
 
-    python -m bench.modes --model earth --size 2048 --seeds 2 --json bench/results/modes_earth.json
+    python -m bench.modes --model earth --size 1024 --seeds 2 --json bench/results/modes_earth_1024.json
 
-The figures are explained in bench/study.py. Each row is a mean over one image for each prompt and seed. Tiles that move
-meet elsewhere in each step: the lines are those of the last step in which they move, and those of the steps with
-overlap that come after it.
+Each row is a mean over one image for each prompt and seed, and the columns are:
 
-Ways with an area factor of at most 1.1 are compared with the 25 % ramp on the images that both have: mean difference
-and its standard error, less is better (of low: of its distance from 1). The stored results also have the 95 % interval
-of low over other native samples, made at commit eb6322d.
+- s: seconds of an image, text encoding and decoding included; the median.
+- work: latent pixels given to the network over those of the canvas, a step. It is counted while running. 1: every
+  pixel is evaluated once in each step. Stages can have less, because their first images are small.
+- seam, worst / limit, low, patches: as in bench/study.py. The lines are those on which tiles meet, in the last step
+  where they move. For a method whose windows are not placed on a grid, they are those of the plain grid.
+- alike: likeness of distant tiles (bench/quality.py). One large picture has less than tiles that each draw a picture.
 
-Times are for one denoising step of the whole canvas with guidance, without decoding.
+"staged" starts with a small image (``stages="auto"``). Below the table each way is compared with the default way on the
+images that both have: mean differences and their standard errors. Only what differs by more than two standard errors
+counts as better or worse.
 """
 
 import argparse
 import json
-from functools import partial
-from statistics import fmean, stdev
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median, stdev
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from bench import measure, study
+from bench.peers import methods
+from bench.peers.model import Model, counted, starts
+from bench.peers.scalediff import scalediff
+from bench.quality import Pixels, likeness
 from bench.study import PX, Figures, Key
-from tiledcore import Motion, TiledPipeline, TileGrid, TilingConfig
+from tiledcore import TiledPipeline, TileGrid, TilingConfig
+from tiledcore.compose.stage_plan import Staging
+from tiledcore.compose.stages import StagePlan
 from tiledcore.models import NATIVE, call_defaults
 from tiledcore.tiles.families import network_of
 
 PROMPTS = ["topographic map of a rugged coast", "satellite view of desert", "relief map of mountains"]
-RAMP = "25 % ramp"
-"""What the cheap ways are compared with."""
+DEFAULT = "moving tiles"
+"""What the others are compared with: the default of both embedded models."""
 COLUMNS = {
     "images": "images",
-    "area_factor": "area factor",
-    "seconds": "s a step",
-    "seam_mean": "seam, mean",
+    "seconds": "s",
+    "work": "work",
+    "seam_mean": "seam",
     "seam_worst_over_limit": "worst / limit",
     "low_frequency_kept": "low",
     "patches": "patches",
+    "likeness": "alike",
 }
+DIGITS = {"patches": 4, "images": 0, "seconds": 1}
+IDEAL = {"seam_mean": 1.0, "low_frequency_kept": 1.0, "patches": 0.0, "likeness": 0.0}
+"""Figures by which ways are compared, and the value that would be best."""
 
 
-def ways(tile: int) -> dict[str, TilingConfig]:
-    """The rows of the table."""
+@dataclass(frozen=True)
+class Way:
+    """A row of the table: one of our tilings, or another method and how far apart its windows start."""
 
-    def moving(blend_first: int = 0, blend_last: int = 0, fade: int = 0) -> TilingConfig:
-        return TilingConfig(tile=tile, motion=Motion(blend_first, blend_last, fade))
+    tiling: TilingConfig | None = None
+    staged: bool = False
+    method: Callable[..., Tensor] | None = None
+    stride: int = NATIVE
+    window: int = NATIVE
 
-    fade = tile * 3 // 16
+
+def ways(tile: int = NATIVE) -> dict[str, Way]:
+    """The rows of the table. Sizes that a paper gives for another model are kept in proportion to the window."""
+    canvas = TilingConfig(tile=tile // 2, mode="canvas", halo=tile // 4)  # a window of native size
+    ramp, moving = TilingConfig(tile=tile, overlap=tile // 4), TilingConfig(tile=tile, motion="moving")
     return {
-        "no overlap": TilingConfig(tile=tile, overlap=0, window="core"),
-        "12 % ramp": TilingConfig(tile=tile, overlap=tile // 8),
-        "25 % ramp": TilingConfig(tile=tile, overlap=tile // 4),
-        "50 % ramp": TilingConfig(tile=tile, overlap=tile // 2),
-        "50 % mean": TilingConfig(tile=tile, overlap=tile // 2, window="mean"),
-        "shift": moving(),
-        "shift, last 3 blended": moving(blend_last=3),
-        "shift, fading": moving(fade=fade),
-        "shift, fading, last step blended": moving(blend_last=1, fade=fade),
-        "shift, fading, first 2 and last blended": moving(blend_first=2, blend_last=1, fade=fade),
-        "canvas, halo 0": TilingConfig(tile=tile, mode="canvas", halo=0),
-        "canvas, halo half": TilingConfig(tile=tile, mode="canvas", halo=tile // 2),
-        "canvas, halo whole": TilingConfig(tile=tile, mode="canvas", halo=tile),
-        # Each tile sees as much as the network was trained on, and no distance that it was not.
-        "canvas, native windows": TilingConfig(tile=tile // 4, mode="canvas", halo=tile * 3 // 8),
+        "tiles, no overlap": Way(TilingConfig(tile=tile, overlap=0, window="core")),
+        "25 % ramp": Way(ramp),
+        DEFAULT: Way(moving),
+        "canvas, native windows": Way(canvas),
+        "25 % ramp, staged": Way(ramp, staged=True),
+        "moving tiles, staged": Way(moving, staged=True),
+        "canvas, native windows, staged": Way(canvas, staged=True),
+        "MultiDiffusion, stride 1/2": Way(method=methods.multidiffusion, stride=tile // 2),
+        "Mixture of Diffusers": Way(method=methods.mixture_of_diffusers, stride=tile - tile * 3 // 8),
+        "SpotDiffusion": Way(method=methods.spotdiffusion),
+        "DemoFusion": Way(method=methods.demofusion, stride=tile // 2),
+        "ScaleDiff": Way(method=scalediff, stride=tile // 2, window=tile // 2),
     }
-
-
-def period(pipe: Any) -> int:
-    """Image pixels of what the network takes for one pixel: see bench/quality.py."""
-    network, family = network_of(pipe.pipe)
-    return PX * family.patch(network)
 
 
 def meeting_lines(config: TilingConfig, size: int, steps: int) -> tuple[list[int], list[int]]:
@@ -93,49 +109,62 @@ def meeting_lines(config: TilingConfig, size: int, steps: int) -> tuple[list[int
     return y, x
 
 
-def step_times(
-    pipe: Any, chosen: dict[str, TilingConfig], size: int, rounds: int, call: dict[str, Any]
-) -> dict[str, float]:
-    """Mean seconds of the denoising steps of each way. The ways take turns, and the median round counts."""
-    call = call | {"output_type": "latent"}
-    runs = {name: partial(study.generate, pipe, PROMPTS[0], size, 0, way, **call) for name, way in chosen.items()}
-    found = measure.interleaved(runs, torch.device("cpu"), seconds=1e-3, rounds=rounds)
-    return {name: measured.median / call["num_inference_steps"] for name, measured in found.items()}
+def lines_of(way: Way, pipe: Any, size: int, steps: int) -> tuple[list[int], list[int]]:
+    """Where the windows of a way meet, in image pixels."""
+    if way.tiling is None:
+        side = size // PX
+        at = starts(side, way.window, way.stride)
+        found = sorted({line for start in at for line in (start, start + way.window)} - {0, side})
+        return [PX * line for line in found], [PX * line for line in found]
+    if not way.staged:
+        return meeting_lines(way.tiling, size, steps)
+    plan = StagePlan(pipe, (size, size), Staging(), way.tiling)
+    return meeting_lines(plan.tilings()[-1], size, plan.costs(steps)[-1].steps)
 
 
-def against_ramp(way: dict[Key, Figures], ramp: dict[Key, Figures]) -> dict[str, list[float | None]]:
-    """Mean difference of a way from the ramp on the images of both, and its standard error (None of one image)."""
-    both = [image for image in way if image in ramp]
-    result: dict[str, list[float | None]] = {}
-    for key in ("seam_mean", "low_frequency_kept", "patches") if both else ():
-        ideal = 1 if key == "low_frequency_kept" else 0
-        apart = [abs(way[image][key] - ideal) - abs(ramp[image][key] - ideal) for image in both]
-        result[key] = [fmean(apart), stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else None]
-    return result
+def generate(way: Way, pipe: Any, prompt: str, size: int, seed: int, call: dict[str, Any]) -> Pixels:
+    """One image ``[size, size, 3]``, 0 to 1."""
+    generator = torch.Generator().manual_seed(seed)
+    if way.tiling is not None:
+        own = {"tiling": way.tiling, "stages": "auto" if way.staged else None, "output_type": "np"}
+        image: Pixels = pipe(prompt, height=size, width=size, generator=generator, **own, **call).images[0]
+        return image
+    assert way.method is not None
+    plain = pipe.pipe
+    model = Model(plain, prompt, call["num_inference_steps"], call["guidance_scale"])
+    shape = (1, plain.unet.config.in_channels, size // PX, size // PX)
+    with torch.inference_mode():
+        latents = way.method(model, torch.randn(shape, generator=generator).to(plain.unet.dtype), **windows(way))
+        decoded = plain.vae.decode(latents / plain.vae.config.scaling_factor).sample
+    return (decoded[0].permute(1, 2, 0).float().numpy() / 2 + 0.5).clip(0, 1)
 
 
-def verdict(rows: list[dict[str, Any]]) -> list[str]:
-    """A line for each way that was compared with the ramp."""
-    names = {"seam_mean": "seam", "low_frequency_kept": "low", "patches": "patches"}
-    lines = []
-    for row in (row for row in rows if row.get("against_ramp")):
-        found = []
-        for key, (mean, error, *interval) in row["against_ramp"].items():
-            spread = "" if error is None else f" ± {error:.4f}"
-            ends = f" ({interval[0]:+.3f} to {interval[1]:+.3f})" if interval else ""
-            found.append(f"{names[key]} {mean:+.4f}{spread}{ends}")
-        lines.append(f"- {row['name']}: {', '.join(found)}")
-    return lines
+def windows(way: Way) -> dict[str, int]:
+    """The stride, for the one method that has a choice."""
+    return {"stride": way.stride} if way.method is methods.multidiffusion else {}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    return study.table(rows, COLUMNS, {"patches": 4, "images": 0})
+def made(path: Path, way: Way, pipe: Any, prompt: str, size: int, seed: int, call: dict[str, Any]) -> Pixels:
+    """The image stored at ``path``. It is made if it is not there, and its cost is stored beside it."""
+
+    def make() -> list[Pixels]:
+        network, family = network_of(pipe.pipe)
+        begin = time.perf_counter()
+        with counted(network, family.patch(network)) as spent:
+            image = generate(way, pipe, prompt, size, seed, call)
+        branches = 2 * call["num_inference_steps"] * (size // PX) ** 2
+        cost = {"seconds": time.perf_counter() - begin, "work": spent.pixels / branches}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".json").write_text(json.dumps(cost))  # first: an image without its cost would stay so
+        return [image]
+
+    return study.kept(path, make)
 
 
-def judged(
-    pipe: Any, chosen: dict[str, TilingConfig], args: argparse.Namespace, call: dict[str, Any]
-) -> tuple[dict[str, dict[Key, Figures]], list[Figures]]:
+def judged(pipe: Any, chosen: dict[str, Way], args: argparse.Namespace) -> tuple[dict[str, dict[Key, Figures]], Any]:
     """Figures of each image of each way, and the noise floors."""
+    network, family = network_of(pipe.pipe)
+    period, call = PX * family.patch(network), call_defaults(args.model) | {"num_inference_steps": args.steps}
     found: dict[str, dict[Key, Figures]] = {name: {} for name in chosen}
     floors, work = [], args.work / args.model
     for prompt in args.prompts:
@@ -143,47 +172,68 @@ def judged(
         floors.append(study.noise_floor(natives))
         native = np.concatenate(natives)
         for seed in range(args.seeds):
-            for name, config in chosen.items():
-                path = work / f"{args.size} {args.tile} {name} {prompt} {seed}.png"
-                if args.cached and not path.exists():
-                    continue
-                make = partial(study.generate, pipe, prompt, args.size, seed, config, output_type="np", **call)
-                image = study.kept(path, make)
-                lines = meeting_lines(config, args.size, args.steps)
-                found[name][prompt, seed] = study.judge(image, native, lines, period(pipe))
+            for name, way in chosen.items():
+                path = work / f"{args.size} {name.replace('/', '-')} {prompt} {seed}.png"
+                image = made(path, way, pipe, prompt, args.size, seed, call)
+                figures = study.judge(image, native, lines_of(way, pipe, args.size, args.steps), period)
+                figures["likeness"] = likeness(image, PX * NATIVE)
+                found[name][prompt, seed] = figures | json.loads(path.with_suffix(".json").read_text())
                 print(name, prompt, seed, {k: round(v, 3) for k, v in found[name][prompt, seed].items()}, flush=True)
     return found, floors
 
 
+def against(way: dict[Key, Figures], default: dict[Key, Figures]) -> dict[str, list[float | None]]:
+    """Mean difference of a way from the default on the images of both, and its standard error (None of one image).
+
+    Less is better: differences are those of the distance from the ideal value.
+    """
+    both = [image for image in way if image in default]
+    result: dict[str, list[float | None]] = {}
+    for key, ideal in IDEAL.items() if both else ():
+        apart = [abs(way[image][key] - ideal) - abs(default[image][key] - ideal) for image in both]
+        result[key] = [fmean(apart), stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else None]
+    return result
+
+
+def verdict(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each way: in what it is better or worse than the default by more than two standard errors."""
+    lines = []
+    for row in (row for row in rows if row.get("against")):
+        sides: dict[str, list[str]] = {"better": [], "worse": []}
+        for key, (mean, error) in row["against"].items():
+            if error is not None and abs(mean) > 2 * error:
+                sides["worse" if mean > 0 else "better"].append(f"{COLUMNS[key]} ({mean:+.4f} ± {error:.4f})")
+        told = [f"{side} in {', '.join(found)}" for side, found in sides.items() if found]
+        lines.append(f"- {row['name']}: {'; '.join(told) or 'no difference'}")
+    return lines
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    return study.table(rows, COLUMNS, DIGITS)
+
+
 def main() -> None:
     parser = study.parser(__doc__, 8, PROMPTS, "runs/modes")
-    parser.add_argument("--model", default="earth", help="earth or earth-flux")
-    parser.add_argument("--tile", type=int, default=NATIVE, help="latent pixels")
-    parser.add_argument("--rounds", type=int, default=1, help="of timing; 0: keep the times of an earlier --json")
-    parser.add_argument("--cached", action="store_true", help="make no image")
+    parser.add_argument("--model", default="earth", help="earth, or earth-flux, for which there are no other methods")
+    parser.add_argument("--dtype", default="bfloat16")
     args = parser.parse_args()
     Image.MAX_IMAGE_PIXELS = None
-    pipe = TiledPipeline.from_pretrained(args.model)
+    every = {name: way for name, way in ways().items() if args.model == "earth" or way.tiling is not None}
+    if unknown := set(args.only or []) - every.keys():
+        parser.error(f"--only {', '.join(unknown)}: must be of {', '.join(every)}")
+    chosen = {name: way for name, way in every.items() if name in (args.only or every)}
+    pipe = TiledPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype))
     pipe.set_progress_bar_config(disable=True)
-    call = call_defaults(args.model) | {"num_inference_steps": args.steps}
-    chosen = {name: way for name, way in ways(args.tile).items() if name in (args.only or [name])}
-    old = json.loads(args.json.read_text()) if not args.rounds and args.json and args.json.exists() else {}
-    seconds = {row["name"]: row.get("seconds") for row in old.get("rows", ())}
-    if args.rounds:
-        seconds = dict(step_times(pipe, chosen, args.size, args.rounds, call))
-    found, floors = judged(pipe, chosen, args, call)
+    found, floors = judged(pipe, chosen, args)
     rows: list[dict[str, Any]] = []
-    for name, config in chosen.items():
-        if images := found[name]:
-            area = config.area_factor(config.grid(args.size // PX, args.size // PX, NATIVE), args.steps)
-            row = {"name": name, "area_factor": area, "seconds": seconds.get(name), "images": len(images)}
-            cheap = against_ramp(images, found.get(RAMP, {})) if area <= 1.1 else None
-            rows.append(row | study.mean(images.values()) | {"against_ramp": cheap})
+    for name, images in found.items():
+        row = {"name": name} | study.mean(images.values()) | {"images": len(images)}
+        row["seconds"] = median(figures["seconds"] for figures in images.values())
+        rows.append(row | {"against": None if name == DEFAULT else against(images, found.get(DEFAULT, {}))})
     rows.append({"name": "native samples"} | study.mean(floors))
     print(table(rows), *verdict(rows), sep="\n")
-    about = {key: getattr(args, key) for key in ("model", "size", "tile", "prompts", "seeds")} | {"call": call}
-    timed_on = {"machine": old["machine"]} if old else {}
-    measure.save(args.json, torch.device("cpu"), about=about, rows=rows, **timed_on)
+    about = {key: getattr(args, key) for key in ("model", "size", "prompts", "seeds", "steps", "dtype")}
+    measure.save(args.json, torch.device("cpu"), about=about, rows=rows)
 
 
 if __name__ == "__main__":

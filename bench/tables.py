@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import modes, oracle, peers_table, suite
-from tiledcore.models import NATIVE
+from bench import modes, oracle
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "docs" / "benchmarks.md",)
@@ -18,11 +17,6 @@ Data = dict[str, Any]
 
 def _machine(data: Data) -> str:
     return f"{data['machine']['device']}, torch {data['machine']['torch']}"
-
-
-def _ops(data: Data) -> str:
-    cases = len({row["case"] for row in data["results"]})
-    return suite.markdown(data).replace("\n", f"; {cases} cases in {data['took_seconds']:.0f} s\n", 1)
 
 
 def _pairs(data: Data, op: str, baseline: str, own: str) -> list[tuple[Data, Data, str]]:
@@ -48,27 +42,11 @@ def _step(data: Data) -> str:
     return "\n".join(lines)
 
 
-def _of_modes(data: Data) -> list[Data]:
-    """Rows of the ways that there still are."""
-    return [row for row in data["rows"] if row["name"] in {*modes.ways(NATIVE), "native samples"}]
-
-
 def _modes(data: Data) -> str:
     about = data["about"]
-    head = f"{_machine(data)}; {about['model']}, {about['size']}², {about['call']['num_inference_steps']} steps"
-    return "\n".join([head, "", modes.table(_of_modes(data))])
-
-
-def _against(data: Data) -> str:
-    images = max(row.get("images", 0) for row in data["rows"])
-    head = f"{_machine(data)}; {data['about']['model']}, {data['about']['size']}², at most {images} images"
-    return "\n".join([head, "", *modes.verdict(_of_modes(data))])
-
-
-def _peers(data: Data) -> str:
-    about = data["about"]
-    head = f"{_machine(data)}; {about['size']}², {about['call']['num_inference_steps']} steps, {about['seeds']} seed(s)"
-    return "\n".join([head, "", peers_table.table(data["rows"]), "", *(f"- {line}" for line in data["verdict"])])
+    images = f"{len(about['prompts'])} prompts x {about['seeds']} seeds"
+    head = f"{_machine(data)}, {about['dtype']}; {about['model']}, {about['size']}², {about['steps']} steps, {images}"
+    return "\n".join([head, "", modes.table(data["rows"]), "", *modes.verdict(data["rows"])])
 
 
 def _oracle(data: Data) -> str:
@@ -79,14 +57,11 @@ def _oracle(data: Data) -> str:
 
 TABLES: dict[str, tuple[str, Callable[[Data], str]]] = {
     "oracle": ("oracle.json", _oracle),
-    "ops": ("cpu_suite.json", _ops),
     "blend": ("cpu_suite.json", _blend),
     "step": ("cpu_suite.json", _step),
-    "modes-earth": ("modes_earth.json", _modes),
-    "modes-flux": ("modes_flux.json", _modes),
-    "against-earth": ("modes_earth.json", _against),
-    "against-flux": ("modes_flux.json", _against),
-    "peers": ("peers_earth.json", _peers),
+    "modes-earth-1024": ("modes_earth_1024.json", _modes),
+    "modes-earth-2048": ("modes_earth_2048.json", _modes),
+    "modes-flux-1024": ("modes_flux_1024.json", _modes),
 }
 """Marker -> its file in bench/results, and how the table is written."""
 

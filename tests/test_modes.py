@@ -1,5 +1,6 @@
 """Where the tiles of a way meet, and how ways are compared."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from tilings import canvas_mode, moving, still
 
 from bench import modes, study
-from tiledcore import TilingConfig
+from tiledcore import TiledPipeline, TilingConfig
 
 
 def lines(config: TilingConfig, steps: int = 8) -> list[set[int]]:
@@ -27,22 +28,48 @@ def test_lines_are_those_of_the_last_step_that_moves_and_of_the_blended_ones() -
     assert all(line % 8 == 0 and 0 < line < 1024 for axis in blended for line in axis)
 
 
-def test_every_way_is_a_tiling() -> None:
-    for name, way in modes.ways(32).items():
-        assert all(lines(way)), name
+def test_lines_of_other_methods_are_where_their_windows_start_and_end() -> None:
+    found = {name: modes.lines_of(way, None, 768, 8)[0] for name, way in modes.ways().items() if way.method}
+    assert found["MultiDiffusion, stride 1/2"] == [128, 256, 384, 512, 640]
+    assert found["SpotDiffusion"] == [256, 512]
+    assert found["ScaleDiff"] == [128, 256, 384, 512, 640]
 
 
-def test_a_way_is_compared_with_the_ramp_on_the_images_that_both_have() -> None:
-    figures = {"seam_mean": 1.0, "low_frequency_kept": 0.9, "patches": 0.1}
-    worse = {"seam_mean": 1.1, "low_frequency_kept": 1.2, "patches": 0.1}
-    found = modes.against_ramp({("a", 0): worse, ("b", 0): figures}, {("a", 0): figures})
-    assert found == {key: [pytest.approx(value), None] for key, value in
-                     (("seam_mean", 0.1), ("low_frequency_kept", 0.1), ("patches", 0.0))}  # fmt: skip
-    ramp = {("a", 0): figures, ("b", 0): figures}
-    found = modes.against_ramp({("a", 0): worse, ("b", 0): {k: v + 0.3 for k, v in figures.items()}}, ramp)
-    assert found["seam_mean"] == [pytest.approx(0.2), pytest.approx(0.1)]
-    assert modes.verdict([{"name": "way", "against_ramp": found}])[0].startswith("- way: seam +0.2000 ± 0.1000, low")
-    assert modes.against_ramp({("c", 0): worse}, ramp) == {}
+def test_a_way_is_compared_with_the_default_on_the_images_that_both_have() -> None:
+    figures = {"seam_mean": 1.0, "low_frequency_kept": 0.9, "patches": 0.1, "likeness": 0.3}
+    worse = figures | {"seam_mean": 1.1, "low_frequency_kept": 1.2}
+    found = modes.against({("a", 0): worse, ("b", 0): figures}, {("a", 0): figures})
+    assert {key: pytest.approx(mean) for key, (mean, _) in found.items()} == {
+        "seam_mean": 0.1, "low_frequency_kept": 0.1, "patches": 0, "likeness": 0
+    }  # fmt: skip
+    assert all(error is None for _, error in found.values())
+    default = {("a", 0): figures, ("b", 0): figures}
+    found = modes.against({("a", 0): worse, ("b", 0): worse | {"seam_mean": 1.12, "patches": 0.08}}, default)
+    assert found["seam_mean"] == [pytest.approx(0.11), pytest.approx(0.01)]
+    # Of the two that differ by more than two errors, only one can be worse; patches differ by one error.
+    assert modes.verdict([{"name": "way", "against": found}]) == [
+        "- way: worse in seam (+0.1100 ± 0.0100), low (+0.1000 ± 0.0000)"
+    ]
+    assert modes.verdict([{"name": "way", "against": {"patches": [-0.3, 0.1]}}]) == [
+        "- way: better in patches (-0.3000 ± 0.1000)"
+    ]
+    assert modes.verdict([{"name": "way", "against": {"patches": [0.1, None]}}]) == ["- way: no difference"]
+    assert modes.against({("c", 0): worse}, default) == {}
+
+
+@pytest.mark.slow
+def test_every_way_makes_an_image_and_counts_its_work(tmp_path: Path) -> None:
+    """At twice the native size, in two steps: the rows without overlap evaluate each pixel once in each step."""
+    pipe = TiledPipeline.from_pretrained("earth")
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 2, "guidance_scale": 3.0}
+    work = {}
+    for name in ("tiles, no overlap", "canvas, native windows", "SpotDiffusion", "ScaleDiff"):
+        path, way = tmp_path / f"{name}.png", modes.ways()[name]
+        image = modes.made(path, way, pipe, "desert", 512, 0, call)
+        assert image.shape == (512, 512, 3) and image.std() > 0.01
+        work[name] = json.loads(path.with_suffix(".json").read_text())["work"]
+    assert work == {"tiles, no overlap": 1, "canvas, native windows": 1, "SpotDiffusion": 1, "ScaleDiff": 0.75}
 
 
 def test_images_are_kept_and_figures_are_means_but_for_the_worst_seam(tmp_path: Path) -> None:

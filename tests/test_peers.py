@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bench.peers import methods
 from bench.peers.model import Model, average, counted, cut, starts
+from bench.peers.scalediff import NeighborhoodPatchAttention, guided, low, patch_attention, scalediff
 from tiledcore import TiledPipeline, TilingConfig
 
 STEPS = 3
@@ -67,12 +68,12 @@ def test_counts_are_those_of_the_geometry(model: Model, noise: Tensor) -> None:
         "demofusion": (256 + 9 * 256 + 4 * 256, 1 + 3 + 1),
     }
     for name, (pixels, evaluations) in expected.items():
-        with torch.inference_mode(), counted(model.pipe) as spent:
+        with torch.inference_mode(), counted(model.pipe.unet) as spent:
             result = getattr(methods, name)(model, noise)
         assert result.shape == noise.shape and bool(result.isfinite().all())
         assert spent.pixels == 2 * STEPS * pixels, name
         assert spent.evaluations == STEPS * evaluations, name
-    with torch.inference_mode(), counted(model.pipe) as spent:
+    with torch.inference_mode(), counted(model.pipe.unet) as spent:
         tiled(model, noise, overlap=0)
     assert spent.pixels == 2 * STEPS * 1024
 
@@ -114,12 +115,32 @@ def test_window_helpers() -> None:
     torch.testing.assert_close(average(cut(canvas, corners, 4), corners, canvas, weight), canvas)
 
 
-def test_panorama_runs_as_it_ships(model: Model) -> None:
-    noise = torch.randn(1, 4, 64, 72, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode(), counted(model.pipe) as spent:
-        found = methods.panorama(model, noise, "a map")
-    assert found.shape == noise.shape
-    assert (spent.evaluations, spent.pixels) == (2 * STEPS, 2 * 2 * STEPS * 64 * 64)
+def test_scalediff_attends_to_windows_of_native_size(model: Model, noise: Tensor) -> None:
+    """On a canvas of native size it is the network's own attention; on a larger one, far tokens are apart."""
+    unet, text = model.pipe.unet, model.text[:1]
+    with torch.inference_mode():
+        small = noise[:, :, :16, :16]
+        plain = unet(small, 500, encoder_hidden_states=text).sample
+        with patch_attention(unet, 16):
+            torch.testing.assert_close(unet(small, 500, encoder_hidden_states=text).sample, plain, atol=1e-4, rtol=1e-3)
+        processor = NeighborhoodPatchAttention(16, 32)
+        attention = next(m for name, m in unet.named_modules() if name.endswith("attn1"))
+        tokens = torch.randn(1, 1024, attention.to_q.in_features, generator=torch.Generator().manual_seed(0))
+        found = processor(attention, tokens)
+        moved = processor(attention, torch.cat([tokens[:, :-1], tokens[:, -1:] + 1], 1))
+    changed = (found != moved).any(-1).view(32, 32)
+    # The last token is only in the window of the last patch of queries, 8 by 8.
+    assert bool(changed[24:, 24:].all()) and int(changed.sum()) == 64
+
+
+def test_structure_guidance_moves_the_clean_latents_to_the_guide(model: Model, noise: Tensor) -> None:
+    t, guide = torch.tensor(900), torch.ones_like(noise)
+    power = model.pipe.scheduler.alphas_cumprod[900]
+    prediction = guided(model, noise, noise, t, guide)
+    clean = (noise - (1 - power).sqrt() * prediction) / power.sqrt()
+    before = (noise - (1 - power).sqrt() * noise) / power.sqrt()
+    expected = before + 0.9 * (low(guide, 16) - low(before, 16))
+    torch.testing.assert_close(clean, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_what_a_method_cannot_do_is_refused(model: Model, noise: Tensor) -> None:
@@ -127,5 +148,5 @@ def test_what_a_method_cannot_do_is_refused(model: Model, noise: Tensor) -> None
         methods.spotdiffusion(model, noise[..., :24])
     with pytest.raises(ValueError, match="must be square"):
         methods.demofusion(model, noise[..., :16])
-    with pytest.raises(ValueError, match="at least 64"):
-        methods.panorama(model, noise, "a map")
+    with pytest.raises(ValueError, match="must be 16 times a power of two"):
+        scalediff(model, torch.zeros(1, 4, 48, 48))

@@ -1,1 +1,1 @@
-"""Other methods for images larger than the model's own size, written from their papers: see bench/peers_table.py."""
+"""Other methods for images larger than the model's own size, written from their papers: see bench/modes.py."""

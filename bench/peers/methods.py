@@ -140,33 +140,6 @@ def _gaussian(canvas: Tensor, sigma: float) -> Tensor:
     return F.conv2d(down, line.view(1, 1, 1, -1).repeat(channels, 1, 1, 1), groups=channels)
 
 
-def panorama(model: Model, noise: Tensor, prompt: str) -> Tensor:
-    """diffusers' ``StableDiffusionPanoramaPipeline`` as it ships: windows of 64 latent pixels, 8 apart, one at a time.
-
-    The canvas must be a multiple of 8, or pixels at the end have no window.
-    """
-    from diffusers import StableDiffusionPanoramaPipeline
-
-    height, width = noise.shape[2:]
-    if height % 8 or width % 8 or min(height, width) < 64:
-        raise ValueError(f"a canvas of {height}x{width} latent pixels: must be multiples of 8, of at least 64")
-    parts = {name: getattr(model.pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
-    pipe = StableDiffusionPanoramaPipeline(
-        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
-    pipe.set_progress_bar_config(disable=True)
-    result: Tensor = pipe(
-        prompt,
-        height=8 * height,
-        width=8 * width,
-        num_inference_steps=len(model.timesteps),
-        guidance_scale=model.guidance_scale,
-        latents=noise,
-        output_type="latent",
-    ).images
-    return result
-
-
 def _grid(canvas: Tensor, window: int, stride: int) -> list[Corner]:
     rows, columns = (starts(size, window, stride) for size in canvas.shape[2:])
     return [(y, x) for y in rows for x in columns]

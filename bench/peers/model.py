@@ -24,15 +24,17 @@ class Spent:
 
 
 @contextmanager
-def counted(pipe: Any) -> Iterator[Spent]:
-    """Count at the network's first convolution, which no wrapper of the forward hides."""
+def counted(network: Any, patch: int = 1) -> Iterator[Spent]:
+    """Count at the network's first layer, which no wrapper of the forward hides. ``patch``: latent pixels per token."""
     spent = Spent()
 
     def count(_: Any, inputs: tuple[Tensor, ...]) -> None:
+        found = inputs[0]  # [B, C, H, W], or tokens [B, N, C]
         spent.evaluations += 1
-        spent.pixels += inputs[0].shape[0] * inputs[0].shape[2] * inputs[0].shape[3]
+        spent.pixels += found.shape[0] * (found[0, 0].numel() if found.ndim == 4 else found.shape[1] * patch**2)
 
-    handle = pipe.unet.conv_in.register_forward_pre_hook(count)
+    first = network.conv_in if hasattr(network, "conv_in") else network.x_embedder
+    handle = first.register_forward_pre_hook(count)
     try:
         yield spent
     finally:
