@@ -30,6 +30,8 @@ from tiledcore.loop.engine import Engine
 from tiledcore.loop.graph import CudaBackend, StepGraphs
 from tiledcore.memory.budget import Budget, within
 from tiledcore.memory.planner import Plan
+from tiledcore.parallel.ranks import Ranks
+from tiledcore.parallel.sharing import Sharing, options_of, same_call
 from tiledcore.schedulers.pull import Pull, Pulling
 from tiledcore.tiles.fade import Fade
 from tiledcore.tiles.families import network_of
@@ -94,6 +96,8 @@ class Call:
     size: Pair | None
     """(height, width) of the image in px; None if the pipeline decides."""
     plan: Plan | None
+    ranks: Ranks | None = None
+    """The processes that make the same call; None: only this one."""
 
     @classmethod
     def resolve(
@@ -105,6 +109,7 @@ class Call:
         execution: Execution,
         budget: Budget | None,
         asked: bool,
+        ranks: Ranks | None = None,
     ) -> Call:
         """Resolve pipeline, image, size, tiling and plan of a call.
 
@@ -116,11 +121,16 @@ class Call:
             execution: of this call.
             budget: the memory budget, or None.
             asked: whether the caller chose the tiling; a plan then keeps it.
+            ranks: the processes that make the same call, or None.
 
         Raises:
             ValueError: names the argument that is not valid.
         """
         check_are_regions(options.regions)
+        if ranks is not None:
+            more = settings_in(tiling, options) | vars(execution) | {"pull": str(options.pull)}
+            same_call(ranks, pipe, arguments, more)
+            options = options_of(ranks, options)
         runs = sibling(pipe, arguments)
         takes = signature(type(runs).__call__).parameters
         if "use_resolution_binning" in takes:
@@ -139,7 +149,7 @@ class Call:
             arguments["latents"] = seeded_latents(runs, family, network, arguments, options.regions, tiling.wrap)
         if options.pull is not None and arguments.get("image") is None:
             raise ValueError("pull: needs an image to pull to; give image= too")
-        return cls(runs, arguments, tiling, execution, options, size, plan)
+        return cls(runs, arguments, tiling, execution, options, size, plan, ranks)
 
     def features(self, hook: NetworkHook) -> list[Feature]:
         """The features of the call, in the order in which they are entered."""
@@ -147,7 +157,7 @@ class Call:
         network, family = network_of(pipe)
         unit, native = family.unit(network), both(family.native(pipe, network))
         vae, factor, wrap = getattr(pipe, "vae", None), pipe.vae_scale_factor, both(tiling.wrap)
-        found: list[Feature] = []
+        found: list[Feature] = [] if self.ranks is None else [Sharing(self.ranks, pipe, hook)]
         if options.preview is not None:
             found.append(Previewing(options.preview, pipe, native, unit))
         if options.regions:
@@ -178,11 +188,7 @@ class Call:
             graphs.backend = CudaBackend()
         bound = signature(type(self.pipe).__call__).bind_partial(self.pipe, **self.arguments)
         bound.apply_defaults()
-        settings: dict[str, Any] = {"regions": [vars(region) for region in self.options.regions]}
-        settings |= {
-            f"tiling.{name}": value if isinstance(value, str | int | float | None) else str(value)
-            for name, value in vars(self.tiling).items()
-        }
+        settings = settings_in(self.tiling, self.options)
         with (
             current_device(device_of(self.pipe)),
             nullcontext() if checkpoint is None else locked(checkpoint),
@@ -202,6 +208,14 @@ class Call:
                 wrapper.report = engine.report()
                 for feature in engine.features:
                     feature.report(wrapper.report)
+
+
+def settings_in(tiling: TilingConfig, options: Options) -> dict[str, Any]:
+    """Regions and tiling as comparable values, by name."""
+    return {"regions": [vars(region) for region in options.regions]} | {
+        f"tiling.{name}": value if isinstance(value, str | int | float | None) else str(value)
+        for name, value in vars(tiling).items()
+    }
 
 
 def current_device(device: torch.device) -> AbstractContextManager[Any]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from diffusers import AutoencoderKL, DiffusionPipeline
 
+from tiledcore import validate
 from tiledcore.call import Call, Options, bind
 from tiledcore.compose.regions import Region
 from tiledcore.compose.stage_plan import Stages, staging
@@ -22,10 +23,11 @@ from tiledcore.loop.graph import Mode, StepGraphs
 from tiledcore.loop.report import Report
 from tiledcore.memory.budget import Budget
 from tiledcore.models import EARTH, EARTH_FLUX, EMBEDDED, NATIVE
+from tiledcore.parallel.ranks import current
 from tiledcore.schedulers.pull import Pull
 from tiledcore.tiles.families import network_of
 
-OWN = ("pipe", "tiling", "execution", "fused", "report", "stages")
+OWN = ("pipe", "tiling", "execution", "fused", "report", "stages", "parallel")
 
 
 class TiledPipeline:
@@ -44,6 +46,8 @@ class TiledPipeline:
         memory_budget: bytes, or a text such as ``"24GiB"``: each call is planned to stay within it
             (:func:`tiledcore.memory.planner.plan`), or refused.
         stages: make images in stages, see :mod:`tiledcore.compose.stages`.
+        parallel: ``"auto"``: where torch.distributed has a process group, its processes share each call's work, and
+            must all make the same calls. False: never.
 
     Raises:
         TypeError: the pipeline has no network that can be tiled.
@@ -54,6 +58,7 @@ class TiledPipeline:
     execution: Execution
     stages: Stages
     fused: bool
+    parallel: Literal["auto", False]
     report: Report | None
     """How the last call ran: fused or not and why, graph replays."""
 
@@ -67,11 +72,13 @@ class TiledPipeline:
         cuda_graph: Mode = "auto",
         memory_budget: int | str | None = None,
         stages: Stages = None,
+        parallel: Literal["auto", False] = "auto",
     ) -> None:
         network_of(pipe)
         staging(stages)
+        validate.choice("parallel", parallel, ("auto", False))
         own = {"pipe": pipe, "execution": execution or Execution(), "fused": fused, "stages": stages, "report": None}
-        own |= {"_tiling": tiling, "_graphs": StepGraphs(cuda_graph), "_running": None}
+        own |= {"parallel": parallel, "_tiling": tiling, "_graphs": StepGraphs(cuda_graph), "_running": None}
         self.__dict__.update(own, _budget=None if memory_budget is None else Budget(memory_budget))
 
     @classmethod
@@ -85,6 +92,7 @@ class TiledPipeline:
         cuda_graph: Mode = "auto",
         memory_budget: int | str | None = None,
         stages: Stages = None,
+        parallel: Literal["auto", False] = "auto",
         **kwargs: Any,
     ) -> TiledPipeline:
         """Open a checkpoint: a hub id, a folder, or an embedded model: ``"earth"`` (default) or ``"earth-flux"``.
@@ -107,6 +115,7 @@ class TiledPipeline:
             cuda_graph=cuda_graph,
             memory_budget=memory_budget,
             stages=stages,
+            parallel=parallel,
         )
 
     @classmethod
@@ -203,7 +212,9 @@ class TiledPipeline:
             return from_pictures(self, arguments, options, execution)
         asked = tiling is not None or self.__dict__["_tiling"] is not None
         execution = execution or self.execution
-        call = Call.resolve(self.pipe, arguments, options, tiling or self.tiling, execution, self._budget, asked)
+        ranks = current() if self.parallel == "auto" else None
+        given = (tiling or self.tiling, execution, self._budget, asked, ranks)
+        call = Call.resolve(self.pipe, arguments, options, *given)
         self.__dict__["_running"] = call.pipe
         try:
             return call.run(self, self._graphs, self.fused)

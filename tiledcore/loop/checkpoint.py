@@ -254,10 +254,11 @@ def settings_of(pipe: Any, call: dict[str, Any], more: dict[str, Any]) -> dict[s
         "tiledcore": __version__,
         "pipeline": type(pipe).__name__,
         "scheduler": f"{type(scheduler).__name__} {_hash([repr(sorted(scheduler.config.items())).encode()])}",
-        "generator": _describe(
-            [f"seed {g.initial_seed()}, state {_hash([_bytes(g.get_state())])}" for g in _generators(call)]
-        ),
     }
+    if call.get("generator") is not None:
+        settings["generator"] = _describe(
+            [f"seed {g.initial_seed()}, state {_hash([_bytes(g.get_state())])}" for g in _generators(call)]
+        )
     settings |= {name: _describe(v) for name, v in call.items() if name not in FORM + CALLBACKS}
     settings |= {name: _describe(v) for name, v in more.items()}
     for name, component in pipe.components.items():

@@ -1,0 +1,1 @@
+"""The same image by several processes, each with a device of its own."""

@@ -1,0 +1,210 @@
+"""Ranks: the processes of a torch.distributed group, which share the tile batches of each step.
+
+All processes make the same call (SPMD), and each holds the whole canvas. A process evaluates its part of the tile
+batches; then all predictions are exchanged, and each process makes the same step. A tile batch is never cut, so the
+image has the same bits for any number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class LostRankError(ConnectionError):
+    """Another process ended, or did not answer within the group's timeout."""
+
+
+def owners(costs: Sequence[float], ranks: int) -> list[int]:
+    """The rank that evaluates each tile batch: the costliest first, each to the rank with the least work so far.
+
+    At most 4/3 of the best possible time (Graham 1969). The same on every rank.
+    """
+    load, found = [0.0] * ranks, [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        found[i] = min(range(ranks), key=lambda rank: (load[rank], rank))
+        load[found[i]] += costs[i]
+    return found
+
+
+@dataclass
+class Times:
+    """What the ranks did in one call."""
+
+    busy: list[float]
+    """Seconds in the network, by rank."""
+    seconds: float = 0.0
+    """From the first tile batch to the end of the exchange, summed over the evaluations."""
+    evaluations: int = 0
+    received: int = 0
+    """Bytes of predictions that this rank got from the others."""
+
+    @property
+    def size(self) -> int:
+        return len(self.busy)
+
+    @property
+    def waiting(self) -> float:
+        """Share of the time in which a rank waits for the others, mean over the ranks."""
+        return max(0.0, 1 - sum(self.busy) / self.size / self.seconds) if self.seconds else 0.0
+
+    @property
+    def bytes_per_step(self) -> int:
+        return self.received // max(1, self.evaluations)
+
+    def __str__(self) -> str:
+        busy = " ".join(f"{seconds:.1f}" for seconds in self.busy)
+        return (
+            f"{self.size} ranks: {busy} s in the network, {self.waiting:.0%} of the time spent waiting, "
+            f"{self.bytes_per_step / 2**20:.2f} MiB received per step"
+        )
+
+
+class Ranks:
+    """The processes of the default group, of which this is number ``rank``."""
+
+    def __init__(self) -> None:
+        self.world, self.rank, self.size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+        # Messages between hosts, so that no device waits for them. All ranks come here at their first call.
+        on_hosts = "cpu:gloo" in dist.get_backend_config()
+        self.hosts = self.world if on_hosts else dist.new_group(backend="gloo")
+        self.times = Times([0.0] * self.size)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank reads, writes and shows progress for all."""
+        return self.rank == 0
+
+    def first(self, value: Any) -> Any:
+        """Rank 0's value."""
+        held = [value]
+        with self._found():
+            dist.broadcast_object_list(held, src=0, group=self.hosts)
+        return held[0]
+
+    def all(self, value: Any) -> list[Any]:
+        """The values of all ranks."""
+        held: list[Any] = [None] * self.size
+        with self._found():
+            dist.all_gather_object(held, value, group=self.hosts)
+        return held
+
+    def first_state(self, generators: Sequence[torch.Generator]) -> None:
+        """Set torch's own generators, and these, to the state that they have on rank 0."""
+        states = [torch.get_rng_state(), *(generator.get_state() for generator in generators)]
+        if torch.cuda.is_initialized():
+            states.append(torch.cuda.get_rng_state())
+        states = self.first(states)
+        torch.set_rng_state(states[0])
+        for generator, state in zip(generators, states[1:], strict=False):
+            generator.set_state(state)
+        if torch.cuda.is_initialized():
+            torch.cuda.set_rng_state(states[-1])
+
+    def deal(self, parts: Sequence[Any], run: Callable[[Any], Tensor], sample: Tensor) -> list[Tensor]:
+        """Stands in for :func:`tiledcore.tiles.denoiser.run_all`.
+
+        Raises:
+            torch.OutOfMemoryError: on all ranks, if there is none left on one.
+            LostRankError: a rank is gone.
+            RuntimeError: the ranks have different canvases.
+        """
+        began = time.perf_counter()
+        chosen = owners([math.prod(part.shape) for part in parts], self.size)
+        mine: list[Tensor] = []
+        full = False
+        try:
+            mine += [run(part) for part, owner in zip(parts, chosen, strict=True) if owner == self.rank]
+        except torch.OutOfMemoryError:
+            full = True
+        if full:  # outside of the handler, whose traceback holds the tensors of the failed attempt
+            mine.clear()
+        state = _checksum(sample)  # waits for the device
+        channels, dtype = self._agree(full, mine, state, time.perf_counter() - began)
+        sizes = [part.shape[0] * channels * part.shape[1] * part.shape[2] for part in parts]
+        lengths = [[n for n, o in zip(sizes, chosen, strict=True) if o == rank] for rank in range(self.size)]
+        flat = [torch.empty(sum(each), dtype=dtype, device=sample.device) for each in lengths]
+        if mine:
+            torch.cat([out.flatten() for out in mine], out=flat[self.rank])
+            mine.clear()
+        self._exchange(flat)
+        self.times.seconds += time.perf_counter() - began
+        self.times.evaluations += 1
+        pieces = [iter(one.split(each)) for one, each in zip(flat, lengths, strict=True)]
+        shapes = [(part.shape[0], channels, *part.shape[1:]) for part in parts]
+        return [next(pieces[owner]).view(shape) for owner, shape in zip(chosen, shapes, strict=True)]
+
+    def _agree(self, full: bool, mine: Sequence[Tensor], state: int, busy: float) -> tuple[int, torch.dtype]:
+        """Tell all ranks how this one fared; returns channels and dtype of the predictions."""
+        kind = (mine[0].shape[1], DTYPES.index(mine[0].dtype)) if mine else (0, 0)
+        own = torch.tensor([full, *kind, state, int(busy * 1e9)], dtype=torch.int64)
+        told = [torch.empty_like(own) for _ in range(self.size)]
+        with self._found():
+            dist.all_gather(told, own, group=self.hosts)
+        rows = [row.tolist() for row in told]
+        if any(row[0] for row in rows):
+            which = next(rank for rank, row in enumerate(rows) if row[0])
+            raise torch.OutOfMemoryError(f"out of memory on rank {which}")
+        others = [rank for rank, row in enumerate(rows) if row[3] != rows[0][3]]
+        if others:
+            raise RuntimeError(
+                f"rank {others[0]} has another canvas than rank 0: the processes run different code, or on devices "
+                "that round differently"
+            )
+        self.times.busy = [seconds + row[4] / 1e9 for seconds, row in zip(self.times.busy, rows, strict=True)]
+        channels, dtype = max((row[1], row[2]) for row in rows)
+        return channels, DTYPES[dtype]
+
+    def _exchange(self, flat: Sequence[Tensor]) -> None:
+        """Each rank gives its part to all others."""
+        group = self.world if flat[0].is_cuda else self.hosts
+        with self._found():
+            works = [
+                dist.broadcast(one.view(torch.uint8), src=rank, group=group, async_op=True)
+                for rank, one in enumerate(flat)
+                if len(one)
+            ]
+            for work in works:
+                work.wait()
+        self.times.received += sum(one.nbytes for rank, one in enumerate(flat) if rank != self.rank)
+
+    @contextmanager
+    def _found(self) -> Iterator[None]:
+        """Around a message: one clear error where the others are gone."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).strip().split("\n")[0][:120]
+            raise LostRankError(
+                f"another of the {self.size} processes ended, or did not answer in time ({reason}); "
+                "with a checkpoint, the same command goes on from there"
+            ) from error
+
+
+def _checksum(canvas: Tensor) -> int:
+    """The sum of the canvas' bits as integers."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[canvas.element_size()]
+    return int(canvas.contiguous().view(bits).sum(dtype=torch.int64))
+
+
+_ranks: Ranks | None = None
+
+
+def current() -> Ranks | None:
+    """The processes of the initialised default group; None where there is none, or only this process."""
+    global _ranks
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    if _ranks is None or _ranks.world is not dist.group.WORLD:
+        _ranks = Ranks()
+    return _ranks
