@@ -22,6 +22,8 @@ _EXPORTS = {
     "apply_tiling": "tiledcore.hook",
     "connected": "tiledcore.compose.connected",
     "remove_tiling": "tiledcore.hook",
+    "sample": "tiledcore.function",
+    "tile": "tiledcore.function",
 }
 __all__ = [
     "Execution",
@@ -39,6 +41,8 @@ __all__ = [
     "apply_tiling",
     "connected",
     "remove_tiling",
+    "sample",
+    "tile",
 ]
 
 if TYPE_CHECKING:
@@ -46,6 +50,7 @@ if TYPE_CHECKING:
     from tiledcore.compose.regions import Region
     from tiledcore.compose.stage_plan import Stage, Staging
     from tiledcore.config import Execution, Motion, TilingConfig
+    from tiledcore.function import sample, tile
     from tiledcore.geometry import TileGrid
     from tiledcore.hook import apply_tiling, remove_tiling
     from tiledcore.io.preview import Preview

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 
-from tiledcore._diffusers import device_of, is_hinted, share_settings
+from tiledcore._diffusers import device_of, share_settings
 from tiledcore.compose.pictures import resized, size_px
 from tiledcore.compose.regional import Regional, seeded_latents
 from tiledcore.compose.regions import Region, check_are_regions
@@ -270,20 +270,20 @@ def size_unit(pipe: Any) -> int:
 
 
 def check_levels(pipe: Any, tiling: TilingConfig, size: Pair | None) -> None:
-    """A ControlNet or adapter adds images at each level of the network; to cut them, all levels must divide the canvas.
+    """A T2I-Adapter adds images at each level of the network; to cut them, all levels must divide the canvas.
 
     Raises:
         ValueError: they do not, and there are several tiles; names the nearest size.
     """
     network, family = network_of(pipe)
     unit = pipe.vae_scale_factor * snap_of(pipe)
-    if size is None or tiling.mode == "canvas" or not is_hinted(pipe) or all(side % unit == 0 for side in size):
+    if size is None or tiling.mode == "canvas" or getattr(pipe, "adapter", None) is None:
         return
     height, width = (side // pipe.vae_scale_factor for side in size)
-    if len(tiling.grid(height, width, family.native(pipe, network))) > 1:
+    if any(side % unit for side in size) and len(tiling.grid(height, width, family.native(pipe, network))) > 1:
         near = "x".join(str(max(1, round(side / unit)) * unit) for side in reversed(size))
         raise ValueError(
-            f"height={size[0]}, width={size[1]}: with a ControlNet or an adapter both must be multiples of {unit} px; "
+            f"height={size[0]}, width={size[1]}: with a T2I-Adapter both must be multiples of {unit} px; "
             f"the nearest size is {near} (width x height)"
         )
 

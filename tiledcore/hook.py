@@ -20,6 +20,7 @@ from tiledcore.config import Execution, Motion, TilingConfig
 from tiledcore.geometry import Pair, both
 from tiledcore.intercept import around_of, intercept, release
 from tiledcore.loop.engine import Engine
+from tiledcore.tiles.control import ControlHook
 from tiledcore.tiles.denoiser import TileDenoiser
 from tiledcore.tiles.families import Family, network_of
 from tiledcore.utils import replaced
@@ -68,6 +69,7 @@ class NetworkHook:
     """
 
     engine: Engine | None = None  # What moves the canvas during a call of a :class:`~tiledcore.TiledPipeline`
+    control: ControlHook | None = None  # Of the pipeline's ControlNet
     regions: Any = None  # Prompts of parts of the canvas, a :class:`~tiledcore.compose.regional.Regional`
 
     def __init__(self, denoiser: TileDenoiser, family: Family, network: Any) -> None:
@@ -100,6 +102,8 @@ class NetworkHook:
 
         conditions = {name: v for name, v in arguments.items() if name not in (family.sample, family.timestep)}
         conditions["regions"] = self.regions
+        if self.control is not None:
+            conditions = self.control.take(conditions)
         if engine is not None:
             engine.look(arguments, family, self.denoiser)
             prediction = engine.run_step(self.denoiser, forward, arguments[family.timestep], conditions)
@@ -135,8 +139,13 @@ def tiled(pipe: Any, config: TilingConfig, execution: Execution | None = None) -
         tokens = _tokens_seen(config, tile, native, family.patch(network))
         stack.enter_context(_limited_shift(pipe.scheduler, tokens, family.dynamic_shift))
         hook = NetworkHook(denoiser, family, network)
-        intercept(network, hook)
-        stack.callback(release, network, hook)
+        around: list[tuple[Any, Any]] = [(network, hook)]
+        if isinstance(controlnet := getattr(pipe, "controlnet", None), torch.nn.Module):
+            hook.control = ControlHook(lambda: hook.denoiser, family, controlnet)
+            around.append((controlnet, hook.control))
+        for owner, one in around:
+            intercept(owner, one)
+            stack.callback(release, owner, one)
         yield hook
 
 

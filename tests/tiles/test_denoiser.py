@@ -165,7 +165,7 @@ def test_a_fraction_is_one_of_the_tile() -> None:
     assert TilingConfig(overlap=0.25).grid(48, 48, native=8).overlap == (2, 2)
 
 
-def test_residuals_of_adapters_are_refused() -> None:
+def test_tokens_that_are_not_the_canvas_are_refused() -> None:
     denoiser = denoiser_of(still(tile=8))
-    with pytest.raises(ValueError, match="controlnet_block_samples"):
-        denoiser(pointwise, torch.zeros(1, 4, 16, 16), 1, controlnet_block_samples=torch.ones(1))
+    with pytest.raises(ValueError, match="5 tokens for a canvas of"):
+        denoiser(pointwise, torch.zeros(1, 4, 16, 16), 1, controlnet_block_samples=torch.ones(1, 5, 8))

@@ -1,13 +1,13 @@
-"""ControlNet's residuals, cut to the tile that they belong to."""
+"""ControlNets on UNets: the hint is cut to the tile; in guess mode the residuals are."""
 
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from diffusers import ControlNetModel, StableDiffusionAdapterPipeline, StableDiffusionControlNetPipeline, T2IAdapter
 from PIL import Image
-from tilings import CANVAS, ONE, RAMP, still
+from tilings import CANVAS, MOVING, ONE, RAMP, still
 from tiny import tiny_sd
 
 from tiledcore import TiledPipeline, TilingConfig, apply_tiling
@@ -43,7 +43,19 @@ def test_tiles_that_move_are_not_the_default_here(pipe: Any) -> None:
     assert default_tiling(pipe) == TilingConfig() == TiledPipeline.from_pipe(pipe).tiling
 
 
-def test_each_tile_gets_its_own_part(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_control_network_sees_tile_batches_and_their_part_of_the_hint(pipe: Any) -> None:
+    seen: list[Any] = []
+    pipe.controlnet.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    picture = hint(224, 128)
+    run(pipe, still(overlap=4), picture, num_inference_steps=1)
+    (given,) = seen
+    whole = pipe.control_image_processor.preprocess(picture, 128, 224)
+    parts = [whole[..., :128], whole[..., 96:]]
+    assert given["sample"].shape == (4, 4, 16, 16)
+    assert torch.equal(given["controlnet_cond"], torch.cat(parts * 2))
+
+
+def test_in_guess_mode_each_tile_gets_its_own_part_of_the_residuals(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     whole: list[Any] = []
     tiles: list[tuple[torch.Tensor, Any]] = []
     evaluate, network = TileDenoiser.evaluate, TileDenoiser._network
@@ -58,7 +70,7 @@ def test_each_tile_gets_its_own_part(pipe: Any, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(TileDenoiser, "evaluate", spy)
     monkeypatch.setattr(TileDenoiser, "_network", staticmethod(look))
-    run(pipe, still(overlap=4), hint(224, 128), num_inference_steps=1)
+    run(pipe, still(overlap=4), hint(224, 128), num_inference_steps=1, guess_mode=True)
     ((offsets, given),), ((inputs, got),) = whole, tiles
     assert offsets == [[0, 0], [0, 12]] and inputs.shape == (4, 4, 16, 16)
     down, mid = given["down_block_additional_residuals"], given["mid_block_additional_residual"]
@@ -89,14 +101,41 @@ def test_one_tile_and_canvas_mode_are_the_pipelines_own(pipe: Any) -> None:
     assert run(pipe, CANVAS, large).shape == (1, 4, 20, 28)
 
 
-def test_tiles_between_a_levels_pixels_are_refused(pipe: Any) -> None:
-    with pytest.raises(ValueError, match="tiles must begin and end at multiples of 2"):
-        run(pipe, still(tile=15, overlap=4), hint(256, 128))
+def test_tiles_may_lie_anywhere(pipe: Any) -> None:
     picture = hint(232, 128)
-    with pytest.raises(ValueError, match=r"height=128, width=232: .* multiples of 16 px; the nearest size is 224x128"):
-        run(pipe, RAMP, picture)
+    for tiling in (RAMP, still(tile=15, overlap=4), MOVING):
+        assert run(pipe, tiling, picture).isfinite().all()
+
+
+def test_tiles_between_a_levels_pixels_are_refused_where_residuals_are_cut(pipe: Any) -> None:
+    with pytest.raises(ValueError, match="tiles must begin and end at multiples of 2"):
+        run(pipe, still(tile=15, overlap=4), hint(256, 128), guess_mode=True)
     with pytest.raises(ValueError, match=r"canvas of 16x29 .* multiples of 2; the nearest such canvas is 16x28"):
-        apply_tiling(pipe, RAMP)("a coast", image=picture, num_inference_steps=1)
+        apply_tiling(pipe, RAMP)("a coast", image=hint(232, 128), num_inference_steps=1, guess_mode=True)
+
+
+def with_adapter() -> Any:
+    parts = {name: part for name, part in tiny_sd().components.items() if name != "image_encoder"}
+    torch.manual_seed(0)
+    adapter = T2IAdapter(3, channels=[16, 32], num_res_blocks=1, downscale_factor=8, adapter_type="full_adapter")
+    made = StableDiffusionAdapterPipeline(**parts, adapter=adapter.eval(), requires_safety_checker=False)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def test_a_t2i_adapters_residuals_are_cut_and_other_sizes_refused() -> None:
+    picture = hint(256, 128)
+    tiling = still(tile=16, overlap=0, ramp=1)
+    size = {"height": 128, "width": 256, "num_inference_steps": 1}
+    whole = run(with_adapter(), tiling, picture, **size)
+    half = Image.new("RGB", picture.size)
+    half.paste(picture.crop((0, 0, 128, 128)))
+    left = run(with_adapter(), tiling, half, **size)
+    # The adapter sees a little beyond the line, so only the far columns are the same.
+    torch.testing.assert_close(left[..., :8], whole[..., :8], rtol=0.2, atol=0.2)
+    assert (left - whole)[..., 16:].abs().mean() > 4 * (left - whole)[..., :16].abs().mean()
+    with pytest.raises(ValueError, match=r"height=128, width=232: .* multiples of 16 px; the nearest size is 224x128"):
+        run(with_adapter(), RAMP, hint(232, 128), height=128, width=232)
 
 
 def test_any_size_of_one_tile_works_as_in_diffusers(pipe: Any) -> None:

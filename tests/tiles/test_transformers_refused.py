@@ -17,7 +17,6 @@ from tiny_transformers import (
     tiny_flux,
     tiny_pixart_sigma,
     tiny_qwen,
-    tiny_sana,
     tiny_sd3,
     tiny_z_image,
 )
@@ -84,12 +83,9 @@ ROWS = torch.zeros(1, 8, 8)
 @pytest.mark.parametrize(
     ("make", "arguments", "message"),
     [
-        (tiny_sd3, {"block_controlnet_hidden_states": [ROWS]}, "block_controlnet_hidden_states: ControlNet"),
-        (tiny_flux, {"controlnet_block_samples": [ROWS]}, "controlnet_block_samples: ControlNet"),
-        (tiny_flux, {"controlnet_single_block_samples": [ROWS]}, "controlnet_single_block_samples: ControlNet"),
-        (tiny_sana, {"controlnet_block_samples": (ROWS,)}, "controlnet_block_samples: ControlNet"),
-        (tiny_sd3, {"joint_attention_kwargs": {"ip_adapter_image_embeds": ROWS}}, "ip_adapter_image_embeds: IP-"),
-        (tiny_z_image, {"siglip_feats": [[ROWS]]}, "siglip_feats: IP-Adapter and reference images"),
+        (tiny_sd3, {"block_controlnet_hidden_states": [ROWS]}, "8 tokens for a canvas"),
+        (tiny_flux, {"controlnet_block_samples": [ROWS]}, "8 tokens for a canvas"),
+        (tiny_z_image, {"siglip_feats": [[ROWS]]}, "siglip_feats: reference images"),
         (tiny_z_image, {"x": [[ROWS]]}, "Z-Image Omni"),
         (tiny_qwen, {"img_shapes": [[(1, 11, 16), (1, 8, 8)]]}, "Qwen-Image Edit"),
         (tiny_flux, {"img_ids": torch.ones(11 * 16, 3)}, "FLUX Kontext"),

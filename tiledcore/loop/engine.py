@@ -172,7 +172,7 @@ class Engine:
         shapes = (tuple(latents.shape), latents.dtype, latents.device, tuple(solver.table.shape), self.branches)
         settings = (denoiser.config, denoiser.execution, self._rescale(), any(solver.uses_noise))
         key = (identity(network_of(self.pipe)[0]), *settings, shapes)
-        self.entry: Entry = self.graphs.entry(key, lambda: _buffers(solver, latents, dtype))
+        self.entry: Entry = self.graphs.entry(key, lambda: buffers_for(solver, latents, dtype))
         self.buffers: Buffers = self.entry.buffers
         self.buffers.table.copy_(solver.table)
         self.buffers.input_scale.copy_(solver.input_scale)
@@ -313,7 +313,7 @@ class Engine:
         return latents
 
 
-def _buffers(solver: LinearSolver, latents: Tensor, dtype: torch.dtype) -> Buffers:
+def buffers_for(solver: LinearSolver, latents: Tensor, dtype: torch.dtype) -> Buffers:
     state = torch.zeros(solver.slots, *latents.shape, dtype=dtype, device=latents.device)
     return Buffers(
         state=state,

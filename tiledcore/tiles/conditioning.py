@@ -1,9 +1,11 @@
-"""Which arguments of a network belong to an image, to the canvas or to a level of it, and how they are cut to tiles."""
+"""What a network gets beside the canvas, cut to tiles: values per image are repeated, images are cropped."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from tiledcore.geometry import Pair, Partition, Tiling
 PER_IMAGE = (
     "encoder_hidden_states",
     "timestep",
+    "t",
     "class_labels",
     "timestep_cond",
     "attention_mask",
@@ -23,15 +26,123 @@ PER_IMAGE = (
     "pooled_projections",
     "guidance",
     "added_cond_kwargs",
+    "control_type",
+    "controlnet_mode",
+    "text_embedding_mask",
+    "encoder_hidden_states_t5",
+    "text_embedding_mask_t5",
+    "image_meta_size",
+    "style",
 )
 """Conditions: a tile batch repeats them for each tile."""
-RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals")
-"""What adapters add to a UNet: images at the sizes of its levels, of which each tile gets its own part."""
-REFUSED = ("block_controlnet_hidden_states", "controlnet_block_samples", "controlnet_single_block_samples")
-"""What adapters add to a transformer's tokens, which tile mode does not know how to cut."""
+RESIDUALS = (
+    "down_block_additional_residuals",
+    "mid_block_additional_residual",
+    "block_controlnet_hidden_states",
+    "controlnet_block_samples",
+    "controlnet_single_block_samples",
+)
+"""What a ControlNet adds, in the order in which it gives it: images at the sizes of a UNet's levels, or tokens."""
+ADAPTER = "down_intrablock_additional_residuals"
+"""What a T2I-Adapter adds: images at the sizes of a UNet's levels, computed from the whole canvas before the steps."""
+HINTS = ("controlnet_cond", "control_context")
+"""Images of the whole canvas that a ControlNet sees, in any resolution, as tokens, or in a list."""
+ATTENTION = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
+"""Dicts for attention layers, see :func:`cut_attention_kwargs`."""
+REFUSED = ("siglip_feats", "image_noise_mask", "additional_t_cond")
+"""Reference images inside the sequence."""
 SAMPLES = ("sample", "hidden_states")  # The image itself, as a tensor; Z-Image's is a list
-_TENSORS = {*PER_IMAGE, *RESIDUALS, *REFUSED, *SAMPLES, "t", "additional_t_cond"}
+_TENSORS = {*PER_IMAGE, *RESIDUALS, ADAPTER, *HINTS, *ATTENTION, *SAMPLES, "args", "additional_t_cond"}
 _LISTS = ("x", "cap_feats", "img_shapes")
+
+
+class TileBatch(NamedTuple):
+    """Some tiles of one size. Their arguments are branch-major: all tiles of the first image, then of the next.
+
+    Pipelines build their batches like this, and PAG, GLIGEN and others split a batch by branch.
+    """
+
+    offsets: Tensor  # ``[T, 2]`` int32, (y, x) in canvas pixels
+    tile: Pair
+    canvas: Pair
+    batch: int  # Images of the canvas, with their guidance branches
+    pixels: int  # Image pixels per canvas pixel
+    impl: ops.Impl | None = None
+    images: slice = slice(None)  # Which of the canvas' images these are
+
+    def repeat(self, value: Tensor) -> Tensor:
+        """``[batch, ...]`` -> ``[batch * T, ...]``; a tensor that is not per image stays as it is."""
+        return value.repeat_interleave(len(self.offsets), 0) if value.ndim and len(value) == self.batch else value
+
+    def fit(self, value: Tensor) -> Tensor:
+        """An argument of unknown meaning: an image of the canvas' size is cropped, another tensor repeated."""
+        return self.crop(value) if value.ndim == 4 and value.shape[2:] == self.canvas else self.repeat(value)
+
+    def crop(self, image: Tensor) -> Tensor:
+        """Each tile's part of an image of the canvas: ``[B, C, H, W]`` in any resolution, or tokens ``[B, N, C]``."""
+        if image.ndim == 3:
+            size = self._tokens(image.shape[1])
+            cut = self.crop(image.transpose(1, 2).unflatten(2, size).contiguous())
+            return cut.flatten(2).transpose(1, 2).contiguous()
+        image = image.expand(self.batch, *image.shape[1:])
+        if image.shape[2] < self.canvas[0]:
+            down = _level(image, self.canvas)
+            places, size = self._scaled(lambda n, f: n // f, down)
+        else:
+            up = (image.shape[2] // self.canvas[0], image.shape[3] // self.canvas[1])
+            if (up[0] * self.canvas[0], up[1] * self.canvas[1]) != image.shape[2:]:
+                raise ValueError(f"an image of {tuple(image.shape[2:])} is no multiple of the canvas of {self.canvas}")
+            places, size = self._scaled(lambda n, f: n * f, up)
+        tiles = ops.gather_tiles(image, places, size, impl=self.impl)
+        return swap_major(tiles, len(self.offsets), len(image))
+
+    def _scaled(self, scale: Callable[[Any, Any], Any], by: Pair) -> tuple[Tensor, Pair]:
+        """Offsets and size of the tiles in the pixels of another image."""
+        offsets = scale(self.offsets, torch.tensor(by, dtype=torch.int32).to(self.offsets.device))
+        return offsets, (scale(self.tile[0], by[0]), scale(self.tile[1], by[1]))
+
+    def _tokens(self, count: int) -> Pair:
+        """The grid of ``count`` tokens of the canvas."""
+        side = math.isqrt(self.canvas[0] * self.canvas[1] // max(1, count)) or 1
+        size = (self.canvas[0] // side, self.canvas[1] // side)
+        if (size[0] * side, size[1] * side) != self.canvas or size[0] * size[1] != count:
+            raise ValueError(f"{count} tokens for a canvas of {self.canvas}: these are not the canvas' own")
+        return size
+
+
+More = Callable[[TileBatch], dict[str, Any]]  # gives further arguments of a tile batch
+
+
+def conditions(arguments: dict[str, Any], part: TileBatch) -> dict[str, Any]:
+    """The arguments of a network for some tiles; ``per_tile`` among them is a list of :data:`More`."""
+    out = dict(arguments)
+    later = out.pop("per_tile", ())
+    for name, value in arguments.items():
+        if value is None:
+            continue
+        if name in PER_IMAGE:
+            out[name] = tree_map_only(Tensor, part.repeat, value)
+        elif name == ADAPTER or name in RESIDUALS:
+            out[name] = tree_map_only(Tensor, part.crop, value)
+        elif name == "args":
+            out[name] = tree_map_only(Tensor, part.fit, value)
+        elif name in HINTS:
+            out[name] = _hints(value, part)
+        elif name in ATTENTION:
+            out[name] = cut_attention_kwargs(value, part)
+    time_ids = (arguments.get("added_cond_kwargs") or {}).get("time_ids")
+    if time_ids is not None:
+        out["added_cond_kwargs"]["time_ids"] = _time_ids(time_ids, part)
+    for more in later:
+        out |= more(part)
+    return out
+
+
+def refuse(arguments: dict[str, Any]) -> None:
+    """ValueError for what cannot be cut into tiles."""
+    for name in REFUSED:
+        if arguments.get(name) is not None:
+            raise ValueError(f"{name}: reference images inside the sequence cannot be tiled; leave them out")
 
 
 def images_of(arguments: dict[str, Any], images: slice, batch: int) -> dict[str, Any]:
@@ -41,7 +152,13 @@ def images_of(arguments: dict[str, Any], images: slice, batch: int) -> dict[str,
         return value[images] if value.ndim and value.shape[0] == batch else value
 
     out = {name: tree_map_only(Tensor, cut, value) if name in _TENSORS else value for name, value in arguments.items()}
+    if "per_tile" in arguments:
+        out["per_tile"] = [partial(_of_images, more, images) for more in arguments["per_tile"]]
     return out | {name: arguments[name][images] for name in _LISTS if name in arguments}
+
+
+def _of_images(more: More, images: slice, part: TileBatch) -> dict[str, Any]:
+    return more(part._replace(images=images))
 
 
 def swap_major(rows: Tensor, outer: int, inner: int) -> Tensor:
@@ -53,8 +170,9 @@ def swap_major(rows: Tensor, outer: int, inner: int) -> Tensor:
 
 def check_residuals(kwargs: dict[str, Any], tiling: Tiling | Partition, canvas: Pair) -> None:
     """ValueError unless tiles begin and end between a residual's pixels at every level; names the nearest canvas."""
-    given = [kwargs[name] for name in RESIDUALS if kwargs.get(name) is not None]
-    levels = [_level(one, canvas) for each in given for one in (each if isinstance(each, list | tuple) else [each])]
+    levels: list[Pair] = []
+    for name in (*RESIDUALS[:2], ADAPTER):
+        tree_map_only(Tensor, lambda one: levels.append(_level(one, canvas)), kwargs.get(name))
     for size, places in tiling.groups.items():
         for fy, fx in levels:
             if size[0] % fy or size[1] % fx or any(y % fy or x % fx for y, x in places):
@@ -77,41 +195,52 @@ def _level(residual: Tensor, canvas: Pair) -> Pair:
     return height, width
 
 
-def crop_residuals(residuals: Any, offsets: Tensor, tile: Pair, canvas: Pair, impl: ops.Impl | None) -> Any:
-    """A residual of the canvas, or a list of them, as those of a tile batch, branch-major: ``[B*T, C, h/f, w/f]``."""
-    if isinstance(residuals, list | tuple):
-        return type(residuals)(crop_residuals(one, offsets, tile, canvas, impl) for one in residuals)
-    fy, fx = _level(residuals, canvas)
-    places = offsets // torch.tensor([fy, fx], dtype=torch.int32).to(offsets.device)
-    cut = ops.gather_tiles(residuals, places, (tile[0] // fy, tile[1] // fx), impl=impl)
-    return swap_major(cut, len(offsets), len(residuals))
+def _hints(value: Any, part: TileBatch) -> Any:
+    """A ControlNet's image of the canvas, or several; a list of ``[C, 1, H, W]`` is one of images (Z-Image)."""
+    if isinstance(value, list) and isinstance(value[0], Tensor) and value[0].ndim == 4 and value[0].shape[1] == 1:
+        return list(part.crop(torch.stack(value).squeeze(2)).unsqueeze(2).unbind(0))
+    return tree_map_only(Tensor, part.crop, value)
 
 
-def cut_attention_kwargs(
-    given: dict[str, Any], offsets: Tensor, tile: Pair, canvas: Pair, batch: int
-) -> dict[str, Any]:
-    """``cross_attention_kwargs`` of a tile batch, branch-major: IP-Adapter masks and GLIGEN boxes are cut to each tile.
+def _time_ids(time_ids: Tensor, part: TileBatch) -> Tensor:
+    """SDXL's size and crop conditions (Podell et al. 2023, 2.2), in image pixels: a tile is a crop of the canvas.
 
-    ``given`` are the canvas': ``ip_adapter_masks``: ``[1, images, H, W]`` in any resolution, or a list of such;
-    ``gligen``: ``boxes [B, N, 4]`` (left, top, right, bottom, 0 to 1), ``masks [B, N]`` and others. ``offsets [T, 2]``,
-    ``tile`` and ``canvas`` are (y, x) in canvas pixels; ``batch`` counts images with their guidance branches.
+    Columns: original (height, width), crop (top, left), target (height, width) or, in the refiner, a score.
     """
-    changed = dict(given)
+    ids = time_ids.repeat_interleave(len(part.offsets), 0)
+    ids[:, 2:4] += (part.offsets * part.pixels).to(ids.dtype).repeat(len(time_ids), 1)
+    if ids.shape[1] == 6:
+        ids[:, 4] *= part.tile[0] / part.canvas[0]
+        ids[:, 5] *= part.tile[1] / part.canvas[1]
+    return ids
+
+
+def cut_attention_kwargs(given: dict[str, Any], part: TileBatch) -> dict[str, Any]:
+    """Arguments of attention layers for some tiles: image prompts are repeated, masks and boxes are cut.
+
+    ``given`` are the canvas': ``ip_adapter_image_embeds`` and ``ip_hidden_states``: tensors ``[B, ...]`` or a list;
+    ``ip_adapter_masks``: ``[1, images, H, W]`` in any resolution, or a list of such; ``gligen``: ``boxes [B, N, 4]``
+    (left, top, right, bottom, 0 to 1), ``masks [B, N]`` and others.
+    """
+    changed = dict(given)  # a copy, because networks take entries out of it
+    for name in ("ip_adapter_image_embeds", "ip_hidden_states"):
+        if name in given:
+            changed[name] = tree_map_only(Tensor, part.repeat, given[name])
     if (masks := given.get("ip_adapter_masks")) is not None:
         one = [masks] if isinstance(masks, Tensor) else masks
-        cut = [_cut_mask(mask, offsets, tile, canvas).repeat(batch, 1, 1, 1) for mask in one]
+        cut = [_cut_mask(mask, part).repeat(part.batch, 1, 1, 1) for mask in one]
         changed["ip_adapter_masks"] = cut[0] if isinstance(masks, Tensor) else cut
     if (gligen := given.get("gligen")) is not None and "boxes" in gligen:
-        parts = {name: value.repeat_interleave(len(offsets), 0) for name, value in gligen.items()}
-        boxes, seen = _cut_boxes(parts["boxes"], offsets.repeat(batch, 1), tile, canvas)
+        parts = {name: value.repeat_interleave(len(part.offsets), 0) for name, value in gligen.items()}
+        boxes, seen = _cut_boxes(parts["boxes"], part.offsets.repeat(part.batch, 1), part.tile, part.canvas)
         changed["gligen"] = parts | {"boxes": boxes, "masks": parts["masks"] * seen.to(parts["masks"])}
     return changed
 
 
-def _cut_mask(mask: Tensor, offsets: Tensor, tile: Pair, canvas: Pair) -> Tensor:
+def _cut_mask(mask: Tensor, part: TileBatch) -> Tensor:
     """``[1, n, H, W]`` -> ``[T, n, h, w]``: what each tile sees of a mask of the canvas, at the mask's resolution."""
     axes = []
-    for start, side, whole, size in zip(offsets.T.cpu(), tile, canvas, mask.shape[2:], strict=True):
+    for start, side, whole, size in zip(part.offsets.T.cpu(), part.tile, part.canvas, mask.shape[2:], strict=True):
         count = max(1, round(side * size / whole))
         at = start[:, None] + (torch.arange(count) + 0.5) * side / count
         axes.append((at * size / whole).long() % size)

@@ -9,45 +9,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from tiledcore import ops
 from tiledcore.config import Execution, Motion, TilingConfig
 from tiledcore.geometry import Pair, Partition, TileGrid, Tiling, both
-from tiledcore.tiles.conditioning import (
-    PER_IMAGE,
-    REFUSED,
-    RESIDUALS,
-    check_residuals,
-    crop_residuals,
-    cut_attention_kwargs,
-    images_of,
-    swap_major,
-)
+from tiledcore.tiles.conditioning import TileBatch, check_residuals, conditions, images_of, refuse, swap_major
 from tiledcore.utils import label
 
 logger = logging.getLogger(__name__)
 
 Forward = Callable[..., Any]  # of the network
 Time = Tensor | float  # a timestep: a scalar, or ``[B]``
-
-# Further images that condition the whole canvas.
-REFUSED_IMAGES = (
-    "ip_hidden_states",
-    "siglip_feats",
-    "image_noise_mask",
-    "additional_t_cond",
-    "ip_adapter_image_embeds",
-)
-
-
-def _refuse(kwargs: dict[str, Any]) -> None:
-    """One clear error for what cannot be cut into tiles."""
-    for name, value in {**kwargs, **(kwargs.get("joint_attention_kwargs") or {})}.items():
-        if value is not None and name in REFUSED:
-            raise ValueError(f"{name}: ControlNet and adapter residuals cannot be tiled yet; remove the adapter")
-        if value is not None and name in REFUSED_IMAGES:
-            raise ValueError(f"{name}: IP-Adapter and reference images cannot be tiled yet; leave them out")
 
 
 class Prediction(NamedTuple):
@@ -206,12 +178,12 @@ class TileDenoiser:
             if prompts is not None:
                 kwargs = regions.joined(self, prompts, size, kwargs)
             return self._evaluate_whole(forward, sample, timestep, kwargs)
-        _refuse(kwargs)
+        refuse(kwargs)
         tiling = self.placed
         assert tiling is not None, "place() comes first"
         if prompts is not None:
             return regions.evaluate(self, prompts, forward, sample, {**kwargs, "timestep": timestep})
-        if len(tiling) == 1:
+        if len(tiling) == 1 and not kwargs.get("per_tile"):
             return self._evaluate_whole(forward, sample, timestep, kwargs)
         check_residuals(kwargs, tiling, size)
         kwargs["timestep"] = timestep
@@ -314,23 +286,13 @@ class TileDenoiser:
     def _tile_batch(
         self, forward: Forward, sample: Tensor, offsets: Tensor, tile: Pair, kwargs: dict[str, Any]
     ) -> Tensor:
-        """Predictions of some tiles, tile-major: all images of the first tile, then all of the next.
-
-        The network gets the batch branch-major: all tiles of one guidance branch, then all of the next. Pipelines build
-        their batches like this, and PAG, GLIGEN and others split a batch by branch.
-        """
+        """Predictions of some tiles, tile-major: all images of the first tile, then all of the next."""
         batch, count = len(sample), len(offsets)
         with label("gather"):
             inputs = swap_major(ops.gather_tiles(sample, offsets, tile, impl=self.execution.impl), count, batch)
         canvas = (sample.shape[2], sample.shape[3])
-        conditions = self._repeat(kwargs, offsets, tile, canvas, batch)
-        for name in RESIDUALS:
-            if kwargs.get(name) is not None:
-                conditions[name] = crop_residuals(kwargs[name], offsets, tile, canvas, self.execution.impl)
-        if kwargs.get("cross_attention_kwargs"):
-            given = kwargs["cross_attention_kwargs"]
-            conditions["cross_attention_kwargs"] = cut_attention_kwargs(given, offsets, tile, canvas, batch)
-        return swap_major(self._network(forward, inputs, **conditions), batch, count)
+        part = TileBatch(offsets, tile, canvas, batch, self.pixels, self.execution.impl)
+        return swap_major(self._network(forward, inputs, **conditions(kwargs, part)), batch, count)
 
     @staticmethod
     def _network(forward: Forward, inputs: Tensor, **kwargs: Any) -> Tensor:
@@ -343,31 +305,6 @@ class TileDenoiser:
         if self._tiles is None or self._tiles.shape != shape or self._tiles.dtype != like.dtype:
             self._tiles = torch.empty(shape, dtype=like.dtype, device=like.device)
         return self._tiles
-
-    def _repeat(self, kwargs: dict[str, Any], offsets: Tensor, tile: Pair, canvas: Pair, batch: int) -> dict[str, Any]:
-        """The arguments of one tile batch: per-image tensors repeated, branch-major, and SDXL's crops moved."""
-        count = len(offsets)
-
-        def repeat(value: Tensor) -> Tensor:
-            return value.repeat_interleave(count, 0) if value.ndim and len(value) == batch else value
-
-        out = {k: tree_map_only(Tensor, repeat, v) if k in PER_IMAGE else v for k, v in kwargs.items()}
-        time_ids = (kwargs.get("added_cond_kwargs") or {}).get("time_ids")
-        if time_ids is not None:
-            out["added_cond_kwargs"]["time_ids"] = self._time_ids(time_ids, offsets, tile, canvas)
-        return out
-
-    def _time_ids(self, time_ids: Tensor, offsets: Tensor, tile: Pair, canvas: Pair) -> Tensor:
-        """SDXL's size and crop conditions (Podell et al. 2023, 2.2), in image pixels: a tile is a crop of the canvas.
-
-        Columns: original (height, width), crop (top, left), target (height, width) or, in the refiner, a score.
-        """
-        ids = time_ids.repeat_interleave(len(offsets), 0)
-        ids[:, 2:4] += (offsets * self.pixels).to(ids.dtype).repeat(len(time_ids), 1)
-        if ids.shape[1] == 6:
-            ids[:, 4] *= tile[0] / canvas[0]
-            ids[:, 5] *= tile[1] / canvas[1]
-        return ids
 
 
 def _span(start: int, length: int, size: int) -> list[tuple[slice, slice]]:

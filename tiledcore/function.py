@@ -1,0 +1,126 @@
+"""tile and sample: the engine for any function of a tile, without diffusers' pipelines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiledcore import ops
+from tiledcore.config import Execution, TilingConfig
+from tiledcore.loop.engine import buffers_for
+from tiledcore.schedulers.solver import NotLinear, linear_solver
+from tiledcore.tiles.denoiser import TileDenoiser
+
+
+def tile(fn: Callable[..., Tensor], config: TilingConfig, execution: Execution | None = None) -> Callable[..., Tensor]:
+    """Make a function of a tile one of a canvas of any size.
+
+    Args:
+        fn: ``fn(x [N, C, h, w], *args) -> [N, C', h, w]``, for any number N of tiles: a network, an ONNX session, ...
+        config: how the canvas is cut; ``tile`` must be given, in pixels of ``x``. Moving tiles lie elsewhere for each
+            value of the first of ``args``, a number such as a timestep.
+        execution: ``tile_batch`` is the greatest N.
+
+    Returns:
+        ``tiled(x [B, C, H, W], *args) -> [B, C', H, W]``. Tensors in ``args`` that have the height and width of ``x``
+        are cut with it; other tensors with B rows are repeated for each tile; everything else is given as it is.
+
+    Raises:
+        ValueError: names the setting, its value and what is valid.
+    """
+    denoiser, forward = _denoiser(fn, config, execution)
+
+    def tiled(x: Tensor, *args: Any) -> Tensor:
+        time = args[0] if args and isinstance(args[0], Tensor | float | int) else None
+        if config.moving is not None and (time is None or torch.as_tensor(time).numel() != 1):
+            raise ValueError("motion: tiles move with the first argument after x, which must be one number")
+        return denoiser(forward, x, 0 if time is None else time, args=args)
+
+    return tiled
+
+
+@torch.no_grad()
+def sample(
+    fn: Callable[..., Tensor],
+    noise: Tensor,
+    scheduler: Any,
+    config: TilingConfig,
+    *args: Any,
+    execution: Execution | None = None,
+    generator: Any = None,
+) -> Tensor:
+    """Denoise a canvas in tiles: each step is gather, ``fn`` on tile batches, and one fused blend and scheduler step.
+
+    Args:
+        fn: ``fn(x [N, C, h, w], timestep, *args) -> [N, C, h, w]``: the prediction that the scheduler expects, guided.
+        noise: ``[B, C, H, W]``, standard normal; it is scaled to what the scheduler begins with.
+        scheduler: of diffusers, after ``set_timesteps``. One that is not linear runs its own ``step``.
+        config: as for :func:`tile`. Moving tiles blend the steps that ``motion`` says, and do not fade.
+        args: further arguments of ``fn``, treated as by :func:`tile`.
+        execution: how it is computed.
+        generator: of the noise that some schedulers add in each step.
+
+    Returns:
+        ``[B, C, H, W]`` in the dtype of ``noise``.
+    """
+    denoiser, forward = _denoiser(fn, config, execution)
+    denoiser.timesteps = lambda: [float(t) for t in scheduler.timesteps]
+    latents = noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    solver = linear_solver(scheduler)
+    if isinstance(solver, NotLinear):
+        own = {"generator": generator} if "generator" in signature(scheduler.step).parameters else {}
+        for t in scheduler.timesteps:
+            x = scheduler.scale_model_input(latents, t) if hasattr(scheduler, "scale_model_input") else latents
+            latents = scheduler.step(denoiser(forward, x, t, args=(t, *args)), t, latents, return_dict=False, **own)[0]
+        return latents
+    solver = solver.to(noise.device, torch.promote_types(noise.dtype, torch.float32))
+    buffers = buffers_for(solver, noise, solver.table.dtype)
+    buffers.state[0].copy_(latents)
+    buffers.model_input.copy_(buffers.state[0] * buffers.input_scale[0])
+    for t, draws in zip(solver.timesteps, solver.uses_noise, strict=True):
+        if draws and buffers.noise is not None:
+            buffers.noise.copy_(solver.noise(generator, buffers.model_input))
+        denoiser.place((noise.shape[2], noise.shape[3]), t, noise.device)
+        predicted = denoiser.attempt(forward, buffers.model_input, t, args=(t, *args))
+        ops.fused_step(
+            predicted.tiles.contiguous(),
+            predicted.offsets,
+            buffers.state,
+            buffers.table,
+            buffers.input_scale,
+            buffers.step,
+            model_input=buffers.model_input,
+            noise=buffers.noise,
+            window=config.window,
+            ramp=predicted.ramp,
+            impl=denoiser.execution.impl,
+        )
+        buffers.step.add_(1)
+    return buffers.state[0].to(noise.dtype)
+
+
+def _denoiser(
+    fn: Callable[..., Tensor], config: TilingConfig, execution: Execution | None
+) -> tuple[TileDenoiser, Callable[..., tuple[Tensor]]]:
+    """The denoiser of a function, and the function as a denoiser calls it."""
+    size = config.tile
+    if config.mode != "tiles" or size is None:
+        raise ValueError(f"config: mode={config.mode!r}, tile={config.tile}: a function needs mode='tiles' and a tile")
+    if config.moving is not None:
+        if config.moving.fade:
+            raise ValueError(f"fade={config.moving.fade}: only a TiledPipeline fades; give fade=0")
+        config = replace(config, motion=replace(config.moving, fade=0))
+
+    def forward(tiles: Tensor, timestep: Any, args: tuple[Any, ...] = ()) -> tuple[Tensor]:
+        out = fn(tiles, *args)
+        if not isinstance(out, Tensor) or out.ndim != 4 or (len(out), *out.shape[2:]) != (len(tiles), *tiles.shape[2:]):
+            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(f"fn: gave {got} for tiles of {tuple(tiles.shape)}: only the channels may differ")
+        return (out,)
+
+    return TileDenoiser(config, execution or Execution(), size, pixels=1), forward
