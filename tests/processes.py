@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
+import socket
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,16 +17,17 @@ import torch.distributed as dist
 TIMEOUT = 60  # seconds
 
 
-def on_ranks(count: int, work: Callable[[int], Any], timeout: float = TIMEOUT) -> list[Any]:
+def on_ranks(count: int, work: Callable[[int], Any], timeout: float = TIMEOUT, group: bool = True) -> list[Any]:
     """What ``work(rank)`` returned on each rank; the exception where it raised one, None where the process was killed.
 
-    One rank is this process, without a group.
+    One rank is this process, without a group. ``group=False``: the processes have torchrun's environment instead.
     """
     if count == 1:
         return [work(0)]
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context("fork")
-        children = [context.Process(target=_run, args=(folder, count, rank, work, timeout)) for rank in range(count)]
+        start = _group(folder, count, timeout) if group else _environment(count)
+        children = [context.Process(target=_run, args=(folder, rank, work, start)) for rank in range(count)]
         for child in children:
             child.start()
         for child in children:
@@ -35,9 +38,33 @@ def on_ranks(count: int, work: Callable[[int], Any], timeout: float = TIMEOUT) -
         return [pickle.loads(file.read_bytes()) if file.exists() else None for file in files]
 
 
-def _run(folder: str, count: int, rank: int, work: Callable[[int], Any], timeout: float) -> None:
-    store = dist.FileStore(f"{folder}/store", count)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timedelta(seconds=timeout))
+Begin = Callable[[int], None]
+
+
+def _group(folder: str, count: int, timeout: float) -> Begin:
+    def begin(rank: int) -> None:
+        store = dist.FileStore(f"{folder}/store", count)
+        limit = timedelta(seconds=timeout)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=limit)
+
+    return begin
+
+
+def _environment(count: int) -> Begin:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "none"}
+
+    def begin(rank: int) -> None:
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        os.environ.update(common | {name: str(value) for name, value in own.items()})
+
+    return begin
+
+
+def _run(folder: str, rank: int, work: Callable[[int], Any], begin: Begin) -> None:
+    begin(rank)
     try:
         result = work(rank)
     except Exception as error:

@@ -14,8 +14,19 @@ class CommandError(Exception):
     """An error that the user can correct; the message says how."""
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def launched() -> bool:
+    """Whether torchrun started this process and others."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def leads() -> bool:
+    """Whether this process writes files and messages: of those that torchrun started, the first."""
+    return not launched() or os.environ["RANK"] == "0"
+
+
+def say(text: str, always: bool = False) -> None:
+    if always or leads():
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager

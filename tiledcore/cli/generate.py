@@ -10,7 +10,7 @@ import secrets
 import textwrap
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from inspect import signature
 from pathlib import Path
@@ -20,7 +20,7 @@ from PIL import Image
 
 from tiledcore import __version__
 from tiledcore.cli.choices import SCHEDULERS, STRENGTH
-from tiledcore.cli.console import CommandError, quiet, say
+from tiledcore.cli.console import CommandError, launched, leads, quiet, say
 from tiledcore.cli.model import check_size, check_tile
 from tiledcore.cli.opening import open_pipeline
 from tiledcore.cli.request import check
@@ -33,6 +33,7 @@ from tiledcore.models import call_defaults
 if TYPE_CHECKING:
     from tiledcore.io.stream import Rows
     from tiledcore.loop.checkpoint import Checkpoint
+    from tiledcore.parallel.ranks import Ranks
     from tiledcore.pipeline import TiledPipeline
 
 WHOLE = 2048 * 2048  # images of up to so many pixels are decoded and written whole
@@ -42,10 +43,11 @@ def generate(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     image = check(args)
     say(f"loading {args.model}")
-    seed = secrets.randbelow(2**32) if args.seed is None else args.seed
-    with _checkpoint(args) as checkpoint, quiet():
-        if checkpoint is not None:
+    with _joined(args) as ranks, _checkpoint(args) as checkpoint, quiet():
+        seed = secrets.randbelow(2**32) if args.seed is None else args.seed
+        if checkpoint is not None and leads():
             seed = _saved_seed(args, checkpoint, seed)
+        seed = seed if ranks is None else ranks.first(seed)
         pipe = open_pipeline(args, seed)
         call = call_arguments(args, pipe, image)
         grid = pipe.grid(args.size[1], args.size[0])
@@ -57,13 +59,15 @@ def generate(args: argparse.Namespace) -> None:
         if args.stages is not None:
             metadata["stages"] = _stages(pipe, call)
         picture = _run(pipe, call, grid, seed, _rows_writer(args, pipe, metadata))
-        if picture is not None:
+        if picture is not None and leads():
             with writing(args.out):
                 save_image(picture, args.out, metadata)
-        if checkpoint is not None:
+        if checkpoint is not None and leads():
             checkpoint.remove()
     if args.budget is not None:
         _say_memory(pipe)
+    if pipe.report is not None and pipe.report.ranks is not None:
+        say(str(pipe.report.ranks))
     if FORMATS[args.out.suffix.lower()][0] not in ("PNG", "TIFF"):
         say(f"{args.out}: without its settings, which only a PNG or TIFF can hold")
     elapsed = time.perf_counter() - started
@@ -71,6 +75,15 @@ def generate(args: argparse.Namespace) -> None:
         f"{args.out}: {args.size[0]}x{args.size[1]}, seed {seed}, {len(grid)} tiles, "
         f"area factor {metadata['tiling']['area_factor']:.2f}, {elapsed:.1f} s"
     )
+
+
+def _joined(args: argparse.Namespace) -> AbstractContextManager[Ranks | None]:
+    """The processes that torchrun started, as one group; None where this is the only one."""
+    if not launched():
+        return nullcontext()
+    from tiledcore.parallel.launch import joined
+
+    return joined(args.device)
 
 
 @contextmanager
@@ -82,7 +95,7 @@ def _checkpoint(args: argparse.Namespace) -> Iterator[Checkpoint | None]:
     from tiledcore.loop.checkpoint import Checkpoint, locked
 
     checkpoint = Checkpoint(args.checkpoint, args.checkpoint_every or 1)
-    with locked(checkpoint):
+    with locked(checkpoint) if leads() else nullcontext():
         yield checkpoint
 
 

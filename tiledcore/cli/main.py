@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from tiledcore import __version__
 from tiledcore.cli.choices import DTYPES, SCHEDULERS, STRENGTH
-from tiledcore.cli.console import CommandError, lasting_output, say
+from tiledcore.cli.console import CommandError, lasting_output, launched, leads, say
 from tiledcore.cli.plan import add_arguments as add_plan
 
 WINDOWS = ("ramp", "core", "mean", "gaussian")
@@ -42,11 +42,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (Exception, KeyboardInterrupt) as error:
             if os.environ.get("TILEDCORE_DEBUG") == "1":
                 traceback.print_exc()
-            if isinstance(error, KeyboardInterrupt):
-                say("tiledcore: interrupted, nothing was written")
-                return 130
-            say(f"tiledcore: error: {_explain(error)}")
-            return 2
+            interrupted = isinstance(error, KeyboardInterrupt)
+            said = "interrupted, nothing was written" if interrupted else f"error: {_explain(error)}"
+            if not launched():
+                say(f"tiledcore: {said}")
+                return 130 if interrupted else 2
+            from tiledcore.parallel.launch import tells
+
+            if tells():
+                line = "" if leads() else "\n"  # rank 0's progress bar may stand there
+                say(f"{line}tiledcore: rank {os.environ['RANK']}: {said}", always=True)
+            os._exit(2)  # messages to processes that are gone would hold up the end
     return 0
 
 
@@ -266,7 +272,7 @@ def _float(text: str) -> float:
 # ----------------------------------------------------------------------------- messages
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: BaseException) -> str:
     """An error in one line."""
     text = textwrap.shorten(str(error), 400, placeholder=" ...")
     if _is_out_of_memory(error):
@@ -276,7 +282,7 @@ def _explain(error: Exception) -> str:
     return f"{type(error).__name__}: {text} (TILEDCORE_DEBUG=1 shows where)"
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     # torch.OutOfMemoryError by its name, because torch may not be imported yet.
     text = str(error).lower()
     return (

@@ -184,10 +184,9 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            reason = str(error).strip().split("\n")[0][:120]
             raise LostRankError(
-                f"another of the {self.size} processes ended, or did not answer in time ({reason}); "
-                "with a checkpoint, the same command goes on from there"
+                f"another of the {self.size} processes ended, or did not answer in time; with a checkpoint, the same "
+                "command goes on from there"
             ) from error
 
 
