@@ -145,8 +145,7 @@ class Call:
             tiling, execution = plan.tiling, plan.execution
         tiling = with_fade(runs, tiling, fades=True)
         if any(getattr(region, "seed", None) is not None for region in options.regions):
-            network, family = network_of(runs)
-            arguments["latents"] = seeded_latents(runs, family, network, arguments, options.regions, tiling.wrap)
+            arguments["latents"] = seeded_latents(runs, arguments, options.regions, tiling.wrap)
         if options.pull is not None and arguments.get("image") is None:
             raise ValueError("pull: needs an image to pull to; give image= too")
         return cls(runs, arguments, tiling, execution, options, size, plan, ranks)

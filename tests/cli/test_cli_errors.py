@@ -207,7 +207,7 @@ def test_ctrl_c_while_writing_leaves_the_old_image(model: str, monkeypatch: pyte
 
 def test_a_full_disk(model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(Image.Image, "save", fail(full))
+    monkeypatch.setattr(os, "fsync", fail(full))
     assert generate(model) == 2
     assert error(capsys) == "tiledcore: error: a.png was not written: No space left on device"
     assert os.listdir() == []

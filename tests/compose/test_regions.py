@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tiledcore import Region
-from tiledcore.compose.regions import check_regions, coverage, load_scene, region_weights, scene_for, seed_noise
+from tiledcore.compose.regions import check_regions, coverage, load_scene, region_weights, seed_noise
 
 OPEN = (False, False)
 
@@ -166,7 +166,7 @@ def test_a_scene_file_is_the_regions(tmp_path: Path) -> None:
         '[[region]]\nprompt = "a lake"\nmask = "lake.png"\nfeather = 8\n\n'
         '[[region]]\nprompt = "ice"\nbox = [0, 0, 64, 16]\nweight = 2\nseed = 3\n'
     )
-    lake, ice = scene_for(scene, 64, 32, OPEN)
+    lake, ice = load_scene(scene, 64, 32, OPEN)
     assert lake.bounds() == (0, 8, 64, 16) and lake.feather == 8
     assert lake.describe() == {
         "prompt": "a lake",
@@ -185,7 +185,7 @@ def test_a_scene_file_is_the_regions(tmp_path: Path) -> None:
         ("region = 3", r"holds no \[\[region\]\] table"),
         ('style = "x"\n[[region]]\nprompt = "a"\nbox = [0, 0, 8, 8]', "unknown key 'style'"),
         ('[[region]]\nprompt = "a"\nboks = [0, 0, 8, 8]', "region 1: unknown key 'boks': must be one of prompt, box"),
-        ("[[region]]\nbox = [0, 0, 8, 8]", "region 1: has no prompt"),
+        ("[[region]]\nbox = [0, 0, 8, 8]", "region 1: prompt=None: must be a text"),
         ('[[region]]\nprompt = "a"\nbox = [0, 0, "8", 8]', r"region 1: box=\(0, 0, '8', 8\)"),
         ('[[region]]\nprompt = "a"\nbox = [0, 0, 8, 8]\nweight = "much"', "region 1: weight='much'"),
         ('[[region]]\nprompt = "a"\nmask = "none.png"', "none.png'.*: cannot be read: No such file"),
@@ -197,7 +197,7 @@ def test_a_bad_scene_file_is_one_line(tmp_path: Path, text: str, message: str) -
     scene = tmp_path / "scene.toml"
     scene.write_text(text)
     with pytest.raises(ValueError, match=message) as error:
-        load_scene(scene)
+        load_scene(scene, 64, 32, OPEN)
     assert "\n" not in str(error.value)
     assert str(scene) in str(error.value)
 
@@ -206,4 +206,4 @@ def test_a_scene_that_does_not_fit_names_the_file_and_the_region(tmp_path: Path)
     scene = tmp_path / "scene.toml"
     scene.write_text('[[region]]\nprompt = "a"\nbox = [0, 0, 8, 8]\n\n[[region]]\nprompt = "b"\nbox = [0, 0, 80, 8]\n')
     with pytest.raises(ValueError, match=r"scene.toml: region 2: box=\(0, 0, 80, 8\): does not lie inside"):
-        scene_for(scene, 64, 32, OPEN)
+        load_scene(scene, 64, 32, OPEN)

@@ -231,11 +231,11 @@ def test_wrapped_and_streamed(tmp_path: Path) -> None:
     assert pixels(tmp_path / "a.png").shape == (88, 128, 3)
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.JPEG", "a.webp"])
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.JPEG", "a.webp", "a.tif"])
 def test_the_extension_decides_the_format(name: str, tmp_path: Path) -> None:
     run(tiny(), 128, 128, steps=1, preview=tmp_path / name)
     with Image.open(tmp_path / name) as image:
-        assert image.format == {"png": "PNG", "webp": "WEBP"}.get(name[2:], "JPEG")
+        assert image.format == {"png": "PNG", "webp": "WEBP", "tif": "TIFF"}.get(name[2:], "JPEG")
         assert image.size == (128, 128)
 
 
@@ -251,7 +251,7 @@ def test_a_run_survives_its_preview(
         raise error
 
     if isinstance(error, OSError):
-        monkeypatch.setattr(Image.Image, "save", failing)
+        monkeypatch.setattr(preview, "save_image", failing)
     else:
         monkeypatch.setattr(Previewing, "_decoded", failing)
     with caplog.at_level(logging.WARNING):
@@ -268,10 +268,10 @@ def test_a_run_survives_its_preview(
 
 def test_bad_arguments(tmp_path: Path) -> None:
     for path, every, message in (
-        ("a.tif", 5, r"preview: a.tif: the extension must be one of .png, .jpg, .jpeg, .webp"),
+        ("a.gif", 5, r"preview: a.gif: the extension must be one of .png, .jpg, .jpeg, .webp, .tif"),
         ("a", 5, "the extension must be one of"),
         ("none/a.png", 5, "preview: none/a.png: there is no folder none"),
-        ("a.png", 0, "preview: every=0: must be an integer from 1"),
+        ("a.png", 0, "preview: every=0 must be an int of at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
             Preview(Path(path), every)
@@ -309,8 +309,10 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: An
     tiny_sd().save_pretrained(model)
     monkeypatch.chdir(tmp_path)
     written: list[str] = []
-    own = preview.replacing
-    monkeypatch.setattr(preview, "replacing", lambda path: written.append(path.name) or own(path))
+    own = preview.save_image
+    monkeypatch.setattr(
+        preview, "save_image", lambda image, path, more: written.append(path.name) or own(image, path, more)
+    )
     options = ["--size", "192x160", "--steps", "3", "--seed", "5", "--device", "cpu", "--tile", "16"]
     for extra in ([], ["--preview", "p.jpg", "--preview-every", "2"]):
         out = "b.png" if extra else "a.png"

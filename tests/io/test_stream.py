@@ -9,11 +9,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from tilings import RAMP, still
-from tiny import tiny_sd, tiny_sdxl, tiny_vae
+from tiny import tiny_sd, tiny_sdxl
 from tiny_transformers import ALL, NATIVE, build, call
 
 from tiledcore import TiledPipeline
-from tiledcore.io import stream
 
 SD = {"height": 128, "width": 200, "num_inference_steps": 2}
 
@@ -91,14 +90,6 @@ def test_large_images_are_the_same_up_to_rounding(monkeypatch: pytest.MonkeyPatc
     run(pipe, rows=rows)
     difference = rows.image().astype(int) - np.asarray(image).astype(int)
     assert abs(difference).max() <= 1 and (difference != 0).mean() < 0.01
-
-
-@torch.no_grad()
-def test_tiled_rows_are_the_autoencoders_own() -> None:
-    vae, latents = tiny_vae(), torch.randn(1, 4, 41, 25, generator=torch.Generator().manual_seed(0))
-    rows = list(stream.tiled_rows(vae, vae.decode, latents))
-    assert len(rows) > 1
-    assert torch.equal(torch.cat(rows, dim=2), vae.tiled_decode(latents).sample)
 
 
 def test_what_is_not_exact_says_so(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,7 +154,10 @@ def test_a_full_disk_under_a_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         def write(self, data: bytes) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        def close(self) -> None:
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: object) -> None:
             closed.append(self)
 
     closed: list[Any] = []

@@ -200,16 +200,14 @@ def _stages(pipe: TiledPipeline, call: dict[str, Any]) -> list[str]:
     """The stages of a call in words; says what they cost."""
     from tiledcore.compose.stages import plan_call
 
-    *rows, total = plan_call(pipe, call).rows(call["num_inference_steps"])
-    lines = [
-        f"{row['size']}, {row['steps']} steps"
-        + ("" if row["strength"] is None else f" from strength {row['strength']:g}")
-        + f", {row['tiles']} tiles"
-        for row in rows
-    ]
-    for row, line in zip(rows, lines, strict=True):
-        say(f"stage {row['stage']}: {line}")
-    say(f"all stages: {total['of_floor']} x the floor of the last one's steps")
+    costs = plan_call(pipe, call).costs(call["num_inference_steps"])
+    lines = []
+    for index, cost in enumerate(costs, 1):
+        strength = "" if cost.stage.strength is None else f" from strength {cost.stage.strength:g}"
+        lines.append(f"{cost.stage.width}x{cost.stage.height}, {cost.steps} steps{strength}, {cost.tiles} tiles")
+        say(f"stage {index}: {lines[-1]}")
+    floor = sum(cost.canvases for cost in costs) / costs[-1].steps
+    say(f"all stages: {floor:.2f} x the floor of the last one's steps")
     return lines
 
 

@@ -102,12 +102,12 @@ def _mask(path: Path, size: tuple[int, int]) -> Image.Image:
 
 
 def _scene(args: argparse.Namespace) -> list[Region]:
-    from tiledcore.compose.regions import scene_for
+    from tiledcore.compose.regions import load_scene
 
     try:
         width, height = args.size
         check_regular(args.regions)
-        scene = scene_for(args.regions, width, height, ("y" in args.wrap, "x" in args.wrap))
+        scene = load_scene(args.regions, width, height, ("y" in args.wrap, "x" in args.wrap))
     except OSError as error:
         raise CommandError(f"{args.regions}: cannot be read: {error.strerror or error}") from error
     seeds = [region for region in scene if region.seed is not None]

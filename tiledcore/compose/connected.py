@@ -37,10 +37,8 @@ Partners = dict[str, tuple[list[int], list[int]]]
 class Joint:
     """Edges that fit: each right (bottom) side of ``before`` continues in each left (top) side of ``behind``.
 
-    Args:
-        axis: ``"x"`` for images side by side, ``"y"`` for one above the other.
-        before: indices of the images on the left (above).
-        behind: indices of the images on the right (below). ``Joint("x", (0,), (0,))`` is an image that repeats.
+    ``axis`` is ``"x"`` for images side by side, ``"y"`` for one above the other; the others are indices of images.
+    ``Joint("x", (0,), (0,))`` is an image that repeats.
     """
 
     axis: Literal["x", "y"]
@@ -49,11 +47,7 @@ class Joint:
 
 
 class CanvasGraph:
-    """Which edges fit in a set of images of one size.
-
-    Args:
-        images: how many there are.
-        joints: on an axis with joints, each side of each image is in exactly one.
+    """Which edges fit in a set of images of one size. On an axis with joints, each side of each image is in one joint.
 
     Raises:
         ValueError: names the argument and what is valid.
@@ -86,12 +80,9 @@ class CanvasGraph:
         """One neighbour for each side: drawn at random; without a generator the image itself, or else the first."""
         found: Partners = {axis: ([0] * self.images, [0] * self.images) for axis in self.axes}
         for joint in self.joints:
-            before, behind = found[joint.axis]
-            for sides, others, neighbours in (
-                (joint.behind, joint.before, before),
-                (joint.before, joint.behind, behind),
-            ):
-                for i in sides:
+            sides = (joint.behind, joint.before)
+            for here, others, neighbours in zip(sides, sides[::-1], found[joint.axis], strict=True):
+                for i in here:
                     # random() is the only method whose values are the same in all Python versions.
                     at = int(random.random() * len(others)) if random else others.index(i) if i in others else 0
                     neighbours[i] = others[at]
@@ -106,8 +97,8 @@ class CanvasGraph:
             d, n = (-2, reach[0]) if axis == "y" else (-1, reach[1])
             before, behind = partners[axis]
             size = groups.shape[d]
-            ends = (groups[:, before].narrow(d, size - n, n), groups[:, behind].narrow(d, 0, n))
-            groups = torch.cat([ends[0], groups, ends[1]], d)
+            start, end = groups[:, before].narrow(d, size - n, n), groups[:, behind].narrow(d, 0, n)
+            groups = torch.cat([start, groups, end], d)
         return groups.flatten(0, 1)
 
     def on_axes(self, reach: Pair) -> Pair:
@@ -153,9 +144,8 @@ class ConnectedDenoiser(TileDenoiser):
         padded = self.graph.pad(sample, self.reach, self.graph.partners(random))
         tiles, offsets, size, ramp = super().evaluate(forward, padded, timestep, **kwargs)
         if len(offsets) > 1:
-            tiles = ops.blend_tiles(
-                tiles, offsets, size, window=self.config.window, ramp=ramp, impl=self.execution.impl
-            )
+            window, impl = self.config.window, self.execution.impl
+            tiles = ops.blend_tiles(tiles, offsets, size, window=window, ramp=ramp, impl=impl)
         return self.whole(self.graph.share(self.graph.crop(tiles, self.reach), -(-SHARED // self.unit), random))
 
 
@@ -211,10 +201,8 @@ def connected(
         )
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     call |= {"prompt": list(prompts), "height": height, "width": width, "generator": generators}
-    noise = draw_noise(pipe, family, network, call)
-    call["latents"] = as_latents(
-        pipe, family, graph.share(noise, -(-SHARED // unit) * unit, Random(f"connected/{seed}"))
-    )
+    noise = graph.share(draw_noise(pipe, call), -(-SHARED // unit) * unit, Random(f"connected/{seed}"))
+    call["latents"] = as_latents(pipe, noise)
     tiling = with_fade(pipe, tiling, fades=False)
     with tiled(pipe, tiling, execution) as hook, _connected_decoder(pipe.vae, graph, factor):
         denoiser = ConnectedDenoiser(tiling, execution, native, factor, family.patch(network), unit)

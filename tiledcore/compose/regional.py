@@ -6,6 +6,7 @@ The pipeline's own ``encode_prompt`` encodes the regions' prompts, with the argu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -22,17 +23,16 @@ from torch import Tensor
 
 from tiledcore._diffusers import device_of, pack, uncompiled
 from tiledcore.compose.regional_canvas import CanvasRegions
-from tiledcore.compose.regional_tiles import Shares, evaluate, grid_of, split
-from tiledcore.compose.regions import Region, check_are_regions, check_regions, region_weights, seed_noise
+from tiledcore.compose.regional_tiles import evaluate, grid_of, split
+from tiledcore.compose.regions import Region, check_regions, region_weights, seed_noise
 from tiledcore.feature import Feature
 from tiledcore.geometry import Pair, both
 from tiledcore.loop.report import Report
+from tiledcore.tiles.families import network_of
 from tiledcore.utils import replaced
 
 if TYPE_CHECKING:
     from tiledcore.tiles.denoiser import Prediction, TileDenoiser
-
-Wrap = bool | tuple[bool, bool]
 
 # The arguments of a network's forward that depend on the prompt, and their place in encode_prompt's result. A name
 # with a dot is an entry of a dict.
@@ -48,19 +48,12 @@ TEXT: dict[type, dict[str, int]] = {
 class Regional(Feature):
     """The regions of one call. While entered, ``encode_prompt`` encodes the regions' prompts too.
 
-    Args:
-        pipe: the pipeline.
-        network: its denoiser.
-        regions: at least one.
-        hook: the hook of the network.
-
     Raises:
-        TypeError: the network's prompts cannot be replaced, or ``regions`` holds something else.
+        TypeError: the network's prompts cannot be replaced.
         ValueError: the network has no regions in canvas mode.
     """
 
     def __init__(self, pipe: Any, network: Any, regions: Sequence[Region], hook: Any) -> None:
-        check_are_regions(regions)
         inner = uncompiled(network)
         found = [text for kind, text in TEXT.items() if isinstance(inner, kind)]
         if not found or not hasattr(pipe, "encode_prompt"):
@@ -71,8 +64,8 @@ class Regional(Feature):
         self._encoded: list[Any] = []
         self._negative: list[Tensor] = []
         self._used = False
-        self._weights: tuple[Any, Tensor] | None = None
-        self._shares: tuple[Tensor, Shares] | None = None
+        self.weights = lru_cache(maxsize=1)(self._weights)  # checked once, and kept for all steps
+        self._split = lru_cache(maxsize=1)(split)
         self._hook, self._network = hook, network
         self._canvas: CanvasRegions | None = None
 
@@ -140,21 +133,17 @@ class Regional(Feature):
             changed[name] = {**value, entry: new} if entry else new
         return changed
 
-    def weights(self, size: Pair, pixels: int, wrap: Wrap) -> Tensor:
-        """:func:`region_weights` of a canvas, on the CPU; checked once and kept for all steps."""
-        wraps = both(wrap)
-        key = (size, pixels, wraps)
-        if self._weights is None or self._weights[0] != key:
-            check_regions(self.regions, size[1] * pixels, size[0] * pixels, wraps)
-            self._weights = (key, region_weights(self.regions, size, pixels, wraps))
-        return self._weights[1]
+    def _weights(self, size: Pair, pixels: int, wrap: tuple[bool, bool]) -> Tensor:
+        """:func:`region_weights` of a canvas, on the CPU."""
+        check_regions(self.regions, size[1] * pixels, size[0] * pixels, wrap)
+        return region_weights(self.regions, size, pixels, wrap)
 
     def joined(
         self, denoiser: TileDenoiser, prompts: list[dict[str, Any]], size: Pair, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         """The arguments of one evaluation of the whole canvas, for canvas mode."""
         assert self._canvas is not None
-        return self._canvas.joined(prompts, self.weights(size, denoiser.pixels, denoiser.config.wrap), kwargs)
+        return self._canvas.joined(prompts, self.weights(size, denoiser.pixels, both(denoiser.config.wrap)), kwargs)
 
     def evaluate(
         self,
@@ -165,17 +154,14 @@ class Regional(Feature):
         kwargs: dict[str, Any],
     ) -> Prediction:
         """:meth:`tiledcore.tiles.denoiser.TileDenoiser.evaluate` with several prompts, from :meth:`prompts`."""
-        size, wrap = (sample.shape[2], sample.shape[3]), denoiser.config.wrap
+        size, wrap = (sample.shape[2], sample.shape[3]), both(denoiser.config.wrap)
         weights = self.weights(size, denoiser.pixels, wrap)
-        if self._shares is None or self._shares[0] is not weights:
-            wraps = both(wrap)
-            tile = grid_of(denoiser, size, wraps).tile_size
-            self._shares = (weights, split(self.regions, weights, denoiser.pixels, tile, wraps))
-        prediction, self.tiles = evaluate(denoiser, self._shares[1], prompts, forward, sample, kwargs)
+        shares = self._split(self.regions, weights, denoiser.pixels, grid_of(denoiser, size, wrap).tile_size, wrap)
+        prediction, self.tiles = evaluate(denoiser, shares, prompts, forward, sample, kwargs)
         return prediction
 
 
-def draw_noise(pipe: Any, family: Any, network: Any, call: dict[str, Any]) -> Tensor:
+def draw_noise(pipe: Any, call: dict[str, Any]) -> Tensor:
     """The noise ``[B, C, H, W]`` that a text-to-image pipeline would draw for ``call``, its arguments by name.
 
     Raises:
@@ -184,34 +170,28 @@ def draw_noise(pipe: Any, family: Any, network: Any, call: dict[str, Any]) -> Te
     for name in ("latents", "image"):
         if call.get(name) is not None:
             raise ValueError(f"{name}: a region's seed needs initial noise drawn here; leave one of them out")
-    factor, native = pipe.vae_scale_factor, family.native(pipe, network)
-    height, width = (call.get(name) or factor * n for name, n in zip(("height", "width"), both(native), strict=True))
+    network, family = network_of(pipe)
+    factor, native = pipe.vae_scale_factor, both(family.native(pipe, network))
+    height, width = (call.get(name) or factor * n for name, n in zip(("height", "width"), native, strict=True))
     images = _images(call) * (call.get("num_images_per_prompt") or 1)
     channels = network.config.in_channels // family.unit(network) ** 2
-    return randn_tensor(
-        (images, channels, height // factor, width // factor),
-        generator=call.get("generator"),
-        device=device_of(pipe),
-        dtype=network.dtype,
-    )
+    shape = (images, channels, height // factor, width // factor)
+    return randn_tensor(shape, generator=call.get("generator"), device=device_of(pipe), dtype=network.dtype)
 
 
-def as_latents(pipe: Any, family: Any, noise: Tensor) -> Tensor:
+def as_latents(pipe: Any, noise: Tensor) -> Tensor:
     """Noise ``[B, C, H, W]`` as the pipeline takes ``latents``: as tokens if it packs them."""
-    return pack(pipe, noise) if family.packed else noise
+    return pack(pipe, noise) if network_of(pipe)[1].packed else noise
 
 
 def seeded_latents(
-    pipe: Any, family: Any, network: Any, call: dict[str, Any], regions: Sequence[Region], wrap: Wrap
+    pipe: Any, call: dict[str, Any], regions: Sequence[Region], wrap: bool | tuple[bool, bool]
 ) -> Tensor:
-    """The ``latents`` for a text-to-image call, in which each region with a seed has its own noise.
-
-    Elsewhere it is the pipeline's own noise. Errors as for :func:`draw_noise`.
-    """
-    noise, factor = draw_noise(pipe, family, network, call), pipe.vae_scale_factor
+    """The ``latents`` for a text-to-image call, in which regions with a seed have their own noise."""
+    noise, factor = draw_noise(pipe, call), pipe.vae_scale_factor
     height, width = (factor * n for n in noise.shape[2:])
     check_regions(regions, width, height, both(wrap))
-    return as_latents(pipe, family, seed_noise(noise, regions, factor))
+    return as_latents(pipe, seed_noise(noise, regions, factor))
 
 
 def _images(arguments: dict[str, Any]) -> int:

@@ -15,42 +15,13 @@ from torch import Tensor
 
 from tiledcore._diffusers import uncompiled
 from tiledcore.canvas.attention import SELF
-from tiledcore.geometry import Pair
-
-
-class Shares:
-    """The shares of the prompts at each level of a UNet, looked up by the number of image tokens."""
-
-    def __init__(self) -> None:
-        self.prompts = 1
-        self._levels: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        self._key: Any = None
-
-    def enter(self, weights: Tensor, levels: int, device: torch.device, dtype: torch.dtype) -> None:
-        """Set the shares ``[P, H, W]`` of a canvas; each level has half the size of the one above, rounded up."""
-        key = (id(weights), device, dtype)
-        if key == self._key:
-            return
-        self._key, self.prompts, self._levels = key, len(weights), {}
-        for level in range(levels):
-            size: Pair = (-(-weights.shape[1] // 2**level), -(-weights.shape[2] // 2**level))
-            pooled = F.interpolate(weights[None], size, mode="area")[0].flatten(1)
-            at = [share.nonzero().flatten() for share in pooled]
-            found = [(i.to(device), share[i].to(device, dtype)) for i, share in zip(at, pooled, strict=True)]
-            self._levels[size[0] * size[1]] = found
-
-    def level(self, tokens: int) -> list[tuple[Tensor, Tensor]]:
-        """Per prompt: the indices of the tokens where it has a share, and the shares."""
-        if tokens not in self._levels:
-            raise ValueError(f"regions: a layer has {tokens} image tokens, which is no level of this canvas")
-        return self._levels[tokens]
 
 
 class RegionProcessor:
     """Cross-attention to several prompts: the layer's own processor runs once per prompt."""
 
-    def __init__(self, inner: Any, shares: Shares) -> None:
-        self.inner, self.shares = inner, shares
+    def __init__(self, inner: Any, regions: CanvasRegions) -> None:
+        self.inner, self.regions = inner, regions
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None
@@ -58,8 +29,10 @@ class RegionProcessor:
         if attention_mask is not None:
             raise ValueError("encoder_attention_mask: regions in canvas mode know no masked prompts; leave it out")
         out: Tensor | None = None
-        texts = encoder_hidden_states.chunk(self.shares.prompts, 1)
-        for text, (at, share) in zip(texts, self.shares.level(hidden_states.shape[1]), strict=True):
+        levels, tokens = self.regions.levels, hidden_states.shape[1]
+        if tokens not in levels:
+            raise ValueError(f"regions: a layer has {tokens} image tokens, which is no level of this canvas")
+        for text, (at, share) in zip(encoder_hidden_states.chunk(len(levels[tokens]), 1), levels[tokens], strict=True):
             if not len(at):
                 continue
             part = self.inner(attn, hidden_states.index_select(1, at), text) * share[:, None]
@@ -77,6 +50,9 @@ class CanvasRegions:
         TypeError: a layer has a processor that cannot run on some of the pixels.
     """
 
+    levels: dict[int, list[tuple[Tensor, Tensor]]]
+    """By the number of image tokens of a level of the UNet, per prompt: the tokens where it has a share, the shares."""
+
     def __init__(self, network: Any) -> None:
         inner = uncompiled(network)
         if not isinstance(inner, UNet2DConditionModel):
@@ -84,14 +60,15 @@ class CanvasRegions:
                 f"regions with mode='canvas': {type(inner).__name__} joins text and image in one attention, which "
                 "cannot be masked yet; use mode='tiles'"
             )
-        self.shares, self._depth = Shares(), len(inner.config.block_out_channels)
+        self._depth = len(inner.config.block_out_channels)
+        self._weights: Tensor | None = None
         found = [(n, m) for n, m in inner.named_modules() if getattr(m, "is_cross_attention", False)]
         for name, layer in found:
             if type(layer.processor) not in SELF:
                 raise TypeError(f"{name}: {type(layer.processor).__name__} cannot have regions; remove its adapter")
         self._former = [(layer, layer.processor) for _, layer in found]
         for layer, processor in self._former:
-            layer.set_processor(RegionProcessor(processor, self.shares))
+            layer.set_processor(RegionProcessor(processor, self))
 
     def restore(self) -> None:
         for layer, processor in self._former:
@@ -100,8 +77,13 @@ class CanvasRegions:
     def joined(self, prompts: list[dict[str, Any]], weights: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of forward with all prompts in them; a pooled text (SDXL) stays the global prompt's."""
         text = kwargs["encoder_hidden_states"]
-        self.shares.enter(weights, self._depth, text.device, text.dtype)
-        return {
-            **kwargs,
-            "encoder_hidden_states": torch.cat([{**kwargs, **p}["encoder_hidden_states"] for p in prompts], 1),
-        }
+        if self._weights is not weights:
+            self._weights, self.levels = weights, {}
+            for level in range(self._depth):  # each has half the size of the one above, rounded up
+                size = (-(-weights.shape[1] // 2**level), -(-weights.shape[2] // 2**level))
+                pooled = F.interpolate(weights[None], size, mode="area")[0].flatten(1)
+                at = [share.nonzero().flatten() for share in pooled]
+                found = [(i.to(text.device), share[i].to(text)) for i, share in zip(at, pooled, strict=True)]
+                self.levels[size[0] * size[1]] = found
+        texts = torch.cat([{**kwargs, **p}["encoder_hidden_states"] for p in prompts], 1)
+        return {**kwargs, "encoder_hidden_states": texts}

@@ -23,20 +23,6 @@ if TYPE_CHECKING:
     from tiledcore.tiles.denoiser import TileDenoiser
 
 
-class Part(NamedTuple):
-    """Tiles of one size that the network gets in one call, with one prompt."""
-
-    prompt: int
-    tile: Pair
-    offsets: Tensor  # ``[n, 2]`` int32, on the canvas
-    images: int
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """``(N, h, w)`` of its predictions ``[N, C, h, w]``."""
-        return len(self.offsets) * self.images, *self.tile
-
-
 @dataclass(frozen=True, eq=False)
 class Shares:
     """The shares of the prompts in a canvas."""
@@ -50,12 +36,8 @@ class Shares:
 def split(regions: Sequence[Region], weights: Tensor, pixels: int, tile: Pair, wrap: tuple[bool, bool]) -> Shares:
     """Separate the regions with a seed from the other prompts.
 
-    Args:
-        regions: in the order of the weights.
-        weights: ``[1 + regions, H, W]``, the global prompt first.
-        pixels: image pixels per canvas pixel.
-        tile: size in canvas pixels, (y, x).
-        wrap: (y, x).
+    ``weights`` is ``[1 + regions, H, W]``, the global prompt first; ``pixels`` is image pixels per canvas pixel;
+    ``tile`` is in canvas pixels, (y, x).
     """
     common, own = weights.clone(), {}
     for p, region in enumerate(regions, 1):
@@ -82,6 +64,30 @@ def _extent(low: int, high: int, size: int, tile: int, wrap: bool) -> Tensor:
     return torch.arange(low, low + length) % size
 
 
+class Part(NamedTuple):
+    """Tiles of one size that the network gets in one call, with one prompt."""
+
+    prompt: int
+    tile: Pair
+    chosen: Tensor  # ``[n]``: which tiles of their group
+    offsets: Tensor  # ``[n, 2]`` int32, on the canvas
+    images: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(N, h, w)`` of its predictions ``[N, C, h, w]``."""
+        return len(self.offsets) * self.images, *self.tile
+
+
+class Group(NamedTuple):
+    """The tiles of one size in a tiling."""
+
+    tile: Pair
+    offsets: Tensor  # ``[T, 2]`` int32, in the tiling
+    shares: Tensor  # ``[T, P, h, w]`` of the prompts in each tile, or ``[T, P, 1, 1]``
+    parts: list[Part]
+
+
 def evaluate(
     denoiser: TileDenoiser,
     shares: Shares,
@@ -94,89 +100,33 @@ def evaluate(
 
     Returns the prediction, and how many tiles were evaluated.
     """
-    batch, size, tiling = len(sample), (sample.shape[2], sample.shape[3]), denoiser.placed
-    assert tiling is not None
+    images, size, common = len(sample), (sample.shape[2], sample.shape[3]), denoiser.placed
+    assert common is not None
 
     def run(part: Part) -> Tensor:
         offsets = part.offsets.to(sample.device)
         return denoiser._tile_batch(forward, sample, offsets, part.tile, {**kwargs, **prompts[part.prompt]})
 
-    tilings = {p: _own_tiling(denoiser, (len(at[0]), len(at[1])), kwargs["timestep"]) for p, at in shares.own.items()}
-    parts = _parts(shares, tilings, tiling, size, batch, denoiser.tile_batch)
-    outs = iter(denoiser.deal(parts, run, sample))
-    count = sum(len(part.offsets) for part in parts)
-    own = {p: _own(denoiser, outs, tilings[p]) for p in shares.own}
-    like = next(iter(own.values()), None)
+    tilings: dict[int, Tiling | Partition] = {
+        p: _own_tiling(denoiser, (len(rows), len(columns)), kwargs["timestep"])
+        for p, (rows, columns, _) in shares.own.items()
+    }
+    tilings[0] = common  # the global prompt's, and that of all regions without own tiles
+    groups = {p: _groups(tiling, p, shares, size, images, denoiser.tile_batch) for p, tiling in tilings.items()}
+    parts = [part for found in groups.values() for group in found for part in group.parts]
+    count, outs = sum(len(part.offsets) for part in parts), iter(denoiser.deal(parts, run, sample))
+    if isinstance(common, Tiling) and not shares.own:
+        (group,) = groups[0]
+        tiles = _mixed(group, outs, images, None)
+        return Prediction(tiles, group.offsets.to(sample.device), size, denoiser.ramp(common)), count
     canvas: Tensor | None = None
-    for tile, places in tiling.groups.items():
-        offsets = torch.tensor(places, dtype=torch.int32)
-        tiles = _common(outs, shares.common, offsets, tile, batch, like, denoiser.tile_batch)
-        like = tiles
-        if isinstance(tiling, Tiling):
-            if not own:
-                return Prediction(tiles, offsets.to(sample.device), size, denoiser.ramp(tiling)), count
-            canvas = _blend(denoiser, tiling, tiles, offsets)
-            break
-        canvas = _put(canvas, tiles, places, size)
-    assert canvas is not None
+    canvases = {}
+    for p, tiling in tilings.items():
+        canvases[p] = canvas = _canvas(denoiser, tiling, groups[p], outs, images, canvas)
+    whole = canvases[0]
     for p, (rows, columns, share) in shares.own.items():
-        canvas[:, :, rows[:, None].to(canvas.device), columns.to(canvas.device)] += own[p] * share.to(canvas)
-    return denoiser.whole(canvas), count
-
-
-def _parts(
-    shares: Shares,
-    tilings: dict[int, Tiling | Partition],
-    tiling: Tiling | Partition,
-    size: Pair,
-    images: int,
-    tile_batch: int,
-) -> list[Part]:
-    """The tile batches of a step: first of the prompts with own tiles, then of those that share the canvas'."""
-    found = []
-    for p, (rows, columns, _) in shares.own.items():
-        corner = torch.tensor([[int(rows[0]), int(columns[0])]])
-        for tile, places in tilings[p].groups.items():
-            offsets = ((torch.tensor(places) + corner) % torch.tensor([size])).to(torch.int32)
-            found += [Part(p, tile, part, images) for part in offsets.split(tile_batch)]
-    for tile, places in tiling.groups.items():
-        offsets = torch.tensor(places, dtype=torch.int32)
-        weights = ops.gather_tiles(shares.common[None], offsets, tile)
-        found += [Part(p, tile, offsets[chosen], images) for chosen, p in _batches(weights, tile_batch)]
-    return found
-
-
-def _common(
-    outs: Iterator[Tensor],
-    weights: Tensor,
-    offsets: Tensor,
-    tile: Pair,
-    batch: int,
-    like: Tensor | None,
-    tile_batch: int,
-) -> Tensor:
-    """Tiles ``[T*B, C, h, w]``, each a mix of the prompts that have a share in it."""
-    shares = ops.gather_tiles(weights[None], offsets, tile)
-    tiles = None if like is None else like.new_zeros(len(offsets) * batch, like.shape[1], *tile)
-    for chosen, p in _batches(shares, tile_batch):
-        out = next(outs)
-        tiles = out.new_zeros(len(offsets) * batch, *out.shape[1:]) if tiles is None else tiles
-        parts = shares[chosen, p : p + 1].to(out)
-        for i, t in enumerate(chosen):
-            one = out[i * batch : (i + 1) * batch]
-            whole = bool((shares[t, p] == 1).all())  # the only prompt here: not multiplied, so no bit changes
-            tiles[t * batch : (t + 1) * batch] += one if whole else one * parts[i]
-    assert tiles is not None
-    return tiles
-
-
-def _batches(shares: Tensor, tile_batch: int) -> Iterator[tuple[list[int], int]]:
-    """(tiles, prompt) of every evaluation; only prompts with a share in the tile."""
-    present = shares.amax((2, 3)) > 0
-    for p in range(shares.shape[1]):
-        mine = present[:, p].nonzero().flatten().tolist()
-        for start in range(0, len(mine), tile_batch):
-            yield mine[start : start + tile_batch], p
+        whole[:, :, rows[:, None].to(whole.device), columns.to(whole.device)] += canvases[p] * share.to(whole)
+    return denoiser.whole(whole), count
 
 
 def _own_tiling(denoiser: TileDenoiser, size: Pair, timestep: Any) -> Tiling | Partition:
@@ -189,14 +139,71 @@ def _own_tiling(denoiser: TileDenoiser, size: Pair, timestep: Any) -> Tiling | P
     return TileGrid(grid.height, grid.width, grid.tile_size).shifted(step, seed)
 
 
-def _own(denoiser: TileDenoiser, outs: Iterator[Tensor], tiling: Tiling | Partition) -> Tensor:
-    """The prediction ``[B, C, h, w]`` of a part of the canvas."""
-    canvas: Tensor | None = None
-    for places in tiling.groups.values():
-        tiles = torch.cat([next(outs) for _ in range(0, len(places), denoiser.tile_batch)])
+def _groups(tiling: Tiling | Partition, p: int, shares: Shares, size: Pair, images: int, batch: int) -> list[Group]:
+    """The tiles of the prompt ``p``, or of all that share the canvas' tiles (0), and the calls that they need."""
+    rows, columns, _ = shares.own.get(p, (torch.zeros(1), torch.zeros(1), None))
+    corner = torch.tensor([[int(rows[0]), int(columns[0])]])
+    found = []
+    for tile, places in tiling.groups.items():
+        local = torch.tensor(places, dtype=torch.int32)
+        offsets = ((local + corner) % torch.tensor([size])).to(torch.int32)
+        if p:
+            weights = torch.zeros(len(places), len(shares.common), 1, 1)
+            weights[:, p] = 1
+        else:
+            weights = ops.gather_tiles(shares.common[None], offsets, tile)
+        parts = [
+            Part(prompt, tile, chosen, offsets[chosen], images)
+            for prompt in range(weights.shape[1])
+            for chosen in (weights[:, prompt].amax((1, 2)) > 0).nonzero().flatten().split(batch)
+            if len(chosen)
+        ]
+        found.append(Group(tile, local, weights, parts))
+    return found
+
+
+def _mixed(group: Group, outs: Iterator[Tensor], images: int, like: Tensor | None) -> Tensor:
+    """The tiles ``[T*B, C, h, w]`` of a group, each a mix of the prompts that have a share in it."""
+
+    def zeros(like: Tensor) -> Tensor:
+        return like.new_zeros(len(group.offsets) * images, like.shape[1], *group.tile)
+
+    tiles = None if like is None else zeros(like)  # a tile may be covered by regions with their own tiles
+    for part in group.parts:
+        out = next(outs)
+        tiles = zeros(out) if tiles is None else tiles
+        for t, one in zip(part.chosen.tolist(), out.split(images), strict=True):
+            share = group.shares[t, part.prompt]
+            alone = bool((share == 1).all())  # the only prompt here: not multiplied, so no bit changes
+            tiles[t * images : (t + 1) * images] += one if alone else one * share.to(out)
+    assert tiles is not None
+    return tiles
+
+
+def _canvas(
+    denoiser: TileDenoiser,
+    tiling: Tiling | Partition,
+    groups: list[Group],
+    outs: Iterator[Tensor],
+    images: int,
+    like: Tensor | None,
+) -> Tensor:
+    """``[B, C, height, width]`` from the tiles of all groups; ``like`` is another one, if there is one."""
+    size, canvas = (tiling.height, tiling.width), None
+    for group in groups:
+        tiles = like = _mixed(group, outs, images, like)
         if isinstance(tiling, Tiling):
-            return _blend(denoiser, tiling, tiles, torch.tensor(places, dtype=torch.int32))
-        canvas = _put(canvas, tiles, places, (tiling.height, tiling.width))
+            if len(tiling) == 1:
+                return tiles
+            window, ramp, impl = denoiser.config.window, denoiser.ramp(tiling), denoiser.execution.impl
+            return ops.blend_tiles(tiles, group.offsets.to(tiles.device), size, window=window, ramp=ramp, impl=impl)
+        canvas = tiles.new_empty(images, tiles.shape[1], *size) if canvas is None else canvas
+        for place, one in zip(group.offsets.tolist(), tiles.split(images), strict=True):
+            rows, columns = (  # a tile may wrap
+                torch.arange(start, start + n, device=canvas.device) % side
+                for start, n, side in zip(place, group.tile, size, strict=True)
+            )
+            canvas[:, :, rows[:, None], columns] = one
     assert canvas is not None
     return canvas
 
@@ -205,25 +212,3 @@ def grid_of(denoiser: TileDenoiser, size: Pair, wrap: tuple[bool, bool]) -> Tile
     """The tiles of a canvas, or of a part of it, in canvas pixels; not shifted."""
     config, unit = replace(denoiser.config, wrap=wrap), denoiser.unit
     return config.grid(size[0] * unit, size[1] * unit, denoiser.native, unit)
-
-
-def _blend(denoiser: TileDenoiser, tiling: Tiling, tiles: Tensor, offsets: Tensor) -> Tensor:
-    if len(offsets) == 1:
-        return tiles
-    size, ramp, config = (tiling.height, tiling.width), denoiser.ramp(tiling), denoiser.config
-    return ops.blend_tiles(
-        tiles, offsets.to(tiles.device), size, window=config.window, ramp=ramp, impl=denoiser.execution.impl
-    )
-
-
-def _put(canvas: Tensor | None, tiles: Tensor, places: Sequence[Pair], size: Pair) -> Tensor:
-    """Write tiles ``[T*B, C, h, w]`` into a canvas ``[B, C, *size]``, which is made if None; tiles may wrap."""
-    batch = len(tiles) // len(places)
-    canvas = tiles.new_empty(batch, tiles.shape[1], *size) if canvas is None else canvas
-    for place, tile in zip(places, tiles.split(batch), strict=True):
-        rows, columns = (
-            torch.arange(start, start + n, device=canvas.device) % side
-            for start, n, side in zip(place, tile.shape[2:], size, strict=True)
-        )
-        canvas[:, :, rows[:, None], columns] = tile
-    return canvas

@@ -60,8 +60,13 @@ class Region:
             given = "neither is" if self.box is None else "both are"
             raise ValueError(f"box, mask: {given} given, and a region has exactly one of them")
         if self.box is not None:
-            _check_box(self.box)
-            object.__setattr__(self, "box", tuple(self.box))
+            box = self.box
+            valid = isinstance(box, tuple | list) and len(box) == 4 and all(type(n) is int for n in box)
+            if not valid or box[2] <= box[0] or box[3] <= box[1]:
+                raise ValueError(
+                    f"box={box!r}: must be (left, top, right, bottom), ints with left < right and top < bottom"
+                )
+            object.__setattr__(self, "box", tuple(box))
         if validate.real("weight", self.weight, 0) == 0:
             raise ValueError(f"weight={self.weight!r} must be above 0")
         validate.integer("feather", self.feather, 0)
@@ -118,17 +123,11 @@ def check_regions(regions: Sequence[Region], width: int, height: int, wrap: tupl
 
 
 def region_weights(regions: Sequence[Region], size: Pair, pixels: int, wrap: tuple[bool, bool]) -> Tensor:
-    """The share of each prompt in each pixel of a canvas.
+    """The share of each prompt in each pixel of a canvas; ``pixels`` is image pixels per canvas pixel.
 
     A region covers a pixel by ``c``: 1 inside, 0 outside, with a linear ramp of the feather's width. The global
     prompt's share is the product of ``1 - min(weight, 1) c`` over all regions; the regions divide the rest in
     proportion to ``weight c``.
-
-    Args:
-        regions: checked by :func:`check_regions`.
-        size: of the canvas (y, x), in canvas pixels.
-        pixels: image pixels per canvas pixel.
-        wrap: (y, x).
 
     Returns:
         ``[1 + len(regions), H, W]`` float32, the global prompt first; the sum is 1 in every pixel.
@@ -154,15 +153,10 @@ def coverage(region: Region, size: Pair, pixels: int, wrap: tuple[bool, bool]) -
 
 
 def seed_noise(noise: Tensor, regions: Sequence[Region], pixels: int) -> Tensor:
-    """The initial noise of a canvas, in which each region with a seed has its own noise.
+    """The initial noise ``[B, C, H, W]`` of a canvas, in which each region with a seed has its own noise.
 
     That noise is drawn for the region's bounding box, so it does not depend on the position. A later region is in
     front. There is no feather, because a mix of two noises has too little variance.
-
-    Args:
-        noise: ``[B, C, H, W]``, standard normal; a new tensor is returned.
-        regions: those without a seed change nothing.
-        pixels: image pixels per canvas pixel.
     """
     noise = noise.clone()
     B, C, H, W = noise.shape
@@ -184,14 +178,15 @@ def seed_noise(noise: Tensor, regions: Sequence[Region], pixels: int) -> Tensor:
     return noise
 
 
-def load_scene(path: Path) -> list[Region]:
-    """Read regions from a TOML file: one ``[[region]]`` table each, with the arguments of :class:`Region` as keys.
+def load_scene(path: Path, width: int, height: int, wrap: tuple[bool, bool]) -> list[Region]:
+    """Read the regions of a canvas of ``width`` by ``height`` px from a TOML file; ``wrap`` is (y, x).
 
-    A mask is the name of an image file, relative to the scene's folder.
+    Each ``[[region]]`` table has the arguments of :class:`Region` as keys. A mask is the name of an image file,
+    relative to the scene's folder.
 
     Raises:
         ValueError: names the file, the region by its number from 1, the key and what is valid.
-        OSError: a file cannot be read.
+        OSError: the file cannot be read.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -203,54 +198,34 @@ def load_scene(path: Path) -> list[Region]:
     tables = content.get("region")
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
         raise ValueError(f"{path}: holds no [[region]] table")
-    return [_read_region(path, i, table) for i, table in enumerate(tables, 1)]
-
-
-def _read_region(path: Path, number: int, table: dict[str, Any]) -> Region:
-    where = f"{path}: region {number}"
-    unknown = sorted(set(table) - set(KEYS))
-    if unknown:
-        raise ValueError(f"{where}: unknown key {unknown[0]!r}: must be one of {', '.join(KEYS)}")
-    if "prompt" not in table:
-        raise ValueError(f"{where}: has no prompt")
-    mask = table.get("mask")
-    if mask is not None:
-        if not isinstance(mask, str):
-            raise ValueError(f"{where}: mask={mask!r}: must be the name of an image file")
-        table = {**table, "mask": _read_mask(where, path.parent / mask)}
-    if isinstance(table.get("box"), list):
-        table = {**table, "box": tuple(table["box"])}
-    try:
-        return Region(**table)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def _read_mask(where: str, file: Path) -> Image.Image:
-    try:
-        mask = load_image(file).convert("L")
-    except (OSError, SyntaxError) as error:  # Pillow raises both on broken files
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not an image"
-        raise ValueError(f"{where}: mask={str(file)!r}: cannot be read: {reason}") from error
-    mask.filename = str(file)  # type: ignore[attr-defined]
-    return mask
-
-
-def scene_for(path: Path, width: int, height: int, wrap: tuple[bool, bool]) -> list[Region]:
-    """:func:`load_scene`, checked against a canvas in px; errors name the region by its number in the file."""
-    regions = load_scene(path)
-    for i, region in enumerate(regions, 1):
+    regions = []
+    for i, table in enumerate(tables, 1):
         try:
-            check_regions([region], width, height, wrap)
+            regions.append(_read_region(path.parent, table))
+            check_regions(regions[-1:], width, height, wrap)
         except ValueError as error:
             raise ValueError(f"{path}: region {i}: {str(error).removeprefix('regions[0].')}") from None
     return regions
 
 
-def _check_box(box: Any) -> None:
-    valid = isinstance(box, tuple | list) and len(box) == 4 and all(type(n) is int for n in box)
-    if not valid or box[2] <= box[0] or box[3] <= box[1]:
-        raise ValueError(f"box={box!r}: must be (left, top, right, bottom), ints with left < right and top < bottom")
+def _read_region(folder: Path, table: dict[str, Any]) -> Region:
+    unknown = sorted(set(table) - set(KEYS))
+    if unknown:
+        raise ValueError(f"unknown key {unknown[0]!r}: must be one of {', '.join(KEYS)}")
+    named: dict[str, Any] = {"prompt": None} | table
+    if isinstance(named.get("box"), list):
+        named["box"] = tuple(named["box"])
+    if "mask" in named:
+        if not isinstance(named["mask"], str):
+            raise ValueError(f"mask={named['mask']!r}: must be the name of an image file")
+        file = folder / named["mask"]
+        try:
+            named["mask"] = load_image(file).convert("L")
+        except (OSError, SyntaxError) as error:  # Pillow raises both on broken files
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else "not an image"
+            raise ValueError(f"mask={str(file)!r}: cannot be read: {reason}") from error
+        named["mask"].filename = str(file)  # type: ignore[attr-defined]
+    return Region(**named)
 
 
 def _mask(mask: Any) -> NDArray[np.float32]:
@@ -269,15 +244,10 @@ def _mask(mask: Any) -> NDArray[np.float32]:
 
 def _profile(low: int, high: int, size: int, pixels: int, wrap: bool) -> Tensor:
     """The part of each canvas pixel, on one axis, between the positions ``low`` and ``high`` in px."""
-    edges = torch.arange(size + 1, dtype=torch.float64) * pixels
-
-    def part(start: int, stop: int) -> Tensor:
-        return edges.clamp(start, stop).diff() / pixels
-
-    length = size * pixels
-    whole = part(low, min(high, length))
+    edges, length = torch.arange(size + 1, dtype=torch.float64) * pixels, size * pixels
+    whole = edges.clamp(low, min(high, length)).diff() / pixels
     if wrap and high > length:
-        whole = whole + part(0, high - length)
+        whole += edges.clamp(0, high - length).diff() / pixels
     return whole.float()
 
 

@@ -19,13 +19,10 @@ Upscaler = Callable[[Tensor, Pair], Tensor]
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: its size in px and its strength.
+    """One stage makes an image of ``width`` by ``height`` px.
 
-    Args:
-        width: of the image that the stage makes.
-        height: of the image that the stage makes.
-        strength: share of the steps that run on the enlarged image, above 0 up to 1; None, in the first stage only:
-            generate from noise.
+    ``strength`` is the share of the steps that run on the enlarged image, above 0 up to 1; None, in the first stage
+    only: generate from noise.
     """
 
     width: int
@@ -35,13 +32,8 @@ class Stage:
     def __post_init__(self) -> None:
         validate.integer("stages: width", self.width, 1)
         validate.integer("stages: height", self.height, 1)
-        if self.strength is not None:
-            _check_strength(self.strength)
-
-
-def _check_strength(strength: float) -> None:
-    if not 0 < strength <= 1:
-        raise ValueError(f"stages: strength={strength!r} must be above 0 up to 1")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise ValueError(f"stages: strength={self.strength!r} must be above 0 up to 1")
 
 
 @dataclass(frozen=True)
@@ -72,7 +64,7 @@ class Staging:
     def __post_init__(self) -> None:
         if not 1 < self.factor <= 4:
             raise ValueError(f"stages: factor={self.factor!r} must be above 1 and at most 4")
-        _check_strength(self.strength)
+        Stage(1, 1, self.strength)  # checks the strength
         if self.upscale not in ("bicubic", "latent") and not callable(self.upscale):
             raise ValueError(f"stages: upscale={self.upscale!r} must be 'bicubic', 'latent' or a function")
 
@@ -100,17 +92,11 @@ def staging(stages: Stages) -> Staging | None:
 
 
 def plan_stages(size: Pair, native: Pair, multiple: int, config: Staging, start: Pair | None = None) -> list[Stage]:
-    """The stages from the native size, or from an image, to ``size``; all sizes are (height, width) in px.
+    """The stages from the ``native`` size, or from an image of size ``start``, to ``size``, all (height, width) in px.
 
     The first stage has the native area and the aspect ratio of ``size``, but no side below half of the native one.
-    The others all enlarge by one ratio, and there are as few as ``config.factor`` allows.
-
-    Args:
-        size: of the last stage.
-        native: the size that the model was trained on.
-        multiple: every side, also of ``size``, is a multiple of this.
-        config: how to plan.
-        start: size of the image that the first stage enlarges; None: the first stage generates from noise.
+    The others all enlarge by one ratio, and there are as few as ``config.factor`` allows. Every side is a multiple of
+    ``multiple``.
 
     Raises:
         ValueError: ``size`` is not a multiple, or the given stages do not lead to it.
@@ -120,28 +106,27 @@ def plan_stages(size: Pair, native: Pair, multiple: int, config: Staging, start:
         raise ValueError(f"size {width}x{height}: each side must be a multiple of {multiple} px")
     if config.sizes is not None:
         return _check_given(config.sizes, size, multiple, start)
-    if start is None:
+    begin, stages = start, []
+    if begin is None:
         area = math.sqrt(native[0] * native[1] / (height * width))
         scale = min(1.0, max(area, min(native) / 2 / min(size)))
         begin = (_rounded(scale * height, multiple), _rounded(scale * width, multiple))
-    else:
-        begin = start
     total = max(height / begin[0], width / begin[1])
     # The 0.02: rounding of the native size must not cost one more stage.
     count = max(0, math.ceil(math.log(total) / math.log(config.factor) - 0.02)) if total > 1 else 0
-    if start is not None:
+    if start is None:
+        first = begin if count else size  # equal to the native size up to rounding
+        stages.append(Stage(first[1], first[0], None))
+    else:
         count = max(1, count)
-    elif count == 0:
-        begin = size  # equal to the native size up to rounding
-    stages = [] if start is not None else [Stage(begin[1], begin[0], None)]
-    for index in range(1, count + 1):
+    for index in range(1, count):
         # Each axis has its own ratio, because a given image may have another aspect ratio than the result.
         h, w = (
             _rounded(first * (last / first) ** (index / count), multiple)
             for first, last in zip(begin, size, strict=True)
         )
-        stages.append(Stage(w, h, config.strength) if index < count else Stage(width, height, config.strength))
-    return stages
+        stages.append(Stage(w, h, config.strength))
+    return [*stages, Stage(width, height, config.strength)] if count else stages
 
 
 def _rounded(side: float, multiple: int) -> int:
@@ -166,10 +151,3 @@ def _check_given(stages: Sequence[Stage], size: Pair, multiple: int, start: Pair
         if index and (stage.width < stages[index - 1].width or stage.height < stages[index - 1].height):
             raise ValueError(f"{name}: is smaller than the stage before it")
     return list(stages)
-
-
-def stage_steps(stage: Stage, steps: int, rounds_down: bool) -> int:
-    """The number of steps of a stage, as in diffusers' image-to-image pipelines; those of UNets round down."""
-    if stage.strength is None:
-        return steps
-    return int(steps * stage.strength) if rounds_down else steps - int(max(steps - steps * stage.strength, 0))

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tiledcore._diffusers import is_hinted
 from tiledcore.compose.pictures import match_colour, size_px, to_tensor
-from tiledcore.compose.stage_plan import Stage, Staging, Upscaler, plan_stages, stage_steps, staging
+from tiledcore.compose.stage_plan import Stage, Staging, Upscaler, plan_stages, staging
 from tiledcore.config import Execution, TilingConfig
 from tiledcore.geometry import Pair, both
 from tiledcore.tiles.families import network_of, to_image
@@ -47,11 +47,7 @@ class Cost:
 
 
 def stage_tiling(stage: Stage, config: TilingConfig, native: Pair, factor: int, patch: int) -> TilingConfig:
-    """The tiling of a stage: the caller's; but an image of native size is one tile unless it wraps.
-
-    ``native`` is (height, width) in latent pixels, ``factor`` image pixels per latent pixel, ``patch`` latent pixels
-    per token.
-    """
+    """The tiling of a stage: the caller's; but an image of ``native`` latent size is one tile unless it wraps."""
     height, width = stage.height // factor, stage.width // factor
     open_tiles = config.mode == "tiles" and not any(both(config.wrap))
     if stage.strength is None and open_tiles and height * width <= 1.05 * native[0] * native[1]:
@@ -67,14 +63,9 @@ def stage_tiling(stage: Stage, config: TilingConfig, native: Pair, factor: int, 
 
 
 class StagePlan:
-    """The stages of one image, and their cost.
+    """The stages of one image of ``size`` (height, width) px, and their cost.
 
-    Args:
-        pipe: a :class:`~tiledcore.pipeline.TiledPipeline`.
-        size: (height, width) of the result, px.
-        config: how to plan the stages.
-        tiling: of the last stage.
-        start: (height, width) of the image that the first stage enlarges, or None.
+    ``tiling`` is of the last stage, ``start`` the size of the image that the first stage enlarges, or None.
     """
 
     def __init__(self, pipe: Any, size: Pair, config: Staging, tiling: TilingConfig, start: Pair | None = None) -> None:
@@ -107,7 +98,7 @@ class StagePlan:
         costs = []
         for stage, tiling in zip(self.stages, self.tilings(), strict=True):
             grid = tiling.grid(stage.height // self.factor, stage.width // self.factor, self.native)
-            count = stage_steps(stage, steps, self._rounds_down)
+            count = self._steps(stage, steps)
             if count < 1:
                 raise ValueError(f"stages: strength={stage.strength} leaves none of {steps} steps")
             area = tiling.area_factor(grid, count)
@@ -115,24 +106,12 @@ class StagePlan:
             costs.append(Cost(stage, count, len(grid), area, count * area * share))
         return costs
 
-    def rows(self, steps: int) -> list[dict[str, Any]]:
-        """The plan as a table: one row per stage, and their sum."""
-        costs = self.costs(steps)
-        rows: list[dict[str, Any]] = [
-            {
-                "stage": index + 1,
-                "size": f"{cost.stage.width}x{cost.stage.height}",
-                "strength": cost.stage.strength,
-                "steps": cost.steps,
-                "tiles": cost.tiles,
-                "area_factor": round(cost.area_factor, 2),
-                "canvases": round(cost.canvases, 2),
-            }
-            for index, cost in enumerate(costs)
-        ]
-        total = sum(cost.canvases for cost in costs)
-        # The lower bound: the steps of the final stage, each pixel once.
-        return [*rows, {"stage": "all", "canvases": round(total, 2), "of_floor": round(total / costs[-1].steps, 2)}]
+    def _steps(self, stage: Stage, steps: int) -> int:
+        """The steps of a stage, as in diffusers' image-to-image pipelines; those of UNets round down."""
+        if stage.strength is None:
+            return steps
+        kept = steps * stage.strength
+        return int(kept) if self._rounds_down else steps - int(max(steps - kept, 0))
 
 
 def plan_call(pipe: Any, call: dict[str, Any]) -> StagePlan:
@@ -163,13 +142,9 @@ def plan_call(pipe: Any, call: dict[str, Any]) -> StagePlan:
 
 
 def from_pictures(pipe: Any, arguments: dict[str, Any], options: Any, execution: Execution | None) -> Any:
-    """Run a call of a :class:`~tiledcore.pipeline.TiledPipeline` that has stages, ``keep_colour``, or both.
+    """Run a call of a TiledPipeline that has stages, ``keep_colour``, or both.
 
-    Args:
-        pipe: the TiledPipeline.
-        arguments: of the call, by name.
-        options: a :class:`~tiledcore.call.Options`.
-        execution: of the call, or None.
+    ``arguments`` are those of the call by name, ``options`` is its :class:`~tiledcore.call.Options`.
 
     Raises:
         ValueError: names an argument that does not go with stages or ``keep_colour``.
@@ -177,31 +152,20 @@ def from_pictures(pipe: Any, arguments: dict[str, Any], options: Any, execution:
     for name, value in (("rows", options.rows), ("checkpoint", options.checkpoint), ("regions", options.regions)):
         if value:
             raise ValueError(f"{name}: is of one stage only; leave it out, or give stages=None")
-    image, pull = arguments.pop("image", None), options.pull
+    image, config = arguments.pop("image", None), staging(options.stages)
     if options.keep_colour and image is None:
         raise ValueError("keep_colour: needs an image whose colours to keep; give image= too")
     if options.keep_colour and arguments.get("output_type") == "latent":
         raise ValueError("keep_colour: works on pixels, and output_type='latent' has none")
     source = None if image is None else to_tensor(image)
-    call = arguments | {"execution": execution}
-    if options.preview is not None:
-        call["preview"] = options.preview
-    config = staging(options.stages)
+    call = arguments | {"execution": execution, "preview": options.preview}
     if config is None:
-        result = pipe(image=image, tiling=options.tiling, pull=pull, stages=None, **call)
+        result = pipe(image=image, tiling=options.tiling, pull=options.pull, stages=None, **call)
     else:
-        for name in ("latents", "mask_image", "sigmas", "timesteps"):
-            if arguments.get(name) is not None:
-                raise ValueError(f"{name}: is of one stage only; leave it out, or give stages=None")
-        _check_sibling(pipe.pipe, arguments | {"image": image})
-        if config.upscale == "latent" and network_of(pipe.pipe)[1].model not in STARTS_FROM_LATENTS:
-            raise ValueError(
-                f"stages: upscale='latent' needs a pipeline that starts from latents (Stable Diffusion, SDXL, SD3, "
-                f"FLUX), and {type(pipe.pipe).__name__} does not; give upscale='bicubic'"
-            )
-        plan = plan_call(pipe, arguments | {"image": source, "tiling": options.tiling, "stages": config, "pull": pull})
+        _check_stages(pipe.pipe, config, arguments | {"image": image})
+        given = {"image": source, "tiling": options.tiling, "stages": config, "pull": options.pull}
         rest = {name: value for name, value in call.items() if name not in ("height", "width", "strength")}
-        result = run(pipe, plan, rest, source)
+        result = run(pipe, plan_call(pipe, arguments | given), rest, source)
     if not options.keep_colour or source is None:
         return result
     images = match_colour(result[0], source)
@@ -211,8 +175,16 @@ def from_pictures(pipe: Any, arguments: dict[str, Any], options: Any, execution:
     return result
 
 
-def _check_sibling(pipe: Any, call: dict[str, Any]) -> None:
+def _check_stages(pipe: Any, config: Staging, call: dict[str, Any]) -> None:
     """Check that the model has an image-to-image pipeline, and that this takes the arguments of the call."""
+    for argument in ("latents", "mask_image", "sigmas", "timesteps"):
+        if call.get(argument) is not None:
+            raise ValueError(f"{argument}: is of one stage only; leave it out, or give stages=None")
+    if config.upscale == "latent" and network_of(pipe)[1].model not in STARTS_FROM_LATENTS:
+        raise ValueError(
+            f"stages: upscale='latent' needs a pipeline that starts from latents (Stable Diffusion, SDXL, SD3, FLUX), "
+            f"and {type(pipe).__name__} does not; give upscale='bicubic'"
+        )
     name, known = type(pipe).__name__, signature(type(pipe).__call__).parameters
     if is_hinted(pipe):
         raise ValueError(f"stages: {name} is not refined in stages; give stages=None")
@@ -233,42 +205,32 @@ def _check_sibling(pipe: Any, call: dict[str, Any]) -> None:
 def run(pipe: Any, plan: StagePlan, call: dict[str, Any], image: Tensor | None = None) -> Any:
     """Make an image stage by stage; returns the result of the last stage's pipeline.
 
-    Args:
-        pipe: the :class:`~tiledcore.pipeline.TiledPipeline`.
-        plan: of this image.
-        call: arguments of the call by name, without size, image, tiling, strength and pull.
-        image: ``[B, 3, H, W]`` in 0..1 that the first stage enlarges, if the plan has one.
+    ``call`` has the arguments without size, image, tiling, strength and pull; ``image`` is ``[B, 3, H, W]`` in 0..1
+    that the first stage enlarges, if the plan has one.
     """
-    call = dict(call)
-    return_dict = call.pop("return_dict", True)
-    output_type = call.pop("output_type", "pil")
-    latent, held = plan.config.upscale == "latent", False
-    first, wrap = image, plan.tiling.wrap
+    return_dict, output_type = call.get("return_dict", True), call.get("output_type", "pil")
+    call = {name: value for name, value in call.items() if name not in ("return_dict", "output_type")}
+    latent, held, first = plan.config.upscale == "latent", False, image
+    result: Any = None
     for stage, tiling in zip(plan.stages, plan.tilings(), strict=True):
+        last, size = stage is plan.stages[-1], (stage.height, stage.width)
+        latent_size = (stage.height // plan.factor, stage.width // plan.factor)
         kwargs = {**call, "tiling": tiling, "height": stage.height, "width": stage.width, "stages": None}
         if stage.strength is not None:
             assert image is not None, "a stage with a strength comes after a picture"
-            if held:
-                size = (stage.height // plan.factor, stage.width // plan.factor)
-                kwargs["image"] = enlarge_latents(image, size)
-            else:
-                kwargs["image"] = enlarge(image, (stage.height, stage.width), plan.config.upscale)
-            kwargs |= {"strength": stage.strength, "pull": plan.config.pull}
-        last = stage is plan.stages[-1]
-        between = "latent" if latent else "pt"
-        result = pipe(output_type=output_type if last else between, **kwargs)
-        if stage.strength is not None and plan.config.match and not latent and not (last and output_type == "latent"):
+            larger = enlarge_latents(image, latent_size) if held else enlarge(image, size, plan.config.upscale)
+            kwargs |= {"image": larger, "strength": stage.strength, "pull": plan.config.pull}
+        kind = output_type if last else "latent" if latent else "pt"
+        result = pipe(output_type=kind, **kwargs)
+        if stage.strength is not None and plan.config.match and not latent and kind != "latent":
             assert first is not None
-            result.images = match_colour(result.images, first, wrap=both(wrap))
+            result.images = match_colour(result.images, first, wrap=both(plan.tiling.wrap))
         if last:
-            return result if return_dict else result.to_tuple()
+            break
         held = latent
-        if held:
-            image = _unpacked(pipe.pipe, result.images, stage.height // plan.factor, stage.width // plan.factor)
-        else:
-            image = result.images.float().clamp(0, 1)
-            first = image if first is None else first
-    raise AssertionError("a plan has at least one stage")
+        image = _unpacked(pipe.pipe, result.images, *latent_size) if held else result.images.float().clamp(0, 1)
+        first = image if first is None else first
+    return result if return_dict else result.to_tuple()
 
 
 def enlarge(image: Tensor, size: Pair, upscale: Literal["bicubic", "latent"] | Upscaler) -> Tensor:

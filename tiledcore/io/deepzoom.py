@@ -5,11 +5,14 @@ Level 0 is the picture; each next level has half the size, down to a single tile
 
 from __future__ import annotations
 
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import numpy as np
+import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -18,8 +21,6 @@ from tiledcore.io.images import load_image
 from tiledcore.io.writers import TILE
 
 Pixels = NDArray[np.uint8]
-
-TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 class Levels:
@@ -36,17 +37,18 @@ class Levels:
     """
 
     def __init__(self, path: Path) -> None:
-        self._lock = Lock()
-        self._tiff: Any = None
-        self._pages: list[Any] = []
-        self._images: list[Image.Image] = []
         check_regular(path)
-        with path.open("rb") as file:
-            tiff = file.read(4) in TIFF_MAGIC
-        if tiff:
-            self._open_pages(path)
-        if not self._pages:
-            self._images = _halvings(load_image(path))
+        self._lock = Lock()
+        self._images: list[Image.Image] = []
+        self._tiff: tifffile.TiffFile | None = None
+        with suppress(tifffile.TiffFileError):  # another format
+            self._tiff = tifffile.TiffFile(path)
+        self._pages: list[Any] = [] if self._tiff is None else list(self._tiff.pages)
+        if not _is_pyramid(self._pages):
+            self.__exit__()
+            self._pages, self._images = [], [load_image(path)]
+            while max(self._images[-1].size) > TILE:
+                self._images.append(self._images[-1].reduce(2))
         #: (width, height) of each level.
         self.sizes = [(p.imagewidth, p.imagelength) for p in self._pages] or [image.size for image in self._images]
 
@@ -54,12 +56,8 @@ class Levels:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
         if self._tiff is not None:
             self._tiff.close()
-            self._tiff = None
 
     @property
     def pyramid(self) -> bool:
@@ -79,51 +77,28 @@ class Levels:
         columns, rows = -(-width // TILE), -(-height // TILE)
         if not (0 <= x < columns and 0 <= y < rows):
             raise IndexError(f"tile ({x}, {y}) of {columns}x{rows}")
-        w, h = min(TILE, width - x * TILE), min(TILE, height - y * TILE)
+        right, bottom = min(width, (x + 1) * TILE), min(height, (y + 1) * TILE)
         if self._images:
-            return np.asarray(self._images[level].crop((x * TILE, y * TILE, x * TILE + w, y * TILE + h)))
+            return np.asarray(self._images[level].crop((x * TILE, y * TILE, right, bottom)))
         page, index = self._pages[level], y * columns + x
         with self._lock:
             file = page.parent.filehandle
             file.seek(page.dataoffsets[index])
             data = file.read(page.databytecounts[index])
         try:
-            decoded = page.decode(data, index)[0]
+            pixels: Pixels = page.decode(data, index)[0][0, : bottom - y * TILE, : right - x * TILE]
         except Exception as error:  # each decompressor has its own
             raise ValueError(f"tile ({x}, {y}) of level {level}: {error}") from error
-        if decoded is None:
-            raise ValueError(f"tile ({x}, {y}) of level {level}: there is nothing in the file")
-        pixels: Pixels = decoded[0, :h, :w]
         return pixels
-
-    def _open_pages(self, path: Path) -> None:
-        import tifffile
-
-        tiff = tifffile.TiffFile(path)
-        pages = list(tiff.pages)
-        if _is_pyramid(pages):
-            self._tiff, self._pages = tiff, pages
-        else:
-            tiff.close()
 
 
 def _is_pyramid(pages: list[Any]) -> bool:
     """Whether each page is RGB in tiles of 256x256 and half the size of the page before, down to one tile."""
-    above: tuple[int, int] | None = None
-    for page in pages:
-        size = (page.imagewidth, page.imagelength)
-        plain = (
-            page.dtype == np.uint8 and page.samplesperpixel == 3 and page.planarconfig == 1 and page.photometric == 2
-        )
-        halved = above is None or size == (-(-above[0] // 2), -(-above[1] // 2))
-        if not (plain and halved and page.is_tiled and (page.tilewidth, page.tilelength) == (TILE, TILE)):
-            return False
-        above = size
-    return above is not None and max(above) <= TILE
+    sizes = [(page.imagewidth, page.imagelength) for page in pages]
+    halved = all(below == (-(-width // 2), -(-height // 2)) for (width, height), below in pairwise(sizes))
+    return bool(pages) and halved and max(sizes[-1]) <= TILE and all(map(_is_plain, pages))
 
 
-def _halvings(image: Image.Image) -> list[Image.Image]:
-    images = [image]
-    while max(images[-1].size) > TILE:
-        images.append(images[-1].reduce(2))
-    return images
+def _is_plain(page: Any) -> bool:
+    colours = (page.dtype, page.samplesperpixel, page.planarconfig, page.photometric)
+    return colours == (np.uint8, 3, 1, 2) and page.is_tiled and (page.tilewidth, page.tilelength) == (TILE, TILE)

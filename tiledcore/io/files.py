@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import stat
 import zlib
 from collections.abc import Iterator
@@ -59,8 +58,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Open a new file for reading and writing; it replaces ``path`` when the block ends without an error.
 
     Raises:
-        OSError: it could not be written. After any error ``path`` is as it was, and nothing else is left. Files
-            that a killed process of this machine left behind for the same target are removed.
+        OSError: it could not be written. After any error ``path`` is as it was, and nothing else is left.
     """
     # In the same folder, because a rename is atomic only within one file system. Not made by tempfile, whose
     # files only their owner may read.
@@ -81,13 +79,9 @@ def _remove_stale(folder: Path, start: str) -> None:
     """Remove the temporary files of one target whose process has ended."""
     if os.name != "posix":  # on Windows os.kill(pid, 0) ends the process
         return
-    name = re.compile(re.escape(start) + r"([1-9][0-9]{0,8})\.tmp")
-    with suppress(OSError):  # a folder that cannot be listed: leave it as it is
-        for path in folder.iterdir():
-            if (found := name.fullmatch(path.name)) is not None:
-                try:
-                    os.kill(int(found[1]), 0)
-                except ProcessLookupError:
-                    path.unlink(missing_ok=True)
-                except PermissionError:  # alive, and another user's
-                    continue
+    for path in folder.glob(f"{start}*.tmp"):
+        with suppress(ValueError, OverflowError, PermissionError):  # no number, or another user's process
+            try:
+                os.kill(int(path.stem.removeprefix(start)), 0)
+            except ProcessLookupError:
+                path.unlink(missing_ok=True)

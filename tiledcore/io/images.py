@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from tiledcore.io.files import FORMATS, check_regular, replacing
-from tiledcore.io.writers import CHUNK, png_texts, write_rows
+from tiledcore.io.files import check_regular
+from tiledcore.io.writers import CHUNK, write_rows
 
 logger = logging.getLogger(__name__)
 
@@ -26,19 +26,19 @@ class PictureError(ValueError):
 
 
 def load_image(path: Path) -> Image.Image:
-    """Read a picture as RGB, rotated as its EXIF data says. Of several frames or pages the first is read.
-
-    Raises:
-        OSError: not there, not an ordinary file, not a picture, or damaged.
-        PictureError: more than :data:`MOST_PIXELS`, or see :func:`to_rgb`.
-    """
+    """Read the first frame or page of a picture as RGB, rotated as its EXIF data says; errors as in :func:`opened`."""
     with opened(path) as image:
         return to_rgb(image, str(path))
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
-    """The picture in a file as Pillow opens it, rotated as its EXIF data says; errors as in :func:`load_image`."""
+    """The picture in a file as Pillow opens it, rotated as its EXIF data says.
+
+    Raises:
+        OSError: not there, not an ordinary file, not a picture, or damaged.
+        PictureError: more than :data:`MOST_PIXELS`, or see :func:`to_rgb`.
+    """
     check_regular(path)
     with _any_size(), Image.open(path) as image:
         if image.width * image.height > MOST_PIXELS:
@@ -53,14 +53,10 @@ def opened(path: Path) -> Iterator[Image.Image]:
 
 
 def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
-    """A PIL picture of any mode as 8-bit RGB.
+    """A PIL picture of any mode as 8-bit RGB; ``name`` is what messages call it.
 
     16 bits are scaled to 8. Floats are scaled from 0..1, or taken as they are where they go up to 255. Transparent
     pixels are drawn on white, with a warning.
-
-    Args:
-        image: the picture.
-        name: what messages call it.
 
     Raises:
         PictureError: integers or floats outside of these ranges, so that white is not known.
@@ -110,24 +106,8 @@ def _eight_bits(image: Image.Image, name: str) -> np.ndarray[Any, np.dtype[np.ui
 
 
 def save_image(image: Image.Image, path: Path, metadata: dict[str, Any]) -> None:
-    """Write a picture, and its settings into a PNG or TIFF; after an error ``path`` is as it was.
-
-    Args:
-        image: the picture.
-        path: its extension is one of ``FORMATS``.
-        metadata: of a PNG, ``metadata["prompt"]`` becomes the standard description too.
-
-    Raises:
-        OSError: it could not be written.
-    """
-    kind, options, _ = FORMATS[path.suffix.lower()]
-    if kind == "TIFF":
-        write_rows(path, image.size, iter([np.asarray(image.convert("RGB"))]), metadata)
-        return
-    if kind == "PNG":
-        options = {"pnginfo": png_texts(metadata)}
-    with replacing(path) as file:
-        image.save(file, format=kind, **options)
+    """:func:`~tiledcore.io.writers.write_rows` for a picture that is there whole."""
+    write_rows(path, image.size, iter([np.asarray(image.convert("RGB"))]), metadata)
 
 
 def read_metadata(path: Path) -> dict[str, Any] | None:

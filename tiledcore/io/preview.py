@@ -1,12 +1,11 @@
 """A small picture of the canvas every few steps, while it is denoised.
 
-The canvas is averaged down to at most the model's native size and decoded by the pipeline's own autoencoder, so that
-it works for every family and needs no table of colours for each autoencoder. A preview costs one pass over the canvas
-and the decode of one native image; it changes no bit of the result.
+The canvas is averaged down to at most the model's native size and decoded by the pipeline's own autoencoder. It costs
+one pass over the canvas and the decode of one native image, and changes no bit of the result.
 
 What is decoded is an estimate of the clean image. At noise level ``(α, σ)`` the canvas is ``α x0 + σ ε``; averaged over
 ``k`` pixels its noise has the variance ``σ² / k``. The best linear estimate of clean latents of variance 1 is then
-``α z / (α² + σ² / k)`` (Wiener 1949): grey while there is nothing but noise, and the latents themselves at the end.
+``α z / (α² + σ² / k)`` (Wiener 1949).
 """
 
 from __future__ import annotations
@@ -16,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tiledcore import validate
 from tiledcore.feature import Feature, Start
-from tiledcore.io.files import FORMATS, check_target, replacing
+from tiledcore.io.files import check_target
+from tiledcore.io.images import save_image
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a command's path is checked before that
     from torch import Tensor
@@ -27,37 +28,31 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a command's path is chec
 logger = logging.getLogger(__name__)
 
 EVERY = 5
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
 class Preview:
     """Where a call of a :class:`~tiledcore.TiledPipeline` shows how far it is, and how often.
 
-    Of several images the first one is shown. The file is replaced in one go, so that whoever watches it never reads
-    half a picture, and stays when the call is finished. Once it cannot be written, or memory does not suffice for it,
-    a warning says so and the call goes on without.
+    Of several images the first one is shown. The file is always complete, and stays when the call is finished. If it
+    cannot be written, or memory does not suffice for it, a warning says so and the call goes on without previews.
 
     Args:
-        path: its extension is one of :data:`SUFFIXES`.
+        path: of the file; its extension is one of :data:`tiledcore.io.files.FORMATS`.
         every: evaluations of the network between two previews. The last one is always shown.
 
     Raises:
-        ValueError: the extension is not known, the folder is not there, or ``every`` is below 1.
+        ValueError: names the argument, its value and what is valid.
     """
 
     path: Path
     every: int = EVERY
 
     def __post_init__(self) -> None:
-        path = Path(self.path)
-        object.__setattr__(self, "path", path)
-        if path.suffix.lower() not in SUFFIXES:
-            raise ValueError(f"preview: {path}: the extension must be one of {', '.join(SUFFIXES)}")
-        if not isinstance(self.every, int) or self.every < 1:
-            raise ValueError(f"preview: every={self.every!r}: must be an integer from 1")
+        object.__setattr__(self, "path", Path(self.path))
+        validate.integer("preview: every", self.every, 1)
         try:
-            check_target(path, (1, 1))
+            check_target(self.path, (1, 1))
         except ValueError as error:
             raise ValueError(f"preview: {error}") from None
 
@@ -65,11 +60,8 @@ class Preview:
 class Previewing(Feature):
     """The previews of one call. It has to be made before anything replaces the autoencoder's ``decode``.
 
-    Args:
-        preview: where and how often.
-        pipe: the pipeline that is called.
-        native: (height, width) of the images that the network was trained on, in latent pixels.
-        unit: latent pixels per canvas pixel along each axis, where the pipeline packs them into tokens.
+    ``native`` is (height, width) of the network's training images in latent pixels, ``unit`` latent pixels per canvas
+    pixel along each axis.
     """
 
     every_step = True
@@ -93,10 +85,7 @@ class Previewing(Feature):
             return
         level = (1.0, 0.0) if last else _level(self._start.scheduler, timesteps[index])
         try:
-            image = self._decoded(self.estimate(sample, level))
-            with replacing(self.preview.path) as file:
-                kind, options, _ = FORMATS[self.preview.path.suffix.lower()]
-                image.save(file, format=kind, **options)
+            save_image(self._decoded(self.estimate(sample, level)), self.preview.path, {})
         except (OSError, torch.OutOfMemoryError) as error:
             self._broken = True
             logger.warning("no more previews: %s: %s", self.preview.path, str(error).split("\n")[0])
@@ -104,9 +93,7 @@ class Previewing(Feature):
     def estimate(self, canvas: Tensor, level: tuple[float, float]) -> Tensor:
         """The clean latents of the first image, ``[1, C, h, w]`` float32, of at most the native size.
 
-        Args:
-            canvas: ``[B, C, H, W]`` as the scheduler has it; in tokens where the pipeline packs them.
-            level: α and σ of the noise in it.
+        ``canvas`` is ``[B, C, H, W]`` as the scheduler has it; ``level`` is α and σ of the noise in it.
         """
         import torch.nn.functional as F
 

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import torch
 from diffusers.models.autoencoders.vae import DecoderOutput
 from numpy.typing import NDArray
 from torch import Tensor
@@ -85,58 +84,26 @@ def _decoded(pipe: Any, decode: Callable[..., Any], latents: Tensor, whole_pixel
     """``[1, C, (1,) h, w]`` -> ``[1, 3, rows, W]``, top to bottom; exact, or it says why not."""
     pixels = latents.shape[-2] * latents.shape[-1] * pipe.vae_scale_factor**2
     if pixels > whole_pixels:
-        reason, parts = _exact(pipe.vae, latents, pixels)
-        if parts is None and hasattr(pipe.vae, "blend_v") and hasattr(pipe.vae, "tile_latent_min_size"):
-            logger.warning("%d pixels: decoding in diffusers' tiles, which is approximate: %s", pixels, reason)
-            parts = tiled_rows(pipe.vae, decode, latents)
-        if parts is not None:
+        try:
+            parts = _exact(pipe.vae, latents, pixels)
+        except ValueError as error:
+            logger.warning("%d pixels: decoded whole before the rows are written: %s", pixels, error)
+        else:
             yield from parts
             return
-        logger.warning("%d pixels: decoded whole before the rows are written: %s", pixels, reason)
     image = decode(latents, return_dict=False)[0]
     if image.ndim == 5:  # Qwen-Image's autoencoder is one of videos
         image = image[:, :, 0]
     yield from image.split(BAND_PX, dim=2)
 
 
-def _exact(vae: Any, latents: Tensor, pixels: int) -> tuple[str | None, Iterator[Tensor] | None]:
-    """The exact rows, or why there are none."""
+def _exact(vae: Any, latents: Tensor, pixels: int) -> Iterator[Tensor]:
+    """The exact rows; raises ValueError if there are none, which says why."""
     if getattr(vae, "use_tiling", False):
-        return "the autoencoder's own tiling is switched on", None
+        raise ValueError("the autoencoder's own tiling is switched on")
     if (reason := why_not_exact(vae, pixels)) is not None:
-        return reason, None
-    try:
-        return None, decode_rows(vae, latents, budget=CPU_BUDGET if vae.device.type == "cpu" else None)
-    except ValueError as error:  # no plan fits
-        return str(error), None
-
-
-def tiled_rows(vae: Any, decode: Callable[..., Any], latents: Tensor) -> Iterator[Tensor]:
-    """``AutoencoderKL.tiled_decode``, bit for bit, but row by row: two rows of tiles are alive at a time.
-
-    Args:
-        vae: its tile sizes and blending are used.
-        decode: its decode, of one tile.
-        latents: ``[B, C, h, w]``.
-
-    Yields:
-        ``[B, 3, rows, W]``.
-    """
-    size, factor = vae.tile_latent_min_size, vae.tile_overlap_factor
-    step, blend = int(size * (1 - factor)), int(vae.tile_sample_min_size * factor)
-    kept = vae.tile_sample_min_size - blend
-    above: list[Tensor] = []
-    for top in range(0, latents.shape[2], step):
-        row: list[Tensor] = []
-        for j, left in enumerate(range(0, latents.shape[3], step)):
-            tile = decode(latents[:, :, top : top + size, left : left + size], return_dict=False)[0]
-            if above:
-                tile = vae.blend_v(above[j], tile, blend)
-            if row:
-                tile = vae.blend_h(row[-1], tile, blend)
-            row.append(tile)
-        yield torch.cat([tile[:, :, :kept, :kept] for tile in row], dim=3)
-        above = row
+        raise ValueError(reason)
+    return decode_rows(vae, latents, budget=CPU_BUDGET if vae.device.type == "cpu" else None)
 
 
 def _bands(pipe: Any, parts: Iterator[Tensor]) -> Iterator[Band]:

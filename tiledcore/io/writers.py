@@ -9,6 +9,7 @@ import json
 import struct
 import zlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
@@ -43,7 +44,7 @@ def write_rows(path: Path, size: tuple[int, int], bands: Iterator[Band], metadat
         path: its extension is one of :data:`tiledcore.io.files.FORMATS`.
         size: width and height.
         bands: ``[rows, width, 3]`` uint8, any number of rows each, from top to bottom.
-        metadata: stored in a PNG or TIFF.
+        metadata: stored in a PNG or TIFF; of a PNG, its ``prompt`` is the standard description too.
 
     Raises:
         OSError: it could not be written.
@@ -62,14 +63,6 @@ def write_rows(path: Path, size: tuple[int, int], bands: Iterator[Band], metadat
                 image.paste(Image.fromarray(band), (0, top))
                 top += len(band)
             image.save(file, format=kind, **options)
-
-
-def png_texts(metadata: dict[str, Any]) -> PngInfo:
-    """The text chunks of a PNG."""
-    info = PngInfo()
-    info.add_text(CHUNK, json.dumps(metadata))
-    info.add_text("Description", metadata["prompt"])
-    return info
 
 
 def _checked(bands: Iterator[Band], size: tuple[int, int]) -> Iterator[Band]:
@@ -94,10 +87,10 @@ def _rebanded(bands: Iterator[Band], rows: int) -> Iterator[Band]:
             held.append(part)
             count += len(part)
             if count == rows:
-                yield held[0] if len(held) == 1 else np.concatenate(held)
+                yield np.concatenate(held)
                 held, count = [], 0
     if held:
-        yield held[0] if len(held) == 1 else np.concatenate(held)
+        yield np.concatenate(held)
 
 
 # ----------------------------------------------------------------------------- PNG
@@ -111,8 +104,12 @@ def _write_png(file: IO[bytes], size: tuple[int, int], bands: Iterator[Band], me
 
     file.write(b"\x89PNG\r\n\x1a\n")
     chunk(b"IHDR", struct.pack(">2I5B", *size, 8, 2, 0, 0, 0))  # 8 bits, RGB
-    for name, data, *_ in png_texts(metadata).chunks:
-        chunk(name, data)
+    if metadata:
+        texts = PngInfo()
+        texts.add_text(CHUNK, json.dumps(metadata))
+        texts.add_text("Description", metadata["prompt"])
+        for name, data, *_ in texts.chunks:
+            chunk(name, data)
     packer = zlib.compressobj(LEVEL)
     above = np.zeros((1, 3 * size[0]), np.uint8)
     for band in _rebanded(bands, 64):  # 64 rows of 16384 px are 3 MiB
@@ -144,48 +141,36 @@ def _write_tiff(
     """
     import tifffile
 
-    width, height = size
-    level = 0
-    with tifffile.TiffWriter(file, bigtiff=True) as tiff:
-        spool: IO[bytes] | None = None
-        try:
-            while True:
-                last = max(width, height) <= TILE
-                below = None if last else TemporaryFile(dir=folder)  # noqa: SIM115  # closed when it has been read
-                try:
-                    tiff.write(
-                        _tiles(bands, below),
-                        shape=(height, width, 3),
-                        dtype=np.uint8,
-                        tile=(TILE, TILE),
-                        photometric="rgb",
-                        compression="adobe_deflate",
-                        compressionargs={"level": LEVEL},
-                        predictor=True,
-                        subfiletype=0 if level == 0 else 1,  # 1: a reduced version of another page
-                        description=json.dumps({CHUNK: metadata}) if level == 0 else None,
-                        software=f"tiledcore {__version__}" if level == 0 else None,
-                        metadata=None,
-                        buffersize=BUFFER,
-                    )
-                finally:
-                    if spool is not None:
-                        spool.close()
-                    spool = below
-                if spool is None:
-                    break
-                width, height, level = -(-width // 2), -(-height // 2), level + 1
-                bands = _spooled(spool, width, height)
-        finally:
-            if spool is not None:
-                spool.close()
+    (width, height), first = size, True
+    with tifffile.TiffWriter(file, bigtiff=True) as tiff, ExitStack() as spools:
+        while True:
+            below = spools.enter_context(TemporaryFile(dir=folder)) if max(width, height) > TILE else None
+            tiff.write(
+                _tiles(bands, below),
+                shape=(height, width, 3),
+                dtype=np.uint8,
+                tile=(TILE, TILE),
+                photometric="rgb",
+                compression="adobe_deflate",
+                compressionargs={"level": LEVEL},
+                predictor=True,
+                subfiletype=0 if first else 1,  # 1: a reduced version of another page
+                description=json.dumps({CHUNK: metadata}) if first else None,
+                software=f"tiledcore {__version__}" if first else None,
+                metadata=None,
+                buffersize=BUFFER,
+            )
+            if below is None:
+                return
+            width, height, first = -(-width // 2), -(-height // 2), False
+            bands = _spooled(below, width, height)
 
 
 def _tiles(bands: Iterator[Band], below: IO[bytes] | None) -> Iterator[Band]:
-    """Tiles row by row; also writes the halved image to ``below``."""
+    """Tiles row by row; also writes the halved image to ``below``: means of 2x2 pixels, rounded half up."""
     for band in _rebanded(bands, TILE):
         if below is not None:
-            below.write(halved(band).tobytes())
+            below.write(Image.fromarray(band).reduce(2).tobytes())
         for left in range(0, band.shape[1], TILE):
             yield np.ascontiguousarray(band[:, left : left + TILE])
 
@@ -195,13 +180,3 @@ def _spooled(spool: IO[bytes], width: int, height: int) -> Iterator[Band]:
     for top in range(0, height, TILE):
         rows = min(TILE, height - top)
         yield np.frombuffer(spool.read(rows * width * 3), np.uint8).reshape(rows, width, 3)
-
-
-def halved(band: Band) -> Band:
-    """``[h, w, 3]`` -> ``[ceil(h/2), ceil(w/2), 3]``: means of 2x2 pixels, rounded half up; odd ends are repeated."""
-    if band.shape[0] % 2 or band.shape[1] % 2:
-        band = np.pad(band, [(0, band.shape[0] % 2), (0, band.shape[1] % 2), (0, 0)], mode="edge")
-    total = band[0::2, 0::2].astype(np.uint16)
-    for part in (band[0::2, 1::2], band[1::2, 0::2], band[1::2, 1::2]):
-        total += part
-    return ((total + 2) >> 2).astype(np.uint8)
