@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench.case import Case, Ready
 from bench.measure import Run
-from tiledcore.vae.exact import decode, encode
+from tiledcore.vae.exact import exact_bands
 
 SDXL = {
     "block_out_channels": (128, 256, 512, 512),
@@ -71,7 +71,8 @@ def prepare(name: str, direction: str, device: torch.device, dtype: torch.dtype)
         return vae.decode(latents).sample if direction == "decode" else encoded(vae.encode(image))
 
     def bands(height: int) -> Tensor:
-        return decode(vae, latents, height) if direction == "decode" else encoded(encode(vae, image, height))
+        with exact_bands(vae, band_px=height):
+            return whole()
 
     exact = {f"bands of {height} px": partial(bands, height) for height in HEIGHTS}
     tiled = partial(library_tiling, vae, whole)

@@ -6,7 +6,7 @@ The phases of a call are text encoders, network (in tiles or on the whole canvas
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -25,12 +25,8 @@ from tiledcore.memory.simulation import Simulated, build, simulated
 from tiledcore.tiles.denoiser import TileDenoiser
 from tiledcore.tiles.fade import Fade
 from tiledcore.tiles.families import FAMILIES, Family
-from tiledcore.vae.exact import counted
-from tiledcore.vae.plan import BANDS, BandPlan, Search, machine
-from tiledcore.vae.program import program
+from tiledcore.vae.plan import choose
 
-COUNTED = 128 * 128
-"""Up to this many latent pixels a decode in bands is simulated; above, its peak is estimated."""
 SLOTS = 2
 """Canvases of scheduler state: those of a second-order multistep scheduler."""
 UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
@@ -271,7 +267,7 @@ class Predictor:
     def _decode(self, canvas: Pair, images: int, room: int | None) -> Decode:
         """Decode latents of (height, width) to an image; weights of the VAE included.
 
-        ``room``: None decodes the whole image at once, else in bands, see :func:`vae_peak`.
+        ``room``: bytes for bands, without weights, latents and image; None decodes the whole image at once.
         """
         part = self.model.vae
         upcast = self.model.upcasts_vae and part.dtype == torch.float16
@@ -288,28 +284,8 @@ class Predictor:
             after = run.live.peak + extra
         if room is None:
             return Decode(base, max(whole, after), flops, None)
-        bands = vae_peak(vae, shape, room)
+        bands = choose(vae.decoder, shape, vae.dtype, room)
         return Decode(base, max(base + bands.peak_bytes, after), int(flops * bands.recomputed), bands.band_px)
-
-
-def vae_peak(vae: Any, latents: tuple[int, ...], room: int) -> BandPlan:
-    """Plan an exact decode in bands within ``room`` bytes, without weights, latents and image; or the smallest plan.
-
-    Host memory is not used. Above :data:`COUNTED` latent pixels the peak is an upper bound, because counting is slow.
-
-    Raises:
-        TypeError: the autoencoder has parts that cannot be computed in bands.
-    """
-    layers, cpu = program(vae, "decode"), machine(torch.device("cpu"), vae.dtype)
-    searches = [Search(layers, latents, vae.dtype.itemsize, rows, cpu) for rows in BANDS]
-
-    def within(budget: int) -> list[BandPlan]:
-        return [found for search in searches if (found := search.plan(budget)) is not None]
-
-    best = min(within(room) or within(searches[-1].least()), key=lambda plan: plan.seconds)
-    if latents[2] * latents[3] <= COUNTED:
-        best = replace(best, peak_bytes=counted(vae, latents, best))
-    return best
 
 
 def _buffer_size(tiling: Tiling | Partition) -> tuple[int, int, int]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tiledcore.vae.bands import Band, Conv, Extent, Layer, Reduction, Statistics
+from tiledcore.vae.bands import Band, Conv, Layer, Reduction, Statistics
 
 
 class KeysAndValues(Reduction):
@@ -18,8 +18,8 @@ class KeysAndValues(Reduction):
     def __init__(self, attention: Any, statistics: Statistics) -> None:
         self.attention, self.statistics = attention, statistics
 
-    def start(self, extent: Extent) -> None:
-        self.pixels, self.filled = extent.height * extent.width, 0
+    def start(self, pixels: int) -> None:
+        self.pixels, self.filled = pixels, 0
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
@@ -34,9 +34,6 @@ class KeysAndValues(Reduction):
 
     def free(self) -> None:
         self.keys = self.values = None
-
-    def elements(self, extent: Extent) -> int:
-        return 2 * extent.batch * extent.height * extent.width * self.attention.to_k.out_features
 
 
 class Attention(Layer):
@@ -56,21 +53,16 @@ class Attention(Layer):
             t.unflatten(2, (heads, -1)).transpose(1, 2)
             for t in (attention.to_q(tokens), self.memory.keys, self.memory.values)
         )
-        # On meta tensors torch would use its fallback, which stores all scores; the real kernels do not.
-        attended = torch.empty_like(q) if q.is_meta else F.scaled_dot_product_attention(q, k, v)
+        if q.is_meta:  # where torch would count its fallback, which stores all scores
+            attended = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, False)[0]
+        else:
+            attended = F.scaled_dot_product_attention(q, k, v)
         attended = attended.transpose(1, 2).flatten(2)
         out = attention.to_out[0](attended).transpose(1, 2).unflatten(2, rows.shape[2:])
         if attention.residual_connection:
             out = out + rows
         factor = attention.rescale_output_factor
         band.tensors.append(out if factor == 1 else out / factor)
-
-    def flops(self, extent: Extent) -> float:
-        pixels, inner = extent.height * extent.width, self.attention.to_q.out_features
-        return extent.batch * pixels * (8.0 * inner * extent.channels[0] + 4.0 * inner * pixels)
-
-    def work(self, extent: Extent, rows: int) -> int:
-        return 5 * rows * extent.row()
 
 
 class Project(Layer):
@@ -82,15 +74,6 @@ class Project(Layer):
     def change(self, band: Band) -> None:
         pixels = band.tensors[0].movedim(1, -1)
         band.tensors[0] = torch.cat([projection(pixels) for projection in self.projections], 3).movedim(-1, 1)
-
-    def after(self, extent: Extent) -> Extent:
-        return extent.main(sum(p.out_features for p in self.projections))
-
-    def flops(self, extent: Extent) -> float:
-        return 2.0 * extent.height * extent.row(0) * self.after(extent).channels[0]
-
-    def work(self, extent: Extent, rows: int) -> int:
-        return rows * (extent.row() + 2 * self.after(extent).row(0))
 
 
 class Scales(Conv):
@@ -115,18 +98,6 @@ class Scales(Conv):
             del near
         return torch.cat(found, 1)
 
-    def after(self, extent: Extent) -> Extent:
-        return extent.main(extent.channels[0] * (1 + len(self.projections)))
-
-    def flops(self, extent: Extent) -> float:
-        weights = sum(c.weight[0].numel() for one in self.projections for c in (one.proj_in, one.proj_out))
-        return 2.0 * extent.height * extent.row(0) * weights
-
-    def work(self, extent: Extent, rows: int) -> int:
-        # The window, one depthwise output, the parts of the result, and the result.
-        paths = 1 + 1 + 2 * len(self.projections) + 1
-        return (rows + self.kernel - 1) * (paths * extent.row(0) + extent.row() - extent.row(0))
-
 
 class LinearSums(Reduction):
     """Sums of ``value keyᵀ`` and of ``key`` over all pixels, for linear attention.
@@ -135,19 +106,18 @@ class LinearSums(Reduction):
     channels, diffusers uses plain attention, and all keys and values are kept.
 
     Args:
-        attention: a ``SanaMultiscaleLinearAttention``.
-        through: layers that compute its queries, keys and values.
+        attention: a ``SanaMultiscaleLinearAttention``; the input is its queries, keys and values.
     """
 
-    def __init__(self, attention: Any, through: Sequence[Layer]) -> None:
-        self.attention, self.through = attention, through
+    def __init__(self, attention: Any) -> None:
+        self.attention = attention
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self.scores: Tensor | None = None
 
-    def start(self, extent: Extent) -> None:
+    def start(self, pixels: int) -> None:
         self.free()
-        self.linear = extent.height * extent.width > self.attention.attention_head_dim
+        self.linear = pixels > self.attention.attention_head_dim
 
     def part(self, rows: Tensor, which: int) -> Tensor:
         """Queries (0), keys (1) or values (2) of a band, ``[B, heads, head_dim, pixels]``."""
@@ -172,13 +142,11 @@ class LinearSums(Reduction):
 
 
 class LinearAttention(Layer):
-    """ReLU linear attention at several scales (EfficientViT: Cai et al. 2023).
+    """ReLU linear attention at several scales (EfficientViT: Cai et al. 2023) of queries, keys and values."""
 
-    The input is the queries, keys and values, from the same layers as ``sums.through``.
-    """
-
-    def __init__(self, attention: Any, sums: LinearSums) -> None:
-        self.attention, self.sums = attention, sums
+    def __init__(self, attention: Any) -> None:
+        self.attention, self.sums = attention, LinearSums(attention)
+        self.reductions = [self.sums]
 
     def change(self, band: Band) -> None:
         attention, sums, rows = self.attention, self.sums, band.tensors[0]
@@ -192,15 +160,3 @@ class LinearAttention(Layer):
             attended = attention.apply_quadratic_attention(queries, sums.keys, sums.values)
         attended = attended.flatten(1, 2).unflatten(2, rows.shape[2:])
         band.tensors[0] = attention.to_out(attended.movedim(1, -1)).movedim(-1, 1)
-
-    def after(self, extent: Extent) -> Extent:
-        return extent.main(self.attention.to_out.out_features)
-
-    def flops(self, extent: Extent) -> float:
-        inner = self.attention.to_out.in_features
-        per_pixel = 2.0 * inner * (self.attention.to_out.out_features + 2 * self.attention.attention_head_dim)
-        return extent.batch * extent.height * extent.width * per_pixel
-
-    def work(self, extent: Extent, rows: int) -> int:
-        # Queries and result have two thirds of the input's channels in float32: at most twice its bytes each.
-        return rows * (extent.row() + 2 * extent.row(0))

@@ -9,8 +9,8 @@ over the layer's input before its first output.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,34 +48,11 @@ class Band:
 Stream = Iterator[Band]
 
 
-@dataclass(frozen=True)
-class Extent:
-    """Size of the whole image between two layers; ``channels`` has one entry per path (main and residuals)."""
-
-    batch: int
-    channels: tuple[int, ...]
-    height: int
-    width: int
-
-    def row(self, path: int | None = None) -> int:
-        """Elements of one row, of one path or of all paths."""
-        return self.batch * self.width * (sum(self.channels) if path is None else self.channels[path])
-
-    def main(self, channels: int) -> Extent:
-        """A copy with another number of channels on the main path."""
-        return replace(self, channels=(channels, *self.channels[1:]))
-
-
 class Reduction:
-    """A pass over all rows of a layer's input, before the layer's first output.
+    """A pass over all rows of a layer's input (its main path), before the layer's first output."""
 
-    Attributes:
-        through: layers that the rows pass first, in this pass only.
-    """
-
-    through: Sequence[Layer] = ()
-
-    def start(self, extent: Extent) -> None: ...
+    def start(self, pixels: int) -> None:
+        """Begin; the whole input has so many pixels."""
 
     def update(self, rows: Tensor) -> None: ...
 
@@ -93,7 +70,7 @@ class Statistics(Reduction):
         self.dtype = torch.float32
         self.mean = self.rstd = torch.empty(0)
 
-    def start(self, extent: Extent) -> None:
+    def start(self, pixels: int) -> None:
         self.count = 0
         self.total_mean: Tensor | None = None
         self.total_m2: Tensor | None = None
@@ -131,14 +108,10 @@ class Layer:
     Attributes:
         reductions: passes over the input before the first output, in this order.
         upsample: output rows per input row, if more than 1.
-        divides: the input's height and width must be multiples of this.
-        delay: input rows that wait for the rows below them; the last band is larger by these.
     """
 
     reductions: Sequence[Reduction] = ()
     upsample: int = 1
-    divides: int = 1
-    delay: int = 0
 
     def run(self, source: Stream) -> Stream:
         for band in source:
@@ -147,22 +120,6 @@ class Layer:
 
     def change(self, band: Band) -> None:
         """Replace the tensors of a band by the output."""
-
-    def after(self, extent: Extent) -> Extent:
-        """The extent of the output."""
-        return extent
-
-    def flops(self, extent: Extent) -> float:
-        """FLOPs for the whole image; a multiply-add counts as two."""
-        return 0.0
-
-    def held(self, extent: Extent) -> int:
-        """Elements kept from one band to the next."""
-        return 0
-
-    def work(self, extent: Extent, rows: int) -> int:
-        """Upper bound of the elements alive while ``rows`` input rows pass, input and output included."""
-        return rows * extent.row() + rows * self.upsample * self.after(extent).row()
 
 
 def convolution(conv: Any) -> nn.Conv2d:
@@ -184,7 +141,6 @@ class Conv(Layer):
         statistics: normalise the input first.
         upsample: repeat each input pixel this often along both axes first.
         pad: zeros (top, bottom, left, right) instead of the convolution's own.
-        reduce: whether the pass for the statistics belongs to this layer, and not to an earlier one.
     """
 
     def __init__(
@@ -194,14 +150,12 @@ class Conv(Layer):
         statistics: Statistics | None = None,
         upsample: int = 1,
         pad: tuple[int, int, int, int] | None = None,
-        reduce: bool = True,
     ) -> None:
         self.conv, self.statistics, self.upsample = conv, statistics, upsample
         y, x = int(conv.padding[0]), int(conv.padding[1])
         self.pad = (y, y, x, x) if pad is None else pad
         self.kernel, self.stride = conv.kernel_size[0], conv.stride[0]
-        self.delay = self.kernel // 2
-        self.reductions = [statistics] if statistics is not None and reduce else []
+        self.reductions = [] if statistics is None else [statistics]
 
     def run(self, source: Stream) -> Stream:
         held: Tensor | None = None
@@ -273,27 +227,6 @@ class Conv(Layer):
         conv, side = self.conv, self.pad[2] if self.pad[2] == self.pad[3] else 0
         return F.conv2d(window, conv.weight, conv.bias, conv.stride, (0, side), 1, conv.groups)
 
-    def after(self, extent: Extent) -> Extent:
-        top, bottom, left, right = self.pad
-        height = (extent.height * self.upsample + top + bottom - self.kernel) // self.stride + 1
-        width = (extent.width * self.upsample + left + right - self.conv.kernel_size[1]) // self.conv.stride[1] + 1
-        carried = (c * self.stride**2 // self.upsample**2 for c in extent.channels[1:])
-        return replace(extent, channels=(self.conv.out_channels, *carried), height=height, width=width)
-
-    def flops(self, extent: Extent) -> float:
-        after = self.after(extent)
-        return 2.0 * after.height * after.row(0) * self.conv.weight[0].numel()
-
-    def held(self, extent: Extent) -> int:
-        wide = replace(extent, width=extent.width * self.upsample)
-        return (self.kernel - 1) * wide.row(0) + self.delay * (extent.row() - extent.row(0))
-
-    def work(self, extent: Extent, rows: int) -> int:
-        window = (rows * self.upsample + self.kernel - 1) * self.upsample * extent.row(0)
-        out = (rows * self.upsample // self.stride + 1) * self.after(extent).row(0)
-        skips = (rows + self.delay) * (extent.row() - extent.row(0))
-        return max(rows * extent.row(0) + window, window + out) + skips
-
 
 def _pairs(waiting: Sequence[Tensor | None], new: Sequence[Tensor]) -> list[tuple[Tensor | None, Tensor]]:
     return list(zip(waiting or [None] * len(new), new, strict=True))
@@ -308,41 +241,18 @@ def joined(waiting: Sequence[Tensor | None], new: Sequence[Tensor]) -> list[Tens
     return [_join(old, rows) for old, rows in _pairs(waiting, new)]
 
 
-class Shortcut(Protocol):
-    """The operation on a residual, per pixel: a 1x1 convolution or something simpler."""
-
-    @property
-    def out_channels(self) -> int: ...
-
-    def __call__(self, x: Tensor, /) -> Tensor: ...
-
-
-def _shortcut_flops(shortcut: Shortcut | None, extent: Extent, path: int) -> float:
-    if not isinstance(shortcut, nn.Conv2d):
-        return 0.0
-    return 2.0 * extent.height * extent.row(path) * shortcut.out_channels
+Shortcut = Callable[[Tensor], Tensor]
+"""The operation on a residual, per pixel: a 1x1 convolution or something simpler."""
 
 
 class Save(Layer):
-    """Start a residual: a copy of the main path waits for :class:`Add`.
+    """Start a residual: a copy of the main path waits for :class:`Add`. ``shortcut`` is applied to the copy here."""
 
-    Args:
-        shortcut: applied to the copy here, if that makes the copy smaller.
-        reductions: those of the next layer, done here because there is only one path so far.
-    """
-
-    def __init__(self, shortcut: Shortcut | None = None, reductions: Sequence[Reduction] = ()) -> None:
-        self.shortcut, self.reductions = shortcut, reductions
+    def __init__(self, shortcut: Shortcut | None = None) -> None:
+        self.shortcut = shortcut
 
     def change(self, band: Band) -> None:
         band.tensors.append(band.tensors[0] if self.shortcut is None else self.shortcut(band.tensors[0]))
-
-    def after(self, extent: Extent) -> Extent:
-        channels = extent.channels[0] if self.shortcut is None else self.shortcut.out_channels
-        return replace(extent, channels=(*extent.channels, channels))
-
-    def flops(self, extent: Extent) -> float:
-        return _shortcut_flops(self.shortcut, extent, 0)
 
 
 class Add(Layer):
@@ -358,12 +268,6 @@ class Add(Layer):
         band.tensors[-1].add_(saved)  # in place is safe: this is the new output of a convolution
         if self.scale != 1.0:
             band.tensors[-1].div_(self.scale)
-
-    def after(self, extent: Extent) -> Extent:
-        return replace(extent, channels=extent.channels[:-1])
-
-    def flops(self, extent: Extent) -> float:
-        return _shortcut_flops(self.shortcut, extent, len(extent.channels) - 1)
 
 
 class Pointwise(Layer):

@@ -5,8 +5,6 @@ Only its linear attention needs the whole image. Sizes change by pixel shuffle.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,12 +16,11 @@ from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.sana_transformer import GLUMBConv
 from torch import Tensor, nn
 
-from tiledcore.vae.attention import LinearAttention, LinearSums, Project, Scales
+from tiledcore.vae.attention import LinearAttention, Project, Scales
 from tiledcore.vae.bands import (
     Add,
     Band,
     Conv,
-    Extent,
     Layer,
     Pointwise,
     Save,
@@ -39,26 +36,14 @@ from tiledcore.vae.bands import (
 FACTOR = 2  # of every block that changes the height and width
 
 
-@dataclass(frozen=True)
-class Repeat:
+def _repeat(times: int, x: Tensor) -> Tensor:
     """A shortcut to more channels: each channel is repeated."""
-
-    times: int
-    out_channels: int
-
-    def __call__(self, x: Tensor, /) -> Tensor:
-        return x.repeat_interleave(self.times, 1, output_size=self.out_channels)
+    return x.repeat_interleave(times, 1)
 
 
-@dataclass(frozen=True)
-class Mean:
+def _mean(of: int, x: Tensor) -> Tensor:
     """A shortcut to fewer channels: the mean of each group of ``of`` channels."""
-
-    of: int
-    out_channels: int
-
-    def __call__(self, x: Tensor, /) -> Tensor:
-        return x.unflatten(1, (-1, self.of)).mean(2)
+    return x.unflatten(1, (-1, of)).mean(2)
 
 
 class Shuffle(Layer):
@@ -69,16 +54,9 @@ class Shuffle(Layer):
     def change(self, band: Band) -> None:
         band.tensors[:] = [F.pixel_shuffle(t, FACTOR) for t in band.tensors]
 
-    def after(self, extent: Extent) -> Extent:
-        channels = tuple(c // FACTOR**2 for c in extent.channels)
-        return replace(extent, channels=channels, height=extent.height * FACTOR, width=extent.width * FACTOR)
-
 
 class Unshuffle(Layer):
     """The inverse of :class:`Shuffle`. An odd row waits for the next band."""
-
-    divides = FACTOR
-    delay = FACTOR - 1
 
     def run(self, source: Stream) -> Stream:
         waiting: list[Tensor] = []
@@ -91,16 +69,6 @@ class Unshuffle(Layer):
                 band.tensors[:] = [F.pixel_unshuffle(found.pop(0)[:, :, :rows], FACTOR) for _ in range(len(found))]
                 yield band
 
-    def after(self, extent: Extent) -> Extent:
-        channels = tuple(c * FACTOR**2 for c in extent.channels)
-        return replace(extent, channels=channels, height=extent.height // FACTOR, width=extent.width // FACTOR)
-
-    def held(self, extent: Extent) -> int:
-        return extent.row()
-
-    def work(self, extent: Extent, rows: int) -> int:
-        return 3 * (rows + 1) * extent.row()
-
 
 class Gate(Layer):
     """The first half of the channels times SiLU of the second half, in place."""
@@ -108,9 +76,6 @@ class Gate(Layer):
     def change(self, band: Band) -> None:
         value, gate = band.tensors[0].chunk(2, 1)
         band.tensors[0] = value.mul_(F.silu(gate, inplace=True))
-
-    def after(self, extent: Extent) -> Extent:
-        return extent.main(extent.channels[0] // 2)
 
 
 def _rms(norm: Any, x: Tensor) -> Tensor:
@@ -158,9 +123,8 @@ def _shortened(conv: nn.Conv2d, shortcut: bool) -> list[Layer]:
     """The convolution next to the latents."""
     if not shortcut:
         return [Conv(conv)]
-    narrow, wide = sorted((conv.in_channels, conv.out_channels))
-    kind: Callable[[int, int], Repeat | Mean] = Repeat if conv.in_channels == narrow else Mean
-    return [Save(), Conv(conv), Add(kind(wide // narrow, conv.out_channels))]
+    more, fewer = conv.out_channels // conv.in_channels, conv.in_channels // conv.out_channels
+    return [Save(), Conv(conv), Add(partial(_repeat, more) if more else partial(_mean, fewer))]
 
 
 def _block(module: Any) -> list[Layer]:
@@ -183,24 +147,17 @@ def _up(block: Any) -> list[Layer]:
             raise UnsupportedError(f"a DCUpBlock2d interpolates with {block.interpolation_mode!r}, not 'nearest'")
         layers: list[Layer] = [Conv(conv, upsample=FACTOR)]
         # Repeated here, before Conv enlarges it by pixel shuffle.
-        wide = conv.out_channels * FACTOR**2
-        return [Save(Repeat(block.repeats, wide)), *layers, Add()] if block.shortcut else layers
+        return [Save(partial(_repeat, block.repeats)), *layers, Add()] if block.shortcut else layers
     # Both paths end in the same shuffle, so one shuffle after their sum is enough.
-    both = [Save(), Conv(conv), Add(Repeat(block.repeats, conv.out_channels))] if block.shortcut else [Conv(conv)]
+    both = [Save(), Conv(conv), Add(partial(_repeat, block.repeats))] if block.shortcut else [Conv(conv)]
     return [*both, Shuffle()]
 
 
 def _down(block: Any) -> list[Layer]:
-    conv = Conv(convolution(block.conv))
-    layers: list[Layer] = [conv]
-    channels = conv.conv.out_channels
+    layers: list[Layer] = [Conv(convolution(block.conv))]
     if block.downsample:
-        layers, channels = [conv, Unshuffle()], channels * FACTOR**2
-    if not block.shortcut:
-        return layers
-    if not block.downsample:
-        conv.divides = FACTOR  # the residual is unshuffled
-    return [Save(), *layers, Add(Mean(block.group_size, channels))]
+        layers.append(Unshuffle())
+    return [Save(), *layers, Add(partial(_mean, block.group_size))] if block.shortcut else layers
 
 
 def _attention(attention: Any) -> list[Layer]:
@@ -217,8 +174,7 @@ def _attention(attention: Any) -> list[Layer]:
             if convolution(conv).bias is not None or conv.kernel_size[0] % 2 == 0 or conv.stride != (1, 1):
                 raise UnsupportedError(f"{conv} of a linear attention is not one of odd size, stride 1 and no bias")
         through.append(Scales(scales))
-    sums = LinearSums(attention, through)
-    return [Save(None, [sums]), *through, LinearAttention(attention, sums), _norm(attention.norm_out), Add()]
+    return [Save(), *through, LinearAttention(attention), _norm(attention.norm_out), Add()]
 
 
 def _feed_forward(block: Any) -> list[Layer]:

@@ -98,14 +98,13 @@ def _resnet(block: Any) -> list[Layer]:
         raise UnsupportedError("a residual block has a time embedding or changes the size")
     if block.training and block.dropout.p > 0:
         raise UnsupportedError("a residual block drops out; call vae.eval()")
-    first, second = _statistics(block.norm1), _statistics(block.norm2)
     shortcut = None if block.conv_shortcut is None else convolution(block.conv_shortcut)
     # The residual that waits takes the most memory, so the shortcut goes where it makes that smaller.
     early = shortcut is not None and shortcut.out_channels <= shortcut.in_channels
     return [
-        Save(shortcut if early else None, [first]),
-        Conv(convolution(block.conv1), statistics=first, reduce=False),
-        Conv(convolution(block.conv2), statistics=second),
+        Save(shortcut if early else None),
+        Conv(convolution(block.conv1), statistics=_statistics(block.norm1)),
+        Conv(convolution(block.conv2), statistics=_statistics(block.norm2)),
         Add(None if early else shortcut, float(block.output_scale_factor)),
     ]
 

@@ -11,7 +11,7 @@ from diffusers.models.autoencoders.vae import Decoder, DecoderTiny, Encoder, Enc
 
 from tiledcore._diffusers import has_hooks
 from tiledcore.vae import dc, kl
-from tiledcore.vae.bands import Conv, Layer, UnsupportedError, convolution, unknown
+from tiledcore.vae.bands import Layer, UnsupportedError, unknown
 
 _LAYERS: dict[type, Callable[[Any], list[Layer]]] = {
     Decoder: kl.decoder,
@@ -28,31 +28,19 @@ def unsupported(vae: Any) -> str | None:
     if type(vae) not in (AutoencoderKL, AutoencoderTiny, AutoencoderDC):
         return f"{type(vae).__name__} is none of AutoencoderKL, AutoencoderTiny and AutoencoderDC"
     try:
-        _layers(vae.decoder)
-        _layers(vae.encoder)
+        program(vae.decoder)
+        program(vae.encoder)
     except UnsupportedError as error:
         return str(error)
     return None
 
 
-def program(vae: Any, direction: str, whole: bool = True) -> list[Layer]:
-    """The layers of ``vae.decode`` or ``vae.encode``; of the decoder or encoder alone if not ``whole``.
+def program(network: Any) -> list[Layer]:
+    """The layers of ``vae.decoder`` or ``vae.encoder``.
 
     Raises:
-        ValueError: ``direction`` is not ``"decode"`` or ``"encode"``.
-        UnsupportedError: ``vae`` cannot run in bands; the message says why.
+        UnsupportedError: ``network`` cannot run in bands; the message says why.
     """
-    if direction not in ("decode", "encode"):
-        raise ValueError(f"direction={direction!r} is not decode or encode")
-    if (reason := unsupported(vae)) is not None:
-        raise UnsupportedError(f"vae cannot {direction} in exact bands: {reason}")
-    decodes = direction == "decode"
-    beside = getattr(vae, "post_quant_conv" if decodes else "quant_conv", None) if whole else None
-    outer = [] if beside is None else [Conv(convolution(beside))]
-    return [*outer, *_layers(vae.decoder)] if decodes else [*_layers(vae.encoder), *outer]
-
-
-def _layers(network: Any) -> list[Layer]:
     for name, module in network.named_modules():
         if name and has_hooks(module):
             raise UnsupportedError(f"{name} has a hook (sequential or group offload?), which bands would pass by")
