@@ -19,6 +19,7 @@ from tiledcore.compose.pictures import resized, size_px
 from tiledcore.compose.regional import Regional, seeded_latents
 from tiledcore.compose.regions import Region, check_are_regions
 from tiledcore.compose.stage_plan import Stages
+from tiledcore.compose.tile_prompts import PromptForTile, TilePrompts
 from tiledcore.config import Execution, TilingConfig
 from tiledcore.feature import Feature, Features, Scoped
 from tiledcore.geometry import Pair, both
@@ -58,6 +59,7 @@ class Options:
     stages: Stages = None
     keep_colour: bool = False
     preview: Preview | None = None
+    prompt_for_tile: PromptForTile | None = None
 
     @classmethod
     def of(cls, checkpoint: Any, preview: Any, regions: Any, **others: Any) -> Options:
@@ -66,6 +68,10 @@ class Options:
             checkpoint = Checkpoint(Path(checkpoint))
         if isinstance(preview, str | PathLike):
             preview = Preview(Path(preview))
+        if (per_tile := others.get("prompt_for_tile")) is not None and regions:
+            raise ValueError("prompt_for_tile, regions: both say where prompts are; leave out one of them")
+        if callable(per_tile) and checkpoint is not None:
+            raise ValueError("checkpoint: cannot compare a function when it goes on; give prompt_for_tile as a list")
         return cls(checkpoint=checkpoint, preview=preview, regions=regions or (), **others)
 
 
@@ -161,6 +167,8 @@ class Call:
             found.append(Previewing(options.preview, pipe, native, unit))
         if options.regions:
             found.append(Regional(pipe, network, options.regions, hook))
+        if options.prompt_for_tile is not None:
+            found.append(TilePrompts(pipe, network, options.prompt_for_tile, hook))
         if vae is not None:
             around = continuation(vae, wrap, factor)
             found.append(Scoped(lambda: bounded_vae(pipe, self.size, self.plan)))
@@ -211,7 +219,8 @@ class Call:
 
 def settings_in(tiling: TilingConfig, options: Options) -> dict[str, Any]:
     """Regions and tiling as comparable values, by name."""
-    return {"regions": [vars(region) for region in options.regions]} | {
+    asked = None if callable(options.prompt_for_tile) else options.prompt_for_tile
+    return {"regions": [vars(region) for region in options.regions], "prompt_for_tile": asked} | {
         f"tiling.{name}": value if isinstance(value, str | int | float | None) else str(value)
         for name, value in vars(tiling).items()
     }

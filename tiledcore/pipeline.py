@@ -13,6 +13,7 @@ from tiledcore.call import Call, Options, bind
 from tiledcore.compose.regions import Region
 from tiledcore.compose.stage_plan import Stages, staging
 from tiledcore.compose.stages import from_pictures
+from tiledcore.compose.tile_prompts import PromptForTile
 from tiledcore.config import Execution, TilingConfig
 from tiledcore.geometry import TileGrid
 from tiledcore.hook import default_tiling
@@ -168,6 +169,7 @@ class TiledPipeline:
         tiling: TilingConfig | None = None,
         execution: Execution | None = None,
         regions: Sequence[Region] | None = None,
+        prompt_for_tile: PromptForTile | None = None,
         rows: Rows | None = None,
         checkpoint: Checkpoint | str | PathLike[str] | None = None,
         pull: Pull | None = None,
@@ -183,6 +185,8 @@ class TiledPipeline:
             tiling: for this call, instead of ``self.tiling``.
             execution: for this call, instead of ``self.execution``.
             regions: parts of the canvas with their own prompts, see :class:`tiledcore.Region`.
+            prompt_for_tile: a function of a tile's box (left, top, right, bottom) in px that gives its prompt, or
+                None for ``prompt``; for tiles that do not move also a list, row by row. Without ``regions``.
             rows: a function that takes the decoded image as an iterator of bands ``[rows, width, 3]`` uint8, top to
                 bottom. The image is never in memory whole; the result has a placeholder of one pixel.
             checkpoint: a folder or a :class:`~tiledcore.loop.checkpoint.Checkpoint`: progress is saved there, and an
@@ -203,7 +207,8 @@ class TiledPipeline:
             ValueError: names the argument, its value and what is valid.
         """
         chosen = self.stages if stages == "default" else stages
-        more = {"rows": rows, "pull": pull, "stages": chosen, "keep_colour": keep_colour}
+        more: dict[str, Any] = {"rows": rows, "pull": pull, "stages": chosen, "keep_colour": keep_colour}
+        more["prompt_for_tile"] = prompt_for_tile
         options = Options.of(checkpoint, preview, regions, tiling=tiling or self.tiling, **more)
         arguments = bind(self.pipe, args, kwargs)
         if options.preview is not None and self._budget is not None:

@@ -88,6 +88,8 @@ class Regional(Feature):
             arguments |= dict.fromkeys(texts)
             if "do_classifier_free_guidance" in parameters.parameters:  # the first call encoded the negative prompt
                 arguments["do_classifier_free_guidance"] = False
+            more = {"num_images_per_prompt": 1} & arguments.keys()
+            self.encode = lambda texts: original(**{**arguments, **dict.fromkeys(more, 1), "prompt": texts})
             others = [original(**{**arguments, "prompt": [region.prompt] * count}) for region in self.regions]
             self._encoded, self._negative, self._used = [result, *others], [], False
             return result

@@ -149,8 +149,8 @@ def from_pictures(pipe: Any, arguments: dict[str, Any], options: Any, execution:
     Raises:
         ValueError: names an argument that does not go with stages or ``keep_colour``.
     """
-    for name, value in (("rows", options.rows), ("checkpoint", options.checkpoint), ("regions", options.regions)):
-        if value:
+    for name in ("rows", "checkpoint", "regions", "prompt_for_tile"):
+        if getattr(options, name):
             raise ValueError(f"{name}: is of one stage only; leave it out, or give stages=None")
     image, config = arguments.pop("image", None), staging(options.stages)
     if options.keep_colour and image is None:

@@ -110,7 +110,8 @@ class TileBatch(NamedTuple):
         return size
 
 
-More = Callable[[TileBatch], dict[str, Any]]  # gives further arguments of a tile batch
+More = Callable[[TileBatch, dict[str, Any]], dict[str, Any]]
+"""``(tiles, their arguments so far)`` -> arguments of these tiles that are computed for them."""
 
 
 def conditions(arguments: dict[str, Any], part: TileBatch) -> dict[str, Any]:
@@ -134,7 +135,7 @@ def conditions(arguments: dict[str, Any], part: TileBatch) -> dict[str, Any]:
     if time_ids is not None:
         out["added_cond_kwargs"]["time_ids"] = _time_ids(time_ids, part)
     for more in later:
-        out |= more(part)
+        out |= more(part, out)
     return out
 
 
@@ -157,8 +158,8 @@ def images_of(arguments: dict[str, Any], images: slice, batch: int) -> dict[str,
     return out | {name: arguments[name][images] for name in _LISTS if name in arguments}
 
 
-def _of_images(more: More, images: slice, part: TileBatch) -> dict[str, Any]:
-    return more(part._replace(images=images))
+def _of_images(more: More, images: slice, part: TileBatch, given: dict[str, Any]) -> dict[str, Any]:
+    return more(part._replace(images=images), given)
 
 
 def swap_major(rows: Tensor, outer: int, inner: int) -> Tensor:

@@ -53,7 +53,7 @@ class ControlHook:
             return arguments
         call, given = self._waiting
         kept = {name: value for name, value in arguments.items() if name not in names}
-        return kept | {"per_tile": (lambda part: self._residuals(call, given, names, part),)}
+        return kept | {"per_tile": (lambda part, _: self._residuals(call, given, names, part),)}
 
     def _residuals(
         self, call: Callable[..., Any], given: dict[str, Any], names: list[str], part: TileBatch

@@ -1,0 +1,113 @@
+"""A prompt for each tile: every tile is evaluated with its own text, and predictions blend as ever."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tiledcore.compose.regional import Regional
+from tiledcore.geometry import Pair
+from tiledcore.tiles.conditioning import TileBatch
+
+if TYPE_CHECKING:
+    from tiledcore.tiles.denoiser import Prediction, TileDenoiser
+
+Box = tuple[int, int, int, int]
+PromptForTile = Callable[[Box], str | None] | Sequence[str | None]
+"""``(left, top, right, bottom)`` px -> the prompt of a tile, or all prompts row by row; None: the call's prompt."""
+BATCH = 16  # Texts that are encoded together
+
+
+class TilePrompts(Regional):
+    """The prompts of the tiles of one call. Each distinct text is encoded once, before the first evaluation.
+
+    Args:
+        pipe: the pipeline.
+        network: its denoiser.
+        texts: a function of a tile's box, or a list with one prompt per tile. On an axis that wraps, a box may end
+            past the canvas.
+        hook: the hook of the network.
+
+    Raises:
+        TypeError: the network's prompts cannot be replaced.
+        ValueError: the tiling is canvas mode, or a list is given and tiles move.
+    """
+
+    def __init__(self, pipe: Any, network: Any, texts: PromptForTile, hook: Any) -> None:
+        super().__init__(pipe, network, (), hook)
+        config = hook.denoiser.config
+        if config.mode != "tiles":
+            raise ValueError(f"prompt_for_tile: not with mode={config.mode!r}; give mode='tiles' or regions=")
+        if not callable(texts) and config.moving is not None:
+            raise ValueError(
+                "prompt_for_tile: a list has one prompt per tile, and these tiles move; give a function of a tile's "
+                "box, or a tiling with motion='still'"
+            )
+        self._asked = texts
+        self._known: dict[tuple[Pair, Pair], str | None] = {}  # (offset, tile) in canvas pixels
+        self._rows: dict[str, list[Tensor]] = {}  # per text: one row of everything that encode_prompt gave
+
+    def evaluate(
+        self,
+        denoiser: TileDenoiser,
+        prompts: list[dict[str, Any]],
+        forward: Callable[..., Any],
+        sample: Tensor,
+        kwargs: dict[str, Any],
+    ) -> Prediction:
+        if not self._known:
+            self._encode(denoiser, (sample.shape[2], sample.shape[3]))
+        images, rows = len(self._encoded[0][0]), len(kwargs["encoder_hidden_states"])
+
+        def more(part: TileBatch, given: dict[str, Any]) -> dict[str, Any]:
+            return self._changes(kwargs, given, rows - images, part)
+
+        others = {name: value for name, value in kwargs.items() if name != "timestep"}
+        others["per_tile"] = [*kwargs.get("per_tile", ()), more]
+        return denoiser.evaluate(forward, sample, kwargs["timestep"], **others)
+
+    def _encode(self, denoiser: TileDenoiser, size: Pair) -> None:
+        """Ask for the prompts of the tiles of all steps, and encode them."""
+        times = (0.0,) if denoiser.timesteps is None else denoiser.timesteps()
+        pixels = denoiser.pixels
+        for tiling in [denoiser.tiling(*size, time) for time in times]:
+            places = [(at, tile) for tile, group in tiling.groups.items() for at in group]
+            if not callable(self._asked) and len(self._asked) != len(places):
+                grid = f"{len(tiling.rows)} rows of {len(tiling.cols)}"
+                raise ValueError(f"prompt_for_tile: {len(self._asked)} prompts for {len(places)} tiles, {grid}")
+            for i, ((y, x), (h, w)) in enumerate(places):
+                if ((y, x), (h, w)) not in self._known:
+                    box = (x * pixels, y * pixels, (x + w) * pixels, (y + h) * pixels)
+                    text = self._asked(box) if callable(self._asked) else self._asked[i]
+                    if text is not None and not isinstance(text, str):
+                        raise ValueError(f"prompt_for_tile: gave {text!r} for the tile {box} px, not a text or None")
+                    self._known[(y, x), (h, w)] = text
+        texts = sorted({text for text in self._known.values() if text is not None})
+        for start in range(0, len(texts), BATCH):
+            some = texts[start : start + BATCH]
+            encoded = self.encode(some)
+            for i, text in enumerate(some):
+                self._rows[text] = [value[i] if isinstance(value, Tensor) else value for value in encoded]
+
+    def _changes(self, kwargs: dict[str, Any], given: dict[str, Any], kept: int, part: TileBatch) -> dict[str, Any]:
+        """The arguments of a tile batch that depend on the prompt; ``kept`` rows are of a negative prompt."""
+        places = [(y, x) for y, x in part.offsets.tolist()]
+        texts = [self._known[place, part.tile] for place in places]
+        changed: dict[str, Any] = {}
+        for name, place in self._text.items():
+            name, _, entry = name.partition(".")
+            value = kwargs.get(name)
+            if value is None or (entry and entry not in value):
+                continue
+            old = value[entry] if entry else value
+            rows = [
+                row if i < kept or text is None else self._rows[text][place].to(row)
+                for i, row in enumerate(old)
+                for text in texts
+            ]
+            new = torch.stack(rows).unflatten(0, (len(old), len(texts)))[part.images].flatten(0, 1)
+            changed[name] = {**given[name], entry: new} if entry else new
+        return changed
