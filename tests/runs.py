@@ -103,12 +103,15 @@ def assert_same_after(evaluation: int, make: Any, folder: Path, **kwargs: Any) -
 class Double:
     """Stands in for CUDA graphs: capture records a body without running it, replay runs the recorded one."""
 
+    broken: str | None = None
+
     def __init__(self, eager: float = 1.0, replay: float = 0.5, free: int = 1 << 40, fails: bool = False) -> None:
         self.times = {False: eager, True: replay}
         self.free, self.fails, self.replays = free, fails, set[Body]()
 
     def capture(self, body: Body) -> Body:
         if self.fails:
+            self.broken = "the step cannot be captured: operation not permitted when stream is capturing"
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
         def replay() -> None:

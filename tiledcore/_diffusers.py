@@ -68,6 +68,17 @@ def is_hooked(module: Any) -> bool:
     return hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
 
 
+def acts_within(network: Any) -> str | None:
+    """What acts between a network's layers and cannot be part of a CUDA graph, or None."""
+    for module in network.modules():
+        if hasattr(module, "_hf_hook") or getattr(getattr(module, "_diffusers_hook", None), "hooks", None):
+            return "offload, casts or a cache act between the network's layers"
+        compiled = module if hasattr(module, "_orig_mod") else module._compiled_call_impl
+        if compiled is not None and (compiled.get_compiler_config() or {}).get("triton.cudagraphs"):
+            return "the network is compiled with CUDA graphs of its own (reduce-overhead)"
+    return None
+
+
 def pack(pipe: Any, noise: Tensor) -> Tensor:
     """``[B, C, H, W]`` as the tokens that a pipeline of packed latents takes."""
     packed: Tensor = pipe._pack_latents(noise, *noise.shape)

@@ -1,4 +1,4 @@
-"""Small helpers: replace attributes of an object for a while, and name parts of a step in profiles."""
+"""Small helpers: replace attributes of an object for a while, name parts of a step in profiles, copy to a device."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 PREFIX = "tiledcore::"
 LABELS = ("gather", "network", "attention", "blend", "pull", "step", "decode")
@@ -27,6 +28,13 @@ def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
         for name in attributes:
             own.pop(name, None)
         own.update(before)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device. From the host to a GPU by pinned memory, so that nobody waits."""
+    if tensor.device.type == "cpu" and device.type == "cuda" and torch.cuda.is_available():
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 @contextmanager

@@ -1,17 +1,20 @@
 """StepGraphs: what is captured, replayed, dropped and refused, with a double in place of CUDA's graphs."""
 
+import gc
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
+import accelerate
 import pytest
 import torch
+from diffusers.hooks import HookRegistry
 from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
 from runs import Double
 from tiny import tiny_sd
 
+from tiledcore._diffusers import acts_within
 from tiledcore.loop.graph import Body, CudaBackend, StepGraphs, identity
 
 
@@ -134,35 +137,107 @@ def test_the_eager_retry_does_not_keep_the_failed_attempt_alive() -> None:
     assert seen == [False, False, True]
 
 
+class Stream:
+    """A double of a CUDA stream."""
+
+    device = torch.device("cuda", 0)
+
+
 class Graph:
-    """A double of torch's graph, whose end of capture fails."""
+    """A double of torch's graph; ``fails``: its capture cannot be ended. A pool is the first graph that used it."""
+
+    fails = False
+    made: ClassVar[list["Graph"]] = []
+
+    def __init__(self) -> None:
+        self.used: Any = None
+        self.was_reset = False
+        Graph.made.append(self)
+
+    def capture_begin(self, pool: Any = None, **_: Any) -> None:
+        self.used = pool
+
+    def capture_end(self) -> None:
+        if self.fails:
+            raise RuntimeError("capture_end\ndetails")
+
+    def pool(self) -> Any:
+        return self.used or id(self)
 
     def reset(self) -> None:
+        self.was_reset = True
+
+    def replay(self) -> None:
         return None
 
 
-def test_a_failed_capture_puts_the_stream_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    streams: list[Any] = ["main"]
-
-    @contextmanager
-    def graph(_: Any, pool: Any) -> Iterator[None]:
-        streams.append("side")
-        yield
-        raise RuntimeError("capture_end")
-
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The real ``torch.cuda.graph`` with doubles of streams and graphs; the list's last stream is the current one."""
+    found: list[Any] = [Stream()]
     for name, value in {
         "CUDAGraph": Graph,
-        "graph": graph,
-        "graph_pool_handle": object,
-        "current_stream": lambda: streams[-1],
-        "set_stream": streams.append,
+        "Stream": Stream,
+        "current_stream": lambda *_: found[-1],
+        "set_stream": found.append,
+        "synchronize": lambda: None,
+        "empty_cache": lambda: None,
+        "is_initialized": lambda: True,
+        "_get_device_index": lambda *_, **__: 0,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    backend = CudaBackend()
-    pool = backend.pool
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+    monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", None)
+    monkeypatch.setattr(CudaBackend, "broken", None)
+    monkeypatch.setattr(Graph, "made", [])
+    return found
+
+
+def test_a_failed_capture_puts_the_stream_back(streams: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Graph, "fails", True)
+    main = streams[-1]
     with pytest.raises(RuntimeError, match="capture_end"):
-        backend.capture(lambda: None)
-    assert streams == ["main", "side", "main"] and backend.pool is not pool
+        CudaBackend().capture(lambda: None)
+    assert len(streams) == 3 and streams[1] is not main and streams[2] is main  # to the side and back
+    assert Graph.made[0].was_reset
+    # No other pipeline of the process tries again.
+    graphs = StepGraphs("auto", backend=CudaBackend())
+    assert run(graphs, 4) == [0, 1, 2, 3] and len(Graph.made) == 1
+    assert graphs.counters.reason == "the step cannot be captured: capture_end"
+
+
+def test_graphs_share_the_pool_of_one_that_lives(streams: list[Any]) -> None:
+    """torch refuses a pool whose graphs are all gone."""
+    backend = CudaBackend()
+    first = backend.capture(lambda: None)
+    second = backend.capture(lambda: None)
+    assert [graph.used for graph in Graph.made] == [None, Graph.made[0].pool()]
+    del first, second
+    Graph.made.clear()
+    gc.collect()
+    backend.capture(lambda: None)
+    assert Graph.made[0].used is None
+
+
+def test_released_graphs_are_captured_again() -> None:
+    graphs = StepGraphs("auto", backend=Double())
+    assert run(graphs, 6) == [0, 1, 2, 2, 2, 2]
+    graphs.release()
+    assert run(graphs, 3) == [0, 0, 0]  # captured in its first step, and known to pay
+    assert (graphs.counters.captures, graphs.counters.eager) == (2, 2)
+
+
+def test_what_a_graph_reads_lives_as_long_as_it() -> None:
+    class Table: ...
+
+    graphs, table = StepGraphs(True, backend=Double()), Table()
+    alive = weakref.ref(table)
+    for _ in range(2):
+        graphs.run(graphs.entry("a", dict), lambda: None, keeps=table)
+    del table
+    assert alive() is not None
+    graphs.release()
+    assert alive() is None
 
 
 def changes() -> list[Callable[[Any], Any]]:
@@ -184,3 +259,47 @@ def test_what_a_graph_bakes_in_belongs_to_its_key(change: Callable[[Any], Any]) 
     assert identity(pipe.unet) == before
     change(pipe)
     assert identity(pipe.unet) != before
+
+
+def group_offloaded(unet: Any) -> Any:
+    unet.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    return unet
+
+
+def layerwise_cast(unet: Any) -> Any:
+    unet.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
+    return unet
+
+
+def sequentially_offloaded(unet: Any) -> Any:
+    return accelerate.cpu_offload(unet, torch.device("cpu"))
+
+
+def compiled_in_place(unet: Any) -> Any:
+    unet.compile(mode="reduce-overhead")
+    return unet
+
+
+def compiled(unet: Any) -> Any:
+    return torch.compile(unet, mode="reduce-overhead")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (group_offloaded, "offload"),
+        (layerwise_cast, "casts"),
+        (sequentially_offloaded, "offload"),
+        (compiled, "reduce-overhead"),
+        (compiled_in_place, "reduce-overhead"),
+    ],
+)
+def test_what_acts_within_a_network_is_refused(change: Callable[[Any], Any], reason: str) -> None:
+    unet = tiny_sd().unet
+    HookRegistry.check_if_exists_or_initialize(unet)  # an empty list of hooks, as pipelines leave it
+    assert acts_within(unet) is None
+    assert reason in str(acts_within(change(unet)))
+
+
+def test_a_compiled_network_can_be_captured() -> None:
+    assert acts_within(torch.compile(tiny_sd().unet)) is None

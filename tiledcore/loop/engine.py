@@ -12,14 +12,15 @@ import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from tiledcore import ops
-from tiledcore._diffusers import is_offloaded
+from tiledcore._diffusers import acts_within
 from tiledcore.feature import Features, Start, Step
 from tiledcore.loop.checkpoint import Checkpoint, Run
 from tiledcore.loop.eligible import fusable, why_not
@@ -79,6 +80,7 @@ class Engine:
         self.pipe, self.graphs, self.scheduler, self.features = pipe, graphs, pipe.scheduler, features
         self.own = Fallback(pipe, features)
         self.generator = call.get("generator")
+        self.decodes = call.get("output_type") != "latent"
         self.eta = call.get("eta", 0.0)
         # A callback may change the latents of a step.
         self.shows_latents = any(call.get(name) is not None for name in ("callback_on_step_end", "callback"))
@@ -159,19 +161,22 @@ class Engine:
         """Take from the arguments of the network's forward what the pipeline has changed."""
         self.branches = 2 if getattr(self.pipe, "do_classifier_free_guidance", False) else 1
         if self.index == 0:
-            self._begin(family.canvas(arguments), arguments[family.sample], family, denoiser)
+            self._begin(arguments, family, denoiser)
         elif self._shown is not None:
             self._take_back(family.canvas(arguments).chunk(self.branches)[0])
 
-    def _begin(self, canvas: Tensor, sample: Tensor, family: Family, denoiser: TileDenoiser) -> None:
+    def _begin(self, arguments: dict[str, Any], family: Family, denoiser: TileDenoiser) -> None:
         assert self._solver is not None
-        latents = canvas.chunk(self.branches)[0]
+        latents = family.canvas(arguments).chunk(self.branches)[0]
         dtype = torch.promote_types(latents.dtype, torch.float32)
         solver = self._solver.to(latents.device, dtype)
         self.family, self._solver = family, solver
-        shapes = (tuple(latents.shape), latents.dtype, latents.device, tuple(solver.table.shape), self.branches)
+        self._times: list[float] = family.clock(solver.timesteps.float()).tolist()
+        network = network_of(self.pipe)[0]
+        self._refusal = self._never_captured(network, denoiser)
+        shapes = (tuple(latents.shape), latents.dtype, tuple(solver.table.shape), self.branches, *_forms(arguments))
         settings = (denoiser.config, denoiser.execution, self._rescale(), any(solver.uses_noise))
-        key = (identity(network_of(self.pipe)[0]), *settings, shapes)
+        key = (identity(network), *settings, shapes)
         self.entry: Entry = self.graphs.entry(key, lambda: buffers_for(solver, latents, dtype))
         self.buffers: Buffers = self.entry.buffers
         self.buffers.table.copy_(solver.table)
@@ -182,15 +187,18 @@ class Engine:
         if self._saves is not None:
             self._saves.restore(self.buffers)
         # What the pipeline gets for a prediction: as many images, of one pixel, or one token.
-        self._stand_in = latents.new_zeros(latents.shape[0], *[1] * (sample.ndim - 1))
+        self._stand_in = latents.new_zeros(latents.shape[0], *[1] * (arguments[family.sample].ndim - 1))
 
     def _take_back(self, latents: Tensor) -> None:
-        """The canvas as the pipeline has it; a callback may have changed it."""
-        if self._shown is not None and torch.equal(latents, self._shown):
-            return  # unchanged: the engine's own is more precise
-        self.buffers.state[0].copy_(latents)
-        scale = self.buffers.input_scale[self.index]
-        self.buffers.model_input.copy_(self.buffers.state[0] * scale)
+        """The canvas as the pipeline has it; a callback may have changed it. Decided on the device, without waiting."""
+        state, model_input = self.buffers.state[0], self.buffers.model_input
+        new = latents.to(state.dtype)
+        scaled = (new * self.buffers.input_scale[self.index]).to(model_input.dtype)
+        if self._shown is not None:
+            same = (latents == self._shown).all()  # unchanged: the engine's own is more precise
+            new, scaled = torch.where(same, state, new), torch.where(same, model_input, scaled)
+        state.copy_(new)
+        model_input.copy_(scaled)
 
     def _rescale(self) -> float:
         return float(getattr(self.pipe, "guidance_rescale", 0.0) or 0.0) if self.branches == 2 else 0.0
@@ -205,15 +213,15 @@ class Engine:
         size = (buffers.model_input.shape[2], buffers.model_input.shape[3])
         if index < self._resumed:
             if index + 1 == self._resumed and self._saves is not None and self._saves.saved is not None:
-                self.features.resume(self._saves.saved.tensors, denoiser.tiling(*size, timestep))
+                self.features.resume(self._saves.saved.tensors, denoiser.tiling(*size, self._times[index]))
             self.index += 1
             return self._prediction()
         if buffers.denoiser is not None and buffers.denoiser is not denoiser:
             denoiser = buffers.denoiser.renewed(denoiser)
         self.denoiser = buffers.denoiser = denoiser
         denoiser.branches = self.branches
-        uniform = denoiser.place(size, timestep, buffers.model_input.device)
-        refusal = self._graph_refusal(uniform, conditions)
+        uniform = denoiser.place(size, self._times[index], buffers.model_input.device)
+        refusal = self._refusal or self._graph_refusal(uniform, conditions)
         if refusal is None and self.graphs.backend is not None:
             given = {**conditions, "": timestep}
             if not buffers.arguments:
@@ -228,8 +236,11 @@ class Engine:
         if self._solver.uses_noise[index]:
             assert buffers.noise is not None
             buffers.noise.copy_(self._solver.noise(self.generator, buffers.model_input))
-        self.graphs.run(self.entry, lambda: self._step(denoiser, forward, timestep, conditions, index), refusal)
+        body = partial(self._step, denoiser, forward, timestep, conditions, index)
+        self.graphs.run(self.entry, body, refusal, keeps=denoiser.attention)
         self.index += 1
+        if self.index == len(self._solver) and self.decodes:
+            self.graphs.release()
         if self._saves is not None:
             self._saves.after(self.index, len(self._solver), buffers, self.features.tensors())
         self.features.after_step(self.index, buffers.state[0])
@@ -286,18 +297,18 @@ class Engine:
     def _prediction(self) -> Tensor:
         return self._stand_in.repeat(self.branches, *[1] * (self._stand_in.ndim - 1))
 
-    def _graph_refusal(self, uniform: bool, conditions: dict[str, Any]) -> str | None:
-        """Why this step cannot be captured in a CUDA graph, or None."""
-        if self.denoiser is not None and self.denoiser.deal is not run_all:
+    def _never_captured(self, network: Any, denoiser: TileDenoiser) -> str | None:
+        """Why no step of the call can be captured in a CUDA graph, or None."""
+        if denoiser.deal is not run_all:
             return "several processes exchange the predictions of a step"
-        if not uniform:
-            return "the tiles of a step have several sizes, or differ from step to step"
-        if is_offloaded(network_of(self.pipe)[0]):
-            return "CPU offload moves the weights between steps"
         if self.shows_latents:
             return "a callback may change what the next step reads"
-        if self.family.packed and self.denoiser is not None and self.denoiser.config.mode == "canvas":
-            return "canvas mode of packed latents reads positions on the host"
+        return acts_within(network)
+
+    def _graph_refusal(self, uniform: bool, conditions: dict[str, Any]) -> str | None:
+        """Why this step cannot be captured in a CUDA graph, or None."""
+        if not uniform:
+            return "the tiles of a step have several sizes, or differ from step to step"
         if conditions.get("regions") is not None:
             return "regions: which prompts a tile has is decided on the host"
         if self.features.active(self.index):
@@ -311,6 +322,11 @@ class Engine:
             self._shown = shown.clone()  # a callback may change what it is given in place
         latents: Tensor = self.family.result(shown)
         return latents
+
+
+def _forms(arguments: dict[str, Any]) -> list[Any]:
+    """Shape, dtype and device of all tensors in a network's arguments."""
+    return [(t.shape, t.dtype, t.device) for t in tree_leaves(arguments) if isinstance(t, Tensor)]
 
 
 def buffers_for(solver: LinearSolver, latents: Tensor, dtype: torch.dtype) -> Buffers:

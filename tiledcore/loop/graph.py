@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
+from weakref import WeakSet
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_map_only
@@ -26,6 +27,8 @@ GAIN = 0.03  # A graph is kept if it saves more than this share of the eager ste
 class Backend(Protocol):
     """What captures and times: CUDA, or a test's double."""
 
+    broken: str | None  # Why a capture failed: the device may be in any state, so none is tried again
+
     def capture(self, body: Body) -> Body:
         """Record a step without running it; the result replays it."""
 
@@ -37,22 +40,27 @@ class Backend(Protocol):
 
 
 class CudaBackend:
-    """torch's CUDA graphs. All graphs share one memory pool: no two of them run at once."""
+    """torch's CUDA graphs. Graphs that live at one time share a memory pool: no two of them run at once."""
+
+    broken: str | None = None  # Of the process
 
     def __init__(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
+        self._live: WeakSet[Any] = WeakSet()
 
     def capture(self, body: Body) -> Body:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        # A pool whose graphs are all gone cannot be used again.
+        pool = next((other.pool() for other in self._live), None)
         try:
-            with torch.cuda.graph(graph, pool=self.pool):
+            with torch.cuda.graph(graph, pool=pool):
                 body()
-        except BaseException:
+        except BaseException as error:
+            CudaBackend.broken = not_captured(error)
             # torch leaves its side stream current where the end of a capture raises.
             torch.cuda.set_stream(stream)
             graph.reset()
-            self.pool = torch.cuda.graph_pool_handle()
             raise
+        self._live.add(graph)
         replay: Body = graph.replay
         return replay
 
@@ -66,6 +74,10 @@ class CudaBackend:
 
     def free_bytes(self) -> int:
         return torch.cuda.mem_get_info()[0]
+
+
+def not_captured(error: BaseException) -> str:
+    return f"the step cannot be captured: {str(error).partition(chr(10))[0]}"
 
 
 @dataclass
@@ -84,7 +96,7 @@ class Entry:
 
     buffers: Any
     replay: Body | None = None
-    captured: Body | None = None  # The body that was captured: what it refers to must live as long as the graph
+    keeps: Any = None  # What the graph's kernels read beside the buffers: it must live as long as the graph
     refused: str | None = None
     eager_steps: int = 0
     eager_seconds: float = 0.0
@@ -109,7 +121,6 @@ class StepGraphs:
     backend: Backend | None = None
     counters: Counters = field(default_factory=Counters)
     _entries: OrderedDict[Hashable, Entry] = field(default_factory=OrderedDict)
-    _broken: str | None = None  # why a capture failed
 
     def __post_init__(self) -> None:
         if self.mode not in ("auto", True, False):
@@ -124,9 +135,14 @@ class StepGraphs:
         self._entries.move_to_end(key)
         return self._entries[key]
 
-    def run(self, entry: Entry, body: Body, refused: str | None = None) -> None:
-        """Run one step, eagerly or as a graph. ``body`` touches only the entry's buffers; ``refused``: why it must be
-        eager.
+    def release(self) -> None:
+        """Drop all graphs with their memory. A step that was kept is captured again when it comes back."""
+        for entry in self._entries.values():
+            entry.replay = entry.keeps = None
+
+    def run(self, entry: Entry, body: Body, refused: str | None = None, keeps: Any = None) -> None:
+        """Run one step, eagerly or as a graph. ``body`` touches only the entry's buffers and what is in ``keeps``;
+        ``refused``: why it must be eager.
 
         Raises:
             RuntimeError: ``mode`` is True, and the step was refused or could not be captured.
@@ -148,7 +164,7 @@ class StepGraphs:
             entry.eager_steps += 1
             self.counters.eager += 1
         elif entry.replay is None:
-            self._capture(entry, body)
+            self._capture(entry, body, keeps)
         elif entry.settled or self.mode is True:
             entry.replay()
             self.counters.replays += 1
@@ -158,21 +174,18 @@ class StepGraphs:
     def _unwanted(self) -> str | None:
         if self.mode is False:
             return "cuda_graph=False"
-        if self._broken is not None:
-            return self._broken
-        return "there is no CUDA device" if self.backend is None else None
+        return "there is no CUDA device" if self.backend is None else self.backend.broken
 
-    def _capture(self, entry: Entry, body: Body) -> None:
+    def _capture(self, entry: Entry, body: Body, keeps: Any) -> None:
         assert self.backend is not None
         reason = None
         try:
             replay = self.backend.capture(body)
         except RuntimeError as error:
+            reason = not_captured(error)
             if self.mode is True:
-                raise RuntimeError(f"cuda_graph=True: the step cannot be captured: {error}") from error
-            reason = f"the step cannot be captured: {str(error).splitlines()[0]}"
+                raise RuntimeError(f"cuda_graph=True: {reason}") from error
         if reason is not None:  # outside of the handler, whose traceback holds the tensors of the failed attempt
-            self._broken = reason  # the device may be in any state: no second try in this object
             self._drop(entry, reason)
             self.counters.eager += 1
             body()
@@ -183,7 +196,7 @@ class StepGraphs:
         if self.mode == "auto" and self.backend.free_bytes() < self.reserve:
             self._drop(entry, "the graph's memory does not fit beside the rest")
         else:
-            entry.replay, entry.captured = replay, body
+            entry.replay, entry.keeps = replay, (body, keeps)
 
     def _judge(self, entry: Entry) -> None:
         assert self.backend is not None and entry.replay is not None
@@ -196,7 +209,7 @@ class StepGraphs:
             self._drop(entry, f"replay gains {gain:.1%}, and a graph is kept above {GAIN:.0%}")
 
     def _drop(self, entry: Entry, reason: str) -> None:
-        entry.replay, entry.captured, entry.refused = None, None, reason
+        entry.replay, entry.keeps, entry.refused = None, None, reason
         self.counters.reason = reason
         logger.info("no CUDA graph: %s", reason)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tiledcore.schedulers.probe import NOISE, PREDICTION, Evaluation, Row, Stepper, UnsuitableError, noise_dtype, record
+from tiledcore.utils import to_device
 
 _LARGE = 1e6  # Amplitude at which clipping and thresholding show
 
@@ -42,7 +43,7 @@ class LinearSolver:
         slots: the number S, at least 1.
         table: ``[N, S, S + 2]``, float64 on the CPU until :meth:`to`.
         input_scale: ``[N + 1]``: the network sees ``input_scale[i] * z[0]`` at evaluation ``i``; the last one is 1.
-        timesteps: ``[N]``, as the network gets them.
+        timesteps: ``[N]``, as the network gets them, on the CPU.
         uses_noise: whether each evaluation draws noise, even if its coefficient is 0.
         noise_dtype: the dtype of the noise; None: the prediction's.
     """
@@ -60,8 +61,7 @@ class LinearSolver:
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "LinearSolver":
         """A copy on ``device`` with coefficients of ``dtype``; make it once, not per step."""
-        table, input_scale = self.table.to(device, dtype), self.input_scale.to(device, dtype)
-        return replace(self, table=table, input_scale=input_scale, timesteps=self.timesteps.to(device))
+        return replace(self, table=self.table.to(device, dtype), input_scale=self.input_scale.to(device, dtype))
 
     def writes(self, index: int) -> tuple[int, ...]:
         """The slots that evaluation ``index`` changes, ascending."""
@@ -73,8 +73,12 @@ class LinearSolver:
         """Draw one evaluation's noise as the scheduler would; ``like`` has the prediction's shape, dtype and device."""
         from diffusers.utils.torch_utils import randn_tensor
 
-        dtype = like.dtype if self.noise_dtype is None else self.noise_dtype
-        return randn_tensor(like.shape, generator=generator, device=like.device, dtype=dtype)
+        one = generator[0] if isinstance(generator, list) else generator
+        device = like.device if one is None else one.device
+        noise = randn_tensor(
+            like.shape, generator, device, like.dtype if self.noise_dtype is None else self.noise_dtype
+        )
+        return to_device(noise, like.device)
 
 
 def linear_solver(scheduler: Any, *, begin: int = 0, **step_kwargs: Any) -> LinearSolver | NotLinear:
@@ -102,7 +106,7 @@ def linear_solver(scheduler: Any, *, begin: int = 0, **step_kwargs: Any) -> Line
     # A scheduler may raise anything on tensors that its authors did not think of.
     try:
         program = record(Stepper(scheduler, begin, step_kwargs))
-        solver = _allocate(program, timesteps[begin:])
+        solver = _allocate(program, timesteps[begin:].cpu())
         _check(Stepper(scheduler, begin, step_kwargs), solver)
         if any(solver.uses_noise):
             solver = replace(solver, noise_dtype=noise_dtype(Stepper(scheduler, begin, step_kwargs)))
