@@ -169,9 +169,10 @@ class Engine:
         assert self._solver is not None
         latents = family.canvas(arguments).chunk(self.branches)[0]
         dtype = torch.promote_types(latents.dtype, torch.float32)
+        timesteps = self._solver.timesteps  # still on the host
+        self._times: list[float] = family.clock(timesteps.float()).tolist()
         solver = self._solver.to(latents.device, dtype)
         self.family, self._solver = family, solver
-        self._times: list[float] = family.clock(solver.timesteps.float()).tolist()
         network = network_of(self.pipe)[0]
         self._refusal = self._never_captured(network, denoiser)
         shapes = (tuple(latents.shape), latents.dtype, tuple(solver.table.shape), self.branches, *_forms(arguments))
@@ -182,7 +183,7 @@ class Engine:
         self.buffers.table.copy_(solver.table)
         self.buffers.input_scale.copy_(solver.input_scale)
         self.buffers.step.zero_()
-        self.features.begin(Start(self.scheduler, solver.timesteps, (latents.shape[2], latents.shape[3])))
+        self.features.begin(Start(self.scheduler, timesteps, (latents.shape[2], latents.shape[3])))
         self._take_back(latents)
         if self._saves is not None:
             self._saves.restore(self.buffers)

@@ -43,7 +43,7 @@ class LinearSolver:
         slots: the number S, at least 1.
         table: ``[N, S, S + 2]``, float64 on the CPU until :meth:`to`.
         input_scale: ``[N + 1]``: the network sees ``input_scale[i] * z[0]`` at evaluation ``i``; the last one is 1.
-        timesteps: ``[N]``, as the network gets them, on the CPU.
+        timesteps: ``[N]``, as the network gets them; on the CPU until :meth:`to`.
         uses_noise: whether each evaluation draws noise, even if its coefficient is 0.
         noise_dtype: the dtype of the noise; None: the prediction's.
     """
@@ -61,7 +61,8 @@ class LinearSolver:
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "LinearSolver":
         """A copy on ``device`` with coefficients of ``dtype``; make it once, not per step."""
-        return replace(self, table=self.table.to(device, dtype), input_scale=self.input_scale.to(device, dtype))
+        table, input_scale = self.table.to(device, dtype), self.input_scale.to(device, dtype)
+        return replace(self, table=table, input_scale=input_scale, timesteps=self.timesteps.to(device))
 
     def writes(self, index: int) -> tuple[int, ...]:
         """The slots that evaluation ``index`` changes, ascending."""
