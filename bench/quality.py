@@ -11,7 +11,6 @@ than other lines, with tiles or without. Tile lines are on that grid, so they mu
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -150,69 +149,6 @@ def low_frequency_power(images: Pixels) -> float:
     frequency = np.fft.fftfreq(size) * size
     radius = np.hypot(frequency[:, None], frequency)
     return float(power[:, (radius >= 1) & (radius < 2.5)].mean())
-
-
-def tone_step(
-    image: Pixels, lines_y: Iterable[int], lines_x: Iterable[int], band: int = 32, offsets: int = 64
-) -> float:
-    """Whether tiles differ in tone from their neighbours, which a ramp hides from the seam ratio.
-
-    At each line the means of the ``band`` pixels on both sides are compared, in pieces between the crossing lines. The
-    same is measured with all lines moved together by random offsets, by at least ``band`` or a quarter of the smallest
-    distance between lines.
-
-    Args:
-        image: ``[H, W]`` or ``[H, W, C]``.
-        lines_y: y in pixels of the lines between tiles.
-        lines_x: the same along x.
-        band: pixels on each side.
-        offsets: how many random offsets to compare with.
-
-    Returns:
-        Mean |difference| on the lines over that elsewhere; 1 is ideal, NaN without tile lines.
-
-    Raises:
-        ValueError: no line has ``band`` pixels on both sides.
-    """
-    grey = image.astype(np.float64) if image.ndim == 2 else image.mean(-1, dtype=np.float64)
-    named = zip((lines_y, lines_x), grey.shape, "yx", strict=True)
-    axes = [sorted(_valid(lines, size, axis, False)) for lines, size, axis in named]
-    if not any(axes):
-        return math.nan
-    on = _steps(grey, axes, band, (0, 0))
-    if not on.size:
-        raise ValueError(f"band={band}: no tile line of an image of {grey.shape} has that many pixels on both sides")
-    rng = np.random.default_rng(0)
-    ranges = [_free_offsets(lines, size, band) for lines, size in zip(axes, grey.shape, strict=True)]
-    moved = [_steps(grey, axes, band, tuple(int(rng.choice(r)) for r in ranges)) for _ in range(offsets)]
-    elsewhere, found = float(np.mean([steps.mean() for steps in moved if steps.size])), float(on.mean())
-    return 1.0 if found == elsewhere else found / elsewhere if elsewhere else math.inf
-
-
-def _free_offsets(lines: list[int], size: int, band: int) -> NDArray[np.int64]:
-    """Offsets that move every line away from all others."""
-    if not lines:
-        return np.zeros(1, dtype=np.int64)
-    gaps = np.diff([0, *lines, size])
-    room = min(band, max(1, int(gaps.min()) // 4))
-    away = np.arange(-int(gaps.max()) + 1, int(gaps.max()))
-    at = np.array(lines)
-    apart = np.abs(at[None, :, None] + away[:, None, None] - at[None, None, :]).min((1, 2))
-    return away[apart >= room]
-
-
-def _steps(grey: Floats, axes: list[list[int]], band: int, offset: tuple[int, ...]) -> Floats:
-    """|difference of tone| across each piece of each line, both axes, lines moved by the offset."""
-    found = []
-    for axis, (turned, lines, crossing) in enumerate(
-        zip((grey, grey.T), axes, (axes[1], axes[0]), strict=True)  # [along the normal, along the line]
-    ):
-        pieces = np.clip([0, *(line + offset[1 - axis] for line in crossing), turned.shape[1]], 0, turned.shape[1])
-        for line in (line + offset[axis] for line in lines):
-            if band <= line <= len(turned) - band:
-                step = turned[line : line + band].mean(0) - turned[line - band : line].mean(0)
-                found += [abs(float(step[a:b].mean())) for a, b in pairwise(pieces) if b - a >= band]
-    return np.array(found)
 
 
 def likeness(image: Pixels, tile: int, bins: int = 16) -> float:

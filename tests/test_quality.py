@@ -11,7 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from bench import seams
-from bench.quality import likeness, seam_check, seam_profile, tone_step
+from bench.quality import likeness, seam_check, seam_profile
 
 SIZE = 512
 LINES = (64, 160, 256, 352, 448)
@@ -161,38 +161,6 @@ def test_impossible_requests() -> None:
 TILES = (128, 256, 384)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_planted_tone_steps_are_graded_in_order_and_ramps_do_not_hide_them(seed: int) -> None:
-    """Tones of whole tiles, faded over 16 pixels: hardly any line stands out, the tone does."""
-    tones = np.random.default_rng(seed).choice([-1.0, 1.0], (4, 4))
-    tones[::2, ::2], tones[1::2, 1::2], tones[::2, 1::2], tones[1::2, ::2] = 1, 1, -1, -1
-    planted = np.kron(tones, np.ones((128, 128)))
-    kernel = np.ones(16) / 16
-    for axis in (0, 1):
-        planted = np.apply_along_axis(
-            lambda row: np.convolve(np.pad(row, 8, "edge"), kernel, "same")[8:-8], axis, planted
-        )
-    image = field(seed)
-    ratios = [tone_step(image + s * planted[..., None], TILES, TILES) for s in (0.0, 0.2, 0.4, 0.8, 1.6)]
-    assert ratios == sorted(ratios)
-    assert ratios[0] < 1.4 and ratios[-1] > 2
-    assert seam_check(image + 0.8 * planted[..., None], TILES, TILES).mean < 1.3
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_tone_of_an_untouched_field_is_ordinary_at_the_lines(seed: int) -> None:
-    assert tone_step(field(seed), TILES, TILES) == pytest.approx(1, abs=0.4)
-
-
-def test_tone_step_of_a_checkerboard_and_of_nothing() -> None:
-    board = np.kron(np.indices((4, 4)).sum(0) % 2, np.ones((64, 64)))
-    assert tone_step(board, (64, 128, 192), (64, 128, 192), band=8) > 3
-    assert np.isnan(tone_step(board, (), ()))
-    assert tone_step(np.zeros((256, 256)), (128,), (), band=8) == 1
-    with pytest.raises(ValueError, match="band=200: no tile line"):
-        tone_step(board, (128,), (), band=200)
-
-
 def save(path: Path, image: NDArray[np.float64], lines: tuple[int, ...]) -> Path:
     """As `tiledcore generate` does."""
     noted = PngInfo()
@@ -251,3 +219,25 @@ def test_likeness_counts_every_level_from_0_to_1() -> None:
     image = np.zeros((3, 24, 3))
     image[:, 12:] = 1
     assert 0 < likeness(np.repeat(image, 8, axis=0), 8) < 1 == likeness(np.zeros((24, 24, 3)), 8)
+
+
+def test_repeats_and_a_lost_structure_are_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A large image of the native one passes; one whose tiles all show the same fails; and so for an enlargement."""
+    rng = np.random.default_rng(0)
+    ramp = np.linspace(0, 1, 128)[:, None, None] * np.ones((1, 128, 3)) * [1, 0.5, 0.2]
+    native = (ramp + 0.02 * rng.random((128, 128, 3))).clip(0, 1)
+    large = (native.repeat(8, 0).repeat(8, 1) + 0.05 * (rng.random((1024, 1024, 3)) - 0.5)).clip(0, 1)
+    assert seams.repeats(large, native)[1]
+    same = np.tile(native.repeat(2, 0).repeat(2, 1), (4, 4, 1))
+    told, good = seams.repeats(same, native)
+    assert not good and "REPEATS" in told
+    source, image = (x.astype(np.float32) for x in (native, large))
+    assert seams.fidelity(image, source)[1]
+    assert not seams.fidelity(image[::-1].copy(), source)[1], "upside down"
+    tiny = Image.fromarray((native * 255).astype(np.uint8)).resize((32, 32), Image.Resampling.BOX)
+    smooth = np.asarray(tiny.resize((1024, 1024), Image.Resampling.BICUBIC), dtype=np.float32) / 255
+    assert not seams.fidelity(smooth, source)[1], "less detail than bicubic"
+    Image.fromarray((native * 255).astype(np.uint8)).save(tmp_path / "native.png")
+    path = save(tmp_path / "image.png", same, LINES)
+    assert seams.main([str(path), "--native", str(tmp_path / "native.png")]) == 1
+    assert capsys.readouterr().out.rstrip().endswith("REPEATS")
