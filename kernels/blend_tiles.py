@@ -175,12 +175,12 @@ def blend_tiles_kernel(
     tl.store(target + within, blended.to(out.dtype.element_ty), mask=inside)
 
 
-def blend_tiles(tiles: Tensor, offsets: Tensor, canvas_size: tuple[int, int], window: str, ramp: int) -> Tensor:
+def blend_tiles(tiles: Tensor, offsets: Tensor, H: int, W: int, window: str, ramp: int) -> Tensor:
     """Launch the kernel; arguments as in :func:`tiledcore.ops.blend_tiles`, already checked.
 
     ``window`` is ``"mean"``, ``"gaussian"`` or ``"ramp"``: ``"core"`` comes as a ramp of 1.
     """
-    T, (H, W) = offsets.shape[0], canvas_size
+    T = offsets.shape[0]
     B, C, h, w = tiles.shape[0] // T, *tiles.shape[1:]
     if max(T, H, W) > LIMIT or H * W > PLANE_LIMIT:
         raise ValueError(

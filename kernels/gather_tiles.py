@@ -73,10 +73,10 @@ def gather_tiles_kernel(
     tl.store(target + to, tl.load(source + at, mask=mask), mask=mask)
 
 
-def gather_tiles(canvas: Tensor, offsets: Tensor, tile: tuple[int, int]) -> Tensor:
+def gather_tiles(canvas: Tensor, offsets: Tensor, h: int, w: int) -> Tensor:
     """Launch the kernel; arguments as in :func:`tiledcore.ops.gather_tiles`, already checked."""
     B, C, H, W = canvas.shape
-    T, (h, w) = offsets.shape[0], tile
+    T = offsets.shape[0]
     if H * W > PLANE_LIMIT:
         raise ValueError(f"a canvas of {(H, W)} exceeds the Triton kernel's {PLANE_LIMIT} pixels")
     out = canvas.new_empty((T * B, C, h, w))

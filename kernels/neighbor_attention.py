@@ -272,7 +272,7 @@ def neighbor_attention(
     scale: float,
     config: Config | None = None,
 ) -> Tensor:
-    """Launch the kernel; arguments as in :func:`tiledcore.ops.neighbor_attention`, already checked.
+    """Launch the kernel; arguments as in :func:`tiledcore.ops.neighbor_attention`, already checked, scale at least 0.
 
     ``config`` replaces the table's, for tests and measurements.
     """
@@ -280,8 +280,6 @@ def neighbor_attention(
     config = config or configuration(D, q.dtype, capability_of(q.device))
     vector = vector_of(D)
     G = 0 if global_k is None else global_k.shape[1]
-    if scale < 0:  # the kernel takes the maximum before it scales
-        q, global_q, scale = -q, None if global_q is None else -global_q, -scale
     q, k, v = (aligned(t, vector) for t in (q, k, v))
     gq, gk, gv = (
         t if own is None else aligned(own, vector)

@@ -182,14 +182,6 @@ def test_a_query_without_keys_becomes_zero(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(result, torch.zeros_like(result))
 
 
-def test_a_negative_scale() -> None:
-    tensors = {name: tokens(1, N, 1, 40, dtype=torch.float16, seed=i) for i, name in enumerate("qkv")}
-    flipped = tensors | {"q": -tensors["q"]}
-    names = [tensors.get(name) for name in ("q", "k", "v", "global_q", "global_k", "global_v")]
-    result = kernel.neighbor_attention(*names, *GEOMETRY, -(40**-0.5), SMALL)
-    assert torch.equal(result, launch(SMALL, flipped, GEOMETRY))
-
-
 @pytest.mark.parametrize("D", HEAD_DIMS)
 def test_the_table_has_every_head_dimension(D: int) -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float32):

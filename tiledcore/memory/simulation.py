@@ -3,7 +3,7 @@
 The modules' real Python code runs, so the same tensors are alive at the same time as in a real run. Differences:
 
 - Plain attention counts as a memory-efficient kernel: queries, keys, values and output, without the scores.
-- ``neighbor_attention`` counts by its implementation: the kernels need no scratch, ``"sdpa"`` gathers in chunks.
+- ``neighbor_attention`` counts by its implementation: the kernels need no scratch, the others gather in chunks.
 - Workspaces inside other kernels (cuDNN, cuBLAS, oneDNN) do not count; the planner's safety factor covers them.
 """
 
@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdp
 
 from tiledcore import ops
 from tiledcore.geometry import Pair
-from tiledcore.ops.neighbor_attention import _CHUNK_BYTES
+from tiledcore.ops.gathered_attention import CHUNK_BYTES
+from tiledcore.ops.neighbor_attention import FASTEST, IMPLS
 from tiledcore.vae.live_bytes import LiveBytes
 
 
@@ -70,11 +71,12 @@ def simulated(mode: FakeTensorMode, modules: Sequence[torch.nn.Module], device: 
 
 
 def attention_scratch(device: str) -> int:
-    """The most scratch bytes of ``neighbor_attention``: 0 for the kernels, two chunks of windows for ``"sdpa"``."""
+    """The most scratch bytes of ``neighbor_attention``: 0 for the kernels, two chunks of windows where it gathers."""
     kernel: ops.Impl = "triton" if device == "cuda" else "native"
-    if ops.unavailable("neighbor_attention", kernel, torch.device(device)) is None:
+    gathers = device == "cuda" and FASTEST
+    if not gathers and ops.unavailable("neighbor_attention", kernel, torch.device(device)) is None:
         return 0
-    return 2 * _CHUNK_BYTES.get(device, _CHUNK_BYTES["cpu"])
+    return 2 * CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"])
 
 
 def _seen(size: int, tile: int, halo: int, wraps: bool) -> list[Pair]:
@@ -128,8 +130,8 @@ def _cpu_attention_flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], *
     return int(sdpa_flop_count(q, k, v))
 
 
-register_flop_formula(
-    [getattr(torch.ops.tiledcore, f"neighbor_attention_{impl}") for impl in ("reference", "native", "triton", "sdpa")]
-)(_neighbor_attention_flops)
+register_flop_formula([getattr(torch.ops.tiledcore, f"neighbor_attention_{impl}") for impl in IMPLS])(
+    _neighbor_attention_flops
+)
 # torch has formulas only for its CUDA kernels.
 _CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops}

@@ -22,13 +22,6 @@ def _reference(tiles: Tensor, offsets: Tensor, height: int, width: int, window: 
     return reference.blend_tiles(tiles, offsets, (height, width), window, ramp)
 
 
-@torch.library.impl("tiledcore::blend_tiles_triton", ("cpu", "cuda"))
-def _triton(tiles: Tensor, offsets: Tensor, height: int, width: int, window: str, ramp: int) -> Tensor:
-    from tiledcore.kernels.blend_tiles import blend_tiles as kernel
-
-    return kernel(tiles, offsets, (height, width), window, ramp)
-
-
 def blend_tiles(
     tiles: Tensor,
     offsets: Tensor,

@@ -6,15 +6,17 @@ and ``torch.compile`` work without a compiler and without Triton. No op has a gr
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-Impl = Literal["reference", "native", "triton", "sdpa"]
-"""``reference``: plain torch, any device. ``native``: C++ from csrc/. ``triton``: kernels/. ``sdpa``: attention only,
-torch's own kernels on gathered tokens."""
+Impl = Literal["reference", "native", "triton", "sdpa", "flash", "cudnn", "xformers"]
+"""``reference``: plain torch, any device. ``native``: C++ from csrc/. ``triton``: kernels/. The others, for attention
+only, gather tokens and call a dense attention: ``sdpa`` what torch chooses, the rest the library of that name."""
 
 _log = logging.getLogger(__name__)
 _implementations: dict[str, tuple[Impl, ...]] = {}
@@ -45,6 +47,14 @@ def define(
         op = f"tiledcore::{name}_{impl}"
         torch.library.define(op, schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(op, fake)
+    if "triton" in implementations:
+        torch.library.impl(f"tiledcore::{name}_triton", ("cpu", "cuda"))(partial(_launch, name))
+
+
+def _launch(name: str, *arguments: Any) -> Any:
+    """Run a Triton kernel by the launcher of its name. Triton is imported only here, when a kernel is needed."""
+    with torch.no_grad():
+        return getattr(import_module(f"tiledcore.kernels.{name}"), name)(*arguments)
 
 
 _native_missing = _load_native()
@@ -74,6 +84,21 @@ def unavailable(name: str, impl: Impl, device: torch.device, dtype: torch.dtype 
             return _unsuited(name, device, dtype)
         else:
             return f"no kernel runs on {device.type}"
+    elif impl in ("flash", "cudnn", "xformers"):
+        return _no_library(impl, device, dtype)
+    return None
+
+
+def _no_library(impl: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
+    """Why a library's dense attention cannot run, or None."""
+    if device.type != "cuda":
+        return f"{impl} has no attention on {device.type}"
+    if impl == "xformers" and find_spec("xformers") is None:
+        return "xformers is not installed"
+    if impl != "xformers" and dtype not in (None, torch.float16, torch.bfloat16):
+        return f"{impl} needs float16 or bfloat16, got {dtype}"
+    if torch.cuda.is_available() and not torch.version.hip and torch.cuda.get_device_capability(device)[0] < 8:
+        return f"{impl} needs compute capability 8.0"
     return None
 
 

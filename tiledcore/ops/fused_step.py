@@ -1,7 +1,5 @@
 """fused_step: blend tiles, apply guidance and do one scheduler step, in one pass over the canvas."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -34,13 +32,6 @@ def _fake(*_: object) -> None:
 
 define("fused_step", _SCHEMA, _fake)
 torch.library.impl("tiledcore::fused_step_reference", ("cpu", "cuda"))(reference.fused_step)
-
-
-@torch.library.impl("tiledcore::fused_step_triton", ("cpu", "cuda"))
-def _triton(*arguments: Any) -> None:
-    from tiledcore.kernels.fused_step import fused_step as kernel
-
-    kernel(*arguments)
 
 
 def _check_state(state: Tensor, tiles: Tensor) -> None:

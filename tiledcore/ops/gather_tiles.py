@@ -23,13 +23,6 @@ def _reference(canvas: Tensor, offsets: Tensor, tile_h: int, tile_w: int) -> Ten
     return reference.gather_tiles(canvas, offsets, (tile_h, tile_w))
 
 
-@torch.library.impl("tiledcore::gather_tiles_triton", ("cpu", "cuda"))
-def _triton(canvas: Tensor, offsets: Tensor, tile_h: int, tile_w: int) -> Tensor:
-    from tiledcore.kernels.gather_tiles import gather_tiles as kernel
-
-    return kernel(canvas, offsets, (tile_h, tile_w))
-
-
 def gather_tiles(canvas: Tensor, offsets: Tensor, tile: tuple[int, int], *, impl: Impl | None = None) -> Tensor:
     """Cut tiles out of a canvas. Every implementation copies bit for bit.
 

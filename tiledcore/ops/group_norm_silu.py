@@ -22,13 +22,6 @@ def _reference(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tens
     out.copy_(reference.group_norm_silu(x, mean, rstd, weight, bias, silu))
 
 
-@torch.library.impl("tiledcore::group_norm_silu_triton", ("cpu", "cuda"))
-def _triton(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, silu: bool, out: Tensor) -> None:
-    from tiledcore.kernels.group_norm_silu import group_norm_silu as kernel
-
-    kernel(x, mean, rstd, weight, bias, silu, out)
-
-
 def _planes_contiguous(tensor: Tensor) -> bool:
     H, W = tensor.shape[2:]
     return (W == 1 or tensor.stride(3) == 1) and (H == 1 or tensor.stride(2) == W)

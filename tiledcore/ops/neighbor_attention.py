@@ -1,25 +1,25 @@
 """neighbor_attention: attention of each tile of a canvas to itself and a halo around it."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tiledcore.ops import reference
 from tiledcore.ops.checks import BLEND_DTYPES
-from tiledcore.ops.dispatch import Impl, choose, define
+from tiledcore.ops.dispatch import Impl, choose, define, unavailable
+from tiledcore.ops.gathered_attention import GATHERED
 
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor? global_q, Tensor? global_k, Tensor? global_v, SymInt[2] canvas, "
     "int[2] tile, int[2] halo, bool[2] wrap, float scale) -> Tensor"
 )
-# Bytes of windows that are gathered at a time: enough to fill a GPU, or to stay near a CPU's caches.
-_CHUNK_BYTES = {"cuda": 512 << 20, "cpu": 8 << 20}
-
 TRITON_HEAD_DIM = 160  # the widest head that the Triton kernel takes
+
+FASTEST: dict[tuple[int, int], Impl] = {}
+"""(compute capability such as 90, D) -> implementation, where Triton's is not the fastest. ``python -m bench tune``
+measures it on a card and writes this line. Empty: nothing has been measured yet."""
 
 Pair = tuple[int, int]
 
@@ -28,7 +28,10 @@ def _fake(q: Tensor, *_: object) -> Tensor:
     return q.new_empty(q.shape)
 
 
-define("neighbor_attention", _SCHEMA, _fake, ("reference", "native", "triton", "sdpa"))
+IMPLS: tuple[Impl, ...] = ("reference", "native", "triton", "sdpa", "flash", "cudnn", "xformers")
+define("neighbor_attention", _SCHEMA, _fake, IMPLS)
+for _name, _gathered in GATHERED.items():
+    torch.library.impl(f"tiledcore::neighbor_attention_{_name}", ("cpu", "cuda"))(_gathered)
 
 
 @torch.library.impl("tiledcore::neighbor_attention_reference", ("cpu", "cuda"))
@@ -36,90 +39,6 @@ define("neighbor_attention", _SCHEMA, _fake, ("reference", "native", "triton", "
 def _reference(*arguments: Any) -> Tensor:
     tensors, geometry = arguments[:6], arguments[6:]
     return reference.neighbor_attention(*tensors[:3], *geometry, *tensors[3:])
-
-
-@torch.library.impl("tiledcore::neighbor_attention_triton", ("cpu", "cuda"))
-@torch.no_grad()
-def _triton(*arguments: Any) -> Tensor:
-    from tiledcore.kernels.neighbor_attention import neighbor_attention as kernel
-
-    return kernel(*arguments)
-
-
-@torch.library.impl("tiledcore::neighbor_attention_sdpa", ("cpu", "cuda"))
-@torch.no_grad()
-def _sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    global_q: Tensor | None,
-    global_k: Tensor | None,
-    global_v: Tensor | None,
-    *geometry: Any,
-) -> Tensor:
-    """Gather each tile's queries and keys, and call torch's attention on batches of tiles of equal shape."""
-    *axes, scale = geometry
-    B, _, heads, D = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    G = 0 if global_k is None else global_k.shape[1]
-    # With other queries for the global tokens, [q, global_q] against [k, 0] and [0, global_k] gives one exact softmax.
-    # v is padded too, because torch's fused kernels want one head dimension.
-    split = global_q is not None and G > 0
-    budget = _CHUNK_BYTES.get(q.device.type, _CHUNK_BYTES["cpu"])
-    for queries, window in _batches(*axes):
-        per_tile = B * heads * D * (1 + split) * q.element_size() * 2 * (queries.shape[1] + window.shape[1] + G)
-        step = max(1, budget // per_tile)
-        for at, seen in zip(queries.split(step), window.split(step), strict=True):
-            at, seen = at.to(q.device), seen.to(q.device)
-            parts = [_take(q, at), _take(k, seen), _take(v, seen)]
-            if split and global_q is not None:
-                parts = [torch.cat([parts[0], _take(global_q, at)], -1), *(F.pad(part, (0, D)) for part in parts[1:])]
-            if global_k is not None and global_v is not None and G:
-                extra = [F.pad(global_k, (D, 0)), F.pad(global_v, (0, D))] if split else [global_k, global_v]
-                extra = [e.repeat_interleave(len(at), 0) for e in extra]
-                parts[1:] = [torch.cat([part, e], 1) for part, e in zip(parts[1:], extra, strict=True)]
-            query, key, value = (part.transpose(1, 2) for part in parts)
-            attended = F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2)
-            out.index_copy_(1, at.flatten(), attended[..., :D].reshape(B, at.numel(), heads, D))
-    return out
-
-
-def _take(tokens: Tensor, at: Tensor) -> Tensor:
-    """``[B, N, heads, D]`` at ``[tiles, n]`` to ``[B * tiles, n, heads, D]``."""
-    # Not index_select, which on a CPU first copies the whole of a strided tensor: quadratic in the canvas.
-    return tokens[:, at].flatten(0, 1)
-
-
-def _batches(canvas: Pair, tile: Pair, halo: Pair, wrap: tuple[bool, bool]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Token indices of the tiles, ``[tiles, queries]``, and of their windows, ``[tiles, keys]``, by shape."""
-    by_row, by_column = (_axis_groups(*axis) for axis in zip(canvas, tile, halo, wrap, strict=True))
-    width = canvas[1]
-
-    def tokens(rows: Tensor, columns: Tensor) -> Tensor:
-        grid = rows[:, None, :, None] * width + columns[None, :, None, :]
-        return grid.flatten(2).flatten(0, 1)
-
-    for rows, row_window in by_row:
-        for columns, column_window in by_column:
-            yield tokens(rows, columns), tokens(row_window, column_window)
-
-
-def _axis_groups(size: int, tile: int, halo: int, wrap: bool) -> list[tuple[Tensor, Tensor]]:
-    """The tiles of one axis and their windows, grouped by both lengths: ``[tiles, extent]``, ``[tiles, window]``."""
-    groups: dict[Pair, tuple[list[list[int]], list[list[int]]]] = {}
-    for start in range(0, size, tile):
-        extent = list(range(start, min(start + tile, size)))
-        low, high = start - halo, extent[-1] + 1 + halo
-        if not wrap:
-            window = list(range(max(low, 0), min(high, size)))
-        elif high - low >= size:  # reached from both sides, a position still counts once
-            window = list(range(size))
-        else:
-            window = [position % size for position in range(low, high)]
-        extents, windows = groups.setdefault((len(extent), len(window)), ([], []))
-        extents.append(extent)
-        windows.append(window)
-    return [(torch.tensor(extents), torch.tensor(windows)) for extents, windows in groups.values()]
 
 
 def _check_tokens(name: str, tensor: Tensor, like: Tensor | None = None, tokens: int | None = None) -> None:
@@ -190,7 +109,8 @@ def neighbor_attention(
             q.
         global_k, global_v: ``[B, G, heads, D]``, keys and values that every query sees; both or neither.
         scale: of the scores; None means ``D ** -0.5``.
-        impl: ``"reference"``, ``"native"``, ``"triton"`` or ``"sdpa"``; None picks the fastest one available.
+        impl: ``"reference"``, ``"native"``, ``"triton"``, or by gathering ``"sdpa"``, ``"flash"``, ``"cudnn"`` or
+            ``"xformers"``; None picks the fastest one available.
 
     Returns:
         ``[B, H*W, heads, D]`` of q's dtype, contiguous, without a gradient.
@@ -229,13 +149,26 @@ def neighbor_attention(
     scale = D**-0.5 if scale is None else float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale={scale} must be finite")
-    op = getattr(torch.ops.tiledcore, _op_name(_implementation(q, impl), q.device, q.dtype))
+    if scale < 0:  # kernels take the maximum before they scale
+        q, global_q, scale = -q, None if global_q is None else -global_q, -scale
+    op = getattr(torch.ops.tiledcore, _op_name(_implementation(q, impl), q.device, q.dtype, q.shape[3]))
     tensors = [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, global_q, global_k, global_v)]
     return op(*tensors, canvas, tile, halo, tuple(wrap), scale)
 
 
-def _op_name(impl: Impl | None, device: torch.device, dtype: torch.dtype) -> str:
-    return str(choose("neighbor_attention", impl, device, dtype)).removeprefix("tiledcore.")
+def _op_name(impl: Impl | None, device: torch.device, dtype: torch.dtype, D: int) -> str:
+    named = impl or fastest(device, D)
+    if impl is None and named and unavailable("neighbor_attention", named, device, dtype):
+        named = None
+    return str(choose("neighbor_attention", named, device, dtype)).removeprefix("tiledcore.")
+
+
+def fastest(device: torch.device, D: int) -> Impl | None:
+    """What was measured to be the fastest on such a GPU; None: no exception to the usual order."""
+    if not FASTEST or device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return FASTEST.get((10 * major + minor, D))
 
 
 # As torch.compiler.assume_constant_result, so that a compiled block has no graph break here, but without importing
