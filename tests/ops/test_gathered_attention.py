@@ -125,13 +125,13 @@ def test_the_table_decides_by_capability_and_head_dimension(monkeypatch: pytest.
     op = sys.modules["tiledcore.ops.neighbor_attention"]  # the package has a function of that name
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(op, "FASTEST", {(90, 64): "cudnn", (90, 128): "xformers"})
+    monkeypatch.setattr(op, "FASTEST", {(90, 64): {0: "triton", 4096: "cudnn"}, (90, 128): {0: "xformers"}})
     monkeypatch.setattr(dispatch, "find_spec", lambda name: None if name == "xformers" else name)
 
-    def chosen(D: int, dtype: torch.dtype = torch.float16) -> str:
-        return op._op_name(None, CUDA, dtype, D).removeprefix("neighbor_attention_")
+    def chosen(D: int, dtype: torch.dtype = torch.float16, queries: int = 4096) -> str:
+        return op._op_name(None, CUDA, dtype, D, queries).removeprefix("neighbor_attention_")
 
-    assert chosen(64) == "cudnn" and chosen(80) == "triton"
+    assert chosen(64) == "cudnn" and chosen(64, queries=1024) == "triton" and chosen(80) == "triton"
     assert chosen(64, torch.float32) == "triton"  # cuDNN has none
     assert chosen(128) == "triton"  # xformers is not installed
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))

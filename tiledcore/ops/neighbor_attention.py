@@ -17,9 +17,9 @@ _SCHEMA = (
 )
 TRITON_HEAD_DIM = 160  # the widest head that the Triton kernel takes
 
-FASTEST: dict[tuple[int, int], Impl] = {}
-"""(compute capability such as 90, D) -> implementation, where Triton's is not the fastest. ``python -m bench tune``
-measures it on a card and writes this line. Empty: nothing has been measured yet."""
+FASTEST: dict[tuple[int, int], dict[int, Impl]] = {}
+"""(compute capability such as 90, D) -> from how many queries a tile -> the fastest. ``python -m bench tune`` measures
+it on a card and writes the line above. Empty: nothing has been measured yet, and Triton is the default."""
 
 Pair = tuple[int, int]
 
@@ -151,24 +151,24 @@ def neighbor_attention(
         raise ValueError(f"scale={scale} must be finite")
     if scale < 0:  # kernels take the maximum before they scale
         q, global_q, scale = -q, None if global_q is None else -global_q, -scale
-    op = getattr(torch.ops.tiledcore, _op_name(_implementation(q, impl), q.device, q.dtype, q.shape[3]))
+    op = getattr(torch.ops.tiledcore, _op_name(_implementation(q, impl), q.device, q.dtype, D, tile[0] * tile[1]))
     tensors = [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, global_q, global_k, global_v)]
     return op(*tensors, canvas, tile, halo, tuple(wrap), scale)
 
 
-def _op_name(impl: Impl | None, device: torch.device, dtype: torch.dtype, D: int) -> str:
-    named = impl or fastest(device, D)
-    if impl is None and named and unavailable("neighbor_attention", named, device, dtype):
-        named = None
-    return str(choose("neighbor_attention", named, device, dtype)).removeprefix("tiledcore.")
+def _op_name(impl: Impl | None, device: torch.device, dtype: torch.dtype, D: int, queries: int) -> str:
+    if impl is None and (named := fastest(device, D, queries)):
+        impl = named if unavailable("neighbor_attention", named, device, dtype) is None else None
+    return str(choose("neighbor_attention", impl, device, dtype)).removeprefix("tiledcore.")
 
 
-def fastest(device: torch.device, D: int) -> Impl | None:
-    """What was measured to be the fastest on such a GPU; None: no exception to the usual order."""
-    if not FASTEST or device.type != "cuda" or not torch.cuda.is_available():
+def fastest(device: torch.device, D: int, queries: int) -> Impl | None:
+    """What was measured to be the fastest on such a GPU with so many queries a tile; None: the usual order."""
+    if not FASTEST or device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability(device)
-    return FASTEST.get((10 * major + minor, D))
+    entry = FASTEST.get((10 * major + minor, D), {})
+    return next((entry[least] for least in sorted(entry, reverse=True) if least <= queries), None)
 
 
 # As torch.compiler.assume_constant_result, so that a compiled block has no graph break here, but without importing
