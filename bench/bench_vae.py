@@ -76,7 +76,8 @@ def prepare(name: str, direction: str, device: torch.device, dtype: torch.dtype)
 
     exact = {f"bands of {height} px": partial(bands, height) for height in HEIGHTS}
     tiled = partial(library_tiling, vae, whole)
-    return Ready({"whole": whole, **exact, "enable_tiling": tiled}, "whole", {}, expected=whole, checked=tuple(exact))
+    runs = {"whole": whole, **exact, "enable_tiling": tiled}
+    return Ready(runs, "whole", {}, expected=whole, others={"enable_tiling": tiled})
 
 
 def cases() -> list[Case]:

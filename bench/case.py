@@ -28,8 +28,14 @@ class Ready:
     """Useful ones: what the result needs, whoever computes it."""
     expected: Callable[[], Tensor] | None = None
     """The result by the oracle."""
-    checked: Sequence[str] = ()
-    """Providers whose first result must be the expected one."""
+    others: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+    """Provider -> what it must compute, where that is something else."""
+    shown: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    """Provider -> its result in the order, or the part of it, that is compared."""
+    buffers: Sequence[Tensor] = ()
+    """Results that are written in place: filled with NaN before each check."""
+    deep: bool = False
+    """Whole networks: rounding adds up, so twice the baseline's own error is allowed too."""
     not_run: dict[str, str] = field(default_factory=dict)
     """Provider -> why it cannot run here."""
 
@@ -68,6 +74,8 @@ def implementations(
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Largest |difference| divided by the largest |expected|. Infinite where something is not finite."""
-    difference = float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
-    return difference if difference == difference else float("inf")
+    """``‖found - expected‖ / ‖expected‖``. Infinite where something is not finite, or the shapes differ."""
+    if found.shape != expected.shape:
+        return float("inf")
+    error = float((found.double() - expected.double()).norm() / expected.double().norm())
+    return error if error == error else float("inf")

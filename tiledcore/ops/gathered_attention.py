@@ -96,23 +96,21 @@ def gathered(
 ) -> Tensor:
     """Neighbour attention; arguments as in :func:`tiledcore.ops.neighbor_attention`, already checked."""
     *axes, scale = geometry
-    B, N, heads, _ = q.shape
-    out, weight = torch.empty(q.shape, dtype=q.dtype, device=q.device), None
-    if global_k is not None:
-        weight = torch.empty(B, heads, N, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     budget = CHUNK_BYTES.get(q.device.type, CHUNK_BYTES["cpu"])
     for piece in pieces(*(tuple(axis) for axis in axes), budget // (2 * q[:, :1].nbytes), packed, q.device):
         # Not index_select, which on a CPU first copies the whole of a strided tensor: quadratic in the canvas.
         at, seen = piece.queries, piece.keys
-        part, logs = attend(q[:, at], k[:, seen], v[:, seen], piece.query_lengths, piece.key_lengths, scale)
+        mine = q[:, at]
+        part, logs = attend(mine, k[:, seen], v[:, seen], piece.query_lengths, piece.key_lengths, scale)
+        if global_k is not None and global_v is not None:
+            other = mine if global_q is None else global_q[:, at]
+            text, text_logs = attend(other, global_k, global_v, (len(at),), (global_k.shape[1],), scale)
+            # Not in half precision: a share close to 1 leaves the text a difference of roundings.
+            share = (logs - text_logs).sigmoid().transpose(1, 2)[..., None]
+            part = torch.lerp(text.to(share.dtype), part.to(share.dtype), share).to(q.dtype)
         out.index_copy_(1, at, part)
-        if weight is not None:
-            weight.index_copy_(2, at, logs.to(weight.dtype))
-    if global_k is None or global_v is None or weight is None:
-        return out
-    text, logs = attend(q if global_q is None else global_q, global_k, global_v, (N,), (global_k.shape[1],), scale)
-    share = (weight - logs).sigmoid().transpose(1, 2)[..., None]
-    return torch.lerp(text, out, share.to(out.dtype))
+    return out
 
 
 def _sequences(op: Callable[..., Any]) -> Attend:
