@@ -76,7 +76,7 @@ def prepare(name: str, direction: str, device: torch.device, dtype: torch.dtype)
 
     exact = {f"bands of {height} px": partial(bands, height) for height in HEIGHTS}
     tiled = partial(library_tiling, vae, whole)
-    runs = {"whole": whole, **exact, "enable_tiling": tiled}
+    runs: dict[str, Run] = {"whole": whole, **exact, "enable_tiling": tiled}
     return Ready(runs, "whole", {}, expected=whole, others={"enable_tiling": tiled})
 
 

@@ -94,8 +94,9 @@ def _poison(buffers: Sequence[Tensor], like: Tensor | None) -> None:
     """NaN in buffers, and in freed memory of the result's size, so that what is left unwritten is found out."""
     for buffer in buffers:
         buffer.fill_(torch.nan)
-    for dtype in LIMITS if like is not None else ():
-        torch.full_like(like, torch.nan, dtype=dtype)
+    if like is not None:
+        for dtype in LIMITS:
+            torch.full_like(like, torch.nan, dtype=dtype)
 
 
 def _about(case: Case) -> Row:
