@@ -72,10 +72,15 @@ class NetworkHook:
     control: ControlHook | None = None  # Of the pipeline's ControlNet
     regions: Any = None  # Prompts of parts of the canvas, a :class:`~tiledcore.compose.regional.Regional`
 
-    def __init__(self, denoiser: TileDenoiser, family: Family, network: Any) -> None:
-        self.denoiser, self.family, self.network = denoiser, family, network
+    def __init__(self, denoiser: TileDenoiser, family: Family, network: Any, scheduler: Any) -> None:
+        self.denoiser, self.family, self.network, self.scheduler = denoiser, family, network, scheduler
         self.thread = get_ident()
         self._parameters = signature(type(uncompiled(network)).forward)
+
+    def _time(self) -> float | None:
+        """The timestep where the scheduler counts its steps, so that the device need not be asked."""
+        place, times = getattr(self.scheduler, "step_index", None), self.denoiser.timesteps
+        return None if place is None or times is None else times()[place]
 
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if get_ident() != self.thread:
@@ -112,7 +117,8 @@ class NetworkHook:
             if self.engine is not None:
                 self.engine.denoiser = self.engine.own.denoiser = self.denoiser
                 self.engine.own.canvas_size = (canvas.shape[2], canvas.shape[3])
-            prediction = family.result(self.denoiser(forward, canvas, arguments[family.timestep], **conditions))
+            timestep, time = arguments[family.timestep], self._time()
+            prediction = family.result(self.denoiser(forward, canvas, timestep, time=time, **conditions))
         return family.output(sample=prediction) if return_dict else (prediction,)
 
 
@@ -138,7 +144,7 @@ def tiled(pipe: Any, config: TilingConfig, execution: Execution | None = None) -
             stack.callback(attention.remove, network)
         tokens = _tokens_seen(config, tile, native, family.patch(network))
         stack.enter_context(_limited_shift(pipe.scheduler, tokens, family.dynamic_shift))
-        hook = NetworkHook(denoiser, family, network)
+        hook = NetworkHook(denoiser, family, network, pipe.scheduler)
         around: list[tuple[Any, Any]] = [(network, hook)]
         if isinstance(controlnet := getattr(pipe, "controlnet", None), torch.nn.Module):
             hook.control = ControlHook(lambda: hook.denoiser, family, controlnet)
@@ -160,7 +166,15 @@ def _denoiser(pipe: Any, config: TilingConfig, execution: Execution) -> TileDeno
     height, width = both(config.tile or native)
     denoiser.tiling(2 * height // unit, 2 * width // unit, 0)
     scheduler, clock = pipe.scheduler, family.clock
-    denoiser.timesteps = lambda: clock(torch.as_tensor(scheduler.timesteps).float()).tolist()
+    read: dict[str, Any] = {"timesteps": None}
+
+    def timesteps() -> list[float]:  # asks the device once per schedule
+        if scheduler.timesteps is not read["timesteps"]:
+            read["timesteps"] = scheduler.timesteps
+            read["times"] = clock(torch.as_tensor(scheduler.timesteps).float()).tolist()
+        return read["times"]
+
+    denoiser.timesteps = timesteps
     return denoiser
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
-from networks import FAMILIES, NATIVE, build, make, normal, same, sd3
+from networks import FAMILIES, NATIVE, build, flux, make, normal, same, sd3
 from torch import Tensor
 
 from tiledcore import ops
@@ -215,7 +215,9 @@ def test_foreign_processors_are_refused_and_nothing_is_changed() -> None:
 
 def test_flux_grid_survives_positions_in_bfloat16() -> None:
     ids = torch.cartesian_prod(torch.zeros(1), torch.arange(520.0), torch.arange(300.0)).bfloat16()
-    assert attention._packed_grid(ids, 520 * 300) == (520, 300)
+    hook = install(build(flux), tile=4)
+    tokens = torch.zeros(1, 520 * 300, 1)
+    assert hook._grid({"hidden_states": tokens, "img_ids": ids}) == ((520, 300), 2)
 
 
 def test_reference_images_are_refused() -> None:
@@ -232,5 +234,5 @@ def test_reference_images_are_refused() -> None:
         run(network, inputs | {"img_shapes": [[(1, 2, 2), (1, 4, 4)]] * 2})
     network, inputs = make("z_image", 8, 8)
     install(network, tile=4)
-    with pytest.raises(ValueError, match="x must be"):
+    with pytest.raises(ValueError, match="x: reference images"):
         run(network, inputs | {"x": [normal(4, 1, 8, 8), normal(4, 1, 8, 10)]})

@@ -14,6 +14,7 @@ from typing import Any
 import diffusers
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from tiledcore import _diffusers, ops, validate
 from tiledcore._diffusers import ADDED, JOINT, TEXT_MULTIPLE, PatchEmbed, get_2d_sincos_pos_embed, uncompiled
@@ -25,14 +26,12 @@ from tiledcore.intercept import around_of, intercept, release
 from tiledcore.tiles.conditioning import images_of
 from tiledcore.tiles.families import FAMILIES
 
-# FLUX and Qwen-Image get 2x2 latent pixels packed into one token; their networks do not know it.
-PACKED = 2
-
 
 class CanvasAttention:
     """Canvas mode of one network; made by :func:`install`. ``layers``: names of the replaced layers.
 
-    ``grid``: rows and columns of image tokens, and latent pixels per token, where simulated execution sets them.
+    ``grid``: rows and columns of image tokens, and latent pixels per token, where the caller knows them: FLUX's are
+    otherwise read from the device.
     """
 
     grid: tuple[Pair, int] | None = None
@@ -51,6 +50,8 @@ class CanvasAttention:
         self.guidance_batch, self.canvas = guidance_batch, canvas
         self.thread = get_ident()
         self._network = uncompiled(network)
+        self._family = next(family for family in FAMILIES if isinstance(self._network, family.model))
+        self._masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # Of text -> indices of what counts, or None
         self._names = tuple(signature(type(self._network).forward).parameters)[1:]
         found = [
             (name, layer, _processor(self._network, canvas, name, layer)) for name, layer in _layers(self._network)
@@ -79,13 +80,21 @@ class CanvasAttention:
         return _stack([self._evaluate(call, images_of(kwargs, slice(i, i + 1), len(first))) for i in range(len(first))])
 
     def _evaluate(self, call: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-        grid, pixels = self.grid or _grid(self._network, kwargs)
+        grid, pixels = self.grid or self._grid(kwargs)
         self.canvas.enter(list(self._levels(grid, pixels)))
-        if (mask := kwargs.get("encoder_hidden_states_mask")) is not None and not mask.all():
-            self.canvas.text_kept = [row.nonzero()[:, 0] for row in mask.bool()]
+        if (mask := kwargs.get("encoder_hidden_states_mask")) is not None:
+            if mask not in self._masks:  # a pipeline passes the same one in every step
+                self._masks[mask] = None if mask.all() else [row.nonzero()[:, 0] for row in mask.bool()]
+            self.canvas.text_kept = self._masks[mask]
         if "cap_feats" in kwargs:
             self.canvas.text_lengths = [-(-len(text) // TEXT_MULTIPLE) * TEXT_MULTIPLE for text in kwargs["cap_feats"]]
         return call(**kwargs)
+
+    def _grid(self, kwargs: dict[str, Any]) -> tuple[Pair, int]:
+        """Rows and columns of image tokens at the network's entrance, and latent pixels per token."""
+        family, patch = self._family, self._family.patch(self._network)
+        height, width = family.canvas(kwargs).shape[2:]
+        return (height, width) if family.packed else (height // patch, width // patch), patch
 
     def _levels(self, grid: Pair, pixels: int) -> Iterator[Windows]:
         """The windows of each level; sizes are rounded up, as the network's stride-2 convolutions do."""
@@ -270,48 +279,6 @@ def _processor(network: Any, canvas: Canvas, name: str, layer: Any) -> Any:
         f"{name}: {kind.__name__} cannot be replaced by neighbour attention; remove the adapter that set it "
         f"(IP-Adapter, PAG, custom diffusion), or use tile mode"
     )
-
-
-def _grid(network: Any, kwargs: dict[str, Any]) -> tuple[Pair, int]:
-    """Rows and columns of image tokens at the network's entrance, and latent pixels per token."""
-    if isinstance(network, diffusers.UNet2DConditionModel):
-        return tuple(kwargs["sample"].shape[-2:]), 1
-    if isinstance(network, diffusers.FluxTransformer2DModel):
-        return _packed_grid(kwargs["img_ids"], kwargs["hidden_states"].shape[1]), PACKED
-    if isinstance(network, diffusers.QwenImageTransformer2DModel):
-        shapes = kwargs["img_shapes"][0]
-        frames, height, width = shapes[0] if isinstance(shapes, list) else shapes
-        return _checked("img_shapes", (height, width), kwargs["hidden_states"].shape[1], frames), PACKED
-    if isinstance(network, diffusers.ZImageTransformer2DModel):
-        images, patch = kwargs["x"], kwargs.get("patch_size", 2)
-        if isinstance(images[0], list) or len({tuple(image.shape) for image in images}) > 1 or images[0].shape[1] != 1:
-            raise ValueError("x must be a list of latents [C, 1, H, W] of one size: canvas mode places one image")
-        return (images[0].shape[2] // patch, images[0].shape[3] // patch), patch
-    patch = network.config.patch_size
-    height, width = kwargs["hidden_states"].shape[-2:]
-    return (height // patch, width // patch), patch
-
-
-def _packed_grid(ids: Tensor, tokens: int) -> Pair:
-    """Rows and columns from the positions of FLUX's image tokens, ``[N, 3]``: (frame, y, x).
-
-    Counts the tokens of row 0: in bfloat16, positions above 256 are rounded. Waits for the device, once per evaluation.
-    """
-    ids = ids[0] if ids.ndim == 3 else ids
-    first_row = (ids[:, 1] == 0).sum().reshape(1).float()
-    columns, frame, y, x = torch.cat([first_row, ids[-1].float()]).tolist()
-    grid = (tokens // max(int(columns), 1), int(columns))
-    ends = all(abs(last + 1 - n) <= n / 256 for last, n in zip((y, x), grid, strict=True))
-    return _checked("img_ids", grid if ends else (int(y) + 1, int(x) + 1), tokens, 1 + int(frame))
-
-
-def _checked(name: str, grid: Pair, tokens: int, frames: int = 1) -> Pair:
-    if frames != 1 or grid[0] * grid[1] != tokens:
-        raise ValueError(
-            f"{name} describes {frames} x {grid[0]} x {grid[1]} tokens, hidden_states has {tokens}: canvas mode places "
-            f"one image in row-major order, without reference images"
-        )
-    return grid
 
 
 def _stack(outputs: list[Any]) -> Any:

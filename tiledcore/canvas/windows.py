@@ -187,12 +187,12 @@ def place(canvas: Canvas, image: QKV, rotary: Rotary | None) -> Placed:
     rolled = flat.canvas != windows.canvas
     if not rolled and windows.shrink == 1:
         return Placed(flat, QKV(far_q, far_k, image.v), None, far_k, whole)
-    rows, columns = (torch.tensor(r, device=device) for r in ranges)
+    rows, columns = (torch.arange(r.start, r.stop, device=device) for r in ranges)
     spread = canvas.table((device, "canvas"), lambda: rotary.grid(rows, columns))
     inside = whole
     if rolled:
         h, w = windows.canvas
-        at = (rows[:, None] % h * w + columns % w).flatten()
+        at = canvas.table((device, "unrolled"), lambda: (rows[:, None] % h * w + columns % w).flatten())
         image = QKV(*(t.index_select(1, at) for t in image))
         far_q = far_q.index_select(1, at)
         inside = (slice(-ranges[0].start, h - ranges[0].start), slice(-ranges[1].start, w - ranges[1].start))

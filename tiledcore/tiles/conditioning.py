@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from tiledcore import ops
 from tiledcore.geometry import Pair, Partition, Tiling
+from tiledcore.utils import to_device
 
 PER_IMAGE = (
     "encoder_hidden_states",
@@ -98,7 +99,7 @@ class TileBatch(NamedTuple):
 
     def _scaled(self, scale: Callable[[Any, Any], Any], by: Pair) -> tuple[Tensor, Pair]:
         """Offsets and size of the tiles in the pixels of another image."""
-        offsets = scale(self.offsets, torch.tensor(by, dtype=torch.int32).to(self.offsets.device))
+        offsets = torch.stack([scale(start, n) for start, n in zip(self.offsets.unbind(1), by, strict=True)], 1)
         return offsets, (scale(self.tile[0], by[0]), scale(self.tile[1], by[1]))
 
     def _tokens(self, count: int) -> Pair:
@@ -240,19 +241,21 @@ def cut_attention_kwargs(given: dict[str, Any], part: TileBatch) -> dict[str, An
 
 def _cut_mask(mask: Tensor, part: TileBatch) -> Tensor:
     """``[1, n, H, W]`` -> ``[T, n, h, w]``: what each tile sees of a mask of the canvas, at the mask's resolution."""
-    axes = []
-    for start, side, whole, size in zip(part.offsets.T.cpu(), part.tile, part.canvas, mask.shape[2:], strict=True):
+    axes, device = [], part.offsets.device
+    for start, side, whole, size in zip(part.offsets.T, part.tile, part.canvas, mask.shape[2:], strict=True):
         count = max(1, round(side * size / whole))
-        at = start[:, None] + (torch.arange(count) + 0.5) * side / count
+        at = start[:, None] + (torch.arange(count, device=device) + 0.5) * side / count
         axes.append((at * size / whole).long() % size)
-    y, x = axes
-    return torch.stack([mask[0][:, rows[:, None], columns] for rows, columns in zip(y, x, strict=True)])
+    image = to_device(mask[0], device)
+    return torch.stack([image[:, rows[:, None], columns] for rows, columns in zip(*axes, strict=True)])
 
 
 def _cut_boxes(boxes: Tensor, offsets: Tensor, tile: Pair, canvas: Pair) -> tuple[Tensor, Tensor]:
     """Boxes ``[R, N, 4]`` of the canvas in coordinates of each row's tile, and which of them it sees, ``[R, N]``."""
-    size, whole = boxes.new_tensor([tile[1], tile[0]]), boxes.new_tensor([canvas[1], canvas[0]])
-    corner = offsets.flip(1)[:, None].to(boxes)
-    low, high = (((part * whole - corner) / size).clamp(0, 1) for part in (boxes[..., :2], boxes[..., 2:]))
-    seen = (high > low).all(-1)
-    return torch.cat([low, high], -1) * seen[..., None], seen
+    edges = []
+    for edge, axis in zip(boxes.unbind(-1), (1, 0, 1, 0), strict=True):
+        start = offsets[:, axis, None].to(boxes)
+        edges.append(((edge * canvas[axis] - start) / tile[axis]).clamp(0, 1))
+    left, top, right, bottom = edges
+    seen = (right > left) & (bottom > top)
+    return torch.stack(edges, -1) * seen[..., None], seen

@@ -14,7 +14,7 @@ from tiledcore import ops
 from tiledcore.config import Execution, Motion, TilingConfig
 from tiledcore.geometry import Pair, Partition, TileGrid, Tiling, both
 from tiledcore.tiles.conditioning import TileBatch, check_residuals, conditions, images_of, refuse, swap_major
-from tiledcore.utils import label
+from tiledcore.utils import label, to_device
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,9 @@ class TileDenoiser:
         self.reductions: list[str] = []
         self._grid: TileGrid | None = None
         self.placed: Tiling | Partition | None = None  # The tiles of the step that is running
-        self._offsets: Tensor | None = None
+        self._offsets: Tensor | None = None  # Of the running step, where all its tiles have one size
+        self._parts: tuple[Tensor, ...] = ()  # Of the running step, for each size of tiles
+        self._there: dict[Tiling | Partition, tuple[Tensor, ...]] = {}  # Of all steps of the schedule
         self._tiles: Tensor | None = None
         self._origin: Tensor | None = None
         self.timesteps: Callable[[], Sequence[float]] | None = None
@@ -140,9 +142,14 @@ class TileDenoiser:
         index, steps = self.step(timestep)
         return index < motion.blend_first or index >= steps - motion.blend_last
 
-    def __call__(self, forward: Forward, sample: Tensor, timestep: Time, **kwargs: Any) -> Tensor:
-        """Predict for the whole canvas: :meth:`attempt`, then blend. ``[B, C', H, W]`` in the denoiser's dtype."""
-        self.place((sample.shape[2], sample.shape[3]), timestep, sample.device)
+    def __call__(
+        self, forward: Forward, sample: Tensor, timestep: Time, *, time: float | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Predict for the whole canvas: :meth:`attempt`, then blend. ``[B, C', H, W]`` in the denoiser's dtype.
+
+        ``time``: the timestep, where the host knows it without asking the device.
+        """
+        self.place((sample.shape[2], sample.shape[3]), timestep if time is None else time, sample.device)
         tiles, offsets, size, ramp = self.attempt(forward, sample, timestep, **kwargs)
         if len(offsets) == 1:  # as it came, so that no bit changes
             return tiles
@@ -150,18 +157,35 @@ class TileDenoiser:
             return ops.blend_tiles(tiles, offsets, size, window=self.config.window, ramp=ramp, impl=self.execution.impl)
 
     def place(self, size: Pair, timestep: Time, device: torch.device) -> bool:
-        """Put a step's tile offsets on the device, in one tensor; returns whether one CUDA graph fits all steps."""
+        """Put a step's tile offsets where its kernels read them; returns whether one CUDA graph fits all steps."""
         tiling = self.tiling(*size, timestep)
         uniform = len(tiling.groups) == 1
-        places = next(iter(tiling.groups.values()))
-        if not uniform:
-            self._offsets = None
-        elif self._offsets is None or self._offsets.device != device or len(self._offsets) != len(places):
-            self._offsets = torch.tensor(places, dtype=torch.int32).to(device)
-        elif tiling != self.placed:
-            self._offsets.copy_(torch.tensor(places, dtype=torch.int32))
+        if tiling != self.placed or self._parts[0].device != device:
+            self._parts = self._uploaded(tiling, device)
+            if not uniform:
+                self._offsets = None
+            elif self._offsets is None or self._offsets.device != device or len(self._offsets) != len(tiling):
+                self._offsets = self._parts[0].clone()
+            else:  # a graph reads this tensor
+                self._offsets.copy_(self._parts[0])
         self.placed = tiling
         return uniform and not (self.config.moving and self.config.moving.blended)
+
+    def _uploaded(self, tiling: Tiling | Partition, device: torch.device) -> tuple[Tensor, ...]:
+        """The offsets ``[n, 2]`` of each size of tiles on the device. All tilings of a schedule go there at once."""
+        if tiling not in self._there or self._there[tiling][0].device != device:
+            tilings = {tiling: None}
+            if self.config.moving and self.timesteps is not None:
+                tilings |= {self.tiling(tiling.height, tiling.width, time): None for time in self.timesteps()}
+            groups = [places for one in tilings for places in one.groups.values()]
+            # Each begins at a multiple of 16 bytes, for which kernels are compiled.
+            flat = [place for places in groups for place in (*places, *places[: len(places) % 2])]
+            parts = to_device(torch.tensor(flat, dtype=torch.int32), device).split(
+                [n + n % 2 for n in map(len, groups)]
+            )
+            cut = iter([part[: len(places)] for part, places in zip(parts, groups, strict=True)])
+            self._there = {one: tuple(next(cut) for _ in one.groups) for one in tilings}
+        return self._there[tiling]
 
     def evaluate(self, forward: Forward, sample: Tensor, timestep: Time, **kwargs: Any) -> Prediction:
         """Predict for all tiles of a canvas ``[B, C, H, W]``, where :meth:`place` has put them.
@@ -177,6 +201,8 @@ class TileDenoiser:
         if self.config.mode == "canvas":
             if prompts is not None:
                 kwargs = regions.joined(self, prompts, size, kwargs)
+            if self.attention is not None and self.unit > 1:
+                self.attention.grid = (size, self.unit)
             return self._evaluate_whole(forward, sample, timestep, kwargs)
         refuse(kwargs)
         tiling = self.placed
@@ -192,7 +218,7 @@ class TileDenoiser:
             some = kwargs if part.images == slice(0, batch) else images_of(kwargs, part.images, batch)
             return self._tile_batch(forward, sample[part.images], part.offsets, part.tile, some)
 
-        parts = self._batches(tiling, batch, sample.device)
+        parts = self._batches(tiling, batch)
         for part, out in zip(parts, self.deal(parts, run, sample), strict=True):
             tiles = out.unflatten(0, (len(part.places), -1))
             if self._offsets is not None:
@@ -209,12 +235,12 @@ class TileDenoiser:
             return self.whole(buffer)
         return Prediction(buffer, self._offsets, size, self.ramp(tiling))
 
-    def _batches(self, tiling: Tiling | Partition, batch: int, device: torch.device) -> list[Batch]:
+    def _batches(self, tiling: Tiling | Partition, batch: int) -> list[Batch]:
         """The tile batches of a step, in order; with ``guidance_batch=False`` each has one guidance branch."""
         count = batch // (1 if self.execution.guidance_batch else self.branches)
         found, before = [], 0
-        for tile, places in tiling.groups.items():
-            offsets = torch.tensor(places, dtype=torch.int32).to(device) if self._offsets is None else self._offsets
+        each = self._parts if self._offsets is None else (self._offsets,)
+        for (tile, places), offsets in zip(tiling.groups.items(), each, strict=True):
             for start in range(0, len(places), self.tile_batch):
                 part = slice(start, start + self.tile_batch)
                 for image in range(0, batch, count):

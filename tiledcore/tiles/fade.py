@@ -82,15 +82,18 @@ class Fade(Feature):
         if self._weights is None or self._weights[0] != tiles:
             cores = (tiles.core_rows, tiles.core_cols) if isinstance(tiles, Tiling) else (tiles.rows, tiles.cols)
             axes = zip((tiles.height, tiles.width), cores, self.wrap, strict=True)
-            y, x = (fade_weights(size, [start for start, _ in parts], self.width, wrap) for size, parts, wrap in axes)
-            self._weights = (tiles, (1 - (1 - y[:, None]) * (1 - x)).to(like.device, like.dtype))
+            y, x = (
+                fade_weights(size, [start for start, _ in parts], self.width, wrap, like.device)
+                for size, parts, wrap in axes
+            )
+            self._weights = (tiles, (1 - (1 - y[:, None]) * (1 - x)).to(like.dtype))
         return self._weights[1]
 
 
-def fade_weights(size: int, starts: list[int], width: float, wrap: bool) -> Tensor:
+def fade_weights(size: int, starts: list[int], width: float, wrap: bool, device: torch.device | str = "cpu") -> Tensor:
     """``[size]``: 1 for both pixels beside a line, 0 from ``width`` pixels on. Line 0 counts only on a wrapped axis."""
-    middles = torch.arange(size, dtype=torch.float64) + 0.5
-    nearest = torch.full((size,), float("inf"), dtype=torch.float64)
+    middles = torch.arange(size, dtype=torch.float64, device=device) + 0.5
+    nearest = torch.full_like(middles, float("inf"))
     for line in starts if wrap else [start for start in starts if start]:
         away = (middles - line).abs()
         nearest = torch.minimum(nearest, torch.minimum(away, size - away) if wrap else away)

@@ -16,6 +16,7 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from tiledcore._diffusers import uncompiled
 
@@ -91,12 +92,19 @@ def to_image(tokens: Tensor, size: tuple[int, int]) -> Tensor:
     return tokens.transpose(1, 2).unflatten(2, size).contiguous()
 
 
+_read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # FLUX's ids -> width, and how many are out of place
+
+
 def _flux_canvas(arguments: Arguments) -> Tensor:
-    tokens, ids = arguments["hidden_states"], arguments["img_ids"]
-    ids = ids[0] if ids.ndim == 3 else ids
-    # Width = tokens with the row of the first one. Not the last id plus one: ids come in the network's
-    # dtype, and bfloat16 has no odd numbers above 256.
-    width, others = torch.stack([(ids[:, 1] == ids[0, 1]).sum(), ids[:, 0].ne(0).sum()]).tolist()
+    tokens, given = arguments["hidden_states"], arguments["img_ids"]
+    ids = given[0] if given.ndim == 3 else given
+    if given not in _read:  # a pipeline passes the same ids in every step
+        # Width = tokens with the row of the first one. Not the last id plus one: ids come in the network's
+        # dtype, and bfloat16 has no odd numbers above 256.
+        width, at = (ids[:, 1] == ids[0, 1]).sum(), torch.arange(len(ids), device=ids.device)
+        wanted = torch.stack([torch.zeros_like(at), at // width, at % width], 1).to(ids.dtype)
+        _read[given] = torch.stack([width, (ids != wanted).any(1).sum()]).tolist()
+    width, others = _read[given]
     if others or tokens.shape[1] != len(ids) or len(ids) % width:
         raise ValueError(
             f"img_ids of {len(ids)} tokens, {others} of them of another image, for {tokens.shape[1]} tokens: "
@@ -134,19 +142,20 @@ def _pixart_tiles(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments
     if conditions.get("resolution") is not None:
         # PixArt-α's micro-conditions, in image pixels: a tile is an image of its own size.
         height, width = (pixels * n for n in tiles.shape[2:])
-        resolution = conditions["resolution"]
+        column = (len(tiles), 1)
+        full = conditions["resolution"].new_full
         changed["added_cond_kwargs"] = {
             **conditions,
-            "resolution": resolution.new_tensor([height, width]).repeat(len(tiles), 1),
-            "aspect_ratio": resolution.new_tensor([height / width]).repeat(len(tiles), 1),
+            "resolution": torch.cat([full(column, height), full(column, width)], 1),
+            "aspect_ratio": full(column, height / width),
         }
     return changed
 
 
 def _z_image_canvas(arguments: Arguments) -> Tensor:
     images = arguments["x"]
-    if isinstance(images[0], list) or images[0].shape[1] != 1:
-        raise ValueError("x: reference images and frames (Z-Image Omni) cannot be tiled")
+    if isinstance(images[0], list) or images[0].shape[1] != 1 or len({image.shape for image in images}) > 1:
+        raise ValueError("x: reference images, frames and several sizes (Z-Image Omni) cannot be tiled")
     return torch.stack(list(images)).squeeze(2)
 
 
