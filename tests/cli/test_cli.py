@@ -73,7 +73,9 @@ def test_an_image_with_its_settings(model: str, capsys: pytest.CaptureFixture[st
     assert out == ""
     assert "decoding" in err.splitlines()
     last = r"a\.png: 192x160, seed 5, 4 tiles, area factor 2\.13, \d+\.\d s"
-    assert re.fullmatch(last, err.splitlines()[-1])
+    assert re.fullmatch(last, err.splitlines()[-2])
+    assert err.splitlines()[-1] == "next: tiledcore view a.png"
+    assert "denoising 192x160 px: 4 tiles of 16x16 latent pixels, 2 steps, seed 5" in err.splitlines()
 
 
 def test_the_image_is_the_librarys(model: str) -> None:
@@ -350,6 +352,35 @@ def test_argument_errors_and_help_import_nothing_heavy(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "WIDTHxHEIGHT" in result.stdout
+
+
+def test_the_help_is_one_screen_and_the_rest_is_one_option_away(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = []
+    for option in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as stop:
+            main(["generate", option])
+        assert stop.value.code == 0
+        shown.append(capsys.readouterr().out)
+    common, everything = (set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", text, re.M)) for text in shown)
+    assert len(shown[0].splitlines()) <= 32 and "latent pixels" not in shown[0]
+    assert {"--out", "--size", "--stages", "--explain", "--help-all"} <= common < everything
+    assert {"--tile", "--overlap", "--scheduler", "--device", "--checkpoint-every"} <= everything - common
+
+
+def test_explain_says_what_would_be_done_and_why(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(model, "--explain", "--tile", "16", "--motion", "moving") == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0] == f"size    192x160 px; {model} was trained at 128x128 px"
+    assert lines[1] == "tiles   4 of 128x128 px, area factor 2.13"
+    assert "tiles lie elsewhere in each step" in lines[2] and lines[2].endswith("asked for by --tile, --motion")
+    assert lines[3] == "steps   2 of ddim, guidance 7.5; --steps"
+    assert lines[4].startswith("decode  row by row") and re.match(r"memory  [\d.]+ MiB predicted \(", lines[5])
+    assert lines[6:] == ["seed    5", "then    tiledcore view a.png"]
+    assert "denoising" not in err and os.listdir() == []
 
 
 def test_the_choices_are_the_librarys() -> None:

@@ -69,7 +69,7 @@ pytestmark = pytest.mark.usefixtures("here")
         (["--model", "./none"], "no such folder"),
         (["--model", "."], "there is no model_index.json"),
         (["--model", "prior"], "neither a UNet nor a transformer"),
-        (["--device", "toaster"], "--device toaster: torch knows no such device"),
+        (["--device", "toaster"], "--device: 'toaster' must be cpu, cuda or cuda:N"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
     ],
 )
@@ -237,7 +237,7 @@ def test_out_of_memory(
 def test_a_bug_is_one_line_unless_asked(
     model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "save_image", fail(KeyError("two\nlines")))
+    monkeypatch.setattr(command, "write_rows", fail(KeyError("two\nlines")))
     assert generate(model) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == r"tiledcore: error: KeyError: 'two\nlines' (TILEDCORE_DEBUG=1 shows where)"

@@ -2,7 +2,6 @@
 
 import fcntl
 import io
-import logging
 import os
 import re
 import shutil
@@ -12,15 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_command import error, generate
 from tiny_transformers import build, tiny_flux, tiny_sd3
-from transformers.utils import logging as transformers_logging
 
 from tiledcore import TiledPipeline
-from tiledcore.cli.console import quiet
 from tiledcore.cli.generate import _check_prompt
 from tiledcore.cli.main import main
 
@@ -45,26 +41,6 @@ def test_a_reader_that_is_gone_does_not_cost_the_image(model: str, monkeypatch: 
     for stream in (sys.stdout, sys.stderr):
         stream.close()  # nothing is left in it that could not be written
     monkeypatch.undo()
-
-
-def test_quiet_leaves_everything_as_it_was() -> None:
-    libraries = (diffusers_logging, transformers_logging)
-    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
-    try:
-        for level, shows in ((logging.INFO, True), (logging.CRITICAL, False)):
-            for library in libraries:
-                library.set_verbosity(level)
-                (library.enable_progress_bar if shows else library.disable_progress_bar)()
-            with pytest.raises(KeyError), quiet():
-                assert all(library.get_verbosity() == logging.ERROR for library in libraries)
-                assert not any(library.is_progress_bar_enabled() for library in libraries)
-                raise KeyError
-            found = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
-            assert found == [(level, shows)] * 2
-    finally:
-        for library, (level, shows) in zip(libraries, before, strict=True):
-            library.set_verbosity(level)
-            (library.enable_progress_bar if shows else library.disable_progress_bar)()
 
 
 def test_two_runs_do_not_share_a_checkpoint(model: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:

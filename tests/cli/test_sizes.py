@@ -9,7 +9,7 @@ from PIL import Image
 from tiny_command import error, fail
 
 from tiledcore import TiledPipeline
-from tiledcore.cli.main import _parser, main
+from tiledcore.cli.main import main, parser
 from tiledcore.cli.model import read_model, unit_of
 from tiledcore.cli.request import check
 from tiledcore.tiles.families import FAMILIES
@@ -70,7 +70,7 @@ def test_the_size_of_an_init_image_is_rounded_down(
     Image.new("RGB", (263, 201)).save(tmp_path / "start.png")
     given = ["generate", "x", "--model", model, "--out", str(tmp_path / "a.png")]
     given += ["--init-image", str(tmp_path / "start.png"), *(["--size", size] if size else [])]
-    args = _parser().parse_args(given)
+    args = parser().parse_args(given)
     check(args)
     assert args.size == expected
 

@@ -1,14 +1,13 @@
-"""The viewer's server: host names without case, HEAD, framing, and a bound on connections."""
+"""The viewer's server: host names without case, HEAD, and framing."""
 
 import http.client
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from viewer import saved, serving
 
-from tiledcore.cli.view import THREADS, Server
+from tiledcore.cli.view import Server
 
 
 @pytest.fixture
@@ -48,22 +47,3 @@ def test_head_is_get_without_its_content(path: str, server: Server) -> None:
 
 def test_no_page_may_frame_it(server: Server) -> None:
     assert "frame-ancestors 'none'" in ask(server, "GET", "/", "localhost")[0].headers["Content-Security-Policy"]
-
-
-def test_connections_have_a_bound(server: Server) -> None:
-    idle = [socket.create_connection(server.server_address[:2], timeout=20) for _ in range(THREADS)]
-    for connection in idle[:2]:  # those that are served stay so
-        connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        assert connection.recv(12) == b"HTTP/1.1 200"
-    with socket.create_connection(server.server_address[:2], timeout=20) as one_more:
-        assert one_more.recv(1) == b""  # closed
-    for connection in idle:
-        connection.close()
-    for _ in range(100):  # until their threads have ended
-        try:
-            assert ask(server, "GET", "/", "localhost")[0].status == 200
-            break
-        except (http.client.RemoteDisconnected, ConnectionError):
-            continue
-    else:
-        pytest.fail("no connection became free")

@@ -29,32 +29,23 @@ def say(text: str, always: bool = False) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Switch off log messages, progress bars and warnings of diffusers and transformers.
+def quiet() -> None:
+    """Switch off log messages, progress bars and warnings of diffusers and transformers in this process.
 
-    A RuntimeWarning concerns the image and stays. Afterwards all levels are as they were.
+    A RuntimeWarning concerns the image and stays. The environment is set first, for what they say while imported.
     """
+    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    for category in (FutureWarning, DeprecationWarning, UserWarning):
+        warnings.simplefilter("ignore", category)
     from diffusers.utils import logging as diffusers_logging
     from huggingface_hub.utils.tqdm import enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
-    libraries = (diffusers_logging, transformers_logging)
-    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
-    for library in libraries:
+    for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            for category in (FutureWarning, DeprecationWarning, UserWarning):
-                warnings.simplefilter("ignore", category)
-            enable_progress_bars()  # of downloads, which transformers has just switched off as well
-            yield
-    finally:
-        for library, level, shows in before:
-            library.set_verbosity(level)
-            if shows:
-                library.enable_progress_bar()
+    enable_progress_bars()  # of downloads, which transformers has just switched off as well
 
 
 class _Lasting:

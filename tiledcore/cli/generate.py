@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import secrets
+import shlex
 import textwrap
 import time
 from collections.abc import Iterator
@@ -24,44 +25,44 @@ from tiledcore.cli.console import CommandError, launched, leads, quiet, say
 from tiledcore.cli.model import check_size, check_tile
 from tiledcore.cli.opening import open_pipeline
 from tiledcore.cli.request import check
-from tiledcore.geometry import TileGrid
+from tiledcore.geometry import TileGrid, both
 from tiledcore.io.files import FORMATS
 from tiledcore.io.images import save_image
 from tiledcore.io.writers import write_rows
 from tiledcore.models import call_defaults
 
 if TYPE_CHECKING:
-    from tiledcore.io.stream import Rows
     from tiledcore.loop.checkpoint import Checkpoint
     from tiledcore.parallel.ranks import Ranks
     from tiledcore.pipeline import TiledPipeline
-
-WHOLE = 2048 * 2048  # images of up to so many pixels are decoded and written whole
 
 
 def generate(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     image = check(args)
     say(f"loading {args.model}")
-    with _joined(args) as ranks, _checkpoint(args) as checkpoint, quiet():
-        seed = secrets.randbelow(2**32) if args.seed is None else args.seed
-        if checkpoint is not None and leads():
-            seed = _saved_seed(args, checkpoint, seed)
+    quiet()
+    from tiledcore.cli.explain import explain
+    from tiledcore.loop.checkpoint import Checkpoint, locked
+
+    checkpoint = None if args.checkpoint is None else Checkpoint(args.checkpoint, args.checkpoint_every or 1)
+    with _joined(args) as ranks, locked(checkpoint) if checkpoint is not None and leads() else nullcontext():
+        seed = _seed(args, checkpoint)
         seed = seed if ranks is None else ranks.first(seed)
         pipe = open_pipeline(args, seed)
         call = call_arguments(args, pipe, image)
         grid = pipe.grid(args.size[1], args.size[0])
         metadata = _describe(args, pipe, call, grid, seed)
-        if checkpoint is not None:
-            call["checkpoint"] = checkpoint
-        if args.preview is not None:
-            call["preview"] = args.preview
         if args.stages is not None:
             metadata["stages"] = _stages(pipe, call)
-        picture = _run(pipe, call, grid, seed, _rows_writer(args, pipe, metadata))
-        if picture is not None and leads():
-            with writing(args.out):
-                save_image(picture, args.out, metadata)
+        whole = _why_whole(args, pipe)
+        if args.explain:
+            say("predicting the memory: one step is simulated")
+            print(explain(args, pipe, call, metadata, whole))
+            return
+        _announce(args, pipe, call, metadata, whole)
+        call |= {"checkpoint": checkpoint, "preview": args.preview}
+        _make(args, pipe, call, metadata, whole is not None)
         if checkpoint is not None and leads():
             checkpoint.remove()
     if args.budget is not None:
@@ -75,6 +76,24 @@ def generate(args: argparse.Namespace) -> None:
         f"{args.out}: {args.size[0]}x{args.size[1]}, seed {seed}, {len(grid)} tiles, "
         f"area factor {metadata['tiling']['area_factor']:.2f}, {elapsed:.1f} s"
     )
+    say(f"next: tiledcore view {shlex.quote(str(args.out))}")
+
+
+def _announce(
+    args: argparse.Namespace, pipe: TiledPipeline, call: dict[str, Any], metadata: dict[str, Any], whole: str | None
+) -> None:
+    """Say what will happen; ``whole`` is why the image is decoded whole, or None. The progress bar shows the time."""
+    from tiledcore.cli.explain import LARGE, memory
+
+    (width, height), tiling = args.size, metadata["tiling"]
+    tiles = f"{tiling['tiles']} tiles of {tiling['tile'][0]}x{tiling['tile'][1]} latent pixels"
+    say(f"denoising {width}x{height} px: {tiles}, {call['num_inference_steps']} steps, seed {metadata['seed']}")
+    if width * height <= LARGE:
+        return
+    if args.device == "cpu" and args.budget is None:  # there the simulation is short beside the run
+        say(f"memory: {memory(args, pipe, whole is not None)}")
+    if whole is not None:
+        say(f"decoding the whole image in memory: {whole}")
 
 
 def _joined(args: argparse.Namespace) -> AbstractContextManager[Ranks | None]:
@@ -86,25 +105,13 @@ def _joined(args: argparse.Namespace) -> AbstractContextManager[Ranks | None]:
     return joined(args.device)
 
 
-@contextmanager
-def _checkpoint(args: argparse.Namespace) -> Iterator[Checkpoint | None]:
-    """The run's checkpoint, whose folder no other process uses meanwhile; None where none is asked for."""
-    if args.checkpoint is None:
-        yield None
-        return
-    from tiledcore.loop.checkpoint import Checkpoint, locked
-
-    checkpoint = Checkpoint(args.checkpoint, args.checkpoint_every or 1)
-    with locked(checkpoint) if leads() else nullcontext():
-        yield checkpoint
-
-
-def _saved_seed(args: argparse.Namespace, checkpoint: Checkpoint, seed: int) -> int:
-    """The seed of the run that is saved, unless one was asked for or none is saved."""
+def _seed(args: argparse.Namespace, checkpoint: Checkpoint | None) -> int:
+    """The seed that was asked for, or that of the saved run, or a random one."""
     from tiledcore.loop.checkpoint import load
 
-    saved = load(checkpoint)
-    if saved is None:
+    seed: int = secrets.randbelow(2**32) if args.seed is None else args.seed
+    saved = load(checkpoint) if checkpoint is not None and leads() else None
+    if checkpoint is None or saved is None:
         return seed
     say(f"{checkpoint.file}: {saved.index} of {saved.steps} steps are done")
     return saved.seeds[0] if args.seed is None else seed
@@ -121,25 +128,40 @@ def _say_memory(pipe: TiledPipeline) -> None:
         )
 
 
-def _rows_writer(args: argparse.Namespace, pipe: TiledPipeline, metadata: dict[str, Any]) -> Rows | None:
-    """A function that writes the decoded rows of a large image; None where the image is decoded whole."""
+def _why_whole(args: argparse.Namespace, pipe: TiledPipeline) -> str | None:
+    """Why the image must be decoded whole, or None where it goes into the file row by row."""
     from tiledcore.io.stream import why_not_streamed
 
-    if args.size[0] * args.size[1] <= WHOLE:
-        return None
-    reason = why_not_streamed(pipe.pipe)
     if args.stages is not None or args.keep_colour or args.mask is not None:
-        reason = "--stages, --keep-colour and --mask work on the whole picture"
-    if reason is not None:
-        say(f"decoding the whole image in memory: {reason}")
-        return None
+        return "--stages, --keep-colour and --mask work on the whole picture"
+    return why_not_streamed(pipe.pipe)
+
+
+def _make(
+    args: argparse.Namespace, pipe: TiledPipeline, call: dict[str, Any], metadata: dict[str, Any], whole: bool
+) -> None:
+    """Make the image and write it."""
+    import torch
 
     def write(bands: Iterator[Any]) -> None:
         say("decoding")
         with writing(args.out):
             write_rows(args.out, args.size, bands, metadata)
 
-    return write
+    # Drawn on the CPU, so that a seed means the same noise on every device.
+    generator = torch.Generator().manual_seed(metadata["seed"])
+    if not whole:
+        pipe(**call, generator=generator, rows=write)
+        return
+    output = pipe(**call, generator=generator)
+    if any(getattr(output, "nsfw_content_detected", None) or []):
+        say("the model's safety checker made the image black")
+    picture = output.images[0]
+    if "mask_image" in call:  # what is outside of it went through the autoencoder all the same
+        picture = Image.composite(picture, call["image"].resize(picture.size), call["mask_image"])
+    if leads():
+        with writing(args.out):
+            save_image(picture, args.out, metadata)
 
 
 @contextmanager
@@ -157,7 +179,7 @@ def call_arguments(args: argparse.Namespace, pipe: TiledPipeline, image: Image.I
     network, family = network_of(pipe.pipe)
     native = family.native(pipe.pipe, network)
     check_size(args.size, pipe.vae_scale_factor * family.patch(network))
-    check_tile(args.tile, (native, native) if isinstance(native, int) else native)
+    check_tile(args.tile, both(native))
     cls = type(pipe.pipe)
     known = {k: v.default for k, v in signature(cls.__call__).parameters.items()}
     call: dict[str, Any] = {"num_inference_steps": known["num_inference_steps"]} | call_defaults(args.model)
@@ -230,11 +252,7 @@ def _check_prompt(pipe: TiledPipeline, prompt: str, call: dict[str, Any]) -> Non
 
 
 def _describe(
-    args: argparse.Namespace,
-    pipe: TiledPipeline,
-    call: dict[str, Any],
-    grid: TileGrid,
-    seed: int,
+    args: argparse.Namespace, pipe: TiledPipeline, call: dict[str, Any], grid: TileGrid, seed: int
 ) -> dict[str, Any]:
     """The settings that are stored in the file: what makes the image again, and where seams could be."""
     scheduler = type(pipe.scheduler).__name__
@@ -293,30 +311,3 @@ def _describe_tiling(pipe: TiledPipeline, grid: TileGrid, call: dict[str, Any]) 
         "lines_x": [factor * x for x in lines_x],
         "period": factor * family.patch(network),  # of the grid that the network draws by itself
     }
-
-
-def _run(pipe: TiledPipeline, call: dict[str, Any], grid: TileGrid, seed: int, rows: Rows | None) -> Any:
-    """The image, or None if it went to ``rows``."""
-    import torch
-
-    def decoding(*_: Any) -> None:
-        hook.remove()  # diffusers' tiled decoder comes here once per tile
-        say("decoding")
-
-    h, w = grid.tile_size
-    say(f"denoising {len(grid)} tiles of {h}x{w} latent pixels, seed {seed}")
-    # Drawn on the CPU, so that a seed means the same noise on every device.
-    generator = torch.Generator().manual_seed(seed)
-    if rows is not None:
-        pipe(**call, generator=generator, rows=rows)
-        return None
-    hook = pipe.vae.decoder.register_forward_pre_hook(decoding)
-    if "stages" in call or "preview" in call:
-        hook.remove()  # each of them decodes
-    output = pipe(**call, generator=generator)
-    if any(getattr(output, "nsfw_content_detected", None) or []):
-        say("the model's safety checker made the image black")
-    picture = output.images[0]
-    if "mask_image" in call:  # what is outside of it went through the autoencoder all the same
-        picture = Image.composite(picture, call["image"].resize(picture.size), call["mask_image"])
-    return picture

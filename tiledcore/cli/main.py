@@ -13,12 +13,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tiledcore import __version__
 from tiledcore.cli.choices import DTYPES, SCHEDULERS, STRENGTH
 from tiledcore.cli.console import CommandError, lasting_output, launched, leads, say
-from tiledcore.cli.plan import add_arguments as add_plan
 
 WINDOWS = ("ramp", "core", "mean", "gaussian")
 EXAMPLES = """\
@@ -37,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(EXAMPLES)
             return 0
         try:
-            args = _parser().parse_args(_with_values(given))
+            if empty := [arg for arg in given if re.fullmatch(r"--?[\w-]+=--", arg)]:  # argparse fails on it
+                raise CommandError(f"{empty[0][:-3]}: '--' is no value (see tiledcore --help)")
+            args = parser("--help-all" in given).parse_args(given)
             args.command(args)
         except (Exception, KeyboardInterrupt) as error:
             if os.environ.get("TILEDCORE_DEBUG") == "1":
@@ -56,14 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _with_values(argv: list[str]) -> list[str]:
-    """The arguments; ``--seed=--`` is refused here, because argparse fails on it."""
-    for arg in argv[: argv.index("--")] if "--" in argv else argv:
-        if re.fullmatch(r"--?[\w-]+=--", arg):
-            raise CommandError(f"{arg[:-3]}: '--' is no value (see tiledcore --help)")
-    return argv
-
-
 def _command(module: str, name: str) -> Callable[[argparse.Namespace], None]:
     """A command whose module is only imported when it runs."""
 
@@ -73,10 +66,8 @@ def _command(module: str, name: str) -> Callable[[argparse.Namespace], None]:
     return run
 
 
-# ----------------------------------------------------------------------------- info
-
-
 def info(args: argparse.Namespace) -> None:
+    """Print the settings that are stored in a file."""
     from tiledcore.cli.request import read_image
     from tiledcore.io.images import read_metadata, readable
 
@@ -86,9 +77,7 @@ def info(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(metadata, indent=2))
         return
-    tiling = metadata.pop("tiling", {})
-    rows = {**metadata, **tiling}
-    for key, value in rows.items():
+    for key, value in (metadata | metadata.pop("tiling", {})).items():
         line = f"{key.replace('_', ' '):<18}{readable(key, value)}"
         # The file may come from anywhere: no control characters for the terminal.
         print("".join(c if c.isprintable() else " " for c in line))
@@ -102,33 +91,23 @@ class _Parser(argparse.ArgumentParser):
         raise CommandError(f"{message} (see {self.prog} --help)")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="tiledcore", description="One coherent image of any size from many tiles.")
-    parser.add_argument("--version", action="version", version=f"tiledcore {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    making = commands.add_parser("generate", help="make an image")
-    making.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help=".png or .tif (hold the settings), .jpg or .webp"
-    )
-    making.add_argument(
-        "--checkpoint", type=Path, metavar="DIR", help="save the run there, and go on from what is there"
-    )
-    making.add_argument(
-        "--checkpoint-every", type=_integer(1), metavar="N", help="evaluations between two saves; default 1"
-    )
-    making.add_argument(
-        "--preview", type=Path, metavar="FILE", help="show a small picture there meanwhile: .png or .jpg"
-    )
-    making.add_argument(
-        "--preview-every", type=_integer(1), metavar="N", help="evaluations between two previews; default 5"
-    )
+def parser(everything: bool = False) -> argparse.ArgumentParser:
+    """The parser of all commands; ``everything``: the help also lists the less common options."""
+    top = _Parser(prog="tiledcore", description="One coherent image of any size from many tiles.")
+    top.add_argument("--version", action="version", version=f"tiledcore {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    # help= here is a line in the list of commands.
+    usage = "tiledcore generate PROMPT --out FILE [options]"
+    making = commands.add_parser("generate", help="make an image", usage=usage, add_help=False)
     making.set_defaults(command=_command("generate", "generate"))
-    _add_generate(making)
-    timing = commands.add_parser("profile", help="where the time of generate goes")
+    _add_generate(making, everything, writes=True)
+    usage = "tiledcore profile PROMPT [options]"
+    timing = commands.add_parser("profile", help="where the time of generate goes", usage=usage, add_help=False)
     timing.add_argument("--trace", type=Path, metavar="FILE", help="also write a Chrome trace there (.json)")
-    timing.set_defaults(command=_command("profile", "profile"), out=None, checkpoint=None, checkpoint_every=None)
-    _add_generate(timing)
-    add_plan(commands.add_parser("plan", help="how an image would fit a memory budget"), _size, _integer)
+    timing.set_defaults(command=_command("profile", "profile"), out=None, checkpoint=None, preview=None)
+    timing.set_defaults(checkpoint_every=None, preview_every=None)
+    _add_generate(timing, everything, writes=False)
+    _add_plan(commands.add_parser("plan", help="how an image would fit a memory budget"))
     viewing = commands.add_parser("view", help="show a picture of any size, its tiles and regions in a browser")
     viewing.add_argument("file", type=Path, help="a picture: a TIFF of any size, or what fits into memory")
     viewing.add_argument("--port", type=_integer(0, 65535), default=0, metavar="N", help="default: any that is free")
@@ -138,85 +117,91 @@ def _parser() -> argparse.ArgumentParser:
     about.add_argument("file", type=Path)
     about.add_argument("--json", action="store_true", help="as JSON, as they are stored")
     about.set_defaults(command=info)
-    return parser
+    return top
 
 
-def _add_generate(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("prompt", metavar="PROMPT")
-    add(
-        "--size",
-        type=_size,
-        metavar="WIDTHxHEIGHT",
-        help="in pixels; default 1024x1024, or that of --init-image, of which 4x is four times each side",
-    )
+def _add_generate(parser: argparse.ArgumentParser, everything: bool, writes: bool) -> None:
+    """The options of ``generate``, and of ``profile``, which writes no image; ``rare`` ones only if ``everything``."""
+
+    def group(title: str) -> Callable[..., None]:
+        add_argument = parser.add_argument_group(title).add_argument
+
+        def add(*names: str, rare: bool = False, help: str, **options: Any) -> None:
+            add_argument(*names, help=argparse.SUPPRESS if rare and not everything else help, **options)
+
+        return add
+
+    add = group("the image")
+    add("prompt", metavar="PROMPT", help="what it shows")
+    if writes:
+        add("--out", type=Path, required=True, metavar="FILE", help=".png or .tif (hold the settings), .jpg or .webp")
+    add("--size", type=_size, metavar="WIDTHxHEIGHT", help="in px; default 1024x1024, or that of --init-image")
     add("--seed", type=_integer(0, 2**64 - 1), metavar="N", help="default: random, and printed")
-    add(
-        "--model",
-        default="earth",
-        metavar="NAME",
-        help="hub id or folder, or one of the embedded models, earth (default) and earth-flux",
-    )
-    add("--negative-prompt", metavar="PROMPT")
+    add("--negative-prompt", rare=True, metavar="PROMPT", help="what it must not show")
+
+    add = group("the model")
+    add("--model", default="earth", metavar="NAME", help="earth (default), earth-flux, a folder or a hub id")
     add("--steps", type=_integer(1), metavar="N", help="default: the model's own")
-    add("--guidance", type=_guidance, metavar="G", help="default: the model's own")
-    add("--scheduler", choices=SCHEDULERS, metavar="NAME", help=", ".join(SCHEDULERS))
-    add("--init-image", type=Path, metavar="FILE", help="start from it, resized to --size")
-    add(
-        "--strength",
-        type=_strength,
-        metavar="S",
-        help=f"how much of --init-image, or of a stage, to replace, above 0 up to 1; default {STRENGTH}",
-    )
-    add("--mask", type=Path, metavar="FILE", help="change --init-image only where this is white")
-    add("--keep-colour", action="store_true", help="give the result the low frequencies of --init-image")
-    add(
-        "--stages",
-        type=_stages,
-        metavar="auto|FACTOR",
-        help="one composition: make it at the model's size, then enlarge and refine by at most FACTOR (auto: 2)",
-    )
-    add("--regions", type=Path, metavar="FILE", help="parts of the image with prompts of their own: a TOML scene")
-    add("--device", metavar="NAME", help="default cuda where there is one, else cpu")
-    add("--dtype", choices=DTYPES, help="default fp16 on cuda, else fp32")
-    add(
-        "--budget",
-        metavar="BYTES",
-        help="of tensors on the device, such as 24GiB: run within it or refuse; the process needs more beside",
-    )
-    title = "tiling (sizes in latent pixels, usually of 8 px; default of UNets and FLUX: --motion moving)"
-    _add_tiling(parser.add_argument_group(title))
+    add("--guidance", rare=True, type=_number(0, 1000), metavar="G", help="default: the model's own")
+    add("--scheduler", rare=True, choices=SCHEDULERS, metavar="NAME", help=", ".join(SCHEDULERS))
+
+    add = group("one composition")
+    stages = "enlarge in stages, by at most FACTOR each; auto: 2"
+    add("--stages", type=_number(1, 4, above=True, word="auto"), metavar="auto|FACTOR", help=stages)
+    add("--regions", type=Path, metavar="FILE", help="parts with prompts of their own: a TOML scene")
+    add("--wrap", choices=("x", "y", "xy"), default="", help="axes on which the borders fit together")
+
+    add = group("start from a picture")
+    add("--init-image", type=Path, metavar="FILE", help="resized to --size; --size 4x: four times each side")
+    strength = f"how much of it, or of a stage, to replace; default {STRENGTH}"
+    add("--strength", type=_number(0, 1, above=True), metavar="S", help=strength)
+    add("--mask", type=Path, metavar="FILE", help="change it only where this is white")
+    add("--keep-colour", rare=True, action="store_true", help="give the result the low frequencies of --init-image")
+
+    add = group("long runs and memory")
+    if writes:
+        every = {"type": _integer(1), "metavar": "N", "rare": True}
+        add("--checkpoint", type=Path, metavar="DIR", help="save the run there, and go on from what is there")
+        add("--checkpoint-every", **every, help="evaluations between two saves; default 1")
+        add("--preview", type=Path, metavar="FILE", help="show a small picture there meanwhile")
+        add("--preview-every", **every, help="evaluations between two previews; default 5")
+    add("--budget", metavar="BYTES", help="of tensors, such as 24GiB: run within it or refuse")
+    add("--device", rare=True, type=_device, metavar="NAME", help="default cuda where there is one, else cpu")
+    add("--dtype", rare=True, choices=DTYPES, help="default fp16 on cuda, else fp32")
+    batch = "tiles at a time; the fewer the less memory; default 4"
+    add("--tile-batch", rare=True, type=_integer(1), default=4, metavar="N", help=batch)
+
+    add = group("tiling (sizes in latent pixels, usually of 8 px; default of UNets and FLUX: --motion moving)")
+    mode = "windows through the model, or one whole canvas; default tiles"
+    add("--mode", rare=True, choices=("tiles", "canvas"), help=mode)
+    add("--tile", rare=True, type=_pair(1), metavar="N|HxW", help="default: the model's own size")
+    add("--overlap", rare=True, type=_pair(0), metavar="N|HxW", help="of adjacent tiles; default: tile / 8")
+    add("--window", rare=True, choices=WINDOWS, help="how tiles are blended; default ramp")
+    add("--ramp", rare=True, type=_integer(1), metavar="N", help="width of the ramp; default: the overlap")
+    motion = "whether tiles move from step to step; then they hardly overlap"
+    add("--motion", rare=True, choices=("still", "moving"), help=motion)
+    halo = "canvas mode: what a tile's attention sees of its neighbours; default: tile / 2"
+    add("--halo", rare=True, type=_pair(0), metavar="N|HxW", help=halo)
+
+    add = group("help")
+    if writes:
+        add("--explain", action="store_true", help="print what would be done and why, and stop")
+    add("-h", "--help", action="help", help="show the common options")
+    add("--help-all", action="help", help="show all options")
 
 
-def _add_tiling(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--mode", choices=("tiles", "canvas"), help="windows through the model, or one whole canvas")
-    add("--tile", type=_pair(1), metavar="N|HxW", help="default: the model's own size")
-    add("--overlap", type=_pair(0), metavar="N|HxW", help="of adjacent tiles; default: tile / 8")
-    add("--window", choices=WINDOWS, help="how tiles are blended; default ramp")
-    add("--ramp", type=_integer(1), metavar="N", help="width of the ramp; default: the overlap")
-    add("--motion", choices=("still", "moving"), help="whether tiles move from step to step; then they hardly overlap")
-    add(
-        "--halo",
-        type=_pair(0),
-        metavar="N|HxW",
-        help="canvas mode: what a tile's attention sees of its neighbours; default: tile / 2",
-    )
-    add("--wrap", choices=("x", "y", "xy"), default="", help="axes that join up at the borders")
-    add(
-        "--tile-batch",
-        type=_integer(1),
-        default=4,
-        metavar="N",
-        help="tiles at a time; the fewer the less memory; default 4",
-    )
-
-
-def _stages(text: str) -> str | float:
-    value = _float(text)
-    if text != "auto" and not 1 < value <= 4:
-        raise argparse.ArgumentTypeError(f"{text!r} is not auto or a number above 1 up to 4")
-    return text if text == "auto" else value
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    models = "sd15, sdxl, sd3, flux, earth, earth-flux, or a folder in diffusers' format (weights are not read)"
+    add("--model", default="earth", metavar="NAME", help=models)
+    add("--size", type=_size, required=True, metavar="WIDTHxHEIGHT", help="of the image, in pixels")
+    add("--budget", required=True, metavar="BYTES", help="of memory on the device, such as 24GiB or 24GB")
+    add("--mode", choices=("tiles", "canvas"), help="default: whichever fits with the fewest FLOPs")
+    add("--images", type=_integer(1), default=1, metavar="N", help="made at a time; default 1")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="to plan for; it need not be there. Default cuda")
+    add("--dtype", choices=DTYPES, help="default fp16 for cuda, fp32 for cpu")
+    add("--json", action="store_true", help="as JSON")
+    parser.set_defaults(command=_command("plan", "plan_command"))
 
 
 def _size(text: str) -> tuple[int, int] | int:
@@ -239,6 +224,12 @@ def _pair(low: int) -> Callable[[str], tuple[int, int]]:
     return parse
 
 
+def _device(text: str) -> str:
+    if re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", text) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} must be cpu, cuda or cuda:N")
+    return text
+
+
 def _integer(low: int, high: int = 10**6) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if re.fullmatch(r"[0-9]{1,20}", text) is None or not low <= int(text) <= high:
@@ -248,25 +239,20 @@ def _integer(low: int, high: int = 10**6) -> Callable[[str], int]:
     return parse
 
 
-def _guidance(text: str) -> float:
-    value = _float(text)
-    if not 0 <= value <= 1000:  # far larger ones overflow, and the image is black
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1000")
-    return value
+def _number(low: float, high: float, above: bool = False, word: str | None = None) -> Callable[[str], float | str]:
+    """A number from ``low``, or ``above`` it, to ``high``; or else ``word``."""
+    valid = f"a number above {low:g} up to {high:g}" if above else f"a number from {low:g} to {high:g}"
 
+    def parse(text: str) -> float | str:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if text != word and not (low < value <= high or (value == low and not above)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {f'{word} or ' if word else ''}{valid}")
+        return text if text == word else value
 
-def _strength(text: str) -> float:
-    value = _float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and up to 1")
-    return value
-
-
-def _float(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
+    return parse
 
 
 # ----------------------------------------------------------------------------- messages
@@ -275,21 +261,13 @@ def _float(text: str) -> float:
 def _explain(error: BaseException) -> str:
     """An error in one line."""
     text = textwrap.shorten(str(error), 400, placeholder=" ...")
-    if _is_out_of_memory(error):
+    # torch.OutOfMemoryError by its name, because torch may not be imported yet.
+    memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if memory or (isinstance(error, RuntimeError) and re.search("out of memory|allocate memory", str(error), re.I)):
         return "out of memory: lower --tile-batch, use --dtype fp16, or make --size smaller"
     if isinstance(error, CommandError | ValueError | OSError) and text:
         return text
     return f"{type(error).__name__}: {text} (TILEDCORE_DEBUG=1 shows where)"
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # torch.OutOfMemoryError by its name, because torch may not be imported yet.
-    text = str(error).lower()
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and ("out of memory" in text or "allocate memory" in text))
-    )
 
 
 if __name__ == "__main__":

@@ -30,19 +30,13 @@ class Model:
     """Image pixels of which each side of an image must be a multiple."""
     native: Pair | None = None
     """(height, width) that the network was trained at, in latent pixels, where its configuration says so."""
-    pipeline: str | None = None
-    """Class in diffusers."""
-    network: str | None = None
-    """Class in diffusers."""
-    channels: int | None = None
-    """That the network takes."""
+    pipeline: str | None = None  # class in diffusers
+    network: str | None = None  # class in diffusers
+    channels: int | None = None  # that the network takes
 
 
 def read_model(name: str) -> Model:
-    """Read a model's configuration files.
-
-    Args:
-        name: an embedded model, a folder, or a name on the hub.
+    """Read the configuration files of an embedded model, a folder, or a model on the hub.
 
     Raises:
         CommandError: it is none, or cannot be tiled.
@@ -83,12 +77,9 @@ def read_model(name: str) -> Model:
 
 
 def unit_of(network: str, config: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
-    """Image pixels of which each side of an image must be a multiple: the VAE's factor times the side of a token.
+    """The VAE's factor times the side of a token, from the class and configuration of a network, and of a VAE.
 
-    Args:
-        network: class of the network.
-        config: of the network.
-        vae: configuration of the autoencoder.
+    Each side of an image must be a multiple of it, in px.
     """
     levels = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")  # AutoencoderDC has the second
     factor = 2 ** (len(levels) - 1) if levels else VAE_FACTOR
@@ -120,12 +111,7 @@ def check_tile(tile: Pair | None, native: Pair) -> None:
 
 
 def check_classes(model: Model, options: Mapping[str, Any]) -> None:
-    """Refuse what diffusers has no class for. Imports diffusers, but loads nothing.
-
-    Args:
-        model: its classes are checked where they are known.
-        options: ``init_image``, ``mask`` and ``stages`` of the command.
-    """
+    """Refuse what diffusers has no class for; ``options`` are those of the command. Loads nothing."""
     if model.pipeline is None:
         return
     import inspect

@@ -70,17 +70,11 @@ def _settle_device(args: argparse.Namespace) -> None:
     import torch
 
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(args.device)
-    except RuntimeError as error:
-        raise CommandError(f"--device {args.device}: torch knows no such device; give cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise CommandError(f"--device {args.device}: must be cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        found = f"{count} CUDA device{'s' * (count != 1)}" if count else "no CUDA device"
-        raise CommandError(f"--device {args.device}: torch sees {found}; use --device cpu")
-    args.dtype = args.dtype or ("fp16" if device.type == "cuda" else "fp32")
+    kind, _, index = args.device.partition(":")
+    count = torch.cuda.device_count()
+    if kind == "cuda" and int(index or 0) >= count:
+        raise CommandError(f"--device {args.device}: torch sees {count} CUDA devices; use --device cpu")
+    args.dtype = args.dtype or ("fp16" if kind == "cuda" else "fp32")
 
 
 def _why_not_opened(model: str, error: BaseException) -> str:

@@ -9,52 +9,34 @@ from typing import TYPE_CHECKING, Any
 
 from tiledcore.cli.choices import DTYPES
 from tiledcore.cli.console import CommandError, quiet, say
+from tiledcore.cli.model import check_size, unit_of
 
 if TYPE_CHECKING:
     from tiledcore.memory.planner import Plan
 
-# The configurations in tiledcore.memory.architectures, and the unit of their sizes in px.
-BUILT_IN = {"sd15": 8, "sdxl": 8, "sd3": 16, "flux": 16}
-HELP_MODELS = f"{', '.join(BUILT_IN)}, earth, earth-flux, or a folder in diffusers' format (weights are not read)"
-
-
-def add_arguments(parser: argparse.ArgumentParser, size: Any, integer: Any) -> None:
-    """The command's arguments; ``size`` and ``integer`` are the command line's converters."""
-    add = parser.add_argument
-    add("--model", default="earth", metavar="NAME", help=HELP_MODELS)
-    add("--size", type=size, required=True, metavar="WIDTHxHEIGHT", help="of the image, in pixels")
-    add("--budget", required=True, metavar="BYTES", help="of memory on the device, such as 24GiB or 24GB")
-    add("--mode", choices=("tiles", "canvas"), help="default: whichever fits with the fewest FLOPs")
-    add("--images", type=integer(1), default=1, metavar="N", help="made at a time; default 1")
-    add("--device", choices=("cuda", "cpu"), default="cuda", help="to plan for; it need not be there. Default cuda")
-    add("--dtype", choices=DTYPES, help="default fp16 for cuda, fp32 for cpu")
-    add("--json", action="store_true", help="as JSON")
-    parser.set_defaults(command=plan_command)
-
 
 def plan_command(args: argparse.Namespace) -> None:
-    from tiledcore.cli.model import check_size, read_model
-
     if isinstance(args.size, int):
         raise CommandError(f"--size {args.size}x: give WIDTHxHEIGHT, such as 2048x1024")
-    check_size(args.size, BUILT_IN.get(args.model) or read_model(args.model).unit)
     say(f"planning {args.model} at {args.size[0]}x{args.size[1]} px: one step is simulated, a large one takes minutes")
+    quiet()
     import torch
 
-    with quiet():
-        from tiledcore.config import TilingConfig
-        from tiledcore.memory.planner import DoesNotFit, plan
+    from tiledcore.config import TilingConfig
+    from tiledcore.memory.architectures import architecture
+    from tiledcore.memory.planner import DoesNotFit, plan
 
-        dtype = getattr(torch, DTYPES[args.dtype or ("fp16" if args.device == "cuda" else "fp32")])
-        tiling = TilingConfig(mode=args.mode) if args.mode else None
-        options: dict[str, Any] = {"tiling": tiling, "device": args.device, "dtype": dtype, "images": args.images}
-        problem = None
-        try:
-            found = plan(args.model, args.size, args.budget, **options)
-        except DoesNotFit as error:
-            found, problem = error.leanest, error
-        except TypeError as error:
-            raise CommandError(str(error)) from error
+    dtype = getattr(torch, DTYPES[args.dtype or ("fp16" if args.device == "cuda" else "fp32")])
+    tiling = TilingConfig(mode=args.mode) if args.mode else None
+    problem = None
+    try:
+        model = architecture(args.model, dtype)
+        check_size(args.size, unit_of(model.network.kind, model.network.config, model.vae.config))
+        found = plan(model, args.size, args.budget, tiling=tiling, device=args.device, images=args.images)
+    except DoesNotFit as error:
+        found, problem = error.leanest, error
+    except TypeError as error:
+        raise CommandError(str(error)) from error
     print(json.dumps(as_json(found), indent=2) if args.json else table(found))
     if problem is not None:
         raise CommandError(str(problem))
@@ -76,17 +58,13 @@ def table(plan: Plan) -> str:
         f"{'phase':<15}{'predicted peak':>15}{f'x {plan.safety}':>12}{'area factor':>13}{'TFLOP':>14}  choice",
     ]
     for phase in plan.phases:
-        network = phase.name == "network"
+        network, peak = phase.name == "network", phase.peak * plan.safety
         flops = "-" if not phase.flops else f"{phase.flops / 1e12:.2f}" + ("/step" if network else "")
         factor = f"{plan.area_factor:.2f}" if network else "-"
-        over = "" if phase.peak * plan.safety <= plan.budget else "  (does not fit)"
-        lines.append(
-            f"{phase.name:<15}{show_bytes(phase.peak):>15}{show_bytes(phase.peak * plan.safety):>12}"
-            f"{factor:>13}{flops:>14}  {phase.choice}{over}"
-        )
+        choice = phase.choice if peak <= plan.budget else f"{phase.choice}  (does not fit)"
+        start = f"{phase.name:<15}{show_bytes(phase.peak):>15}{show_bytes(peak):>12}"
+        lines.append(f"{start}{factor:>13}{flops:>14}  {choice}")
     where = "come and go, one on the device at a time" if plan.offload else "all stay on the device"
-    lines.append(
-        f"{plan.tiles} tile{'s' * (plan.tiles != 1)} a step; modules: {where}; the plan needs {show_bytes(plan.needs)}"
-    )
-    lines.append(COUNTED_BYTES)
-    return "\n".join(lines)
+    tiles = f"{plan.tiles} tile{'s' * (plan.tiles != 1)} a step"
+    lines.append(f"{tiles}; modules: {where}; the plan needs {show_bytes(plan.needs)}")
+    return "\n".join([*lines, COUNTED_BYTES])

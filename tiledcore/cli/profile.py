@@ -10,7 +10,7 @@ from tiledcore.cli.console import CommandError, quiet, say
 from tiledcore.cli.generate import call_arguments, writing
 from tiledcore.cli.opening import open_pipeline
 from tiledcore.cli.request import check
-from tiledcore.io.files import check_replaceable
+from tiledcore.io.files import check_replaceable, replacing
 
 # Parts of the network, which are not added to the total again.
 INSIDE = ("attention",)
@@ -24,42 +24,31 @@ def profile(args: argparse.Namespace) -> None:
         except ValueError as error:
             raise CommandError(f"--trace {error}") from None
     say(f"loading {args.model}")
+    quiet()
     import torch
     from torch.profiler import ProfilerActivity
 
     seed = 0 if args.seed is None else args.seed
-    with quiet():
-        pipe = open_pipeline(args, seed)
-        call = call_arguments(args, pipe, image)
-        on_cuda = torch.device(args.device).type == "cuda"
-        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_cuda else [])
-        with torch.profiler.profile(activities=activities) as profiler:
-            pipe(**call, generator=torch.Generator().manual_seed(seed))
+    pipe = open_pipeline(args, seed)
+    call = call_arguments(args, pipe, image)
+    on_cuda = torch.device(args.device).type == "cuda"
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_cuda else [])
+    with torch.profiler.profile(activities=activities) as profiler:
+        pipe(**call, generator=torch.Generator().manual_seed(seed))
     print(table(profiler.key_averages(), on_cuda))
     if args.trace is not None:
-        _write_trace(profiler, args.trace)
-        say(f"{args.trace}: open it at chrome://tracing or ui.perfetto.dev")
-
-
-def _write_trace(profiler: Any, path: Path) -> None:
-    part = path.with_name(path.name + ".part")
-    try:
-        with writing(path):
-            profiler.export_chrome_trace(str(part))
+        with writing(args.trace), replacing(args.trace) as file:
+            profiler.export_chrome_trace(file.name)
             # torch reports no error on a full disk: then the end of the JSON is missing.
-            if not part.read_bytes()[-16:].rstrip().endswith(b"}"):
+            if not Path(file.name).read_bytes()[-16:].rstrip().endswith(b"}"):
                 raise OSError("the file is incomplete; is the disk full?")
-            part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        say(f"{args.trace}: open it at chrome://tracing or ui.perfetto.dev")
 
 
 def table(events: Any, on_cuda: bool) -> str:
     """Time of each labelled part as text, and the shares of the engine and the network.
 
-    Args:
-        events: ``torch.profiler.profile(...).key_averages()``.
-        on_cuda: take the time of the device, not of the host.
+    ``events`` is ``torch.profiler.profile(...).key_averages()``; ``on_cuda``: the time of the device.
     """
     from tiledcore.utils import LABELS, PREFIX
 
@@ -74,9 +63,6 @@ def table(events: Any, on_cuda: bool) -> str:
     for name, value in seconds.items():
         shown = f"  of it, {name}" if name in INSIDE else name
         lines.append(f"{shown:<22}{found[name].count:>7}{value:>10.3f}{value / total:>9.1%}")
-    loop = {name: value for name, value in seconds.items() if name not in (*INSIDE, "decode")}
-    engine = sum(loop.values()) - loop.get("network", 0.0)
-    lines.append(
-        f"of the loop: network {1 - engine / sum(loop.values()):.1%}, engine {engine / sum(loop.values()):.1%}"
-    )
-    return "\n".join(lines)
+    loop = total - seconds.get("decode", 0.0)
+    network = seconds.get("network", 0.0) / loop
+    return "\n".join([*lines, f"of the loop: network {network:.1%}, engine {1 - network:.1%}"])

@@ -30,17 +30,20 @@ def check(args: argparse.Namespace) -> Image.Image | None:
     for option, text in (("PROMPT", args.prompt), ("--negative-prompt", args.negative_prompt)):
         if text is not None and not text.isascii() and text != text.encode(errors="ignore").decode():
             raise CommandError(f"{option}: is not valid UTF-8")
-    if args.strength is not None and args.init_image is None and args.stages is None:
-        raise CommandError("--strength: only used with --init-image or --stages")
-    for option, value in (("--mask", args.mask), ("--keep-colour", args.keep_colour or None)):
-        if value is not None and args.init_image is None:
-            raise CommandError(f"{option}: only used with --init-image")
+    for option, given, other, needed in (
+        ("--strength", args.strength, "--init-image or --stages", args.init_image or args.stages),
+        ("--mask", args.mask, "--init-image", args.init_image),
+        ("--keep-colour", args.keep_colour or None, "--init-image", args.init_image),
+        ("--halo", args.halo, "--mode canvas", True if args.mode == "canvas" else None),
+        ("--checkpoint-every", args.checkpoint_every, "--checkpoint", args.checkpoint),
+        ("--preview-every", args.preview_every, "--preview", args.preview),
+    ):
+        if given is not None and needed is None:
+            raise CommandError(f"{option}: only used with {other}")
     if args.mask is not None and args.stages is not None:
         raise CommandError("--stages: not used with --mask, whose surroundings are there already")
     if args.checkpoint is not None and (args.stages is not None or args.keep_colour):
         raise CommandError("--checkpoint: saves one stage; not used with --stages or --keep-colour")
-    if args.mode != "canvas" and args.halo is not None:
-        raise CommandError("--halo: only used with --mode canvas")
     if args.tile is not None:
         height, width = args.tile
         TileGrid(height, width, tile=args.tile, overlap=args.overlap or 0)
@@ -66,8 +69,6 @@ def check(args: argparse.Namespace) -> Image.Image | None:
     check_size(args.size, model.unit)
     if args.out is not None:
         check_target(args.out, args.size)
-        if args.checkpoint_every is not None and args.checkpoint is None:
-            raise CommandError("--checkpoint-every: only used with --checkpoint")
         _check_preview(args)
     if args.regions is not None:
         args.scene = _scene(args)
@@ -75,8 +76,6 @@ def check(args: argparse.Namespace) -> Image.Image | None:
 
 
 def _check_preview(args: argparse.Namespace) -> None:
-    if args.preview_every is not None and args.preview is None:
-        raise CommandError("--preview-every: only used with --preview")
     if args.preview is not None:
         if args.budget is not None:
             raise CommandError("--preview: its decode is not counted by --budget; give only one of them")

@@ -29,8 +29,6 @@ ADDRESS = "127.0.0.1"
 TILE_PATH = re.compile(r"/tiles/(\d{1,2})/(\d{1,7})/(\d{1,7})\.png")
 # Refuses pages of other names that resolve to this address (DNS rebinding). Host names have no case.
 HOST = re.compile(r"(127\.0\.0\.1|localhost)(:\d{1,5})?", re.IGNORECASE)
-THREADS = 32
-"""Connections that are served at a time; a browser opens six."""
 POLICY = (
     "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data:; connect-src 'self'; frame-ancestors 'none'"
@@ -63,11 +61,7 @@ def view(args: argparse.Namespace) -> None:
 
 
 def leaflet_files() -> dict[str, bytes]:
-    """Leaflet's script and style sheet, from the ``viewer`` extra.
-
-    Raises:
-        CommandError: it is not installed.
-    """
+    """Leaflet's script and style sheet, from the ``viewer`` extra; a CommandError if it is not installed."""
     try:
         folder = files("xstatic.pkg.leaflet") / "data"
         return {name: (folder / name).read_bytes() for name in ("leaflet.js", "leaflet.css")}
@@ -81,10 +75,7 @@ def leaflet_files() -> dict[str, bytes]:
 def describe(name: str, levels: Levels, metadata: dict[str, Any] | None) -> dict[str, Any]:
     """What the page shows of a picture.
 
-    Args:
-        name: of the file.
-        levels: of the picture.
-        metadata: as ``generate`` stores it. The file may come from anywhere: what is not as expected is left out.
+    ``metadata`` is as ``generate`` stores it. The file may come from anywhere: what is not as expected is left out.
 
     Returns:
         JSON: ``sizes`` of all levels; ``texts``, pairs of a title and a text; ``tables``, pairs of a title and rows of
@@ -113,23 +104,18 @@ def describe(name: str, levels: Levels, metadata: dict[str, Any] | None) -> dict
     for region in regions if isinstance(regions, list) else []:
         if isinstance(region, dict) and isinstance(region.get("prompt"), str):
             box = _integers(region.get("box", region.get("bounds")))
-            details = [
-                [key, readable(key, region[key])] for key in ("mask", "weight", "feather", "seed") if key in region
-            ]
-            areas = areas_of(box, size, (y is True, x is True)) if len(box) == 4 else []
-            page["regions"].append(
-                {"prompt": region["prompt"], "details": details, "areas": areas, "mask": "mask" in region}
-            )
+            found: dict[str, Any] = {"prompt": region["prompt"], "mask": "mask" in region}
+            keys = [key for key in ("mask", "weight", "feather", "seed") if key in region]
+            found["details"] = [[key, readable(key, region[key])] for key in keys]
+            found["areas"] = areas_of(box, size, (y is True, x is True)) if len(box) == 4 else []
+            page["regions"].append(found)
     return page
 
 
 def areas_of(box: list[int], size: tuple[int, int], wrap: tuple[bool, bool]) -> list[list[int]]:
-    """A box as rectangles inside a picture: several where it crosses the border of a wrapped axis.
+    """A box as rectangles inside a picture of ``size`` (width, height): several where it crosses a wrapped border.
 
-    Args:
-        box: left, top, right, bottom.
-        size: width and height.
-        wrap: along y, along x.
+    Boxes are (left, top, right, bottom), ``wrap`` is along (y, x).
     """
 
     def parts(low: int, high: int, length: int, wraps: bool) -> list[tuple[int, int]]:
@@ -156,13 +142,7 @@ def _integers(value: Any) -> list[int]:
 
 
 class Server(ThreadingHTTPServer):
-    """Serves one picture, on the loopback interface only.
-
-    Args:
-        levels: of the picture.
-        page: from :func:`describe`.
-        leaflet: from :func:`leaflet_files`.
-        port: 0 for any that is free.
+    """Serves one picture, on the loopback interface only; ``port`` 0 is any that is free.
 
     Raises:
         OSError: the port cannot be had.
@@ -180,21 +160,7 @@ class Server(ThreadingHTTPServer):
             "/leaflet.js": ("text/javascript; charset=utf-8", leaflet["leaflet.js"]),
             "/leaflet.css": ("text/css; charset=utf-8", leaflet["leaflet.css"]),
         }
-        self._free = threading.BoundedSemaphore(THREADS)
         super().__init__((ADDRESS, port), Handler)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve a connection in a thread of its own; beyond :data:`THREADS` it is closed."""
-        if self._free.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._free.release()
 
     @property
     def url(self) -> str:
@@ -225,11 +191,10 @@ class Handler(BaseHTTPRequestHandler):
     def _tile(self, level: int, x: int, y: int) -> None:
         try:
             pixels = self.server.levels.tile(level, x, y)
-        except IndexError as error:
-            self._answer(HTTPStatus.NOT_FOUND, "text/plain", f"{error}\n".encode())
-            return
-        except (OSError, ValueError) as error:
-            self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, "text/plain", f"{error}\n".encode())
+        except (IndexError, OSError, ValueError) as error:
+            missing = isinstance(error, IndexError)
+            status = HTTPStatus.NOT_FOUND if missing else HTTPStatus.INTERNAL_SERVER_ERROR
+            self._answer(status, "text/plain", f"{error}\n".encode())
             return
         file = io.BytesIO()
         # Without loss, so that seams can be judged; compressed quickly, because it stays on this machine.

@@ -44,10 +44,9 @@ def to_tensor(image: Any) -> Tensor:
 
 
 def size_px(image: Any, factor: int) -> tuple[int, int] | None:
-    """(height, width) in px of an ``image`` argument; None if unknown.
+    """(height, width) in px of an ``image`` argument, which may be latents or a list; None if unknown.
 
-    ``image`` is an image as in :func:`to_tensor`, latents (a tensor whose channels are not 3), or a list of either;
-    ``factor`` is image pixels per latent pixel.
+    Latents are tensors whose channels are not 3; ``factor`` is image pixels per latent pixel.
     """
     if isinstance(image, list | tuple) and image:
         return size_px(image[0], factor)
@@ -56,13 +55,9 @@ def size_px(image: Any, factor: int) -> tuple[int, int] | None:
     if isinstance(image, np.ndarray) and image.ndim in (3, 4):
         return image.shape[-3], image.shape[-2]
     if isinstance(image, Tensor) and image.ndim >= 3:
-        unit = 1 if _is_pixels(image) else factor
+        unit = 1 if image.shape[-3] == 3 else factor
         return unit * image.shape[-2], unit * image.shape[-1]
     return None
-
-
-def _is_pixels(image: Tensor) -> bool:
-    return image.shape[-3] == 3
 
 
 def resized(image: Any, size: tuple[int, int], factor: int) -> Any:
@@ -81,7 +76,7 @@ def resized(image: Any, size: tuple[int, int], factor: int) -> Any:
         pixels = torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, -3)
         made = resized(pixels.float(), size, factor).movedim(-3, -1).numpy()
         return made.round().astype(np.uint8) if image.dtype == np.uint8 else made.astype(image.dtype)
-    if not _is_pixels(image):
+    if image.shape[-3] != 3:
         return image
     batch = image if image.ndim == 4 else image[None]
     made = F.interpolate(batch.float(), size, mode="bicubic", antialias=True)
@@ -92,11 +87,9 @@ def resized(image: Any, size: tuple[int, int], factor: int) -> Any:
 def match_colour(images: Any, source: Tensor, cycles: float = 4.0, wrap: tuple[bool, bool] = (False, False)) -> Any:
     """Images with the low frequencies of ``source``: ``image + LowPass(source - image)``, clipped to 0..1.
 
-    Args:
-        images: list of PIL images, array ``[B, H, W, 3]`` or tensor ``[B, 3, H, W]``; the result has the same form.
-        source: ``[B, 3, h, w]`` or ``[1, 3, h, w]`` in 0..1, of any size.
-        cycles: per shorter side, where the Gaussian low-pass has half of its amplitude.
-        wrap: whether the image wraps, (y, x).
+    ``images`` are PIL images, an array ``[B, H, W, 3]`` or a tensor ``[B, 3, H, W]``; the result has the same form.
+    ``source`` is ``[B, 3, h, w]`` or ``[1, 3, h, w]`` in 0..1, of any size. At ``cycles`` per shorter side the Gaussian
+    low-pass has half of its amplitude. ``wrap``: whether the image wraps, (y, x).
     """
     pixels = to_tensor(images)
     height, width = pixels.shape[2:]

@@ -34,16 +34,13 @@ STARTS_FROM_LATENTS = (UNet2DConditionModel, SD3Transformer2DModel, FluxTransfor
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of one stage."""
+    """The cost of one stage. A second-order scheduler evaluates twice as often as it has steps."""
 
     stage: Stage
     steps: int
-    """Network evaluations of the whole canvas; a second-order scheduler needs twice as many."""
     tiles: int
-    area_factor: float
-    """Tile area evaluated in a step over the area of the canvas."""
     canvases: float
-    """Evaluations of the final canvas that cost the same: ``steps * area_factor * area / final area``."""
+    """Evaluations of the final canvas that cost the same: ``steps * area factor * area / final area``."""
 
 
 def stage_tiling(stage: Stage, config: TilingConfig, native: Pair, factor: int, patch: int) -> TilingConfig:
@@ -103,7 +100,7 @@ class StagePlan:
                 raise ValueError(f"stages: strength={stage.strength} leaves none of {steps} steps")
             area = tiling.area_factor(grid, count)
             share = stage.height * stage.width / final
-            costs.append(Cost(stage, count, len(grid), area, count * area * share))
+            costs.append(Cost(stage, count, len(grid), count * area * share))
         return costs
 
     def _steps(self, stage: Stage, steps: int) -> int:

@@ -45,12 +45,9 @@ def why_not_streamed(pipe: Any) -> str | None:
 def streamed(pipe: Any, rows: Rows | None, around: Continuation, whole_pixels: int) -> Iterator[None]:
     """Give what the pipeline decodes in this block to ``rows``, in the 8 bits that ``output_type="pil"`` would have.
 
-    Args:
-        pipe: its call inside the block decodes one image.
-        rows: called once, in the place of the decode; None: nothing changes.
-        around: what is added to the latents before they come here (:func:`tiledcore.vae.wrap.wrapped`), and must
-            be cut off the rows.
-        whole_pixels: up to so many pixels the VAE's own decode is sliced, so that no bit differs.
+    ``rows`` is called once, in the place of the decode; None: nothing changes. ``around`` is what
+    :func:`tiledcore.vae.wrap.wrapped` has added to the latents, and is cut off the rows. Up to ``whole_pixels`` the
+    VAE's own decode is sliced, so that no bit differs.
 
     Raises:
         ValueError: the pipeline must see the whole image, or decodes several or none.

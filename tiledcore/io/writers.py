@@ -37,14 +37,13 @@ def write_rows(path: Path, size: tuple[int, int], bands: Iterator[Band], metadat
     """Write an image from bands of rows; after an error ``path`` is as it was.
 
     PNG and TIFF need a few hundred rows in memory at a time; JPEG and WebP the whole image, 4 bytes per pixel. A TIFF
-    is a BigTIFF of deflated RGB tiles of ``TILE`` px with a pyramid of reduced pages, each half of the one before by
-    means of 2x2 pixels. Its description holds the metadata as JSON.
+    is a BigTIFF of deflated RGB tiles of ``TILE`` px with a pyramid of reduced pages, each half of the one before.
 
     Args:
         path: its extension is one of :data:`tiledcore.io.files.FORMATS`.
         size: width and height.
         bands: ``[rows, width, 3]`` uint8, any number of rows each, from top to bottom.
-        metadata: stored in a PNG or TIFF; of a PNG, its ``prompt`` is the standard description too.
+        metadata: stored in a PNG or TIFF as JSON; of a PNG, its ``prompt`` is the standard description too.
 
     Raises:
         OSError: it could not be written.
