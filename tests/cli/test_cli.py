@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -379,8 +380,35 @@ def test_explain_says_what_would_be_done_and_why(model: str, capsys: pytest.Capt
     assert "tiles lie elsewhere in each step" in lines[2] and lines[2].endswith("asked for by --tile, --motion")
     assert lines[3] == "steps   2 of ddim, guidance 7.5; --steps"
     assert lines[4].startswith("decode  row by row") and re.match(r"memory  [\d.]+ MiB predicted \(", lines[5])
-    assert lines[6:] == ["seed    5", "then    tiledcore view a.png"]
+    assert lines[6] == "seed    5" and "--stages auto" in lines[7] and lines[8:] == ["then    tiledcore view a.png"]
     assert "denoising" not in err and os.listdir() == []
+
+
+def test_nothing_but_the_commands_own_lines_is_shown(model: str) -> None:
+    """With an image processor beside the model, which transformers warns about where torchvision is missing."""
+    shutil.copytree(model, "with_processor")
+    index = json.loads(Path("with_processor/model_index.json").read_text())
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    Path("with_processor/model_index.json").write_text(json.dumps(index))
+    Path("with_processor/feature_extractor").mkdir()
+    config = {"image_processor_type": "CLIPImageProcessor", "crop_size": 224, "size": 224}
+    Path("with_processor/feature_extractor/preprocessor_config.json").write_text(json.dumps(config))
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "tiledcore",
+        "generate",
+        "a coast",
+        "--model",
+        "with_processor",
+        "--out",
+        "a.png",
+    ]
+    run = subprocess.run([*command, *FAST], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout == ""
+    lines = [line for line in re.split(r"[\r\n]+", run.stderr) if line and "it/s]" not in line]
+    assert [line.split(" ")[0] for line in lines] == ["loading", "denoising", "decoding", "a.png:", "next:"], run.stderr
 
 
 def test_the_choices_are_the_librarys() -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 LARGE = 2048 * 2048
 """Pixels. To decode more of them whole takes gigabytes."""
+HINT = "tiles alone repeat the subject, because none of them sees the whole; --stages auto makes one composition"
 # That decide how tiles meet.
 OPTIONS = ("mode", "tile", "overlap", "window", "ramp", "motion", "halo")
 
@@ -47,6 +48,7 @@ def explain(
         ("decode", f"whole: {whole}" if whole else "row by row into the file; the whole image is not needed"),
         ("memory", memory(args, pipe, whole is not None)),
         ("seed", f"{metadata['seed']}" + ("" if args.seed is not None else "; random, because there is no --seed")),
+        *((("hint", HINT),) if tiling["tiles"] > 1 and args.stages is None and args.init_image is None else ()),
         ("then", f"tiledcore view {args.out}"),
     ]
     return "\n".join(f"{name:<8}{text}" for name, text in lines)
