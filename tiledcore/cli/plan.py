@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tiledcore.cli.choices import DTYPES
 from tiledcore.cli.console import CommandError, quiet, say
-from tiledcore.cli.model import check_size, unit_of
+from tiledcore.cli.model import check_size
 
 if TYPE_CHECKING:
     from tiledcore.memory.planner import Plan
@@ -24,15 +24,18 @@ def plan_command(args: argparse.Namespace) -> None:
 
     from tiledcore.config import TilingConfig
     from tiledcore.memory.architectures import architecture
-    from tiledcore.memory.planner import DoesNotFit, plan
+    from tiledcore.memory.planner import DoesNotFit, Planner
+    from tiledcore.memory.prediction import Predictor, parse_bytes
 
     dtype = getattr(torch, DTYPES[args.dtype or ("fp16" if args.device == "cuda" else "fp32")])
     tiling = TilingConfig(mode=args.mode) if args.mode else None
     problem = None
     try:
-        model = architecture(args.model, dtype)
-        check_size(args.size, unit_of(model.network.kind, model.network.config, model.vae.config))
-        found = plan(model, args.size, args.budget, tiling=tiling, device=args.device, images=args.images)
+        planner = Planner(
+            Predictor(architecture(args.model, dtype), args.device), parse_bytes(args.budget), args.images
+        )
+        check_size(args.size, planner.predictor.unit)
+        found = planner.plan(args.size, tiling)
     except DoesNotFit as error:
         found, problem = error.leanest, error
     except TypeError as error:
