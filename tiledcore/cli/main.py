@@ -198,6 +198,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add("--budget", required=True, metavar="BYTES", help="of memory on the device, such as 24GiB or 24GB")
     add("--mode", choices=("tiles", "canvas"), help="default: whichever fits with the fewest FLOPs")
     add("--images", type=_integer(1), default=1, metavar="N", help="made at a time; default 1")
+    add("--gpus", type=_integer(1), default=1, metavar="N", help="processes of torchrun that share the work; default 1")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="to plan for; it need not be there. Default cuda")
     add("--dtype", choices=DTYPES, help="default fp16 for cuda, fp32 for cpu")
     add("--json", action="store_true", help="as JSON")

@@ -29,6 +29,8 @@ def plan_command(args: argparse.Namespace) -> None:
 
     dtype = getattr(torch, DTYPES[args.dtype or ("fp16" if args.device == "cuda" else "fp32")])
     tiling = TilingConfig(mode=args.mode) if args.mode else None
+    if tiling is None and args.gpus > 1:  # canvas mode is one call of the network, which one GPU makes
+        tiling = TilingConfig()
     problem = None
     try:
         planner = Planner(
@@ -40,7 +42,15 @@ def plan_command(args: argparse.Namespace) -> None:
         found, problem = error.leanest, error
     except TypeError as error:
         raise CommandError(str(error)) from error
-    print(json.dumps(as_json(found), indent=2) if args.json else table(found))
+    shared = None
+    if args.gpus > 1:
+        from tiledcore.parallel.forecast import forecast_of
+
+        shared = forecast_of(planner.predictor, found, args.images, args.gpus)
+    if args.json:
+        print(json.dumps(as_json(found) | ({} if shared is None else {"gpus": asdict(shared)}), indent=2))
+    else:
+        print(table(found) if shared is None else f"{table(found)}\n{shared}")
     if problem is not None:
         raise CommandError(str(problem))
 

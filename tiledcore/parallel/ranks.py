@@ -7,6 +7,7 @@ image has the same bits for any number of processes.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -121,6 +124,13 @@ class Ranks:
         """
         began = time.perf_counter()
         chosen = owners([math.prod(part.shape) for part in parts], self.size)
+        if len(parts) < self.size and not self.times.evaluations:
+            logger.warning(
+                "%d processes for %d calls of the network in a step: the others wait. A smaller tile_batch or "
+                "guidance_batch=False gives more calls, and an image that is equal up to rounding",
+                self.size,
+                len(parts),
+            )
         mine: list[Tensor] = []
         full = False
         try:

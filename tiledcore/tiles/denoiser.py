@@ -218,7 +218,7 @@ class TileDenoiser:
             some = kwargs if part.images == slice(0, batch) else images_of(kwargs, part.images, batch)
             return self._tile_batch(forward, sample[part.images], part.offsets, part.tile, some)
 
-        parts = self._batches(tiling, batch)
+        parts = self.batches(tiling, batch)
         for part, out in zip(parts, self.deal(parts, run, sample), strict=True):
             tiles = out.unflatten(0, (len(part.places), -1))
             if self._offsets is not None:
@@ -235,7 +235,7 @@ class TileDenoiser:
             return self.whole(buffer)
         return Prediction(buffer, self._offsets, size, self.ramp(tiling))
 
-    def _batches(self, tiling: Tiling | Partition, batch: int) -> list[Batch]:
+    def batches(self, tiling: Tiling | Partition, batch: int) -> list[Batch]:
         """The tile batches of a step, in order; with ``guidance_batch=False`` each has one guidance branch."""
         count = batch // (1 if self.execution.guidance_batch else self.branches)
         found, before = [], 0

@@ -1,0 +1,96 @@
+"""Forecast: how evenly the tile batches of a run can be dealt to ranks, and what they exchange."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tiledcore.config import Execution, TilingConfig
+from tiledcore.geometry import Pair
+from tiledcore.memory.planner import Plan
+from tiledcore.memory.prediction import Predictor, show_bytes
+from tiledcore.parallel.ranks import owners
+from tiledcore.tiles.denoiser import TileDenoiser
+
+STEPS = 30
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The steps of a run on several ranks."""
+
+    ranks: int
+    batches: int
+    """Tile batches of the last step, which overlaps most."""
+    shares: tuple[float, ...]
+    """Of the network's work, by rank; mean over the steps."""
+    speedup: float
+    """Of the network's part of the time, if that is proportional to the tiles' area."""
+    received: int
+    """Bytes of predictions that a rank gets from the others, per step; mean over ranks and steps."""
+    buffers: int
+    """Bytes that a rank needs for the exchange, at the most."""
+
+    def __str__(self) -> str:
+        shares = " ".join(f"{share:.1%}" for share in self.shares)
+        return (
+            f"{self.ranks} GPUs: the network {self.speedup:.2f} x as fast, shares {shares}; {self.batches} calls in "
+            f"the last step; {show_bytes(self.received)} received per step and GPU, {show_bytes(self.buffers)} more "
+            "memory on each"
+        )
+
+
+def forecast(
+    denoiser: TileDenoiser, size: Pair, rows: int, channels: int, itemsize: int, ranks: int, steps: int = STEPS
+) -> Forecast:
+    """Deal the steps of a run as they will be dealt.
+
+    Args:
+        denoiser: with the tiling of the run.
+        size: of the canvas, in canvas pixels.
+        rows: images of a tile: guidance branches times images of the call.
+        channels: of a prediction.
+        itemsize: bytes per element of a prediction.
+        ranks: processes.
+        steps: of the run.
+    """
+    denoiser.timesteps = lambda: list(range(steps, 0, -1))
+    slowest, parts = 0.0, []
+    loads, got, most = [0.0] * ranks, 0.0, 0
+    for time in denoiser.timesteps():
+        denoiser.place(size, time, torch.device("cpu"))
+        assert denoiser.placed is not None
+        whole = denoiser.config.mode == "canvas" or len(denoiser.placed) == 1
+        parts = [(rows, *size)] if whole else [part.shape for part in denoiser.batches(denoiser.placed, rows)]
+        costs = [float(math.prod(shape)) for shape in parts]
+        step = [0.0] * ranks
+        for cost, owner in zip(costs, owners(costs, ranks), strict=True):
+            step[owner] += cost
+        slowest += max(step)
+        loads = [load + own for load, own in zip(loads, step, strict=True)]
+        got += sum(costs) * (ranks - 1) / ranks
+        most = max(most, int(sum(costs)))
+    item = channels * itemsize
+    shares = tuple(load / sum(loads) for load in loads)
+    return Forecast(ranks, len(parts), shares, sum(loads) / slowest, int(got / steps * item), 2 * most * item)
+
+
+def forecast_of(predictor: Predictor, plan: Plan, images: int, ranks: int) -> Forecast:
+    """The forecast of a plan of this predictor, for so many images a call."""
+    return forecast_for(predictor, plan.tiling, plan.execution, plan.size, images * predictor.model.branches, ranks)
+
+
+def forecast_for(
+    predictor: Predictor, tiling: TilingConfig, execution: Execution, size: Pair, rows: int, ranks: int
+) -> Forecast:
+    """:func:`forecast` for a model and a ``size`` (width, height) in px."""
+    model, family = predictor.model, predictor.family
+    network: Any = predictor.module(model.network.role)
+    unit, patch = family.unit(network), family.patch(network)
+    denoiser = TileDenoiser(tiling, execution, model.native, model.factor, patch, unit)
+    canvas = (size[1] // model.factor // unit, size[0] // model.factor // unit)
+    channels = network.config.in_channels if family.packed else network.config.out_channels
+    return forecast(denoiser, canvas, rows, channels, model.network.dtype.itemsize, ranks)
