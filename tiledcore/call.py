@@ -33,6 +33,7 @@ from tiledcore.memory.budget import Budget, within
 from tiledcore.memory.planner import Plan
 from tiledcore.parallel.ranks import Ranks
 from tiledcore.parallel.sharing import Sharing, options_of, same_call
+from tiledcore.parallel.slabs import Slabs
 from tiledcore.schedulers.pull import Pull, Pulling
 from tiledcore.tiles.fade import Fade
 from tiledcore.tiles.families import network_of
@@ -171,8 +172,10 @@ class Call:
             found.append(TilePrompts(pipe, network, options.prompt_for_tile, hook))
         if vae is not None:
             around = continuation(vae, wrap, factor)
-            found.append(Scoped(lambda: bounded_vae(pipe, self.size, self.plan)))
-            found.append(Scoped(lambda: streamed(pipe, options.rows, around, EXACT_DECODE_PIXELS)))
+            slabs = None if self.ranks is None else Slabs(self.ranks)
+            found.append(Scoped(lambda: bounded_vae(pipe, self.size, self.plan, slabs)))
+            shared = None if slabs is None else slabs.rows
+            found.append(Scoped(lambda: streamed(pipe, options.rows, around, EXACT_DECODE_PIXELS, shared)))
             found.append(Scoped(lambda: wrapped(vae, wrap, factor)))
             found.append(Scoped(lambda: labelled(vae, "decode", "decode")))
         elif options.rows is not None or options.preview is not None:
@@ -297,7 +300,7 @@ def check_levels(pipe: Any, tiling: TilingConfig, size: Pair | None) -> None:
 
 
 @contextmanager
-def bounded_vae(pipe: Any, size: Pair | None, plan: Plan | None = None) -> Iterator[None]:
+def bounded_vae(pipe: Any, size: Pair | None, plan: Plan | None = None, slabs: Slabs | None = None) -> Iterator[None]:
     """Run the VAE in exact bands if the whole image would not fit; if bands cannot, in diffusers' tiles."""
     vae = pipe.vae
     if getattr(vae, "use_tiling", True):  # the caller's choice, or another kind of autoencoder
@@ -308,7 +311,7 @@ def bounded_vae(pipe: Any, size: Pair | None, plan: Plan | None = None) -> Itera
         larger_than, band, room = EXACT_DECODE_PIXELS, None, None
         if plan is not None:  # the plan knows whether the whole image fits
             larger_than, band, room = 2**63 if plan.vae_band is None else 0, plan.vae_band, plan.vae_room
-        with exact_bands(vae, larger_than, band, room):
+        with exact_bands(vae, larger_than, band, room, None if slabs is None else slabs.whole):
             yield
         return
     if pixels <= EXACT_DECODE_PIXELS:

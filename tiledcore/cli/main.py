@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import textwrap
 import traceback
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             args = parser("--help-all" in given).parse_args(given)
             args.command(args)
         except (Exception, KeyboardInterrupt) as error:
+            if launched():
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it when another process ends too
             if os.environ.get("TILEDCORE_DEBUG") == "1":
                 traceback.print_exc()
             interrupted = isinstance(error, KeyboardInterrupt)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tiledcore.utils import replaced
-from tiledcore.vae.exact import decode_rows, why_not_exact
+from tiledcore.vae.exact import Run, decode_rows, why_not_exact
 from tiledcore.vae.wrap import Continuation
 
 logger = logging.getLogger(__name__)
@@ -42,12 +42,18 @@ def why_not_streamed(pipe: Any) -> str | None:
 
 
 @contextmanager
-def streamed(pipe: Any, rows: Rows | None, around: Continuation, whole_pixels: int) -> Iterator[None]:
+def streamed(
+    pipe: Any,
+    rows: Rows | None,
+    around: Continuation,
+    whole_pixels: int,
+    shared: Run[Iterator[Tensor]] | None = None,
+) -> Iterator[None]:
     """Give what the pipeline decodes in this block to ``rows``, in the 8 bits that ``output_type="pil"`` would have.
 
     ``rows`` is called once, in the place of the decode; None: nothing changes. ``around`` is what
     :func:`tiledcore.vae.wrap.wrapped` has added to the latents, and is cut off the rows. Up to ``whole_pixels`` the
-    VAE's own decode is sliced, so that no bit differs.
+    VAE's own decode is sliced, so that no bit differs. ``shared``: how several processes run the decoder.
 
     Raises:
         ValueError: the pipeline must see the whole image, or decodes several or none.
@@ -66,7 +72,7 @@ def streamed(pipe: Any, rows: Rows | None, around: Continuation, whole_pixels: i
         if len(latents) != 1:
             raise ValueError(f"rows: one image at a time, not {len(latents)}")
         y, x = (reach * around.factor for reach in around.reach)
-        parts = _decoded(pipe, original, latents, whole_pixels)
+        parts = _decoded(pipe, original, latents, whole_pixels, shared)
         rows(_bands(pipe, around.crop_rows(parts, latents.shape[-2] * around.factor - 2 * y)))
         image = latents.new_zeros(1, 3, *[1] * (latents.ndim - 4), 1 + 2 * y, 1 + 2 * x)
         return DecoderOutput(sample=image) if return_dict else (image,)
@@ -77,12 +83,14 @@ def streamed(pipe: Any, rows: Rows | None, around: Continuation, whole_pixels: i
         raise ValueError("rows: the pipeline decoded nothing; leave out output_type='latent'")
 
 
-def _decoded(pipe: Any, decode: Callable[..., Any], latents: Tensor, whole_pixels: int) -> Iterator[Tensor]:
+def _decoded(
+    pipe: Any, decode: Callable[..., Any], latents: Tensor, whole_pixels: int, shared: Run[Iterator[Tensor]] | None
+) -> Iterator[Tensor]:
     """``[1, C, (1,) h, w]`` -> ``[1, 3, rows, W]``, top to bottom; exact, or it says why not."""
     pixels = latents.shape[-2] * latents.shape[-1] * pipe.vae_scale_factor**2
     if pixels > whole_pixels:
         try:
-            parts = _exact(pipe.vae, latents, pixels)
+            parts = _exact(pipe.vae, latents, pixels, shared)
         except ValueError as error:
             logger.warning("%d pixels: decoded whole before the rows are written: %s", pixels, error)
         else:
@@ -94,13 +102,13 @@ def _decoded(pipe: Any, decode: Callable[..., Any], latents: Tensor, whole_pixel
     yield from image.split(BAND_PX, dim=2)
 
 
-def _exact(vae: Any, latents: Tensor, pixels: int) -> Iterator[Tensor]:
+def _exact(vae: Any, latents: Tensor, pixels: int, shared: Run[Iterator[Tensor]] | None) -> Iterator[Tensor]:
     """The exact rows; raises ValueError if there are none, which says why."""
     if getattr(vae, "use_tiling", False):
         raise ValueError("the autoencoder's own tiling is switched on")
     if (reason := why_not_exact(vae, pixels)) is not None:
         raise ValueError(reason)
-    return decode_rows(vae, latents, budget=CPU_BUDGET if vae.device.type == "cpu" else None)
+    return decode_rows(vae, latents, budget=CPU_BUDGET if vae.device.type == "cpu" else None, decode=shared)
 
 
 def _bands(pipe: Any, parts: Iterator[Tensor]) -> Iterator[Band]:

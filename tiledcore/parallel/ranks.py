@@ -21,6 +21,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+SENT = 256  # rows of an image in one message
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -148,6 +149,7 @@ class Ranks:
             torch.cat([out.flatten() for out in mine], out=flat[self.rank])
             mine.clear()
         self._exchange(flat)
+        self.times.received += sum(one.nbytes for rank, one in enumerate(flat) if rank != self.rank)
         self.times.seconds += time.perf_counter() - began
         self.times.evaluations += 1
         pieces = [iter(one.split(each)) for one, each in zip(flat, lengths, strict=True)]
@@ -186,7 +188,33 @@ class Ranks:
             ]
             for work in works:
                 work.wait()
-        self.times.received += sum(one.nbytes for rank, one in enumerate(flat) if rank != self.rank)
+
+    def share(self, own: Tensor) -> list[Tensor]:
+        """The tensors of all ranks, of one dtype and any shapes, on this rank's device."""
+        shapes = self.all(own.shape)
+        flat = [torch.empty(math.prod(shape), dtype=own.dtype, device=own.device) for shape in shapes]
+        flat[self.rank].copy_(own.flatten())
+        self._exchange(flat)
+        return [one.view(shape) for one, shape in zip(flat, shapes, strict=True)]
+
+    def send(self, rows: Tensor) -> None:
+        """Send rows ``[B, C, H, W]`` to rank 0, some at a time, as it asks for them."""
+        with self._found():
+            dist.send(torch.tensor([*rows.shape, DTYPES.index(rows.dtype)]), dst=0, group=self.hosts)
+            for piece in rows.split(SENT, dim=2):
+                dist.send(piece.contiguous().flatten().view(torch.uint8), dst=0, group=self.hosts)
+
+    def received(self, rank: int) -> Iterator[Tensor]:
+        """What another rank sends, on the host."""
+        header = torch.empty(5, dtype=torch.int64)
+        with self._found():
+            dist.recv(header, src=rank, group=self.hosts)
+        *batch, height, width, dtype = header.tolist()
+        for start in range(0, height, SENT):
+            piece = torch.empty(*batch, min(SENT, height - start), width, dtype=DTYPES[dtype])
+            with self._found():
+                dist.recv(piece.flatten().view(torch.uint8), src=rank, group=self.hosts)
+            yield piece
 
     @contextmanager
     def _found(self) -> Iterator[None]:

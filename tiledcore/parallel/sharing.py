@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,6 +42,11 @@ class Sharing(Feature):
         report.ranks = self.ranks.times
 
 
+def _unused(bands: Iterator[Any]) -> None:
+    """In place of what takes the rows on rank 0: this rank decodes its part, and sends it there."""
+    deque(bands, maxlen=0)
+
+
 def _no_bar(iterable: Any = None, total: int | None = None) -> Any:
     return tqdm(iterable, total=total, disable=True)
 
@@ -73,7 +79,7 @@ def options_of(ranks: Ranks, options: Any) -> Any:
         options = replace(options, checkpoint=_checkpoint(ranks, options.checkpoint))
     if ranks.leads:
         return options
-    return replace(options, preview=None, rows=None if options.rows is None else lambda bands: None)
+    return replace(options, preview=None, rows=None if options.rows is None else _unused)
 
 
 @dataclass(frozen=True)

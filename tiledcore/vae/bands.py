@@ -82,7 +82,10 @@ class Statistics(Reduction):
         self.dtype = wide.dtype
         del wide
         n = rows.numel() // (rows.shape[0] * groups)
-        mean, m2 = mean.double(), variance.double() * n
+        self.merge(n, mean.double(), variance.double() * n)
+
+    def merge(self, n: int, mean: Tensor, m2: Tensor) -> None:
+        """Add ``n`` values by their mean and their sum of squared differences from it, float64."""
         if self.total_mean is None or self.total_m2 is None:
             self.count, self.total_mean, self.total_m2 = n, mean, m2
             return

@@ -10,9 +10,9 @@ import logging
 import math
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from tiledcore.vae.plan import BandPlan, bands_of, choose, through
 from tiledcore.vae.program import program, unsupported
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 CPU_EXACT_PIXELS = 4096 * 4096
 """The cost of the middle block's attention grows with the square of the pixels: 3.5e13 FLOP at 4096x4096."""
@@ -39,8 +40,17 @@ def why_not_exact(vae: Any, pixels: int) -> str | None:
     return None
 
 
+Run = Callable[[Any, Tensor, int | None, float | None], T]  # ``(decoder, latents, band_px, budget)``
+
+
 @torch.no_grad()
-def decode_rows(vae: Any, latents: Tensor, band_px: int | None = None, budget: float | None = None) -> Iterator[Tensor]:
+def decode_rows(
+    vae: Any,
+    latents: Tensor,
+    band_px: int | None = None,
+    budget: float | None = None,
+    decode: Run[Iterator[Tensor]] | None = None,
+) -> Iterator[Tensor]:
     """Decode an image and yield its finished rows, top to bottom; the whole image is never in memory.
 
     Args:
@@ -48,6 +58,7 @@ def decode_rows(vae: Any, latents: Tensor, band_px: int | None = None, budget: f
         latents: ``[B, C, h, w]``, scaled and shifted as for ``vae.decode``; any device and floating dtype.
         band_px: rows of the image per band; None: as many as fit.
         budget: bytes of device memory, without weights and latents; None: most of the free memory.
+        decode: how several processes run the decoder; None: there is one.
 
     Yields:
         ``[B, 3, rows, W]`` with the dtype and device of ``vae``, without a gradient. The heights vary.
@@ -60,12 +71,18 @@ def decode_rows(vae: Any, latents: Tensor, band_px: int | None = None, budget: f
     latents = latents.to(vae.device, vae.dtype)
     if (beside := getattr(vae, "post_quant_conv", None)) is not None:
         latents = beside(latents)
+    if decode is not None:
+        return decode(vae.decoder, latents, band_px, budget)
     return run(vae.decoder, latents, plan(vae.decoder, latents, band_px, budget))
 
 
 @contextmanager
 def exact_bands(
-    vae: Any, larger_than: int = 0, band_px: int | None = None, budget: float | None = None
+    vae: Any,
+    larger_than: int = 0,
+    band_px: int | None = None,
+    budget: float | None = None,
+    decode: Run[Tensor] | None = None,
 ) -> Iterator[None]:
     """Inside the ``with`` block, ``vae.decode`` and ``vae.encode`` run in exact bands.
 
@@ -76,23 +93,26 @@ def exact_bands(
         larger_than: images of up to this many pixels are not split.
         band_px: see :func:`decode_rows`.
         budget: see :func:`decode_rows`.
+        decode: see :func:`decode_rows`.
 
     Raises:
         TypeError: ``vae`` is not supported.
     """
 
-    def banded(network: Any) -> Any:
+    def banded(network: Any, shared: Run[Tensor] | None = None) -> Any:
         original, enlarged = network.forward, math.prod(layer.upsample for layer in program(network))
 
         def forward(sample: Tensor) -> Tensor:
             if sample.shape[2] * sample.shape[3] * enlarged**2 <= larger_than:
                 return original(sample)
+            if shared is not None:
+                return shared(network, sample, band_px, budget)
             chosen = plan(network, sample, band_px, budget)
-            return _whole(run(network, sample, chosen), chosen.shape)
+            return joined_rows(run(network, sample, chosen), chosen.shape[2])
 
         return forward
 
-    with replaced(vae.decoder, forward=banded(vae.decoder)), replaced(vae.encoder, forward=banded(vae.encoder)):
+    with replaced(vae.decoder, forward=banded(vae.decoder, decode)), replaced(vae.encoder, forward=banded(vae.encoder)):
         yield
 
 
@@ -121,23 +141,24 @@ def _free_bytes(device: torch.device) -> float:
     return float("inf")
 
 
-def _whole(rows: Iterator[Tensor], shape: torch.Size) -> Tensor:
+def joined_rows(rows: Iterator[Tensor], height: int) -> Tensor:
+    """Bands of an image as one tensor."""
     image: Tensor | None = None
     filled = 0
     for band in rows:
         if image is None:
-            image = band.new_empty(shape)
+            image = band.new_empty(*band.shape[:2], height, band.shape[3])
         image[:, :, filled : filled + band.shape[2]] = band
         filled += band.shape[2]
         del band
-    assert image is not None and filled == shape[2]
+    assert image is not None and filled == height
     return image
 
 
 @torch.no_grad()
-def run(network: Any, given: Tensor, plan: BandPlan) -> Iterator[Tensor]:
-    """All rows of the result, top to bottom."""
-    layers, limits = program(network), plan.limits
+def run(network: Any, given: Tensor, plan: BandPlan, changed: Sequence[Layer] | None = None) -> Iterator[Tensor]:
+    """All rows of the result, top to bottom; ``changed``: layers that stand in for the network's."""
+    layers, limits = changed or program(network), plan.limits
     weight = next(network.parameters())
     kept: deque[Band] | None = None
     start = 0
