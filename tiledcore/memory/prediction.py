@@ -198,33 +198,36 @@ class Predictor:
         state = torch.empty(SLOTS, *latents.shape, dtype=torch.float32)
         model_input = torch.empty_like(latents)
         predicted = channels if family.packed else network.config.out_channels
-        flops: dict[tuple[int, ...], int] = {}
-        total = 0
 
         def forward(tiles: Tensor, timestep: Any, **given: Any) -> tuple[Tensor]:
-            """The network; runs once per shape, because all tile batches of one shape need the same."""
-            nonlocal total
-            shape = tuple(tiles.shape)
-            if shape in flops:
-                prediction = tiles.new_empty(shape[0], predicted, *shape[2:])
-            else:
-                before = run.flops
-                inputs = {**given, family.timestep: timestep}
-                inputs |= family.tiles(tiles, inputs, denoiser.pixels)
-                prediction = family.prediction(network(return_dict=False, **inputs)[0], (shape[2], shape[3]))
-                flops[shape] = run.flops - before
-            total += flops[shape]
-            return (prediction,)
+            inputs = {**given, family.timestep: timestep}
+            inputs |= family.tiles(tiles, inputs, denoiser.pixels)
+            return (family.prediction(network(return_dict=False, **inputs)[0], (tiles.shape[2], tiles.shape[3])),)
 
         denoiser.place(size, timestep, latents.device)
         tiling = denoiser.tiling(*size, timestep)
-        if denoiser.config.mode == "tiles" and len(tiling) > 1:
-            # In a real run this buffer exists from the second batch on.
-            count, height, width = _buffer_size(tiling)
-            denoiser._buffer((count * images * branches, predicted, height, width), latents)
-        times = torch.zeros(() if family.sample == "sample" else images * branches, dtype=dtype)
-        tiles, offsets, _, ramp = denoiser.evaluate(forward, torch.cat([model_input] * branches), times, **conditions)
+        sample = torch.cat([model_input] * branches)
+        conditions["timestep"] = torch.zeros(() if family.sample == "sample" else len(sample), dtype=dtype)
+        if denoiser.config.mode == "canvas" or len(tiling) == 1:
+            tiles, offsets, _, ramp = denoiser.evaluate(forward, sample, **conditions)
+            total = run.flops
+        else:
+            # As denoiser.evaluate, but one full batch and the rest of each size, because all batches need the same.
+            total, (count, height, width) = 0, _buffer_size(tiling)
+            tiles = denoiser._buffer((count * len(sample), predicted, height, width), latents)
+            offsets, ramp = torch.zeros(count, 2, dtype=torch.int32), denoiser.ramp(tiling)
+            for tile, places in tiling.groups.items():
+                full, rest = divmod(len(places), denoiser.tile_batch)
+                for number, times in ((denoiser.tile_batch, full), (rest, 1)):
+                    if not number * times:
+                        continue
+                    before, part = run.flops, torch.zeros(number, 2, dtype=torch.int32)
+                    out = latents.new_empty(number * len(sample), predicted, *tile)  # of the batch before
+                    out = denoiser._tile_batch(forward, sample, part, tile, conditions)
+                    total += (run.flops - before) * times
+            del out
         peak = run.live.reset()
+        del sample
         held.clear()
         fade, guided, motion = Fade(1.0, both(denoiser.config.wrap)), branches == 2, denoiser.config.moving
         if motion is not None and motion.fade != 0 and isinstance(denoiser.placed, Partition):

@@ -106,22 +106,10 @@ def attention_pairs(canvas: Pair, tile: Pair, halo: Pair, wrap: tuple[bool, bool
     return total
 
 
-def _neighbor_attention_flops(
-    q: Sequence[int],
-    k: Sequence[int],
-    v: Sequence[int],
-    global_q: Sequence[int] | None,
-    global_k: Sequence[int] | None,
-    global_v: Sequence[int] | None,
-    canvas: Pair,
-    tile: Pair,
-    halo: Pair,
-    wrap: tuple[bool, bool],
-    *_: Any,
-    **__: Any,
-) -> int:
+def _neighbor_attention_flops(q: Sequence[int], *arguments: Any, **_: Any) -> int:
     """FLOPs of two products (scores, and scores times values); a multiply-add counts as two."""
     batch, tokens, heads, dim = q
+    global_k, (canvas, tile, halo, wrap) = arguments[3], arguments[5:9]
     pairs = attention_pairs(canvas, tile, halo, wrap) + tokens * (0 if global_k is None else global_k[1])
     return 4 * batch * heads * dim * pairs
 

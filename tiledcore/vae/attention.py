@@ -100,45 +100,27 @@ class Scales(Conv):
 
 
 class LinearSums(Reduction):
-    """Sums of ``value keyᵀ`` and of ``key`` over all pixels, for linear attention.
+    """Sums of ``value keyᵀ`` and of ``key`` over all pixels: float32 within a band, as in diffusers, then float64.
 
-    Float32 within a band, as in diffusers, and float64 between bands. If the image has no more pixels than a head has
-    channels, diffusers uses plain attention, and all keys and values are kept.
-
-    Args:
-        attention: a ``SanaMultiscaleLinearAttention``; the input is its queries, keys and values.
+    The input is queries, keys and values. For images of a few pixels diffusers computes the same in another order.
     """
 
     def __init__(self, attention: Any) -> None:
         self.attention = attention
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-        self.scores: Tensor | None = None
+        self.sums: Tensor | None = None
 
     def start(self, pixels: int) -> None:
-        self.free()
-        self.linear = pixels > self.attention.attention_head_dim
+        self.sums = None
 
     def part(self, rows: Tensor, which: int) -> Tensor:
-        """Queries (0), keys (1) or values (2) of a band, ``[B, heads, head_dim, pixels]``."""
+        """Queries (0), keys (1) or values (2) of a band, ``[B, heads, head_dim, pixels]``, float32."""
         part = rows.unflatten(1, (-1, 3, self.attention.attention_head_dim))[:, :, which].flatten(3)
-        if which < 2:
-            part = F.relu(part)
-        return part.float() if self.linear else part
+        return (F.relu(part) if which < 2 else part).float()
 
     def update(self, rows: Tensor) -> None:
         key, value = self.part(rows, 1), self.part(rows, 2)
-        if not self.linear:
-            self.keys, self.values = (
-                new if old is None else torch.cat([old, new], 3)
-                for old, new in ((self.keys, key), (self.values, value))
-            )
-            return
-        scores = torch.cat([value @ key.transpose(-1, -2), key.sum(-1)[:, :, None]], 2).double()
-        self.scores = scores if self.scores is None else self.scores.add_(scores)
-
-    def free(self) -> None:
-        self.keys = self.values = self.scores = None
+        sums = torch.cat([value @ key.transpose(-1, -2), key.sum(-1)[:, :, None]], 2).double()
+        self.sums = sums if self.sums is None else self.sums.add_(sums)
 
 
 class LinearAttention(Layer):
@@ -151,12 +133,9 @@ class LinearAttention(Layer):
     def change(self, band: Band) -> None:
         attention, sums, rows = self.attention, self.sums, band.tensors[0]
         queries = sums.part(rows, 0)
-        if sums.linear:
-            assert sums.scores is not None
-            both = sums.scores.to(queries.dtype) @ queries
-            attended = both[:, :, :-1].div_(both[:, :, -1:] + attention.eps).to(rows.dtype)
-            del both
-        else:
-            attended = attention.apply_quadratic_attention(queries, sums.keys, sums.values)
+        assert sums.sums is not None
+        both = sums.sums.to(queries.dtype) @ queries
+        attended = both[:, :, :-1].div_(both[:, :, -1:] + attention.eps).to(rows.dtype)
+        del both
         attended = attended.flatten(1, 2).unflatten(2, rows.shape[2:])
         band.tensors[0] = attention.to_out(attended.movedim(1, -1)).movedim(-1, 1)
