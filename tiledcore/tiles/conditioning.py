@@ -47,7 +47,7 @@ RESIDUALS = (
 ADAPTER = "down_intrablock_additional_residuals"
 """What a T2I-Adapter adds: images at the sizes of a UNet's levels, computed from the whole canvas before the steps."""
 HINTS = ("controlnet_cond", "control_context")
-"""Images of the whole canvas that a ControlNet sees, in any resolution, as tokens, or in a list."""
+"""Images of the whole canvas that a ControlNet sees, in any resolution or as tokens; several in a list."""
 ATTENTION = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 """Dicts for attention layers, see :func:`cut_attention_kwargs`."""
 REFUSED = ("siglip_feats", "image_noise_mask", "additional_t_cond")
@@ -80,7 +80,9 @@ class TileBatch(NamedTuple):
         return self.crop(value) if value.ndim == 4 and value.shape[2:] == self.canvas else self.repeat(value)
 
     def crop(self, image: Tensor) -> Tensor:
-        """Each tile's part of an image of the canvas: ``[B, C, H, W]`` in any resolution, or tokens ``[B, N, C]``."""
+        """Each tile's part of an image ``[B, C, (1,) H, W]`` of any resolution, or of tokens ``[B, N, C]``."""
+        if image.ndim == 5:
+            return self.crop(image.squeeze(2)).unsqueeze(2)
         if image.ndim == 3:
             size = self._tokens(image.shape[1])
             cut = self.crop(image.transpose(1, 2).unflatten(2, size).contiguous())
@@ -124,12 +126,10 @@ def conditions(arguments: dict[str, Any], part: TileBatch) -> dict[str, Any]:
             continue
         if name in PER_IMAGE:
             out[name] = tree_map_only(Tensor, part.repeat, value)
-        elif name == ADAPTER or name in RESIDUALS:
+        elif name == ADAPTER or name in RESIDUALS or name in HINTS:
             out[name] = tree_map_only(Tensor, part.crop, value)
         elif name == "args":
             out[name] = tree_map_only(Tensor, part.fit, value)
-        elif name in HINTS:
-            out[name] = _hints(value, part)
         elif name in ATTENTION:
             out[name] = cut_attention_kwargs(value, part)
     time_ids = (arguments.get("added_cond_kwargs") or {}).get("time_ids")
@@ -195,13 +195,6 @@ def _level(residual: Tensor, canvas: Pair) -> Pair:
             f"of {factor}; the nearest such canvas is {nearest}"
         )
     return height, width
-
-
-def _hints(value: Any, part: TileBatch) -> Any:
-    """A ControlNet's image of the canvas, or several; a list of ``[C, 1, H, W]`` is one of images (Z-Image)."""
-    if isinstance(value, list) and isinstance(value[0], Tensor) and value[0].ndim == 4 and value[0].shape[1] == 1:
-        return list(part.crop(torch.stack(value).squeeze(2)).unsqueeze(2).unbind(0))
-    return tree_map_only(Tensor, part.crop, value)
 
 
 def _time_ids(time_ids: Tensor, part: TileBatch) -> Tensor:
