@@ -175,7 +175,8 @@ class Call:
             slabs = None if self.ranks is None else Slabs(self.ranks)
             found.append(Scoped(lambda: bounded_vae(pipe, self.size, self.plan, slabs)))
             shared = None if slabs is None else slabs.rows
-            found.append(Scoped(lambda: streamed(pipe, options.rows, around, EXACT_DECODE_PIXELS, shared)))
+            exact = {"decode": shared, "budget": None if self.plan is None else self.plan.vae_room}
+            found.append(Scoped(lambda: streamed(pipe, options.rows, around, EXACT_DECODE_PIXELS, **exact)))
             found.append(Scoped(lambda: wrapped(vae, wrap, factor)))
             found.append(Scoped(lambda: labelled(vae, "decode", "decode")))
         elif options.rows is not None or options.preview is not None:

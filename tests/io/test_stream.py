@@ -13,6 +13,8 @@ from tiny import tiny_sd, tiny_sdxl
 from tiny_transformers import ALL, NATIVE, build, call
 
 from tiledcore import TiledPipeline
+from tiledcore.io import stream
+from tiledcore.memory.planner import plan
 
 SD = {"height": 128, "width": 200, "num_inference_steps": 2}
 
@@ -90,6 +92,20 @@ def test_large_images_are_the_same_up_to_rounding(monkeypatch: pytest.MonkeyPatc
     run(pipe, rows=rows)
     difference = rows.image().astype(int) - np.asarray(image).astype(int)
     assert abs(difference).max() <= 1 and (difference != 0).mean() < 0.01
+
+
+def test_rows_are_decoded_in_the_room_that_was_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    rooms: list[Any] = []
+    own = stream.decode_rows
+    monkeypatch.setattr(stream, "decode_rows", lambda *args, budget, **_: rooms.append(budget) or own(*args))
+    monkeypatch.setattr("tiledcore.call.EXACT_DECODE_PIXELS", 0)
+    pipe = tiny_sd()
+    whole = plan(pipe, (200, 128), "1GiB", device="cpu")
+    decode = next(phase.peak for phase in whole.phases if phase.name == "decode")
+    pipe.set_progress_bar_config(disable=True)
+    wrapped = TiledPipeline.from_pipe(pipe, tiling=RAMP, memory_budget=int(decode))
+    wrapped("a cat", **SD, rows=Collected())
+    assert wrapped.report is not None and rooms == [wrapped.report.plan.vae_room] and rooms[0] is not None
 
 
 def test_what_is_not_exact_says_so(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from tiledcore.geometry import both
@@ -18,9 +19,7 @@ HINT = "tiles alone repeat the subject, because none of them sees the whole; --s
 OPTIONS = ("mode", "tile", "overlap", "window", "ramp", "motion", "halo")
 
 
-def explain(
-    args: argparse.Namespace, pipe: TiledPipeline, call: dict[str, Any], metadata: dict[str, Any], whole: str | None
-) -> str:
+def explain(args: argparse.Namespace, pipe: TiledPipeline, metadata: dict[str, Any], whole: str | None) -> str:
     """The plan of a call, one line for each decision; ``whole`` is why the image is decoded whole, or None.
 
     ``metadata`` is what would be stored in the file.
@@ -49,7 +48,7 @@ def explain(
         ("memory", memory(args, pipe, whole is not None)),
         ("seed", f"{metadata['seed']}" + ("" if args.seed is not None else "; random, because there is no --seed")),
         *((("hint", HINT),) if tiling["tiles"] > 1 and args.stages is None and args.init_image is None else ()),
-        ("then", f"tiledcore view {args.out}"),
+        ("then", f"tiledcore view {shlex.quote(str(args.out))}"),
     ]
     return "\n".join(f"{name:<8}{text}" for name, text in lines)
 

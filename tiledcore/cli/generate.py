@@ -57,8 +57,9 @@ def generate(args: argparse.Namespace) -> None:
             metadata["stages"] = _stages(pipe, call)
         whole = _why_whole(args, pipe)
         if args.explain:
-            say("predicting the memory: one step is simulated")
-            print(explain(args, pipe, call, metadata, whole))
+            if leads():
+                say("predicting the memory: one step is simulated")
+                print(explain(args, pipe, metadata, whole))
             return
         _announce(args, pipe, call, metadata, whole)
         call |= {"checkpoint": checkpoint, "preview": args.preview}

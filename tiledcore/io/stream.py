@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tiledcore.utils import replaced
-from tiledcore.vae.exact import Run, decode_rows, why_not_exact
+from tiledcore.vae.exact import decode_rows, why_not_exact
 from tiledcore.vae.wrap import Continuation
 
 logger = logging.getLogger(__name__)
@@ -42,18 +42,13 @@ def why_not_streamed(pipe: Any) -> str | None:
 
 
 @contextmanager
-def streamed(
-    pipe: Any,
-    rows: Rows | None,
-    around: Continuation,
-    whole_pixels: int,
-    shared: Run[Iterator[Tensor]] | None = None,
-) -> Iterator[None]:
+def streamed(pipe: Any, rows: Rows | None, around: Continuation, whole_pixels: int, **exact: Any) -> Iterator[None]:
     """Give what the pipeline decodes in this block to ``rows``, in the 8 bits that ``output_type="pil"`` would have.
 
     ``rows`` is called once, in the place of the decode; None: nothing changes. ``around`` is what
     :func:`tiledcore.vae.wrap.wrapped` has added to the latents, and is cut off the rows. Up to ``whole_pixels`` the
-    VAE's own decode is sliced, so that no bit differs. ``shared``: how several processes run the decoder.
+    VAE's own decode is sliced, so that no bit differs; ``exact`` are arguments of
+    :func:`~tiledcore.vae.exact.decode_rows` for larger images.
 
     Raises:
         ValueError: the pipeline must see the whole image, or decodes several or none.
@@ -72,7 +67,7 @@ def streamed(
         if len(latents) != 1:
             raise ValueError(f"rows: one image at a time, not {len(latents)}")
         y, x = (reach * around.factor for reach in around.reach)
-        parts = _decoded(pipe, original, latents, whole_pixels, shared)
+        parts = _decoded(pipe, original, latents, whole_pixels, exact)
         rows(_bands(pipe, around.crop_rows(parts, latents.shape[-2] * around.factor - 2 * y)))
         image = latents.new_zeros(1, 3, *[1] * (latents.ndim - 4), 1 + 2 * y, 1 + 2 * x)
         return DecoderOutput(sample=image) if return_dict else (image,)
@@ -84,13 +79,13 @@ def streamed(
 
 
 def _decoded(
-    pipe: Any, decode: Callable[..., Any], latents: Tensor, whole_pixels: int, shared: Run[Iterator[Tensor]] | None
+    pipe: Any, decode: Callable[..., Any], latents: Tensor, whole_pixels: int, exact: dict[str, Any]
 ) -> Iterator[Tensor]:
     """``[1, C, (1,) h, w]`` -> ``[1, 3, rows, W]``, top to bottom; exact, or it says why not."""
     pixels = latents.shape[-2] * latents.shape[-1] * pipe.vae_scale_factor**2
     if pixels > whole_pixels:
         try:
-            parts = _exact(pipe.vae, latents, pixels, shared)
+            parts = _exact(pipe.vae, latents, pixels, exact)
         except ValueError as error:
             logger.warning("%d pixels: decoded whole before the rows are written: %s", pixels, error)
         else:
@@ -102,13 +97,15 @@ def _decoded(
     yield from image.split(BAND_PX, dim=2)
 
 
-def _exact(vae: Any, latents: Tensor, pixels: int, shared: Run[Iterator[Tensor]] | None) -> Iterator[Tensor]:
+def _exact(vae: Any, latents: Tensor, pixels: int, options: dict[str, Any]) -> Iterator[Tensor]:
     """The exact rows; raises ValueError if there are none, which says why."""
     if getattr(vae, "use_tiling", False):
         raise ValueError("the autoencoder's own tiling is switched on")
     if (reason := why_not_exact(vae, pixels)) is not None:
         raise ValueError(reason)
-    return decode_rows(vae, latents, budget=CPU_BUDGET if vae.device.type == "cpu" else None, decode=shared)
+    if options.get("budget") is None and vae.device.type == "cpu":
+        options = {**options, "budget": CPU_BUDGET}
+    return decode_rows(vae, latents, **options)
 
 
 def _bands(pipe: Any, parts: Iterator[Tensor]) -> Iterator[Band]:
