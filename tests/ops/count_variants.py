@@ -36,12 +36,12 @@ def offsets(rows: int, columns: int) -> torch.Tensor:
 
 def gather(op: Callable[..., Any]) -> None:
     for B, C, H, W, h, w in ((1, 4, 64, 64, 16, 16), (2, 1, 65, 130, 1, 9), (1, 1, 48, 1, 3, 1)):
-        op(torch.zeros(B, C, H, W), offsets(2, 3), (h, w))
+        op(torch.zeros(B, C, H, W), offsets(2, 3), h, w)
 
 
 def blend(op: Callable[..., Any]) -> None:
     for T, H, W, h, w, ramp in ((1, 64, 64, 64, 64, 8), (16, 65, 1, 16, 1, 1), (6, 96, 130, 48, 31, 16)):
-        op(torch.zeros(T, 4, h, w), offsets(1, T), (H, W), "ramp", ramp)
+        op(torch.zeros(T, 4, h, w), offsets(1, T), H, W, "ramp", ramp)
 
 
 def fused(op: Callable[..., Any]) -> None:
