@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.tiledcore
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: install lint check test test-all format demo demo-before bench bench-modes train clean
+.PHONY: install lint check test test-all format demo demo-before bench bench-gpu bench-modes train clean
 .DEFAULT_GOAL := install
 
 $(BIN)/python:
@@ -70,6 +70,10 @@ bench: install
 	$(BIN)/python -m bench run --json bench/results/cpu_suite.json $(BENCH_ARGS)
 	$(BIN)/python -m bench.oracle --json bench/results/oracle.json
 	$(BIN)/python -m bench tables
+
+# Everything that needs a GPU, in ten minutes and without a network: docs/gpu.md says how to read it.
+bench-gpu: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m bench.gpu_suite bench/results/gpu
 
 bench-modes: install
 	$(BIN)/python -m bench.modes --model earth --size 1024 --seeds 2 --json bench/results/modes_earth_1024.json

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from bench.case import Case, Ready, implementations
 from bench.measure import Run
@@ -97,22 +97,8 @@ def patch_major(shape: Shape) -> Tensor:
     return grid.permute(0, 2, 1, 3).flatten()
 
 
-def seen_blocks(shape: Shape) -> tuple[Tensor, Tensor]:
-    """``[blocks, blocks]``: patches that a patch sees in part, and those that it sees as a whole; text comes last."""
-    whole, some = [], []
-    for patch in PATCH:
-        start = torch.arange(0, shape.side, patch)
-        low = start // shape.tile * shape.tile - shape.halo
-        high = low + shape.tile + 2 * shape.halo
-        whole.append((start >= low[:, None]) & (start + patch <= high[:, None]))
-        some.append((start + patch > low[:, None]) & (start < high[:, None]))
-    full, part = ((y[:, None, :, None] & x[None, :, None, :]).flatten(2).flatten(0, 1) for y, x in (whole, some))
-    text = torch.ones(len(full), shape.text // 128, dtype=torch.bool)
-    return torch.cat([part & ~full, ~text], 1), torch.cat([full, text], 1)
-
-
 def block_mask(shape: Shape, device: torch.device) -> BlockMask:
-    """FlexAttention's mask for tokens in patch-major order."""
+    """FlexAttention's mask for tokens in patch-major order, text last."""
     order = patch_major(shape).to(device)
     rows, columns = order // shape.side, order % shape.side
     tokens, tile, halo = shape.side**2, shape.tile, shape.halo
@@ -125,13 +111,7 @@ def block_mask(shape: Shape, device: torch.device) -> BlockMask:
         at = k.clamp(max=tokens - 1)
         return (k >= tokens) | (near(rows[q], rows[at]) & near(columns[q], columns[at]))
 
-    def listed(mask: Tensor) -> tuple[Tensor, Tensor]:
-        first = mask.int().argsort(dim=1, descending=True, stable=True)
-        return mask.sum(1).int()[None, None].to(device), first.int()[None, None].to(device)
-
-    part, full = seen_blocks(shape)
-    lengths = (tokens, tokens + shape.text)
-    return BlockMask.from_kv_blocks(*listed(part), *listed(full), BLOCK_SIZE=128, mask_mod=seen, seq_lengths=lengths)
+    return create_block_mask(seen, None, None, tokens, tokens + shape.text, device=str(device))
 
 
 def flex(shape: Shape, arguments: dict[str, Any]) -> Callable[[], Tensor]:
@@ -144,13 +124,13 @@ def flex(shape: Shape, arguments: dict[str, Any]) -> Callable[[], Tensor]:
     return partial(torch.compile(flex_attention), q, k, v, block_mask=mask, kernel_options=options)
 
 
-def prepare(shape: Shape, device: torch.device, dtype: torch.dtype) -> Ready:
+def prepare(shape: Shape, compiled: bool, device: torch.device, dtype: torch.dtype) -> Ready:
     arguments = shape.arguments(device, dtype)
     ours, missing = implementations("neighbor_attention", partial(ops.neighbor_attention, **arguments), device, IMPLS)
     runs: dict[str, Run] = {"dense": partial(dense, arguments["q"], *with_text(arguments)), **ours}
     shown: dict[str, Callable[[Tensor], Tensor]] = {"dense": lambda out: out[:, :, :FEW]}
-    if device.type == "cuda" and shape is CUDA_SHAPES[0]:  # the others would take a compilation each
-        runs["flex"] = flex(shape, arguments)
+    if compiled:
+        runs = {"flex": flex(shape, arguments)}
         shown["flex"] = lambda out: out.transpose(1, 2)[:, patch_major(shape).argsort().to(device)]
     # In float64 a GPU has no fused attention, and the scores would not fit into memory.
     wide = torch.float32 if device.type == "cuda" else torch.float64
@@ -170,13 +150,15 @@ def prepare(shape: Shape, device: torch.device, dtype: torch.dtype) -> Ready:
 
 def cases() -> list[Case]:
     cuda = torch.cuda.is_available()
+    flexible = [(CUDA_SHAPES[0], True)] if cuda else []  # each shape is a compilation
     return [
         Case(
             "neighbor_attention",
-            f"{s.name}: {s.side}x{s.side} tokens, tile {s.tile}, halo {s.halo}, batch {s.B}",
+            f"{s.name}: {s.side}x{s.side} tokens, tile {s.tile}, halo {s.halo}, batch {s.B}"
+            + compiled * ", FlexAttention",
             f"windows gathered, dense attention in {'float32' if cuda else 'float64'}",
-            partial(prepare, s),
+            partial(prepare, s, compiled),
             quick=s in ODD or s.name.startswith("the embedded"),
         )
-        for s in [*(CUDA_SHAPES if cuda else CPU_SHAPES), *ODD]
+        for s, compiled in [*((s, False) for s in (*(CUDA_SHAPES if cuda else CPU_SHAPES), *ODD)), *flexible]
     ]

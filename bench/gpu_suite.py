@@ -1,124 +1,145 @@
-"""All that needs a GPU, with a limit of time for each step: tests of the kernels first, then all timings.
+"""All that needs a GPU, in one call of less than ten minutes: python -m bench.gpu_suite FOLDER [--dry-run].
 
-Run by bench/gpu_suite.sh. A step that fails or runs out of time does not stop the others, and results are written after
-each step, because a GPU may be at hand only once and for a short time. The page says first whether the tests passed.
+Each part (bench/gpu_parts.py) runs in a process of its own, which is killed at its limit. It appends its rows to
+gpu_suite.jsonl as they come, so a killed part leaves what it has measured. At the end the table is written to
+gpu_suite.md and printed; what the parts print is in gpu_suite.log. No network is needed.
 """
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import suite
-
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT = 520.0
-"""Seconds for all steps together: under 9 minutes."""
-SHORTEST = 5.0
-"""Seconds. With less time left a step is not started."""
-DRY_LIMIT = 600.0
-"""Seconds for each step of a dry run."""
-TESTS = ("gather_tiles", "blend_tiles", "fused_step", "neighbor_attention", "neighbor_attention_triton", "graph")
+LIMITS = {"start": 40, "ops": 90, "attention": 100, "blend": 50, "graph": 70, "sdxl": 170, "vae": 50}
+"""Part -> seconds. 570 in all; the rest of ten minutes is for starting and copying."""
+PREDICTED = {
+    ("neighbor_attention: SDXL, first level with attention", "triton"): "7–9 ms",
+    ("neighbor_attention: FLUX", "triton"): "11–13 ms",
+    ("blend_tiles: 25 tiles of 128x128x4 on 512x512", "triton"): "20–30 µs",
+    ("fused_step: DPM++ 2M, 25 tiles of 128x128x4, guidance, on 512x512", "ramp"): "20–30 µs",
+    ("SDXL 4096²", "tiles"): "1 s a step of 25 tiles",
+}
+"""(start of the case, way) -> what was calculated for an H100, fp16, before anything had run (docs/gpu.md)."""
+
+Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Step:
-    name: str
-    command: list[str]
-    """After the interpreter."""
-    limit: float
-    """Seconds."""
-    result: str | None = None
-    """File that it writes into the folder."""
+def run_part(name: str, command: list[str], limit: float, rows: Path, log: Path) -> Row:
+    """Run one part until it ends or its limit is over. Returns a row about it, which is also appended to ``rows``."""
+    begin = time.monotonic()
+    with log.open("a") as target:
+        target.write(f"\n=== {name}\n")
+        target.flush()
+        group = {"stdout": target, "stderr": subprocess.STDOUT, "start_new_session": True}
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, **group)  # type: ignore[call-overload]
+        try:
+            status = "done" if process.wait(limit) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            status = "killed at its limit"
+        finally:
+            _end(process)
+    row = {"part": name, "status": status, "took": round(time.monotonic() - begin, 1), "limit": limit}
+    with rows.open("a") as target:
+        target.write(f"\n{json.dumps(row)}\n")  # a killed part may have left half a line
+    return row
 
 
-def steps(out: Path, dry: bool) -> list[Step]:
-    """The real steps, or small ones of the same kind for a CPU."""
-    tests = ["-P", "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
-    tests += [str(path) for name in TESTS for path in sorted((ROOT / "tests").rglob(f"test_{name}.py"))]
+def _end(process: Any) -> None:
+    """End the process and those that it started, which have its group."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
-    def module(name: str, *options: str, result: str) -> list[str]:
-        return ["-m", f"bench{name}", *options, "--json", str(out / result)]
 
-    if dry:
-        run = ["run", "gather_tiles", "--quick", "--rounds", "2", "--device", "cpu"]
-        tests.append("--collect-only")
-    else:
-        run = ["run", "--dtype", "float16", "--seconds", "2"]
-    found = [
-        Step("tests", tests, 200),
-        Step("suite", module("", *run, result="suite.json"), 200, "suite.json"),
-    ]
-    if not dry:
-        brief = ["run", "--quick", "--dtype", "bfloat16"]
-        found.insert(2, Step("suite_bf16", module("", *brief, result="suite_bf16.json"), 60, "suite_bf16.json"))
+def read(path: Path) -> list[Row]:
+    """The rows; the last line of a killed part may be incomplete."""
+    found = []
+    for line in path.read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
     return found
 
 
-def run(step: Step, remaining: float, out: Path) -> dict[str, Any]:
-    """Run it. Gives its status (``passed``, ``failed`` or ``out of time``), seconds, and the end of its output."""
-    limit, begin = min(step.limit, remaining), time.monotonic()
-    about = {"name": step.name, "command": ["python", *step.command]}
-    if limit < SHORTEST:
-        return about | {"status": "out of time", "seconds": 0.0, "tail": "not started"}
-    log = out / f"{step.name}.log"
-    with log.open("w") as target:
-        command, to = [sys.executable, *step.command], {"stdout": target, "stderr": subprocess.STDOUT}
-        try:
-            done = subprocess.run(command, cwd=ROOT, timeout=limit, **to)  # type: ignore[call-overload]
-            status = "passed" if done.returncode == 0 else "failed"
-        except subprocess.TimeoutExpired:
-            status = "out of time"
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-12:])
-    result = about | {"status": status, "seconds": round(time.monotonic() - begin, 1), "tail": tail}
-    path = out / step.result if step.result else None
-    return result | ({"data": json.loads(path.read_text())} if path and path.exists() else {})
+def predicted(row: Mapping[str, Any]) -> str:
+    if "predicted" in row:
+        return str(row["predicted"])
+    known = (text for (case, way), text in PREDICTED.items() if row["case"].startswith(case) and row["name"] == way)
+    return next(known, "–") if row.get("dtype") != "bfloat16" else "–"
 
 
-def markdown(done: list[dict[str, Any]], dry: bool) -> str:
-    tests = next(step for step in done if step["name"] == "tests")
+def cells(row: Mapping[str, Any]) -> Iterator[str]:
+    """Case, way, dtype, figure, prediction, error, share of the ceiling, memory."""
+    yield from (row["case"], row["name"], row.get("dtype", ""))
+    if "seconds" in row:
+        seconds = row["seconds"]
+        yield (
+            f"{seconds * 1e6:.1f} µs"
+            if seconds < 1e-3
+            else f"{seconds * 1e3:.4g} ms"
+            if seconds < 1
+            else f"{seconds:.3g} s"
+        )
+    else:
+        yield f"**wrong**: {row['wrong']}" if "wrong" in row else row.get("text") or f"not run: {row.get('not_run')}"
+    yield predicted(row)
+    yield f"{row['error']:.1e}" if "error" in row else "–"
+    yield f"{row['of_ceiling']:.0%}" if row.get("of_ceiling") else "–"
+    yield row.get("memory") or (f"+{row['peak_bytes'] / 2**20:.0f} MiB" if row.get("peak_bytes") else "–")
+
+
+def markdown(rows: Iterable[Row], dry: bool) -> str:
+    """The page: first how the parts ended, then their rows."""
+    rows = list(rows)
+    parts, figures = [row for row in rows if "status" in row], [row for row in rows if "case" in row]
+    wrong = sum("wrong" in row for row in figures)
     lines = ["# GPU suite", ""]
     if dry:
-        lines += ["**Dry run on a CPU: the steps run, but no figure here is of a GPU.**", ""]
-    lines += [f"Tests of the kernels: **{tests['status']}**.", "", "| step | status | s |", "|---|---|---|"]
-    lines += [f"| {step['name']} | {step['status']} | {step['seconds']} |" for step in done]
-    for step in done:
-        data = step.get("data")
-        if step["status"] != "passed":
-            lines += ["", f"## {step['name']}: {step['status']}", "", "```", step["tail"], "```"]
-        if data is None:
-            continue
-        lines += ["", f"## {step['name']}", ""]
-        lines.append(suite.markdown(data))
+        lines += ["**Dry run on a CPU: the parts run, but no figure here is of a GPU.**", ""]
+    lines += [
+        f"{len(figures)} rows, **{wrong} wrong**. Predictions were calculated for an H100 before anything had run.",
+        "",
+    ]
+    lines += ["| part | status | s | limit |", "|---" * 4 + "|"]
+    lines += [f"| {row['part']} | {row['status']} | {row['took']} | {row['limit']} |" for row in parts]
+    for part in dict.fromkeys(row["part"] for row in figures):
+        lines += ["", f"## {part}", "", "| case | way | dtype | figure | predicted | error | of the ceiling | memory |"]
+        lines += ["|---" * 8 + "|", *(f"| {' | '.join(cells(row))} |" for row in figures if row["part"] == part)]
     return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench/gpu_suite.sh", description=__doc__)
-    parser.add_argument("out", type=Path, help="folder for gpu_suite.json and gpu_suite.md")
-    parser.add_argument("--dry-run", action="store_true", help="small steps on a CPU, to see that all of them run")
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_suite", description=__doc__)
+    parser.add_argument("out", type=Path, help="folder for gpu_suite.jsonl, gpu_suite.md and gpu_suite.log")
+    parser.add_argument("--dry-run", action="store_true", help="the same code on small shapes on a CPU")
+    parser.add_argument("--parts", nargs="*", choices=LIMITS, default=list(LIMITS), help="default: all")
     args = parser.parse_args(argv)
     if not args.dry_run and not torch.cuda.is_available():
         raise SystemExit("no CUDA device: only --dry-run works here")
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    begin, done = time.monotonic(), []
-    for step in steps(out, args.dry_run):
-        if step.result:
-            (out / step.result).unlink(missing_ok=True)  # of an earlier run
-        remaining = DRY_LIMIT if args.dry_run else LIMIT - (time.monotonic() - begin)
-        done.append(run(replace(step, limit=DRY_LIMIT) if args.dry_run else step, remaining, out))
-        print(f"{step.name}: {done[-1]['status']} in {done[-1]['seconds']} s", flush=True)
-        whole = {"dry_run": args.dry_run, "seconds": round(time.monotonic() - begin, 1), "steps": done}
-        (out / "gpu_suite.json").write_text(json.dumps(whole, indent=1) + "\n")
-        (out / "gpu_suite.md").write_text(markdown(done, args.dry_run))
-    return int(any(step["status"] != "passed" for step in done))
+    rows, log = out / "gpu_suite.jsonl", out / "gpu_suite.log"
+    for path in (rows, log):
+        path.write_text("")
+    for name in args.parts:
+        command = ["-m", "bench.gpu_parts", name, str(rows), *["--dry-run"] * args.dry_run]
+        row = run_part(name, command, LIMITS[name], rows, log)
+        print(f"{name}: {row['status']} in {row['took']} s", flush=True)
+        (out / "gpu_suite.md").write_text(markdown(read(rows), args.dry_run))
+    print((out / "gpu_suite.md").read_text())
+    found = read(rows)
+    return int(any(row.get("status") == "failed" or "wrong" in row for row in found))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def median_seconds(run: Run, device: torch.device, seconds: float) -> float:
     return float(timer.blocked_autorange(min_run_time=seconds).median)
 
 
-def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+def ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> dict[str, float]:
     """What the device reaches at most, measured now: bytes per second of a copy, FLOP per second of a matrix product.
 
     The copy is much larger than any cache.
@@ -64,7 +64,7 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     target, side = torch.empty_like(source), 8192 if big else 1024
     square = torch.randn(side, side, device=device).to(dtype)
     runs: dict[str, Run] = {"copy": lambda: target.copy_(source), "matmul": lambda: torch.mm(square, square)}
-    best = {name: min(found.times) for name, found in interleaved(runs, device, seconds=1.0, rounds=5).items()}
+    best = {name: min(found.times) for name, found in interleaved(runs, device, seconds, rounds=5).items()}
     return {
         "copy_bytes_per_second": 2 * source.nbytes / best["copy"],
         "matmul_flops_per_second": 2 * side**3 / best["matmul"],

@@ -72,6 +72,14 @@ def run_case(case: Case, device: torch.device, dtype: torch.dtype, seconds: floa
     return [_about(case) | row for row in rows]
 
 
+def guarded(case: Case, device: torch.device, dtype: torch.dtype, seconds: float, rounds: int) -> list[Row]:
+    """As :func:`run_case`. A broken case must not lose the others, but it counts as wrong."""
+    try:
+        return run_case(case, device, dtype, seconds, rounds)
+    except Exception as error:
+        return [_about(case) | {"name": "all", "wrong": f"could not be run: {reason(error)}"}]
+
+
 def _checked(ready: Ready) -> tuple[dict[str, measure.Run], dict[str, float], dict[str, str]]:
     """The providers that run, the error of each except ``copy``, and why the others do not run."""
     expected = ready.expected() if ready.expected else None
@@ -82,7 +90,7 @@ def _checked(ready: Ready) -> tuple[dict[str, measure.Run], dict[str, float], di
             _poison(ready.buffers, wanted)
             result = run()
         except Exception as error:  # one provider that fails must not stop the others
-            missing[name] = _reason(error)
+            missing[name] = reason(error)
             continue
         runs[name] = run
         if wanted is not None and name != "copy":
@@ -103,7 +111,7 @@ def _about(case: Case) -> Row:
     return {"case": case.name, "op": case.op, "shapes": case.shapes}
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
@@ -121,10 +129,7 @@ def run(
     results: dict[str, Any] = {"machine": measure.machine(device), "dtype": str(dtype), "ceilings": ceiling}
     say(head(results))
     for case in cases:
-        try:
-            found = run_case(case, device, dtype, seconds, rounds)
-        except Exception as error:  # a broken case must not lose the others, but it counts as wrong
-            found = [_about(case) | {"name": "all", "wrong": f"could not be run: {_reason(error)}"}]
+        found = guarded(case, device, dtype, seconds, rounds)
         for row in found:
             row["of_ceiling"] = of_ceiling(row, ceiling)
         rows += found
@@ -170,15 +175,6 @@ def text(row: Row) -> str:
     error = f"error {row['error']:.1e}" if "error" in row else ""
     peak = f"+{row['peak_bytes'] / 2**20:.0f} MiB"
     return f"  {row['name']:16}{median:>8} ms {spread:>15} {speed:>8} {share:>6} {peak:>10}  {error}"
-
-
-def markdown(results: dict[str, Any]) -> str:
-    """The rows as a Markdown table."""
-    lines = [head(results), "", "| case | way | median ms | quartiles | speed-up | of the ceiling |", "|---" * 6 + "|"]
-    for row in results["results"]:
-        shown = " | ".join(cells(row)) if "seconds" in row else f"{cells(row)[0]} | | |"
-        lines.append(f"| {row['case']} | {row['name']} | {shown} |")
-    return "\n".join(lines)
 
 
 def dumps(results: dict[str, Any]) -> str:

@@ -11,10 +11,3 @@ MODES: dict[str, Any] = {
         {"name": "native samples", "patches": 0.05},
     ],
 }
-SUITE: dict[str, Any] = {
-    "machine": {"device": "a CPU", "torch": "2"},
-    "ceilings": {"copy_bytes_per_second": 1e9, "matmul_flops_per_second": 1e12},
-    "dtype": "torch.float32",
-    "took_seconds": 1.0,
-    "results": [],
-}

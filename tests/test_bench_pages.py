@@ -1,10 +1,11 @@
 """What is made of the results of benchmarks: the tables in the pages, the GPU suite."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
-from bench_results import MODES, SUITE
+from bench_results import MODES
 
 from bench import gpu_suite, tables
 
@@ -36,30 +37,47 @@ def test_the_pages_of_the_repository_are_what_the_results_say() -> None:
 # ----------------------------------------------------------------------------- GPU suite
 
 
-def test_gpu_suite_fits_its_time_and_begins_with_the_tests(tmp_path: Path) -> None:
-    real = gpu_suite.steps(tmp_path, dry=False)
-    assert real[0].name == "tests" and not any("collect-only" in part for part in real[0].command)
-    assert gpu_suite.LIMIT < 9 * 60
-    for name in gpu_suite.TESTS:
-        assert any(part.endswith(f"test_{name}.py") for part in real[0].command), name
-    assert all("cpu" not in step.command for step in real)
-    assert {step.name for step in gpu_suite.steps(tmp_path, dry=True)} <= {step.name for step in real}
+def test_the_limits_of_the_gpu_suite_fit_into_ten_minutes() -> None:
+    assert sum(gpu_suite.LIMITS.values()) <= 570
+    source = (Path(gpu_suite.__file__).parent / "gpu_parts.py").read_text()
+    assert all(f'"{part}": ' in source for part in gpu_suite.LIMITS)
 
 
-def test_gpu_suite_goes_on_after_a_failure_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = f"from pathlib import Path; Path({str(tmp_path / 'more.json')!r}).write_text({json.dumps(SUITE)!r})"
-    fakes = [
-        gpu_suite.Step("tests", ["-c", "print('one failed'); raise SystemExit(1)"], 20),
-        gpu_suite.Step("suite", ["-c", "import time; time.sleep(60)"], 20),
-        gpu_suite.Step("more", ["-c", write], 20, "more.json"),
-    ]
-    monkeypatch.setattr(gpu_suite, "steps", lambda out, dry: fakes)
-    monkeypatch.setattr(gpu_suite, "SHORTEST", 0.5)
-    monkeypatch.setattr(gpu_suite, "DRY_LIMIT", 1.5)
-    assert gpu_suite.main([str(tmp_path), "--dry-run"]) == 1
-    data = json.loads((tmp_path / "gpu_suite.json").read_text())
-    assert [step["status"] for step in data["steps"]] == ["failed", "out of time", "passed"]
+def test_a_killed_part_leaves_its_rows_and_the_suite_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"part": "ops", "case": "gather_tiles: small", "name": "triton", "seconds": 2e-5, "error": 0.0}
+    late = tmp_path / "late"
+    code = f"""
+import subprocess, sys, time
+with open({str(tmp_path / "gpu_suite.jsonl")!r}, "a") as rows:
+    rows.write({json.dumps(row)!r} + chr(10) + "{{half a l")
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(4); open({str(late)!r}, 'w')"])
+time.sleep(60)
+"""
+    commands = {"ops": ["-c", code], "vae": ["-c", "print('no memory'); raise SystemExit(1)"]}
+    run_part = gpu_suite.run_part
+    monkeypatch.setattr(gpu_suite, "LIMITS", {"ops": 2, "vae": 5})
+    monkeypatch.setattr(gpu_suite, "run_part", lambda name, command, *rest: run_part(name, commands[name], *rest))
+    begin = time.monotonic()
+    assert gpu_suite.main([str(tmp_path), "--dry-run", "--parts", "ops", "vae"]) == 1
+    assert time.monotonic() - begin < 5
     page = (tmp_path / "gpu_suite.md").read_text()
-    assert "Tests of the kernels: **failed**" in page and "one failed" in page
-    assert "no figure here is of a GPU" in page
-    assert gpu_suite.run(fakes[0], 0.4, tmp_path)["tail"] == "not started"
+    assert "| ops | killed at its limit | 2" in page and "| vae | failed |" in page
+    assert "| gather_tiles: small | triton |  | 20.0 µs | – | 0.0e+00 |" in page
+    assert "no figure here is of a GPU" in page and page in capsys.readouterr().out
+    assert "no memory" in (tmp_path / "gpu_suite.log").read_text()
+    assert len(list(tmp_path.iterdir())) <= 8
+    time.sleep(max(0.0, 5 - (time.monotonic() - begin)))
+    assert not late.exists(), "a process that the part started outlived it"
+
+
+def test_rows_show_the_prediction_and_what_is_wrong() -> None:
+    fused = {
+        "part": "blend",
+        "case": "fused_step: DPM++ 2M, 25 tiles of 128x128x4, guidance, on 512x512",
+        "name": "ramp",
+    }
+    rows = [fused | {"dtype": "float16", "seconds": 3e-5}, fused | {"wrong": "differs by 0.1"}]
+    page = gpu_suite.markdown(rows, dry=False)
+    assert "| 30.0 µs | 20–30 µs |" in page and "**wrong**: differs by 0.1" in page and "**1 wrong**" in page
