@@ -24,6 +24,8 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 
+MATRIX = ("HMMA", "HGMMA", "UTCHMMA")  # Matrix instructions of sm_80, 86, 89 and 120; of sm_90; of sm_100
+
 Job = tuple[str, int, int]
 
 
@@ -69,11 +71,15 @@ def compile_one(job: Job) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run(
-            [tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
-        ).stdout
+        usage, sass = (
+            subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True).stdout
+            for option in ("--dump-resource-usage", "--dump-sass")
+        )
     fields = dict(part.split(":") for part in usage.split() if part.startswith(("REG", "STACK", "LOCAL")))
     usage_of = {key: int(value) for key, value in fields.items()}
+    operations = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]+ )?([A-Z][A-Z0-9_.]+)", sass, re.MULTILINE)
+    row |= {"instructions": len(operations), "matrix": sum(o.startswith(MATRIX) for o in operations)}
+    row |= {"TMA loads": sum(o.startswith("UTMALDG") for o in operations), "triton": triton.__version__}
     return row | {"usage": usage_of, "shared": compiled.metadata.shared / 1024}
 
 
@@ -86,8 +92,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         "",
         f"Written by `python -m bench.resources`, Triton {triton.__version__}; compiled, not run.",
         "",
-        "| kernel | variant | warps, stages | sm | registers | shared KiB | spills B |",
-        "|---" * 7 + "|",
+        "| kernel | variant | warps, stages | sm | registers | shared KiB | spills B | instructions | matrix | TMA |",
+        "|---" * 10 + "|",
     ]
     for row in sorted(rows, key=lambda row: (row["kernel"], row["capability"])):
         cells = [row["kernel"], _variant(row), f"{row['warps']}, {row['stages'] or '–'}", row["capability"]]
@@ -96,6 +102,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         else:
             usage = row["usage"]
             cells += [usage["REG"], f"{row['shared']:.0f}", usage["STACK"] + usage["LOCAL"]]
+            cells += [row["instructions"], row["matrix"], row["TMA loads"]]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 

@@ -79,8 +79,9 @@ class NetworkHook:
 
     def _time(self) -> float | None:
         """The timestep where the scheduler counts its steps, so that the device need not be asked."""
-        place, times = getattr(self.scheduler, "step_index", None), self.denoiser.timesteps
-        return None if place is None or times is None else times()[place]
+        denoiser, place = self.denoiser, getattr(self.scheduler, "step_index", None)
+        known = denoiser.config.moving is not None and denoiser.timesteps is not None and place is not None
+        return denoiser.timesteps()[place] if known else None
 
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if get_ident() != self.thread:
