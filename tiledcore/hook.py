@@ -80,8 +80,9 @@ class NetworkHook:
     def _time(self) -> float | None:
         """The timestep where the scheduler counts its steps, so that the device need not be asked."""
         denoiser, place = self.denoiser, getattr(self.scheduler, "step_index", None)
-        known = denoiser.config.moving is not None and denoiser.timesteps is not None and place is not None
-        return denoiser.timesteps()[place] if known else None
+        if place is None or denoiser.config.moving is None or denoiser.timesteps is None:
+            return None
+        return denoiser.timesteps()[place]
 
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if get_ident() != self.thread:
