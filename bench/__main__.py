@@ -4,6 +4,7 @@
     python -m bench run [CASE ...] [--quick] [--json out.json]
     python -m bench compare A.json B.json
     python -m bench tables [--check]      writes the tables of docs/benchmarks.md
+    python -m bench tune                  measures attention on this GPU and writes its table of what is fastest
 
 ``run`` exits with 1 if a result was wrong, ``compare`` if something became slower, ``tables --check`` if a table
 is out of date.
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from bench import bench_neighbor_attention as attention
 from bench import compare, suite
 
 
@@ -34,6 +36,7 @@ def parsed(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Na
     two = commands.add_parser("compare", help="two files of `run --json`")
     two.add_argument("before", type=Path)
     two.add_argument("after", type=Path)
+    commands.add_parser("tune", help="neighbour attention on this GPU: write which implementation is the fastest")
     write = commands.add_parser("tables", help="write the tables from bench/results")
     write.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table differs")
     return parser, parser.parse_args(argv)
@@ -56,6 +59,20 @@ def compare_runs(args: argparse.Namespace) -> int:
     return int(any(change.verdict == "slower" for change in changes))
 
 
+def tune() -> int:
+    """Time neighbour attention at the shapes of SDXL and FLUX, and write the table; a wrong result is not timed."""
+    if not torch.cuda.is_available():
+        raise ValueError("tune: needs a CUDA device")
+    rows: dict[attention.Shape, list[suite.Row]] = {}
+    for shape in attention.CUDA_SHAPES:
+        case = next(case for case in attention.cases() if case.shapes.startswith(f"{shape.name}: "))
+        rows[shape] = suite.run_case(case, torch.device("cuda"), torch.float16, 3.0, 3)
+        print(case.name, *map(suite.text, rows[shape]), sep="\n")
+    major, minor = torch.cuda.get_device_capability()
+    attention.TABLE.write_text(attention.tuned(attention.TABLE.read_text(), 10 * major + minor, rows))
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     parser, args = parsed(argv)
     try:
@@ -63,6 +80,8 @@ def main(argv: list[str] | None = None) -> int:
             return run_cases(args)
         if args.command == "compare":
             return compare_runs(args)
+        if args.command == "tune":
+            return tune()
     except (OSError, ValueError) as error:
         parser.error(str(error))
     if args.command == "tables":

@@ -3,10 +3,13 @@
 All are charged with the useful FLOPs: 4·D for each pair of a query and a key that it sees.
 """
 
+import ast
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from bench.case import Case, Ready, implementations
 from bench.measure import Run
 from tiledcore import ops
+from tiledcore.ops import neighbor_attention
 
 IMPLS: tuple[ops.Impl, ...] = ("sdpa", "native", "triton", "flash", "cudnn", "xformers")
 
@@ -162,3 +166,24 @@ def cases() -> list[Case]:
         )
         for s, compiled in [*((s, False) for s in (*(CUDA_SHAPES if cuda else CPU_SHAPES), *ODD)), *flexible]
     ]
+
+
+TABLE = Path(neighbor_attention.__code__.co_filename)
+
+
+def tuned(source: str, capability: int, rows: dict[Shape, list[dict[str, Any]]]) -> str:
+    """The file with the table, in which the entries of one capability are as the rows of its shapes say.
+
+    Of shapes with the same D and tile, the one with the fewest FLOPs decides: the halo that is used by default.
+    """
+    line = re.search(r"^(FASTEST: .*?\] = )(\{.*\})$", source, re.MULTILINE)
+    if line is None:
+        raise ValueError(f"{TABLE}: has no line FASTEST = {{...}}")
+    table = {key: entry for key, entry in ast.literal_eval(line[2]).items() if key[0] != capability}
+    for shape in sorted(rows, key=lambda shape: -shape.flops()):
+        timed = {row["name"]: row["seconds"] for row in rows[shape] if "seconds" in row and row["name"] in IMPLS}
+        if timed:
+            table.setdefault((capability, shape.D), {})[shape.tile**2] = min(timed, key=lambda name: timed[name])
+    for entry in table.values():
+        entry[0] = entry[min(entry)]
+    return source.replace(line[0], line[1] + str({key: dict(sorted(table[key].items())) for key in sorted(table)}))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bench import __main__ as command
+from bench import bench_neighbor_attention as attention
 from bench import compare, measure, suite
 from bench.case import Case, Ready, implementations, relative_error
 
@@ -234,3 +235,29 @@ def test_peaks_are_seen() -> None:
 def test_quartiles() -> None:
     assert measure.quartiles([1.0]) == (1.0, 1.0, 1.0)
     assert measure.quartiles([1.0, 2.0, 3.0, 4.0, 9.0]) == (2.0, 3.0, 4.0)
+
+
+# ----------------------------------------------------------------------------- tuning
+
+
+def test_tuning_rewrites_the_table_of_this_capability() -> None:
+    large, small, wide = attention.CUDA_SHAPES[0], attention.CUDA_SHAPES[1], attention.CUDA_SHAPES[3]
+
+    def rows(**seconds: float) -> list[dict[str, Any]]:
+        wrong = {"name": "flash", "wrong": "differs by 1"}
+        return [wrong, {"name": "dense", "seconds": 1e-9}, *({"name": n, "seconds": s} for n, s in seconds.items())]
+
+    measured = {
+        large: rows(triton=2.0, cudnn=1.0), small: rows(triton=1.0, cudnn=2.0), wide: rows(xformers=1.0, sdpa=2.0)
+    }  # fmt: skip
+    before = attention.TABLE.read_text()
+    after = attention.tuned(before, 90, measured)
+    entries = {(90, 64): {0: "triton", 1024: "triton", 4096: "cudnn"}, (90, 128): {0: "xformers", 4096: "xformers"}}
+    assert f"FASTEST: dict[tuple[int, int], dict[int, Impl]] = {entries}\n" in after
+    changed = [a for a, b in zip(after.splitlines(), before.splitlines(), strict=True) if a != b]
+    assert len(changed) == 1
+    again = attention.tuned(after, 89, {small: rows(triton=1.0)})
+    assert str(entries)[:-1] not in again and str(entries)[1:-1] in again and "(89, 64): {0: 'triton'" in again
+    assert command.main(["list"]) == 0
+    with pytest.raises(SystemExit):
+        command.main(["tune"])
