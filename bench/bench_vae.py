@@ -1,7 +1,7 @@
-"""Cases of the autoencoder: exact bands and diffusers' own tiling, against decoding and encoding the whole image.
+"""Cases of the autoencoder: exact bands against decoding and encoding the whole image.
 
 Weights are random, and so are scales and shifts of the norms, so that an error in their statistics shows. diffusers'
-tiles are half the image. Its tiling is timed and not checked, because it is not exact.
+own tiling is another computation, so it is not among them.
 """
 
 from functools import partial
@@ -13,17 +13,10 @@ from torch import Tensor
 
 from bench.case import Case, Ready
 from bench.measure import Run
+from tiledcore.memory.architectures import architecture
 from tiledcore.vae.exact import exact_bands
 
-SDXL = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "norm_num_groups": 32,
-    "sample_size": 1024,
-}
+SDXL = dict(architecture("sdxl").vae.config)
 SMALL = SDXL | {"block_out_channels": (8, 16, 32, 32), "norm_num_groups": 4, "sample_size": 128}
 TINY = {"encoder_block_out_channels": (16,) * 4, "decoder_block_out_channels": (16,) * 4}
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -51,17 +44,6 @@ def encoded(output: Any) -> Tensor:
     return output.latent_dist.parameters if hasattr(output, "latent_dist") else output[0]
 
 
-def library_tiling(vae: Any, run: Run) -> Tensor:
-    """``run`` with diffusers' own tiling, in tiles of half the image."""
-    vae.enable_tiling()
-    vae.tile_sample_min_size, vae.tile_latent_min_size = SIZE // 2, SIZE // 16
-    try:
-        result: Tensor = run()
-        return result
-    finally:
-        vae.disable_tiling()
-
-
 def prepare(name: str, direction: str, device: torch.device, dtype: torch.dtype) -> Ready:
     vae, generator = build(name, device, dtype), torch.Generator().manual_seed(1)
     image = torch.rand(1, 3, SIZE, SIZE, generator=generator).mul(2).sub(1).to(device, dtype)
@@ -75,9 +57,8 @@ def prepare(name: str, direction: str, device: torch.device, dtype: torch.dtype)
             return whole()
 
     exact = {f"bands of {height} px": partial(bands, height) for height in HEIGHTS}
-    tiled = partial(library_tiling, vae, whole)
-    runs: dict[str, Run] = {"whole": whole, **exact, "enable_tiling": tiled}
-    return Ready(runs, "whole", {}, expected=whole, others={"enable_tiling": tiled})
+    runs: dict[str, Run] = {"whole": whole, **exact}
+    return Ready(runs, "whole", {}, expected=whole)
 
 
 def cases() -> list[Case]:
