@@ -100,7 +100,9 @@ class NetworkHook:
             if tiles is canvas:  # one tile: the call as it came, so that no bit changes
                 inputs = arguments | conditions
             else:
-                if getattr(self.network, "is_cache_enabled", False):
+                whole = engine.buffers.model_input if canvas is None and engine is not None else canvas
+                cut = whole is None or tiles.shape[2:] != whole.shape[2:]
+                if cut and getattr(self.network, "is_cache_enabled", False):
                     raise ValueError("enable_cache: its state would be shared by different tiles; call disable_cache()")
                 inputs = {**conditions, family.timestep: timestep}
                 inputs |= family.tiles(tiles, inputs, self.denoiser.pixels)

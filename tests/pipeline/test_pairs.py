@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
+from pair_matrix import pairs
 from peft import LoraConfig
 from PIL import Image
 from tilings import FADING, canvas_mode, moving, still
@@ -103,3 +104,20 @@ def test_the_default_tiling_in_half_precision_is_near_that_in_full(make: Any) ->
     full = run(TiledPipeline(make()))
     half = run(TiledPipeline(make().to(torch.bfloat16))).float()
     assert float((half - full).norm() / full.norm()) < 0.03
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["sdxl", "flux"])
+def test_every_two_features_agree_or_are_refused_in_one_line(model: str) -> None:
+    assert not {names: text for names, text in pairs(model) if text != "=" and not text.startswith("- ")}
+
+
+def test_a_refiner_goes_on_where_the_base_stopped() -> None:
+    base, tiling = tiny_sdxl(), still(overlap=4)
+    whole = run(TiledPipeline(base, tiling))
+    half = run(TiledPipeline(base, tiling), denoising_end=0.5)
+    parts = {name: part for name, part in base.components.items() if name not in ("image_encoder", "feature_extractor")}
+    refiner = StableDiffusionXLImg2ImgPipeline(**parts, add_watermarker=False)
+    refined = run(TiledPipeline(refiner, tiling), image=half, denoising_start=0.5)
+    assert not torch.allclose(half, whole, atol=1e-2)
+    torch.testing.assert_close(refined, whole, rtol=1e-3, atol=1e-3)
