@@ -36,7 +36,7 @@ from tiledcore.parallel.sharing import Sharing, options_of, same_call
 from tiledcore.parallel.slabs import Slabs
 from tiledcore.schedulers.pull import Pull, Pulling
 from tiledcore.tiles.fade import Fade
-from tiledcore.tiles.families import network_of
+from tiledcore.tiles.families import factor_of, network_of
 from tiledcore.utils import labelled
 from tiledcore.vae.exact import exact_bands, why_not_exact
 from tiledcore.vae.wrap import continuation, wrapped
@@ -162,7 +162,7 @@ class Call:
         pipe, options, tiling = self.pipe, self.options, self.tiling
         network, family = network_of(pipe)
         unit, native = family.unit(network), both(family.native(pipe, network))
-        vae, factor, wrap = getattr(pipe, "vae", None), pipe.vae_scale_factor, both(tiling.wrap)
+        vae, factor, wrap = getattr(pipe, "vae", None), factor_of(pipe), both(tiling.wrap)
         found: list[Feature] = [] if self.ranks is None else [Sharing(self.ranks, pipe, hook)]
         if options.preview is not None:
             found.append(Previewing(options.preview, pipe, native, unit))
@@ -265,11 +265,11 @@ def _with_size(pipe: Any, arguments: dict[str, Any]) -> Pair | None:
     height, width = arguments.get("height"), arguments.get("width")
     if image is not None:
         height, width = arguments.pop("height", None), arguments.pop("width", None)
-        own = size_px(image, pipe.vae_scale_factor)
+        own = size_px(image, factor_of(pipe))
         if own is not None:
             unit = size_unit(pipe)
             height, width = height or max(unit, own[0] // unit * unit), width or max(unit, own[1] // unit * unit)
-            arguments["image"] = resized(image, (height, width), pipe.vae_scale_factor)
+            arguments["image"] = resized(image, (height, width), factor_of(pipe))
         if "height" in takes:
             arguments.update(height=height, width=width)
     return None if height is None or width is None else (height, width)
@@ -278,7 +278,7 @@ def _with_size(pipe: Any, arguments: dict[str, Any]) -> Pair | None:
 def size_unit(pipe: Any) -> int:
     """Both sides of an image must be multiples of this, px: VAE factor times token side."""
     network, family = network_of(pipe)
-    return int(pipe.vae_scale_factor * family.patch(network))
+    return int(factor_of(pipe) * family.patch(network))
 
 
 def check_levels(pipe: Any, tiling: TilingConfig, size: Pair | None) -> None:
@@ -288,10 +288,10 @@ def check_levels(pipe: Any, tiling: TilingConfig, size: Pair | None) -> None:
         ValueError: they do not, and there are several tiles; names the nearest size.
     """
     network, family = network_of(pipe)
-    unit = pipe.vae_scale_factor * snap_of(pipe)
+    unit = factor_of(pipe) * snap_of(pipe)
     if size is None or tiling.mode == "canvas" or getattr(pipe, "adapter", None) is None:
         return
-    height, width = (side // pipe.vae_scale_factor for side in size)
+    height, width = (side // factor_of(pipe) for side in size)
     if any(side % unit for side in size) and len(tiling.grid(height, width, family.native(pipe, network))) > 1:
         near = "x".join(str(max(1, round(side / unit)) * unit) for side in reversed(size))
         raise ValueError(

@@ -22,9 +22,11 @@ from tiledcore.intercept import around_of, intercept, release
 from tiledcore.loop.engine import Engine
 from tiledcore.tiles.control import ControlHook
 from tiledcore.tiles.denoiser import TileDenoiser
-from tiledcore.tiles.families import Family, network_of
+from tiledcore.tiles.families import Family, factor_of, network_of
+from tiledcore.tiles.family import Shift
 from tiledcore.utils import replaced
 
+FOR_FAMILY = ("canvas_size", "references")  # told to the family, not to the network
 STEPWISE = Motion(blend_first=0, blend_last=3, fade=0)  # how tiles move where nothing can fade
 
 _locks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
@@ -106,11 +108,18 @@ class NetworkHook:
                     raise ValueError("enable_cache: its state would be shared by different tiles; call disable_cache()")
                 inputs = {**conditions, family.timestep: timestep}
                 inputs |= family.tiles(tiles, inputs, self.denoiser.pixels)
-            output = call(return_dict=False, **inputs)[0]
+            output = call(return_dict=False, **{name: inputs[name] for name in inputs if name not in FOR_FAMILY})
+            output = output[0] if isinstance(output, tuple) else output  # Kandinsky 5 gives the tensor itself
             return (family.prediction(output, (tiles.shape[2], tiles.shape[3])),)
 
         conditions = {name: v for name, v in arguments.items() if name not in (family.sample, family.timestep)}
         conditions["regions"] = self.regions
+        if canvas is not None:
+            if canvas.ndim != 4:
+                raise ValueError(
+                    f"{family.sample}: {tuple(canvas.shape)} is no image [B, C, H, W], and cannot be tiled"
+                )
+            conditions |= self._for_family(canvas, arguments[family.sample])
         if self.control is not None:
             conditions = self.control.take(conditions)
         if engine is not None:
@@ -124,6 +133,15 @@ class NetworkHook:
             timestep, time = arguments[family.timestep], self._time()
             prediction = family.result(self.denoiser(forward, canvas, timestep, time=time, **conditions))
         return family.output(sample=prediction) if return_dict else (prediction,)
+
+    def _for_family(self, canvas: torch.Tensor, sample: Any) -> dict[str, Any]:
+        """What the family is told beside the network's arguments: the canvas' size, tokens of reference images."""
+        size = (canvas.shape[2], canvas.shape[3])
+        if not self.family.packed or sample.shape[1] == size[0] * size[1]:
+            return {"canvas_size": size}
+        if self.denoiser.config.mode == "canvas":
+            raise ValueError("reference images inside the sequence need mode='tiles'; canvas mode knows one image")
+        return {"canvas_size": size, "references": sample[:, size[0] * size[1] :]}
 
 
 @contextmanager
@@ -164,9 +182,7 @@ def _denoiser(pipe: Any, config: TilingConfig, execution: Execution) -> TileDeno
     network, family = network_of(pipe)
     native = family.native(pipe, network)
     unit = family.unit(network)
-    denoiser = TileDenoiser(
-        config, execution, native, pipe.vae_scale_factor, family.patch(network), unit, snap_of(pipe)
-    )
+    denoiser = TileDenoiser(config, execution, native, factor_of(pipe), family.patch(network), unit, snap_of(pipe))
     height, width = both(config.tile or native)
     denoiser.tiling(2 * height // unit, 2 * width // unit, 0)
     scheduler, clock = pipe.scheduler, family.clock
@@ -251,30 +267,38 @@ def _tokens_seen(config: TilingConfig, tile: Pair, native: Pair, patch: int) -> 
     return (height // patch) * (width // patch)
 
 
-def _limited_shift(scheduler: Any, tokens: int, max_shift: float | None) -> Any:
+def _limited_shift(scheduler: Any, tokens: int, shift: Shift | None) -> Any:
     """A context that limits a flow-matching scheduler's shift ``mu`` to that of ``tokens`` tokens.
 
-    Pipelines compute ``mu`` from the whole canvas, linearly in its tokens. A ``mu`` that is not on this line is the
-    user's own, and stays. ``max_shift`` is that of the longest sequence where the scheduler has none; None: no ``mu``.
+    Pipelines compute ``mu`` from the whole canvas: most linearly in its tokens, some by a function of their own
+    (:attr:`Family.dynamic_shift`). A ``mu`` that is not on the line is the user's own, and stays. None: no ``mu``.
     """
-    if max_shift is None:
+    if shift is None:
         return nullcontext()
     original, config = scheduler.set_timesteps, scheduler.config
+
+    @wraps(original)  # pipelines look at its signature
+    def set_timesteps(*args: Any, mu: float | None = None, **kwargs: Any) -> Any:
+        if mu is not None:
+            steps = kwargs.get("sigmas") if kwargs.get("sigmas") is not None else kwargs.get("timesteps")
+            count = len(steps) if steps is not None else kwargs.get("num_inference_steps", args[0] if args else 0)
+            kwargs["mu"] = (
+                min(mu, shift(tokens, count, config)) if callable(shift) else _on_line(mu, tokens, shift, config)
+            )
+        return original(*args, **kwargs)
+
+    return replaced(scheduler, set_timesteps=set_timesteps)
+
+
+def _on_line(mu: float, tokens: int, max_shift: float, config: Any) -> float:
+    """``mu`` for ``tokens`` tokens, if the given one is on the line of the pipelines, for more tokens."""
     line = {
         "base_seq_len": config.get("base_image_seq_len", 256),
         "max_seq_len": config.get("max_image_seq_len", 4096),
         "base_shift": config.get("base_shift", 0.5),
         "max_shift": config.get("max_shift", max_shift),
     }
-
-    @wraps(original)  # pipelines look at its signature
-    def set_timesteps(*args: Any, mu: float | None = None, **kwargs: Any) -> Any:
-        if mu is not None:
-            slope = (line["max_shift"] - line["base_shift"]) / (line["max_seq_len"] - line["base_seq_len"])
-            canvas = round(line["base_seq_len"] + (mu - line["base_shift"]) / slope) if slope else 0
-            if canvas > tokens and calculate_shift(canvas, **line) == mu:
-                mu = calculate_shift(tokens, **line)
-            kwargs["mu"] = mu
-        return original(*args, **kwargs)
-
-    return replaced(scheduler, set_timesteps=set_timesteps)
+    slope = (line["max_shift"] - line["base_shift"]) / (line["max_seq_len"] - line["base_seq_len"])
+    canvas = round(line["base_seq_len"] + (mu - line["base_shift"]) / slope) if slope else 0
+    on_line = canvas > tokens and calculate_shift(canvas, **line) == mu
+    return float(calculate_shift(tokens, **line)) if on_line else mu

@@ -26,7 +26,7 @@ from tiledcore.memory.budget import Budget
 from tiledcore.models import EARTH, EARTH_FLUX, EMBEDDED, NATIVE
 from tiledcore.parallel.ranks import current
 from tiledcore.schedulers.pull import Pull
-from tiledcore.tiles.families import network_of
+from tiledcore.tiles.families import factor_of, network_of
 
 OWN = ("pipe", "tiling", "execution", "fused", "report", "stages", "parallel")
 
@@ -142,7 +142,7 @@ class TiledPipeline:
     def grid(self, height: int, width: int, tiling: TilingConfig | None = None) -> TileGrid:
         """The tiles of an image of ``height`` by ``width`` px, in latent pixels, before any shift."""
         network, family = network_of(self.pipe)
-        factor = self.pipe.vae_scale_factor
+        factor = factor_of(self.pipe)
         return (tiling or self.tiling).grid(height // factor, width // factor, family.native(self.pipe, network))
 
     def to(self, *args: Any, **kwargs: Any) -> TiledPipeline:

@@ -87,8 +87,9 @@ ROWS = torch.zeros(1, 8, 8)
         (tiny_flux, {"controlnet_block_samples": [ROWS]}, "8 tokens for a canvas"),
         (tiny_z_image, {"siglip_feats": [[ROWS]]}, "siglip_feats: reference images"),
         (tiny_z_image, {"x": [[ROWS]]}, "Z-Image Omni"),
-        (tiny_qwen, {"img_shapes": [[(1, 11, 16), (1, 8, 8)]]}, "Qwen-Image Edit"),
-        (tiny_flux, {"img_ids": torch.ones(11 * 16, 3)}, "FLUX Kontext"),
+        (tiny_qwen, {"img_shapes": [[(1, 11, 16), (1, 8, 8)]]}, "for 176 tokens: frames and layers"),
+        (tiny_qwen, {"img_shapes": [[(2, 11, 8)]]}, "frames and layers"),
+        (tiny_flux, {"img_ids": torch.ones(11 * 16, 3)}, "row by row"),
     ],
 )
 def test_what_cannot_be_tiled_is_refused(
@@ -120,5 +121,5 @@ def test_a_cache_between_steps_is_refused_where_tiles_would_share_it() -> None:
 def test_a_pipeline_without_a_known_network_is_named() -> None:
     pipe = build(tiny_flux)
     pipe.transformer = torch.nn.Linear(1, 1)
-    with pytest.raises(TypeError, match=r"pipe=FluxPipeline.*SD3Transformer2DModel.*found transformer: Linear"):
+    with pytest.raises(TypeError, match=r"network=Linear: its forward.*has no canvas"):
         apply_tiling(pipe)

@@ -15,27 +15,10 @@ from tiledcore import ops
 from tiledcore.geometry import Pair, Partition, Tiling
 from tiledcore.utils import to_device
 
-PER_IMAGE = (
-    "encoder_hidden_states",
-    "timestep",
-    "t",
-    "class_labels",
-    "timestep_cond",
-    "attention_mask",
-    "encoder_attention_mask",
-    "encoder_hidden_states_mask",
-    "pooled_projections",
-    "guidance",
-    "added_cond_kwargs",
-    "control_type",
-    "controlnet_mode",
-    "text_embedding_mask",
-    "encoder_hidden_states_t5",
-    "text_embedding_mask_t5",
-    "image_meta_size",
-    "style",
-)
-"""Conditions: a tile batch repeats them for each tile."""
+WHOLE = ("img_ids", "txt_ids", "position_ids", "image_rotary_emb", "visual_rope_pos", "text_rope_pos", "padding_mask")
+"""Positions: as they are, or replaced by the family. Other tensors as long as the batch have an entry per image."""
+OF_FAMILY = ("x", "cap_feats", "encoder_hidden_states_llama3")
+"""What only the family can repeat: lists of images, and layers of them."""
 RESIDUALS = (
     "down_block_additional_residuals",
     "mid_block_additional_residual",
@@ -52,8 +35,6 @@ ATTENTION = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwar
 """Dicts for attention layers, see :func:`cut_attention_kwargs`."""
 REFUSED = ("siglip_feats", "image_noise_mask", "additional_t_cond")
 """Reference images inside the sequence."""
-SAMPLES = ("sample", "hidden_states")  # The image itself, as a tensor; Z-Image's is a list
-_TENSORS = {*PER_IMAGE, *RESIDUALS, ADAPTER, *HINTS, *ATTENTION, *SAMPLES, "args", "additional_t_cond"}
 _LISTS = ("x", "cap_feats", "img_shapes")
 
 
@@ -121,17 +102,17 @@ def conditions(arguments: dict[str, Any], part: TileBatch) -> dict[str, Any]:
     """The arguments of a network for some tiles; ``per_tile`` among them is a list of :data:`More`."""
     out = dict(arguments)
     later = out.pop("per_tile", ())
-    for name, value in arguments.items():
+    for name, value in list(out.items()):
         if value is None:
             continue
-        if name in PER_IMAGE:
-            out[name] = tree_map_only(Tensor, part.repeat, value)
-        elif name == ADAPTER or name in RESIDUALS or name in HINTS:
+        if name == ADAPTER or name in RESIDUALS or name in HINTS:
             out[name] = tree_map_only(Tensor, part.crop, value)
         elif name == "args":
             out[name] = tree_map_only(Tensor, part.fit, value)
         elif name in ATTENTION:
             out[name] = cut_attention_kwargs(value, part)
+        elif name not in (*WHOLE, *OF_FAMILY):
+            out[name] = tree_map_only(Tensor, part.repeat, value)
     time_ids = (arguments.get("added_cond_kwargs") or {}).get("time_ids")
     if time_ids is not None:
         out["added_cond_kwargs"]["time_ids"] = _time_ids(time_ids, part)
@@ -153,7 +134,10 @@ def images_of(arguments: dict[str, Any], images: slice, batch: int) -> dict[str,
     def cut(value: Tensor) -> Tensor:
         return value[images] if value.ndim and value.shape[0] == batch else value
 
-    out = {name: tree_map_only(Tensor, cut, value) if name in _TENSORS else value for name, value in arguments.items()}
+    kept = (*WHOLE, *OF_FAMILY, "per_tile", "regions")
+    out = {name: value if name in kept else tree_map_only(Tensor, cut, value) for name, value in arguments.items()}
+    if (layers := arguments.get("encoder_hidden_states_llama3")) is not None:
+        out["encoder_hidden_states_llama3"] = layers[:, images]
     if "per_tile" in arguments:
         out["per_tile"] = [partial(_of_images, more, images) for more in arguments["per_tile"]]
     return out | {name: arguments[name][images] for name in _LISTS if name in arguments}

@@ -1,0 +1,200 @@
+"""Which pipelines of diffusers can be tiled: the table of docs/compatibility.md.
+
+    python -m bench.compat [WORD ...] [--write]
+
+Every image pipeline of the installed diffusers that can be built from tiny configurations (``tests/zoo.py``) runs
+tiled. WORD: only classes with it in their names. ``--write``: write the page.
+"""
+
+import argparse
+import inspect
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+import diffusers
+import zoo  # type: ignore[import-not-found]
+
+from tiledcore import Execution, TiledPipeline, TilingConfig, apply_tiling, remove_tiling
+
+PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
+TILE, ONE, SIZE = zoo.NATIVE, (zoo.NATIVE, zoo.NATIVE), (zoo.NATIVE * 3 // 2, zoo.NATIVE * 2)
+GROW = ("KontextInpaint", "KleinInpaint", "EditInpaint", "LongCatImageEdit")  # references as large as the canvas
+CHECKS: dict[str, str] = {
+    "one tile": "a canvas of one tile gives the bits of the pipeline without tiling",
+    "arguments": "what the network gets for a tile has the shapes and values that an image of that size has",
+    "2x2 tiles": "a canvas of 2x2 tiles is finite, and tile batches of 1 and 4 agree",
+    "default": "a TiledPipeline with its default tiling runs on that canvas",
+    "canvas mode": "one network call with neighbour attention; not needed for tiling",
+    "removed": "after `remove_tiling` the bits are those of before",
+}
+
+
+@dataclass
+class Row:
+    """A class of pipelines; ``found`` has a mark or a reason for each of CHECKS."""
+
+    name: str
+    network: str
+    found: dict[str, str] = field(default_factory=dict)
+    not_built: str = ""
+
+    @property
+    def wrong(self) -> list[str]:
+        return [f"{name}: {mark}" for name, mark in self.found.items() if mark.startswith("WRONG")]
+
+
+def check(cls: type) -> Row:
+    """Build and run one class of pipelines."""
+    row = Row(cls.__name__, zoo.network_class(cls) or "")
+    try:
+        pipe = zoo.build(cls)
+        before = zoo.run(pipe, cls, ONE)
+    except Exception as error:  # the table says what is missing
+        row.not_built = first_line(error)
+        return row
+    checks: list[Callable[..., str]] = [_one_tile, _arguments, _several, _default, _canvas, _removed]
+    for name, one in zip(CHECKS, checks, strict=True):
+        try:
+            row.found[name] = one(pipe, cls, before)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            row.found[name] = first_line(error)
+        except Exception as error:
+            row.found[name] = f"WRONG {type(error).__name__}: {first_line(error)}"
+        remove_tiling(pipe)
+    return row
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].replace("|", "/")
+
+
+def _one_tile(pipe: Any, cls: type, before: Tensor) -> str:
+    return "yes" if torch.equal(zoo.run(apply_tiling(pipe, TilingConfig(tile=TILE)), cls, ONE), before) else "WRONG"
+
+
+def seen(pipe: Any, call: Callable[[], Any]) -> list[dict[str, Any]]:
+    """The arguments of each call of a pipeline's network, by name, during ``call``."""
+    network: Any = getattr(pipe, "transformer", None) or pipe.unet
+    calls: list[dict[str, Any]] = []
+    names = list(inspect.signature(type(network).forward).parameters)[1:]
+
+    def note(_: Any, args: Any, kwargs: Any) -> None:
+        calls.append(dict(zip(names, args, strict=False)) | kwargs)
+
+    handle = network.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        call()
+    finally:
+        handle.remove()
+    return calls
+
+
+def _arguments(pipe: Any, cls: type, before: Tensor) -> str:
+    image = seen(pipe, lambda: zoo.run(pipe, cls, ONE))[0]
+    tiling = TilingConfig(tile=TILE, overlap=TILE // 4)
+    apply_tiling(pipe, tiling, Execution(tile_batch=1))
+    tile = seen(pipe, lambda: zoo.run(pipe, cls, SIZE))[0]
+    differs = []
+    for name, given in image.items():
+        if name == "return_dict":
+            continue
+        for one, other in zip(tree_leaves(given), tree_leaves(tile[name]), strict=True):
+            if not isinstance(one, Tensor):
+                if one != other and not any(word in cls.__name__ for word in GROW):
+                    return f"WRONG {name}: {other} in place of {one}"
+            elif one.shape != other.shape and not any(word in cls.__name__ for word in GROW):
+                return f"WRONG {name}: {tuple(other.shape)} in place of {tuple(one.shape)}"
+            elif one.shape != other.shape or not torch.equal(one, other):
+                differs.append(name)
+    # The first argument is the canvas.
+    named = sorted({name for name in differs if name not in ("sample", "hidden_states", "x", "args")})
+    return f"but {', '.join(named)}" if named else "yes"
+
+
+def _several(pipe: Any, cls: type, before: Tensor) -> str:
+    tiling = TilingConfig(tile=TILE, overlap=TILE // 4)
+    one, four = (zoo.run(apply_tiling(pipe, tiling, Execution(tile_batch=n)), cls, SIZE) for n in (1, 4))
+    if not one.isfinite().all():
+        return "WRONG not finite"
+    whole = zoo.run(remove_tiling(pipe), cls, SIZE)
+    if whole.shape != one.shape or torch.equal(whole, one):
+        return f"WRONG {tuple(one.shape)}, as without tiling" if whole.shape == one.shape else "WRONG shape"
+    error = float((one - four).abs().max() / one.abs().max())
+    return "yes" if error < 1e-4 else f"WRONG tile_batch 1 and 4 differ by {error:.1e}"
+
+
+def _default(pipe: Any, cls: type, before: Tensor) -> str:
+    result = zoo.run(TiledPipeline.from_pipe(pipe), cls, SIZE)
+    return "yes" if result.isfinite().all() else "WRONG not finite"
+
+
+def _canvas(pipe: Any, cls: type, before: Tensor) -> str:
+    result = zoo.run(apply_tiling(pipe, TilingConfig(tile=TILE, mode="canvas")), cls, SIZE)
+    return "yes" if result.isfinite().all() else "WRONG not finite"
+
+
+def _removed(pipe: Any, cls: type, before: Tensor) -> str:
+    return "yes" if torch.equal(zoo.run(pipe, cls, ONE), before) else "WRONG"
+
+
+def table(rows: list[Row]) -> str:
+    """The page."""
+    tried, left = [row for row in rows if row.found], [row for row in rows if not row.found]
+    works = [row for row in tried if row.found["one tile"] == "yes" and row.found["2x2 tiles"] == "yes"]
+    reasons: dict[str, int] = {}
+
+    def mark(text: str) -> str:
+        if text == "yes" or text.startswith(("WRONG", "but ")):
+            return text
+        return f"[{reasons.setdefault(text, len(reasons) + 1)}]"
+
+    lines = [
+        "# Compatibility\n",
+        f"Written by `python -m bench.compat --write` with diffusers {diffusers.__version__}: every image pipeline "
+        "that can be built from tiny random networks\nwithout a download. "
+        f"{len(works)} of {len(tried)} classes run in tile mode. A number is a reason below the table.\n",
+        *(f"- **{name}**: {text}" for name, text in CHECKS.items()),
+        f"\n| pipeline | network | {' | '.join(CHECKS)} |",
+        f"|---|---|{'---|' * len(CHECKS)}",
+        *(f"| {r.name} | {r.network} | {' | '.join(mark(r.found[name]) for name in CHECKS)} |" for r in tried),
+        "\nReasons:\n",
+        *(f"{number}. {text}" for text, number in reasons.items()),
+        "\nNot built, so not known:\n",
+        *(f"- {row.name}: {row.not_built}" for row in left),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.compat", description=__doc__)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--write", action="store_true")
+    args = parser.parse_args(argv)
+    warnings.filterwarnings("ignore")
+    diffusers.logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
+    rows = []
+    for cls in zoo.classes():
+        if not args.words or any(word in cls.__name__ for word in args.words):
+            started = time.perf_counter()
+            rows.append(row := check(cls))
+            marks = row.not_built or " | ".join(mark[:90] for mark in row.found.values())
+            print(f"{row.name}: {marks} ({time.perf_counter() - started:.1f} s)", flush=True)
+    if args.write:
+        PAGE.write_text(table(rows))
+    return int(any(row.wrong for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
