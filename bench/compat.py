@@ -9,6 +9,7 @@ tiled. WORD: only classes with it in their names. ``--write``: write the page.
 import argparse
 import inspect
 import logging
+import re
 import sys
 import time
 import warnings
@@ -157,6 +158,7 @@ def table(rows: list[Row]) -> str:
     def mark(text: str) -> str:
         if text == "yes" or text.startswith(("WRONG", "but ")):
             return text
+        text = re.sub(r"^(network|pipe)=\w+: ", "", text)
         return f"[{reasons.setdefault(text, len(reasons) + 1)}]"
 
     lines = [

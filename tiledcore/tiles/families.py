@@ -70,7 +70,7 @@ def network_of(pipe: Any) -> tuple[Any, Family]:
     networks = [getattr(pipe, name) for name in ("unet", "transformer") if getattr(pipe, name, None) is not None]
     for network in networks:
         inner = uncompiled(network)
-        kind: Any = type(inner)
+        kind: Any = next(one for one in type(inner).__mro__ if "forward" in vars(one))  # not one of our subclasses
         factor_of(pipe)
         found = [family for family in (*FAMILIES, *MORE) if isinstance(inner, family.model)]
         return network, found[0] if found else derived(kind)
