@@ -27,9 +27,8 @@ def _hunyuan_tiles(tiles: Tensor, arguments: Arguments, pixels: int) -> Argument
     grid, base = (height // 2, width // 2), 512 // 8 // 2  # tokens of 2x2; the size that positions are scaled to
     region = get_resize_crop_region_for_grid(grid, base)
     rotary = get_2d_rotary_pos_embed(cosine.shape[1], region, grid, device=cosine.device, output_type="pt")
-    meta = arguments["image_meta_size"]
-    columns = [meta.new_full((len(tiles), 1), n * pixels) for n in (height, width, height, width, 0, 0)]
-    size = torch.cat(columns, 1)
+    size = arguments["image_meta_size"].clone()  # original, target, crop: a tile is an image of its own size
+    size[:, 2], size[:, 3] = height * pixels, width * pixels
     return {"hidden_states": tiles, "image_rotary_emb": rotary, "image_meta_size": size}
 
 
