@@ -187,12 +187,3 @@ def sized(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
     size = torch.cat([full((len(tiles), 1), n * pixels) for n in tiles.shape[2:]], 1)
     changed = {"hidden_states": tiles, "target_size": size, "crop_coords": torch.zeros_like(size)}
     return changed | ({"original_size": size} if "original_size" in arguments else {})
-
-
-FRAME: dict[str, Any] = {
-    "canvas": lambda arguments: arguments["hidden_states"].squeeze(2),
-    "tiles": lambda tiles, arguments, pixels: {"hidden_states": tiles.unsqueeze(2)},
-    "prediction": lambda output, size: output.squeeze(2),
-    "result": lambda prediction: prediction.unsqueeze(2),
-}
-"""A video of one frame, ``[B, C, 1, H, W]``."""

@@ -16,7 +16,7 @@ from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_r
 from torch import Tensor
 
 from tiledcore.tiles.family import Family, factor_of
-from tiledcore.tiles.layouts import FRAME, IDS, SHAPES, Arguments, sized, to_image
+from tiledcore.tiles.layouts import IDS, SHAPES, Arguments, sized, to_image
 
 logger = logging.getLogger(__name__)
 
@@ -82,11 +82,6 @@ def _qwen21_tiles(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments
     return SHAPES["tiles"](tiles, arguments, pixels) | {"img_mask": mask}
 
 
-def _cosmos_tiles(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
-    size = [n * pixels for n in tiles.shape[2:]]
-    return {"hidden_states": tiles.unsqueeze(2), "padding_mask": tiles.new_zeros(1, 1, *size)}
-
-
 def _cogview_shift(tokens: int, steps: int, config: Any) -> float:
     root = (tokens / config.get("base_image_seq_len", 256)) ** 0.5
     return float(root * config.get("max_shift", 0.75) + config.get("base_shift", 0.25))
@@ -134,7 +129,6 @@ MORE: tuple[Family, ...] = (
         prediction=lambda output, size: output.squeeze(1).movedim(-1, 1),
         result=lambda prediction: prediction.movedim(1, -1).unsqueeze(1),
     ),
-    Family(diffusers.CosmosTransformer3DModel, **FRAME | {"tiles": _cosmos_tiles}),
 )
 
 # ----------------------------------------------------------------------------- a class that nobody has described
