@@ -55,8 +55,24 @@ def _oracle(data: Data) -> str:
     return "\n".join([head, "", oracle.table(data["rows"])])
 
 
+def _ranks(data: Data) -> str:
+    about, rows = data["about"], data["rows"]
+    links = ", ".join(f"{link} {speed / 1e9:.0f} GB/s" for link, speed in about["links"].items())
+    head = f"{about['flops'] / 1e12:.0f} TFLOP/s, of which {about['reached']:.0%} are reached; {links}"
+    counts = sorted({row["gpus"] for row in rows} - {1})
+    columns = " | ".join(f"{count} GPUs" for count in counts)
+    lines = [head, "", f"| a step of | one GPU | received | {columns} |", "|---" * (3 + len(counts)) + "|"]
+    for one in (row for row in rows if row["gpus"] == 1):
+        more = [r for r in rows if (r["model"], r["size"]) == (one["model"], one["size"]) and r["gpus"] > 1]
+        start = f"| {one['model']} {one['size']}² | {one['NVLink']:.2f} s | {more[-1]['received'] / 2**20:.1f} MiB |"
+        cells = [f"{r['NVLink x']:.1f} / {r['PCIe 5 x']:.1f}" for r in more]
+        lines.append(f"{start} {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, tuple[str, Callable[[Data], str]]] = {
     "oracle": ("oracle.json", _oracle),
+    "ranks": ("ranks_simulated.json", _ranks),
     "blend": ("cpu_suite.json", _blend),
     "step": ("cpu_suite.json", _step),
     "modes-earth-1024": ("modes_earth_1024.json", _modes),

@@ -27,6 +27,8 @@ class Forecast:
     """Tile batches of the last step, which overlaps most."""
     shares: tuple[float, ...]
     """Of the network's work, by rank; mean over the steps."""
+    area_factor: float
+    """Tile area over the area of the canvas, mean over the steps."""
     speedup: float
     """Of the network's part of the time, if that is proportional to the tiles' area."""
     received: int
@@ -75,7 +77,10 @@ def forecast(
         most = max(most, int(sum(costs)))
     item = channels * itemsize
     shares = tuple(load / sum(loads) for load in loads)
-    return Forecast(ranks, len(parts), shares, sum(loads) / slowest, int(got / steps * item), 2 * most * item)
+    area_factor = sum(loads) / (steps * rows * math.prod(size))
+    return Forecast(
+        ranks, len(parts), shares, area_factor, sum(loads) / slowest, int(got / steps * item), 2 * most * item
+    )
 
 
 def forecast_of(predictor: Predictor, plan: Plan, images: int, ranks: int) -> Forecast:
