@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.sdist import sdist
 
 # One binary for every torch from this version on (the stable ABI's parallel_for came with it).
 STABLE_ABI = "0x020a000000000000"  # 2.10
@@ -45,5 +46,18 @@ def extension() -> Extension | None:
     )
 
 
+class Sources(sdist):
+    """The source archive: always with the C++ files, also where no torch is there to compile them, and without tests.
+
+    Half of the tests would not run from it: their helpers and the benchmarks are not packages.
+    """
+
+    def make_distribution(self) -> None:
+        self.filelist.graft("csrc")
+        self.filelist.include("constraints.txt")
+        self.filelist.prune("tests")
+        super().make_distribution()
+
+
 native = extension()
-setup(ext_modules=[native] if native else [])
+setup(ext_modules=[native] if native else [], cmdclass={"sdist": Sources})

@@ -5,7 +5,7 @@ The names below are imported on first use, so that ``import tiledcore`` costs no
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _EXPORTS = {
     "Execution": "tiledcore.config",

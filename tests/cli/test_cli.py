@@ -17,7 +17,7 @@ from tilings import still
 from tiny import tiny_sdxl
 from tiny_command import FAST, SCENE, generate, pixels, spied_denoiser, stored
 
-from tiledcore import Motion, TiledPipeline, TilingConfig, ops
+from tiledcore import Motion, TiledPipeline, TilingConfig, __version__, ops
 from tiledcore.cli import choices
 from tiledcore.cli import generate as command
 from tiledcore.cli import main as cli
@@ -52,7 +52,7 @@ def test_an_image_with_its_settings(model: str, capsys: pytest.CaptureFixture[st
         "scheduler": "ddim",
         "device": "cpu",
         "dtype": "fp32",
-        "version": "0.1.0",
+        "version": __version__,
         "tiling": {
             "mode": "tiles",
             "tile": [16, 16],
@@ -424,4 +424,4 @@ def test_without_a_command_there_are_examples(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
     assert stop.value.code == 0
-    assert capsys.readouterr().out == "tiledcore 0.1.0\n"
+    assert capsys.readouterr().out == f"tiledcore {__version__}\n"
