@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.tiledcore
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: install lint check test test-all format demo demo-before bench bench-gpu bench-modes train clean
+.PHONY: install lint check test test-all format demo demo-before bench bench-gpu bench-modes train docs dist clean
 .DEFAULT_GOAL := install
 
 $(BIN)/python:
@@ -85,6 +85,16 @@ bench-modes: install
 train: install
 	$(PIP) --no-build-isolation -e '.[dev,bench,train]'
 	$(BIN)/python -P -m tiledcore.models.training $(TRAIN_ARGS)
+
+# The pages as a site in build/site; a warning, such as a dead link, is an error.
+docs: install
+	$(PIP) --no-build-isolation -e '.[dev,bench,docs]'
+	$(BIN)/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
+
+# The wheel and the source archive, built without torch: one wheel for all, without the C++ extension.
+dist: $(BIN)/python
+	$(PIP) build
+	$(BIN)/python -m build
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
