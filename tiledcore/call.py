@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 
-from tiledcore._diffusers import device_of, share_settings
+from tiledcore._diffusers import device_of, is_hinted, share_settings
 from tiledcore.compose.pictures import resized, size_px
 from tiledcore.compose.regional import Regional, seeded_latents
 from tiledcore.compose.regions import Region, check_are_regions
@@ -144,12 +144,14 @@ class Call:
             arguments.setdefault("use_resolution_binning", False)
         size = _with_size(runs, arguments)
         check_levels(runs, tiling, size)
-        if arguments.get("image") is not None:
+        if (image := arguments.get("image")) is not None:
             tiling = tiling.refining()
         plan = None
         if budget is not None:
-            plan = budget.plan(runs, arguments, tiling if asked else None, execution)
-            tiling, execution = plan.tiling, plan.execution
+            # Canvas mode does not have all of these for every network.
+            only_tiles = options.regions or options.prompt_for_tile is not None or is_hinted(runs)
+            plan = budget.plan(runs, arguments, tiling if asked or only_tiles else None, execution)
+            tiling, execution = plan.tiling if image is None else plan.tiling.refining(), plan.execution
         tiling = with_fade(runs, tiling, fades=True)
         if any(getattr(region, "seed", None) is not None for region in options.regions):
             arguments["latents"] = seeded_latents(runs, arguments, options.regions, tiling.wrap)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from tiledcore import ops, validate
-from tiledcore.geometry import Pair, TileGrid, both
+from tiledcore.geometry import Pair, TileGrid, both, core_size
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class TilingConfig:
     Args:
         mode: ``"tiles"``: batches of tiles go through the network. ``"canvas"``: the network runs once over the whole
             canvas, and a token attends to its own tile and a halo around it.
-        tile: side of a tile, or a pair. Default: the size that the model was trained at.
+        tile: side of a tile, or a pair. Default: the size that the model was trained at; in canvas mode half of it on a
+            larger canvas, so that a tile and its halo have that size.
         overlap: what adjacent tiles share at least, or a pair; a float below 1 is a share of the tile. Default: 1/8.
         window: how overlapping predictions are blended, see :func:`tiledcore.ops.blend_tiles`.
         ramp: width of the transition between two tiles, for ``window="ramp"``. Default: the smaller overlap.
@@ -178,7 +179,7 @@ class TilingConfig:
         Raises:
             ValueError: a size is no multiple of the unit, or :class:`~tiledcore.geometry.TileGrid` refuses it.
         """
-        tile = both(native if self.tile is None else self.tile)
+        tile = self.tile_on((height, width), native)
         overlap = self._overlap(tile, unit)
         grid = TileGrid(height, width, tile=tile, overlap=overlap, wrap=self.wrap, snap=snap)
         if unit == 1:
@@ -188,6 +189,12 @@ class TilingConfig:
                 raise ValueError(f"{name}={size}: must be multiples of {unit}, the latent pixels per token")
         down = [(y // unit, x // unit) for y, x in (tile, overlap)]
         return TileGrid(height // unit, width // unit, tile=down[0], overlap=down[1], wrap=self.wrap)
+
+    def tile_on(self, canvas: Pair, native: int | Pair) -> Pair:
+        """The size of a tile on a canvas of latent pixels: as asked for, or the default."""
+        if self.tile is not None or self.mode == "tiles":
+            return both(native if self.tile is None else self.tile)
+        return core_size(canvas, both(native), both(self.wrap))
 
     def _overlap(self, tile: Pair, unit: int) -> Pair:
         if self.overlap is not None and not isinstance(self.overlap, float):

@@ -156,7 +156,7 @@ def tiled(pipe: Any, config: TilingConfig, execution: Execution | None = None) -
             stack.enter_context(_locks.setdefault(uncompiled(network), RLock()))
             denoiser.attention = attention.install(
                 network,
-                tile=tile,
+                tile=config.tile,
                 halo=config.halo,
                 wrap=config.wrap,
                 native=native,

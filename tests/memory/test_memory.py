@@ -100,14 +100,13 @@ def test_a_smaller_budget_takes_smaller_batches_and_then_is_refused() -> None:
     assert refused.value.size is None and not refused.value.leanest.fits
 
 
-def test_the_mode_with_fewer_flops_is_taken() -> None:
-    planner = Planner(Predictor(architecture("earth", torch.float32), "cpu"), 8 * GIB)
-    flops = {
-        mode: planner.plan((512, 256), TilingConfig(mode=mode)).phases[1].flops  # type: ignore[arg-type]
-        for mode in ("tiles", "canvas")
-    }
-    assert flops["tiles"] != flops["canvas"]
-    assert planner.plan((512, 256)).tiling.mode == min(flops, key=flops.__getitem__)
+def test_a_transformer_runs_in_canvas_mode_where_it_fits_and_a_unet_in_moving_tiles() -> None:
+    unet, transformer = (Predictor(architecture(name, torch.float32), "cpu") for name in ("earth", "earth-flux"))
+    assert Planner(unet, 8 * GIB).plan((1024, 1024)).tiling == TilingConfig(motion="moving")
+    found = Planner(transformer, 8 * GIB).plan((1024, 1024))
+    assert found.tiling == TilingConfig(mode="canvas")
+    tight = Planner(transformer, int(found.phases[1].peak * SAFETY) - 1)
+    assert tight.plan((1024, 1024), execution=Execution(guidance_batch=False)).tiling.mode in ("tiles", "canvas")
 
 
 def test_offload_only_where_everything_at_once_does_not_fit() -> None:

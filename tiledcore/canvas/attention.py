@@ -21,7 +21,7 @@ from tiledcore._diffusers import ADDED, JOINT, TEXT_MULTIPLE, PatchEmbed, get_2d
 from tiledcore._diffusers import SELF as SELF
 from tiledcore.canvas.processors import FluxProcessor, QwenProcessor, SD3Processor, SelfProcessor, ZImageProcessor
 from tiledcore.canvas.windows import Canvas, Rotary, Windows
-from tiledcore.geometry import Pair
+from tiledcore.geometry import Pair, core_size
 from tiledcore.intercept import around_of, intercept, release
 from tiledcore.tiles.conditioning import images_of
 from tiledcore.tiles.families import FAMILIES
@@ -39,8 +39,8 @@ class CanvasAttention:
     def __init__(
         self,
         network: Any,
-        tile: Pair,
-        halo: Pair,
+        tile: Pair | None,
+        halo: Pair | None,
         wrap: tuple[bool, bool],
         native: Pair,
         guidance_batch: bool,
@@ -99,6 +99,9 @@ class CanvasAttention:
     def _levels(self, grid: Pair, pixels: int) -> Iterator[Windows]:
         """The windows of each level; sizes are rounded up, as the network's stride-2 convolutions do."""
         unet = isinstance(self._network, diffusers.UNet2DConditionModel)
+        canvas = (grid[0] * pixels, grid[1] * pixels)
+        tile = self.tile or core_size(canvas, self.native, self.wrap)
+        halo = self.halo or (tile[0] // 2, tile[1] // 2)
         for level in range(len(self._network.config.block_out_channels) if unet else 1):
             factor = 2**level
 
@@ -106,7 +109,7 @@ class CanvasAttention:
                 return -(-size[0] // factor), -(-size[1] // factor)
 
             size = (-(-grid[0] // factor), -(-grid[1] // factor))
-            yield Windows(size, down(self.tile), down(self.halo), self.wrap, down(self.native))
+            yield Windows(size, down(tile), down(halo), self.wrap, down(self.native))
 
 
 class WindowPositions:
@@ -166,7 +169,7 @@ def _of_this_thread(new: Any, former: Any) -> Any:
 def install(
     network: Any,
     *,
-    tile: int | Pair,
+    tile: int | Pair | None = None,
     halo: int | Pair | None = None,
     wrap: bool | tuple[bool, bool] = False,
     native: int | Pair | None = None,
@@ -189,7 +192,7 @@ def install(
 
     Args:
         network: the denoiser, compiled or not.
-        tile: size of a tile in latent pixels, or (y, x).
+        tile: size of a tile in latent pixels, or (y, x). Default: see :func:`tiledcore.geometry.core_size`.
         halo: latent pixels that a tile sees beyond each side, or (y, x). Default: half a tile.
         wrap: the canvas is a torus: bool, or (along y, along x). Convolutions do not wrap.
         native: size of the images that the network was trained on, in latent pixels, or (y, x). Default: the tile.
@@ -208,9 +211,9 @@ def install(
     if not isinstance(inner, tuple(family.model for family in FAMILIES)):
         names = ", ".join(family.model.__name__ for family in FAMILIES)
         raise TypeError(f"network={type(inner).__name__}: canvas mode knows {names}")
-    sizes = validate.pair("tile", tile, 1)
-    halos = (sizes[0] // 2, sizes[1] // 2) if halo is None else validate.pair("halo", halo, 0)
-    natives = sizes if native is None else validate.pair("native", native, 1)
+    sizes = None if tile is None else validate.pair("tile", tile, 1)
+    halos = None if halo is None else validate.pair("halo", halo, 0)
+    natives = sizes if native is None and sizes is not None else validate.pair("native", native, 1)
     wraps = validate.flags("wrap", wrap)
 
     embed = _patch_embed(inner)

@@ -46,10 +46,9 @@ class Cost:
 def stage_tiling(stage: Stage, config: TilingConfig, native: Pair, factor: int, patch: int) -> TilingConfig:
     """The tiling of a stage: the caller's; but an image of ``native`` latent size is one tile unless it wraps."""
     height, width = stage.height // factor, stage.width // factor
-    open_tiles = config.mode == "tiles" and not any(both(config.wrap))
-    if stage.strength is None and open_tiles and height * width <= 1.05 * native[0] * native[1]:
-        return replace(config, overlap=None, motion="still", tile=(height, width), halo=None)
-    tile, wrap = both(config.tile or native), both(config.wrap)
+    if stage.strength is None and not any(both(config.wrap)) and height * width <= 1.05 * native[0] * native[1]:
+        return replace(config, mode="tiles", overlap=None, motion="still", tile=(height, width), halo=None)
+    tile, wrap = config.tile_on((height, width), native), both(config.wrap)
     # A single tile on an axis that wraps would have a border there, so it is made smaller and several tiles meet.
     least = 8 * patch
     cut = tuple(

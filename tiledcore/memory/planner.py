@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -18,8 +18,7 @@ SAFETY = 1.1
 """A predicted peak times this must fit the budget: fragmentation, kernel workspaces and the CUDA context are not
 predicted."""
 COUNTED_BYTES = "tensors on the device are counted, not the whole process"
-MODES: tuple[Literal["tiles", "canvas"], ...] = ("tiles", "canvas")
-"""In the order of preference at equal FLOPs."""
+MOVING, CANVAS = TilingConfig(motion="moving"), TilingConfig(mode="canvas")
 Way = tuple[TilingConfig, Execution]
 
 
@@ -96,7 +95,8 @@ def plan(
 ) -> Plan:
     """Choose mode, tile batch, guidance split, VAE band and offload so that an image fits a budget.
 
-    The first plan that fits is taken. Order: the mode with fewer FLOPs, then no offload, then large batches.
+    The first plan that fits is taken. Order: the mode that was measured best for the kind of network (for transformers
+    canvas mode, for UNets moving tiles, see docs/benchmarks.md), then no offload, then large batches.
 
     Args:
         model: a pipeline, a name from :data:`~tiledcore.memory.architectures.BUILT_IN`, or a folder.
@@ -156,7 +156,8 @@ class Planner:
     def _ways(self, tiling: TilingConfig | None, execution: Execution) -> list[list[Way]]:
         """Per mode, the ways to process the canvas, from the fastest to the one with the least memory."""
         if tiling is None:
-            return [ways for mode in MODES for ways in self._ways(TilingConfig(mode=mode), execution)]
+            first = (CANVAS, MOVING) if self.predictor.model.network.role == "transformer" else (MOVING, CANVAS)
+            return [ways for each in first for ways in self._ways(each, execution)]
         if tiling.mode == "canvas":
             splits = execution.guidance_batch and self.images * self.branches > 1
             split = [(tiling, replace(execution, guidance_batch=False))] if splits else []
@@ -168,8 +169,6 @@ class Planner:
         return [ways]
 
     def _candidates(self, size: Pair, modes: list[list[Way]]) -> Iterator[Plan]:
-        if len(modes) > 1:
-            modes = sorted(modes, key=lambda ways: self._evaluate(size, ways[0]).flops)
         for ways in modes:
             for offload in self.offloads:
                 for way in ways:

@@ -152,7 +152,6 @@ class Predictor:
         network: Any = self.module(self.model.network.role)
         family = self.family
         patch = family.patch(network)
-        height, width = both(config.tile or self.model.native)
         found = []
         for timestep in (999, 500, 1) if config.moving else (999,):
             denoiser = TileDenoiser(
@@ -161,7 +160,7 @@ class Predictor:
             if config.mode == "canvas":
                 hook = attention.install(
                     network,
-                    tile=(height, width),
+                    tile=config.tile,
                     halo=config.halo,
                     wrap=config.wrap,
                     native=self.model.native,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tiledcore import ops
 from tiledcore.config import Execution, Motion, TilingConfig
-from tiledcore.geometry import Pair, Partition, TileGrid, Tiling, both
+from tiledcore.geometry import Pair, Partition, TileGrid, Tiling
 from tiledcore.tiles.conditioning import TileBatch, check_residuals, conditions, images_of, refuse, swap_major
 from tiledcore.utils import label, to_device
 
@@ -107,7 +107,7 @@ class TileDenoiser:
             size = (height * self.unit, width * self.unit)
             # Lines that move do so by eighths of a tile, and what is left at the canvas' end is a tile too.
             moves = self.config.moving is not None and self.unit == 1
-            asked = both(self.native if self.config.tile is None else self.config.tile)
+            asked = self.config.tile_on(size, self.native)
             whole = tile != asked  # the canvas is smaller than a tile: nothing moves
             least = 8 * self.patch if moves and self.patch > 1 and not whole else self.patch
             if any(n % least for n in tile) or (moves and any(n % self.patch for n in size)):
