@@ -55,13 +55,13 @@ format: install
 demo: install
 	@echo "demo.png: one map of 2048x2048 px, made at 256x256 and enlarged three times; about a minute on two cores"
 	$(BIN)/tiledcore generate "topographic map of a rugged coast" --size 2048x2048 --seed 0 --stages auto --steps 8 \
-		--dtype bf16 --out demo.png
+		--out demo.png
 	$(BIN)/python -m bench.seams demo.png
 
 # The same seed and steps by tiles that do not overlap and know nothing of each other.
 demo-before: install
 	$(BIN)/tiledcore generate "topographic map of a rugged coast" --size 2048x2048 --seed 0 --steps 8 \
-		--motion still --overlap 0 --dtype bf16 --out demo-before.png
+		--motion still --overlap 0 --out demo-before.png
 	-$(BIN)/python -m bench.seams demo-before.png
 
 # The tables of docs/benchmarks.md that have markers. BENCH_ARGS=--quick for the small cases.

@@ -15,7 +15,7 @@ from tiledcore.cli.main import main
 from tiledcore.io import images
 from tiledcore.tiles.denoiser import TileDenoiser
 
-FAST = ["--steps", "2", "--size", "192x160", "--seed", "5", "--device", "cpu"]
+FAST = ["--steps", "2", "--size", "192x160", "--seed", "5", "--device", "cpu", "--dtype", "fp32"]
 SCENE = '[[region]]\nprompt = "ice"\nbox = [0, 0, 96, 160]\nfeather = 16\nseed = 4\n'
 
 

@@ -5,12 +5,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from tiny_command import error, fail
 
 from tiledcore import TiledPipeline
 from tiledcore.cli.main import main, parser
 from tiledcore.cli.model import read_model, unit_of
+from tiledcore.cli.opening import default_dtype
 from tiledcore.cli.request import check
 from tiledcore.tiles.families import FAMILIES
 
@@ -79,3 +81,11 @@ def test_what_the_embedded_models_say() -> None:
     earth, flux = read_model("earth"), read_model("earth-flux")
     assert (earth.unit, earth.native, earth.channels, earth.pipeline) == (8, (32, 32), 8, "StableDiffusionPipeline")
     assert (flux.unit, flux.native, flux.pipeline) == (16, None, "FluxPipeline")
+
+
+@pytest.mark.parametrize(("bf16", "amx"), [(False, False), (True, False), (False, True)])
+def test_a_cpu_that_computes_in_bfloat16_runs_in_it(monkeypatch: pytest.MonkeyPatch, bf16: bool, amx: bool) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    assert default_dtype("cpu") == ("bf16" if bf16 or amx else "fp32")
+    assert default_dtype("cuda") == "fp16"

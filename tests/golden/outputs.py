@@ -76,6 +76,7 @@ def embedded(folder: Path) -> None:
     show("flux canvas", run(flux, 384, 384, tiling=TilingConfig(mode="canvas", tile=16, halo=8), **FLUX))
     show("flux stages", run(flux, 512, 512, stages="auto", **FLUX))
     line = ["generate", PROMPT, "--size", "256x384", "--steps", "3", "--seed", "5", "--tile", "16", "--overlap", "4"]
+    line += ["--dtype", "fp32"]
     main([*line, "--out", str(folder / "a.tif")])
     show("command tif", [Image.open(folder / "a.tif")])
 

@@ -170,7 +170,7 @@ def _add_generate(parser: argparse.ArgumentParser, everything: bool, writes: boo
         add("--preview-every", **every, help="evaluations between two previews; default 5")
     add("--budget", metavar="BYTES", help="of tensors, such as 24GiB: run within it or refuse")
     add("--device", rare=True, type=_device, metavar="NAME", help="default cuda where there is one, else cpu")
-    add("--dtype", rare=True, choices=DTYPES, help="default fp16 on cuda, else fp32")
+    add("--dtype", rare=True, choices=DTYPES, help="default fp16 on cuda; bf16 on a CPU that computes in it; else fp32")
     batch = "tiles at a time; the fewer the less memory; default 4"
     add("--tile-batch", rare=True, type=_integer(1), default=4, metavar="N", help=batch)
 
@@ -203,7 +203,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add("--images", type=_integer(1), default=1, metavar="N", help="made at a time; default 1")
     add("--gpus", type=_integer(1), default=1, metavar="N", help="processes of torchrun that share the work; default 1")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="to plan for; it need not be there. Default cuda")
-    add("--dtype", choices=DTYPES, help="default fp16 for cuda, fp32 for cpu")
+    add("--dtype", choices=DTYPES, help="default as for generate")
     add("--json", action="store_true", help="as JSON")
     parser.set_defaults(command=_command("plan", "plan_command"))
 

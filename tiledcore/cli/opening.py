@@ -74,7 +74,17 @@ def _settle_device(args: argparse.Namespace) -> None:
     count = torch.cuda.device_count()
     if kind == "cuda" and int(index or 0) >= count:
         raise CommandError(f"--device {args.device}: torch sees {count} CUDA devices; use --device cpu")
-    args.dtype = args.dtype or ("fp16" if kind == "cuda" else "fp32")
+    args.dtype = args.dtype or default_dtype(kind)
+
+
+def default_dtype(device: str) -> str:
+    """fp16 on CUDA. On a CPU bf16 if it computes in it, which is about 1.5 times as fast as fp32; otherwise fp32."""
+    import torch
+
+    if device == "cuda":
+        return "fp16"
+    probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return "bf16" if any(probe is not None and probe() for probe in probes) else "fp32"
 
 
 def _why_not_opened(model: str, error: BaseException) -> str:

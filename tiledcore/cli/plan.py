@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tiledcore.cli.choices import DTYPES
 from tiledcore.cli.console import CommandError, quiet, say
 from tiledcore.cli.model import check_size
+from tiledcore.cli.opening import default_dtype
 
 if TYPE_CHECKING:
     from tiledcore.memory.planner import Plan
@@ -27,7 +28,7 @@ def plan_command(args: argparse.Namespace) -> None:
     from tiledcore.memory.planner import DoesNotFit, Planner
     from tiledcore.memory.prediction import Predictor, parse_bytes
 
-    dtype = getattr(torch, DTYPES[args.dtype or ("fp16" if args.device == "cuda" else "fp32")])
+    dtype = getattr(torch, DTYPES[args.dtype or default_dtype(args.device)])
     tiling = TilingConfig(mode=args.mode) if args.mode else None
     if tiling is None and args.gpus > 1:  # canvas mode is one call of the network, which one GPU makes
         tiling = TilingConfig()
