@@ -40,6 +40,16 @@ CHECKS: dict[str, str] = {
     "removed": "after `remove_tiling` the bits are those of before",
 }
 
+NOTES = """
+Reference images (Kontext, FLUX.2, Qwen-Image Edit) are seen whole by every tile. Some pipelines choose the size of
+their image themselves, and must be told of a large one:
+
+- HiDreamImagePipeline: `pipe.default_sample_size` = square root of the area in px / 8
+- Kandinsky5T2IPipeline, Kandinsky5I2IPipeline: `pipe.resolutions = [(width, height)]`
+- FluxKontextPipeline: `max_area=height * width, _auto_resize=False` in the call
+- QwenImage21Pipeline: `use_kv_cache=False` in the call, because tiles cannot share a cache
+"""
+
 
 @dataclass
 class Row:
@@ -170,7 +180,8 @@ def table(rows: list[Row]) -> str:
         f"\n| pipeline | network | {' | '.join(CHECKS)} |",
         f"|---|---|{'---|' * len(CHECKS)}",
         *(f"| {r.name} | {r.network} | {' | '.join(mark(r.found[name]) for name in CHECKS)} |" for r in tried),
-        "\nReasons:\n",
+        NOTES,
+        "Reasons:\n",
         *(f"{number}. {text}" for text, number in reasons.items()),
         "\nNot built, so not known:\n",
         *(f"- {row.name}: {row.not_built}" for row in left),
