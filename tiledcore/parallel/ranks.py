@@ -144,10 +144,13 @@ class Ranks:
         channels, dtype = self._agree(full, mine, state, time.perf_counter() - began)
         sizes = [part.shape[0] * channels * part.shape[1] * part.shape[2] for part in parts]
         lengths = [[n for n, o in zip(sizes, chosen, strict=True) if o == rank] for rank in range(self.size)]
-        flat = [torch.empty(sum(each), dtype=dtype, device=sample.device) for each in lengths]
-        if mine:
-            torch.cat([out.flatten() for out in mine], out=flat[self.rank])
-            mine.clear()
+        try:
+            flat = [torch.empty(sum(each), dtype=dtype, device=sample.device) for each in lengths]
+            if mine:
+                torch.cat([out.flatten() for out in mine], out=flat[self.rank])
+        except torch.OutOfMemoryError as error:  # the others wait for this part: it is too late to try again
+            raise RuntimeError(f"out of memory on rank {self.rank}, for the predictions of the others") from error
+        mine.clear()
         self._exchange(flat)
         self.times.received += sum(one.nbytes for rank, one in enumerate(flat) if rank != self.rank)
         self.times.seconds += time.perf_counter() - began
