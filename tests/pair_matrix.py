@@ -124,6 +124,8 @@ def pairs(model: str) -> Iterator[tuple[tuple[str, ...], str]]:
     for a, b in combinations_with_replacement(NAMES, 2):
         if model == "sdxl" and "cache" in (a, b):  # diffusers has none for UNets
             continue
+        if {a, b} == {"model offload", "sequential offload"}:  # one replaces the other
+            continue
         same = CALLS.get(a, {}).keys() & CALLS.get(b, {}).keys() if a != b else set()
         if not same:
             names = (a,) if a == b else (a, b)
