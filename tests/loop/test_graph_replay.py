@@ -47,7 +47,8 @@ def assert_replayed(eager: Any, graph: Any, **kwargs: Any) -> None:
 
 def check(name: str, steps: int) -> None:
     pipe = quiet(tiny_sd())
-    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    more = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}  # its Runge-Kutta start needs four steps
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **more)
     eager, graph = pair(pipe, ONE)
     assert_replayed(eager, graph, steps=steps)
 
