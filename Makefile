@@ -88,7 +88,7 @@ train: install
 
 # The pages as a site in build/site; a warning, such as a dead link, is an error.
 docs: install
-	$(PIP) --no-build-isolation -e '.[dev,bench,docs]'
+	test -x $(BIN)/mkdocs || $(PIP) --no-build-isolation -e '.[dev,bench,docs]'
 	$(BIN)/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
 
 # The wheel and the source archive, built without torch: one wheel for all, without the C++ extension.
