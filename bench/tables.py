@@ -12,6 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "docs" / "benchmarks.md",)
 RESULTS = ROOT / "bench" / "results"
 
+NOT_SHOWN = ("75 % overlap", "canvas mode: core 16 sees 8", "coarse pass, then shifted tiles, pull and match")
+"""Beginnings of the oracle's rows that say little more than their neighbours: a page's table has at most 15 rows."""
+
 Data = dict[str, Any]
 
 
@@ -52,7 +55,8 @@ def _modes(data: Data) -> str:
 def _oracle(data: Data) -> str:
     about = data["about"]
     head = f"{about['seeds']} times {about['fields']} fields of {about['side']}², {about['steps']} steps"
-    return "\n".join([head, "", oracle.table(data["rows"])])
+    shown = [row for row in data["rows"] if not row["name"].startswith(NOT_SHOWN)]
+    return "\n".join([head, "", oracle.table(shown)])
 
 
 def _ranks(data: Data) -> str:

@@ -23,7 +23,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Name the files that the site does not have."""
-    return OUTSIDE.sub(r"\1 (`\2`)", markdown)
+    return OUTSIDE.sub(r"\1 (`\2`)", markdown.replace("](../README.md", "](index.md"))
 
 
 def on_page_content(html: str, **_: Any) -> str:
