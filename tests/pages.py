@@ -1,6 +1,6 @@
 """The fenced blocks of README.md and docs/*.md, made small enough to run: `python tests/pages.py` lists them.
 
-A comment `<!-- not run: REASON -->` in the line before a block says why it is not run.
+A comment in the line before a block: `<!-- not run: REASON -->`, or `<!-- slow -->`: not run in the gate.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 RUN = ("python", "sh", "diff", "toml")
+SLOW = "<!-- slow -->"
 SHRINK = 8
 """Tiny models are made for images of 128 px, SDXL and FLUX for 1024 px: all sizes are divided by this."""
 
@@ -39,6 +40,7 @@ class Block:
     language: str
     text: str
     reason: str | None  # Why it is not run
+    slow: bool
 
     def __str__(self) -> str:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
@@ -79,7 +81,7 @@ def blocks(page: Path) -> list[Block]:
         note = re.fullmatch(r"<!-- not run: (.+) -->", lines[start - 1]) if start else None
         text = "".join(f"{line}\n" for line in lines[start + 1 : end])
         if language in RUN:
-            found.append(Block(page, start + 2, language, text, note[1] if note else None))
+            found.append(Block(page, start + 2, language, text, note[1] if note else None, lines[start - 1] == SLOW))
     return found
 
 

@@ -27,6 +27,8 @@ import tiledcore
 from tiledcore.cli.main import main
 
 STEPS = 3
+PLANNED = "low_memory"
+"""The example that simulates a step to plan a call: only in the slow tests."""
 EXAMPLES = sorted((ROOT / "docs/examples").glob("*.py"))
 
 
@@ -113,9 +115,12 @@ def run_example(path: Path, arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_every_python_block_of_a_page_runs(page: Path, here: Path, models: Path) -> None:
+@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["gate", "slow"])
+def test_every_python_block_of_a_page_runs(page: Path, slow: bool, here: Path, models: Path) -> None:
     """Each by itself, in a folder of its own."""
     for block in runnable(page, "python", "diff"):
+        if block.slow != slow:
+            continue
         folder = here / f"line{block.line}"
         folder.mkdir()
         furnish(folder, models)
@@ -186,7 +191,7 @@ def test_every_torchrun_line_runs(words: list[str], here: Path) -> None:
     assert subprocess.run(words, timeout=300).returncode == 0
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in EXAMPLES if path.stem != PLANNED], ids=lambda path: path.stem)
 def test_every_example_runs_on_a_model_of_ones_own(path: Path, here: Path) -> None:
     assert len(path.read_text().splitlines()) < 40
     run_example(path, ["--model", "tiny", "--size", "192", "--steps", str(STEPS)])
