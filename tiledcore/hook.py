@@ -238,9 +238,11 @@ def apply_tiling(pipe: Any, config: TilingConfig | None = None, execution: Execu
         ``pipe`` itself.
 
     Raises:
-        TypeError: the pipeline has no such network.
+        TypeError: the pipeline has no such network, or is a :class:`~tiledcore.TiledPipeline`.
         ValueError: tile or overlap are not whole tokens of that network, or the tiling has a fade.
     """
+    if type(pipe) is not pipe.__class__:
+        raise TypeError("pipe: a TiledPipeline is tiled already; set its tiling, or give its .pipe")
     execution = execution or Execution()
     checked = with_fade(pipe, config or default_tiling(pipe), fades=False)
     with tiled(pipe, checked, execution):  # canvas mode refuses some layers

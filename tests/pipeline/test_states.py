@@ -131,3 +131,8 @@ def test_two_threads_share_a_network(mode: Any, results: tuple[torch.Tensor, tor
 def test_execution_changes_no_picture(pipe: Any, results: tuple[torch.Tensor, torch.Tensor]) -> None:
     found = run(apply_tiling(pipe, RAMP, Execution(tile_batch=1)))
     torch.testing.assert_close(found, results[1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_tiled_pipeline_is_not_tiled_again() -> None:
+    with pytest.raises(TypeError, match="a TiledPipeline is tiled already"):
+        apply_tiling(TiledPipeline(tiny_sd()), RAMP)

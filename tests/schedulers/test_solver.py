@@ -11,6 +11,7 @@ import torch
 from scheduler_cases import FALLBACK, LINEAR, Case, Result, diffusers_loop, measure, network
 from solver_loop import run
 
+from tiledcore import utils
 from tiledcore.schedulers import probe
 from tiledcore.schedulers import solver as solver_module
 from tiledcore.schedulers.solver import LinearSolver, NotLinear, linear_solver, step
@@ -248,13 +249,16 @@ def test_bad_arguments_are_named() -> None:
 
 
 def test_importing_it_needs_no_diffusers() -> None:
-    for module in (solver_module, probe):
+    for module in (solver_module, probe, utils):
         assert module.__file__ is not None
         body = ast.parse(Path(module.__file__).read_text(encoding="utf-8")).body
         imported = {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
         imported |= {str(node.module) for node in body if isinstance(node, ast.ImportFrom)}
         assert not {name for name in imported if name.split(".")[0] in ("diffusers", "transformers", "triton")}
-        assert {name for name in imported if name.startswith("tiledcore")} <= {"tiledcore.schedulers.probe"}
+        assert {name for name in imported if name.startswith("tiledcore")} <= {
+            "tiledcore.schedulers.probe",
+            "tiledcore.utils",
+        }
 
 
 def test_the_stand_in_is_not_linear() -> None:

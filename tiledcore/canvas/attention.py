@@ -94,6 +94,9 @@ class CanvasAttention:
         """Rows and columns of image tokens at the network's entrance, and latent pixels per token."""
         family, patch = self._family, self._family.patch(self._network)
         height, width = family.canvas(kwargs).shape[2:]
+        if family.packed and kwargs["hidden_states"].shape[1] != height * width:
+            name = next(name for name in ("img_ids", "img_shapes") if name in kwargs)
+            raise ValueError(f"{name}: reference images in the sequence need mode='tiles'; canvas mode knows one image")
         return (height, width) if family.packed else (height // patch, width // patch), patch
 
     def _levels(self, grid: Pair, pixels: int) -> Iterator[Windows]:
