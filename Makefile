@@ -77,7 +77,6 @@ bench-gpu: install
 
 bench-modes: install
 	$(BIN)/python -m bench.modes --model earth --size 1024 --seeds 2 --json bench/results/modes_earth_1024.json
-	$(BIN)/python -m bench.modes --model earth --size 2048 --seeds 2 --json bench/results/modes_earth_2048.json
 	$(BIN)/python -m bench.modes --model earth-flux --size 1024 --seeds 2 --json bench/results/modes_flux_1024.json
 	$(BIN)/python -m bench tables
 
