@@ -24,7 +24,6 @@ SKIPPED_COMMANDS = {
     "tiledcore view": "serves until Ctrl-C; tests/cli/test_view*.py run it",
     "python -m bench": "benchmarks: tests/test_suite.py, test_modes.py, test_oracle.py run them",
     ".venv/bin/python": "tests/golden/outputs.py runs for a minute",
-    "bench/gpu_suite.sh": "needs a GPU; tests/test_bench_pages.py runs its parts",
     "nsys": "NVIDIA's profiler, needs a GPU",
     "ncu": "NVIDIA's profiler, needs a GPU",
 }

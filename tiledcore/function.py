@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiledcore import ops
 from tiledcore.config import Execution, TilingConfig
 from tiledcore.loop.engine import buffers_for
 from tiledcore.schedulers.solver import NotLinear, linear_solver
@@ -87,20 +86,7 @@ def sample(
             buffers.noise.copy_(solver.noise(generator, buffers.model_input))
         denoiser.place((noise.shape[2], noise.shape[3]), t, noise.device)
         predicted = denoiser.attempt(forward, buffers.model_input, t, args=(t, *args))
-        ops.fused_step(
-            predicted.tiles.contiguous(),
-            predicted.offsets,
-            buffers.state,
-            buffers.table,
-            buffers.input_scale,
-            buffers.step,
-            model_input=buffers.model_input,
-            noise=buffers.noise,
-            window=config.window,
-            ramp=predicted.ramp,
-            impl=denoiser.execution.impl,
-        )
-        buffers.step.add_(1)
+        buffers.advance(predicted, window=config.window, impl=denoiser.execution.impl)
     return buffers.state[0].to(noise.dtype)
 
 

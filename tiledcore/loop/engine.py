@@ -53,6 +53,22 @@ class Buffers:
     arguments: dict[str, Any]
     denoiser: TileDenoiser | None = None  # its offsets and its tiles' predictions
 
+    def advance(self, predicted: Prediction, **options: Any) -> None:
+        """Make the step from the tiles' predictions; ``options`` are those of :func:`tiledcore.ops.fused_step`."""
+        ops.fused_step(
+            predicted.tiles.contiguous(),
+            predicted.offsets,
+            self.state,
+            self.table,
+            self.input_scale,
+            self.step,
+            model_input=self.model_input,
+            noise=self.noise,
+            ramp=predicted.ramp,
+            **options,
+        )
+        self.step.add_(1)
+
 
 class Engine:
     """The fused loop of one call. A context: inside it, the pipeline's scheduler is the engine's.
@@ -267,21 +283,7 @@ class Engine:
             changed = self.features.after_prediction(step, prediction).to(buffers.model_input.dtype)
             predicted, guidance, rescale = denoiser.whole(changed), None, None
         with label("step"):
-            ops.fused_step(
-                predicted.tiles.contiguous(),
-                predicted.offsets,
-                buffers.state,
-                buffers.table,
-                buffers.input_scale,
-                buffers.step,
-                model_input=buffers.model_input,
-                guidance_scale=guidance,
-                noise=buffers.noise,
-                rescale=rescale,
-                ramp=predicted.ramp,
-                **options,
-            )
-        buffers.step.add_(1)
+            buffers.advance(predicted, guidance_scale=guidance, rescale=rescale, **options)
 
     def _guided(
         self, predicted: Prediction, guidance: Tensor | None, rescale: Tensor | None, options: dict[str, Any]
