@@ -4,7 +4,6 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from tiledcore import ops
 from tiledcore.ops import reference
-from tiledcore.ops.neighbor_attention import TRITON_HEAD_DIM, _implementation
+from tiledcore.ops.neighbor_attention import TRITON_HEAD_DIM, _op_name
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if reason := ops.unavailable("neighbor_attention", "triton", DEVICE):
@@ -199,6 +198,5 @@ def test_too_many_channels_are_refused() -> None:
 
 def test_heads_too_wide_for_the_kernels_go_to_sdpa() -> None:
     assert HEAD_DIMS[-1] == TRITON_HEAD_DIM
-    wide = SimpleNamespace(dtype=torch.float16, is_cuda=True, shape=(1, 4, 1, HEAD_DIMS[-1] + 8))
-    assert _implementation(wide, None) == "sdpa"  # type: ignore[arg-type]
-    assert _implementation(wide, "triton") == "triton"  # type: ignore[arg-type]
+    width = HEAD_DIMS[-1] + 8
+    assert _op_name(None, torch.device("cuda"), torch.float16, width, 64) == "neighbor_attention_sdpa"

@@ -1,4 +1,13 @@
-"""The public ops. ``impl=`` names an implementation: it is used, or an error says why not."""
+"""The ops. ``impl=`` names an implementation of :data:`Impl`: it is used, or an error says why not; None: the fastest.
+
+Errors of all ops:
+
+- TypeError: an argument is not a tensor, or has another dtype.
+- ValueError: a shape, size, device, value or ``impl`` is not as described.
+- RuntimeError: the named ``impl`` cannot run here.
+
+Values of tensors are checked on the CPU only, because reading them would wait for a GPU. No op has a gradient.
+"""
 
 from tiledcore.ops.blend_tiles import blend_tiles as blend_tiles
 from tiledcore.ops.checks import WINDOWS as WINDOWS

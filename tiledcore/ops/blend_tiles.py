@@ -1,25 +1,17 @@
 """blend_tiles: put overlapping tiles together into a canvas, by a weighted mean."""
 
-import torch
 from torch import Tensor
 
 from tiledcore.ops import reference
-from tiledcore.ops.checks import BLEND_DTYPES, Window, check_grid, check_image, check_offsets, check_size, check_window
+from tiledcore.ops.checks import FLOATS, Window, check_offsets, check_size, check_tensor, check_window
 from tiledcore.ops.dispatch import Impl, choose, define
 
-_SCHEMA = "(Tensor tiles, Tensor offsets, SymInt height, SymInt width, str window, int ramp) -> Tensor"
-
-
-def _fake(tiles: Tensor, offsets: Tensor, height: int, width: int, window: str, ramp: int) -> Tensor:
-    return tiles.new_empty((tiles.shape[0] // offsets.shape[0], tiles.shape[1], height, width))
-
-
-define("blend_tiles", _SCHEMA, _fake)
-
-
-@torch.library.impl("tiledcore::blend_tiles_reference", ("cpu", "cuda"))
-def _reference(tiles: Tensor, offsets: Tensor, height: int, width: int, window: str, ramp: int) -> Tensor:
-    return reference.blend_tiles(tiles, offsets, (height, width), window, ramp)
+define(
+    "blend_tiles",
+    "(Tensor tiles, Tensor offsets, SymInt height, SymInt width, str window, int ramp) -> Tensor",
+    fake=lambda tiles, offsets, h, w, *_: tiles.new_empty((tiles.shape[0] // offsets.shape[0], tiles.shape[1], h, w)),
+    reference=lambda tiles, offsets, h, w, *window: reference.blend_tiles(tiles, offsets, (h, w), *window),
+)
 
 
 def blend_tiles(
@@ -50,28 +42,19 @@ def blend_tiles(
     Args:
         tiles: ``[T*B, C, h, w]``, float16, bfloat16, float32 or float64, tile-major as from :func:`gather_tiles`.
         offsets: ``[T, 2]`` int32 on the tiles' device: (y, x) of each tile's first pixel. Every pair of some rows and
-            some columns, each once; the tiles must cover the canvas (a torus). Not checked on CUDA, where reading them
-            would wait for the device; a pixel without a tile becomes NaN.
+            some columns, each once; the tiles must cover the canvas (a torus): a pixel without a tile becomes NaN.
         canvas_size: ``(H, W)`` in pixels, at least the tile's.
         window: which weights.
         ramp: pixels over which a tile fades, at least 1; for ``"ramp"``.
-        impl: ``"reference"``, ``"native"`` or ``"triton"``; None picks the fastest one available.
+        impl: ``"reference"``, ``"native"`` or ``"triton"``.
 
     Returns:
-        ``[B, C, H, W]`` of the tiles' dtype, contiguous, without a gradient.
-
-    Raises:
-        TypeError: ``tiles``, ``offsets`` or ``ramp`` has a wrong type.
-        ValueError: a shape, size, device, offset, window, ramp or ``impl`` is not as above.
-        RuntimeError: the named ``impl`` is unavailable here.
+        ``[B, C, H, W]`` of the tiles' dtype, contiguous.
     """
-    check_image("tiles", tiles, "[T*B, C, h, w]", BLEND_DTYPES)
+    check_tensor("tiles", tiles, "[T*B, C, h, w]", FLOATS)
     size = check_size("canvas_size", canvas_size)
-    tile = check_size("the tile's size", tiles.shape[2:])
-    check_offsets(offsets, tiles, size, tile)
-    if tiles.shape[0] % offsets.shape[0]:
-        raise ValueError(f"tiles has {tiles.shape[0]} entries, no multiple of the {offsets.shape[0]} offsets")
-    check_grid(offsets, size, tile)
-    window, ramp = check_window(window, ramp)
+    check_offsets(offsets, tiles, size, check_size("the tile's size", tiles.shape[2:]), blended=True)
+    if len(tiles) % len(offsets):
+        raise ValueError(f"tiles has {len(tiles)} entries, no multiple of the {len(offsets)} offsets")
     op = choose("blend_tiles", impl, tiles.device, tiles.dtype)
-    return op(tiles, offsets, size[0], size[1], window, ramp)
+    return op(tiles, offsets, *size, *check_window(window, ramp))

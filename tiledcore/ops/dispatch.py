@@ -1,11 +1,11 @@
 """Which implementation of an op runs: schemas, the C++ extension, what is available here, and the choice.
 
 Each implementation of an op is one torch op, ``tiledcore::NAME_IMPL``. Schemas are declared in Python, so fake tensors
-and ``torch.compile`` work without a compiler and without Triton. No op has a gradient.
+and ``torch.compile`` work without a compiler and without Triton.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -19,7 +19,7 @@ Impl = Literal["reference", "native", "triton", "sdpa", "flash", "cudnn", "xform
 only, gather tokens and call a dense attention: ``sdpa`` what torch chooses, the rest the library of that name."""
 
 _log = logging.getLogger(__name__)
-_implementations: dict[str, tuple[Impl, ...]] = {}
+_implementations: dict[str, tuple[str, ...]] = {}
 
 
 def _load_native() -> str | None:
@@ -36,25 +36,25 @@ def _load_native() -> str | None:
 
 
 def define(
-    name: str,
-    schema: str,
-    fake: Callable[..., Any],
-    implementations: Sequence[Impl] = ("reference", "native", "triton"),
+    name: str, schema: str, fake: Callable[..., Any], reference: Callable[..., Any], **others: Callable[..., Any]
 ) -> None:
-    """Declare an op: one schema and one fake implementation for all of its implementations."""
+    """Declare an op: one schema and one fake implementation for all of its implementations.
+
+    ``others``: by name, those beside reference, C++ and Triton; they and ``reference`` have the schema's arguments.
+    """
+    implementations = {"reference": reference, "native": None, "triton": partial(_launch, name), **others}
     _implementations[name] = tuple(implementations)
-    for impl in implementations:
+    for impl, run in implementations.items():
         op = f"tiledcore::{name}_{impl}"
         torch.library.define(op, schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(op, fake)
-    if "triton" in implementations:
-        torch.library.impl(f"tiledcore::{name}_triton", ("cpu", "cuda"))(partial(_launch, name))
+        if run is not None:  # the extension registers its own
+            torch.library.impl(op, ("cpu", "cuda"))(torch.no_grad()(run))
 
 
 def _launch(name: str, *arguments: Any) -> Any:
     """Run a Triton kernel by the launcher of its name. Triton is imported only here, when a kernel is needed."""
-    with torch.no_grad():
-        return getattr(import_module(f"tiledcore.kernels.{name}"), name)(*arguments)
+    return getattr(import_module(f"tiledcore.kernels.{name}"), name)(*arguments)
 
 
 _native_missing = _load_native()
@@ -65,6 +65,8 @@ def unavailable(name: str, impl: Impl, device: torch.device, dtype: torch.dtype 
 
     ``dtype`` is that of the op's tensors; None skips the checks that depend on it.
     """
+    if name == "neighbor_attention" and impl in ("native", "triton") and dtype == torch.float64:
+        return "it needs float16, bfloat16 or float32"
     if impl == "native":
         if _native_missing is not None:
             return _native_missing

@@ -5,58 +5,18 @@ from torch import Tensor
 
 from tiledcore.ops import reference
 from tiledcore.ops.blend_tiles import blend_tiles
-from tiledcore.ops.checks import (
-    BLEND_DTYPES,
-    Window,
-    check_grid,
-    check_image,
-    check_like,
-    check_offsets,
-    check_size,
-    check_window,
-    readable,
-)
+from tiledcore.ops.checks import FLOATS, Window, check_offsets, check_size, check_tensor, check_window, readable
 from tiledcore.ops.dispatch import Impl, choose, define
 
 MAX_SLOTS = 8  # Slots of state that every implementation takes: the sample and up to seven of history
 
-_SCHEMA = (
+define(
+    "fused_step",
     "(Tensor tiles, Tensor offsets, Tensor(a!) state, Tensor table, Tensor input_scale, Tensor step, "
-    "Tensor(b!) model_input, Tensor? guidance_scale, Tensor? noise, Tensor? rescale, str window, int ramp) -> ()"
+    "Tensor(b!) model_input, Tensor? guidance_scale, Tensor? noise, Tensor? rescale, str window, int ramp) -> ()",
+    fake=lambda *_: None,
+    reference=reference.fused_step,
 )
-
-
-def _fake(*_: object) -> None:
-    """Nothing is returned, and shapes do not change."""
-
-
-define("fused_step", _SCHEMA, _fake)
-torch.library.impl("tiledcore::fused_step_reference", ("cpu", "cuda"))(reference.fused_step)
-
-
-def _check_state(state: Tensor, tiles: Tensor) -> None:
-    if not isinstance(state, Tensor):
-        raise TypeError(f"state must be a tensor [S, B, C, H, W], got {type(state).__name__}")
-    wanted = torch.float64 if tiles.dtype == torch.float64 else torch.float32
-    if state.dtype != wanted:
-        raise TypeError(f"state must be of dtype {wanted} with tiles of {tiles.dtype}, got {state.dtype}")
-    if state.dim() != 5:
-        raise ValueError(f"state must have the shape [S, B, C, H, W], got {tuple(state.shape)}")
-    if not 1 <= state.shape[0] <= MAX_SLOTS:
-        raise ValueError(f"state must have 1 to {MAX_SLOTS} slots, got {state.shape[0]}")
-    if state.device != tiles.device:
-        raise ValueError(f"state is on {state.device}, but the tiles are on {tiles.device}")
-
-
-def _check_evaluation(table: Tensor, step: Tensor, noise: Tensor | None) -> None:
-    """The counter is within the table, and noise is there if the table asks for it."""
-    evaluation, slots = int(step), table.shape[1]
-    if not 0 <= evaluation < table.shape[0]:
-        raise ValueError(
-            f"step={evaluation} must be at least 0 and less than the {table.shape[0]} evaluations of table"
-        )
-    if noise is None and bool((table[evaluation, :, slots + 1] != 0).any()):
-        raise ValueError(f"noise=None, but table[{evaluation}] has a coefficient for it")
 
 
 def fused_step(
@@ -97,7 +57,7 @@ def fused_step(
             sample, the rest is the scheduler's history. Changed in place.
         table: ``[n, S, S+2]`` of the state's dtype: the coefficients of every evaluation.
         input_scale: ``[n+1]`` of the state's dtype.
-        step: ``[1]`` int64, the number of this evaluation, 0 to n - 1. Not checked on CUDA.
+        step: ``[1]`` int64, the number of this evaluation, 0 to n - 1.
         model_input: ``[B, C, H, W]`` of the tiles' dtype, contiguous, sharing no memory with others. Overwritten.
         guidance_scale: ``[1]`` or ``[B]`` of the state's dtype; read on the device, so CUDA graphs can change it.
         noise: ``[B, C, H, W]`` of the state's dtype. Missing where the table needs it: an error on the CPU, NaN on
@@ -105,50 +65,51 @@ def fused_step(
         rescale: ``[B]`` of the state's dtype, such as from :func:`guidance_rescale`.
         window: which weights, see :func:`blend_tiles`.
         ramp: pixels over which a tile fades, at least 1; for ``"ramp"``.
-        impl: ``"reference"``, ``"native"`` or ``"triton"``; None picks the fastest one available.
-
-    Raises:
-        TypeError: an argument has a wrong type or dtype.
-        ValueError: a shape, size, device, offset, step, window, ramp or ``impl`` is not as above.
-        RuntimeError: the named ``impl`` is unavailable here.
+        impl: ``"reference"``, ``"native"`` or ``"triton"``.
     """
-    check_image("tiles", tiles, "[T*G*B, C, h, w]", BLEND_DTYPES)
-    _check_state(state, tiles)
+    check_tensor("tiles", tiles, "[T*G*B, C, h, w]", FLOATS)
+    exact = torch.promote_types(tiles.dtype, torch.float32)
+    check_tensor("state", state, "[S, B, C, H, W]", (exact,), like=tiles)
     S, B, C, H, W = state.shape
+    if not 1 <= S <= MAX_SLOTS:
+        raise ValueError(f"state must have 1 to {MAX_SLOTS} slots, got {S}")
     tile = check_size("the tile's size", tiles.shape[2:])
-    check_offsets(offsets, tiles, (H, W), tile)
-    _check_tiles(tiles, offsets.shape[0], 1 if guidance_scale is None else 2, B, C)
-
-    dtype, n = state.dtype, max(1, len(table)) if isinstance(table, Tensor) and table.dim() else 1
-    check_like("table", table, (n, S, S + 2), "[n, S, S+2]", dtype, tiles)
-    check_like("input_scale", input_scale, (n + 1,), "[n+1]", dtype, tiles)
-    check_like("step", step, (1,), "[1]", torch.int64, tiles)
-    check_like("model_input", model_input, (B, C, H, W), "[B, C, H, W]", tiles.dtype, tiles)
+    check_offsets(offsets, tiles, (H, W), tile, blended=True)
+    count = len(offsets) * B * (1 if guidance_scale is None else 2)
+    check_tensor("tiles", tiles, "[T*G*B, C, h, w]", shape=(count, C, *tile))
+    n = max(1, len(table)) if isinstance(table, Tensor) and table.dim() else 1
+    check_tensor("table", table, "[n, S, S+2]", (exact,), (n, S, S + 2), tiles)
+    check_tensor("input_scale", input_scale, "[n+1]", (exact,), (n + 1,), tiles)
+    check_tensor("step", step, "[1]", (torch.int64,), (1,), tiles)
+    check_tensor("model_input", model_input, "[B, C, H, W]", (tiles.dtype,), (B, C, H, W), tiles)
     for name, tensor in (("state", state), ("model_input", model_input)):
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, as it is written in place, got strides {tensor.stride()}")
     if guidance_scale is not None:
-        one = isinstance(guidance_scale, Tensor) and guidance_scale.shape == (1,)
-        check_like("guidance_scale", guidance_scale, (1 if one else B,), "[1] or [B]", dtype, tiles)
+        _check_guidance(guidance_scale, B, tiles)
     if noise is not None:
-        check_like("noise", noise, (B, C, H, W), "[B, C, H, W]", dtype, tiles)
+        check_tensor("noise", noise, "[B, C, H, W]", (exact,), (B, C, H, W), tiles)
     if rescale is not None:
-        check_like("rescale", rescale, (B,), "[B]", dtype, tiles)
-    check_grid(offsets, (H, W), tile)
+        check_tensor("rescale", rescale, "[B]", (exact,), (B,), tiles)
     if readable(step):
-        _check_evaluation(table, step, noise)
-    window, ramp = check_window(window, ramp)
+        _check_evaluation(table, int(step), noise)
     op = choose("fused_step", impl, tiles.device, tiles.dtype)
-    op(tiles, offsets, state, table, input_scale, step, model_input, guidance_scale, noise, rescale, window, ramp)
+    given = (tiles, offsets, state, table, input_scale, step, model_input, guidance_scale, noise, rescale)
+    op(*given, *check_window(window, ramp))
 
 
-def _check_tiles(tiles: Tensor, T: int, G: int, B: int, C: int) -> None:
-    if tiles.shape[0] != T * G * B or tiles.shape[1] != C:
-        halves = "without guidance_scale" if G == 1 else "two halves for guidance_scale"
-        raise ValueError(
-            f"tiles must be [{T * G * B}, {C}, h, w]: {T} offsets, {halves}, a state of {B} images of {C} channels; "
-            f"got {tuple(tiles.shape)}"
-        )
+def _check_guidance(scale: Tensor, images: int, tiles: Tensor) -> None:
+    one = isinstance(scale, Tensor) and scale.shape == (1,)
+    exact = torch.promote_types(tiles.dtype, torch.float32)
+    check_tensor("guidance_scale", scale, "[1] or [B]", (exact,), (1 if one else images,), tiles)
+
+
+def _check_evaluation(table: Tensor, evaluation: int, noise: Tensor | None) -> None:
+    """The counter is within the table, and noise is there if the table asks for it."""
+    if not 0 <= evaluation < len(table):
+        raise ValueError(f"step={evaluation} must be at least 0 and less than the {len(table)} evaluations of table")
+    if noise is None and bool((table[evaluation, :, -1] != 0).any()):
+        raise ValueError(f"noise=None, but table[{evaluation}] has a coefficient for it")
 
 
 def guidance_rescale(
@@ -177,22 +138,12 @@ def guidance_rescale(
 
     Returns:
         ``[B]`` of the guidance scale's dtype.
-
-    Raises:
-        TypeError: an argument has a wrong type or dtype.
-        ValueError: ``phi`` or a shape is not as above.
-        RuntimeError: the named ``impl`` is unavailable here.
     """
     if not 0 <= phi <= 1:
         raise ValueError(f"phi={phi!r} must be between 0 and 1")
     blended = blend_tiles(tiles, offsets, canvas_size, window=window, ramp=ramp, impl=impl)
-    if blended.shape[0] % 2:
-        raise ValueError(f"tiles must be two halves for each of {len(offsets)} offsets, got {tiles.shape[0]}")
-    dtype = torch.float64 if tiles.dtype == torch.float64 else torch.float32
-    B = blended.shape[0] // 2
-    one = isinstance(guidance_scale, Tensor) and guidance_scale.shape == (1,)
-    check_like("guidance_scale", guidance_scale, (1 if one else B,), "[1] or [B]", dtype, tiles)
-    unconditional, conditional = blended.to(dtype).chunk(2)
+    _check_guidance(guidance_scale, len(blended) // 2, tiles)
+    unconditional, conditional = blended.to(guidance_scale.dtype).chunk(2)
     guided = unconditional + guidance_scale.view(-1, 1, 1, 1) * (conditional - unconditional)
     ratio = conditional.flatten(1).std(1) / guided.flatten(1).std(1)
     return phi * ratio + (1 - phi)

@@ -1,26 +1,17 @@
 """gather_tiles: cut tiles out of a canvas."""
 
-import torch
 from torch import Tensor
 
 from tiledcore.ops import reference
-from tiledcore.ops.checks import check_image, check_offsets, check_size
+from tiledcore.ops.checks import check_offsets, check_size, check_tensor
 from tiledcore.ops.dispatch import Impl, choose, define
 
-_SCHEMA = "(Tensor canvas, Tensor offsets, SymInt tile_h, SymInt tile_w) -> Tensor"
-
-
-def _fake(canvas: Tensor, offsets: Tensor, tile_h: int, tile_w: int) -> Tensor:
-    B, C = canvas.shape[:2]
-    return canvas.new_empty((offsets.shape[0] * B, C, tile_h, tile_w))
-
-
-define("gather_tiles", _SCHEMA, _fake)
-
-
-@torch.library.impl("tiledcore::gather_tiles_reference", ("cpu", "cuda"))
-def _reference(canvas: Tensor, offsets: Tensor, tile_h: int, tile_w: int) -> Tensor:
-    return reference.gather_tiles(canvas, offsets, (tile_h, tile_w))
+define(
+    "gather_tiles",
+    "(Tensor canvas, Tensor offsets, SymInt tile_h, SymInt tile_w) -> Tensor",
+    fake=lambda canvas, offsets, h, w: canvas.new_empty((offsets.shape[0] * canvas.shape[0], canvas.shape[1], h, w)),
+    reference=lambda canvas, offsets, h, w: reference.gather_tiles(canvas, offsets, (h, w)),
+)
 
 
 def gather_tiles(canvas: Tensor, offsets: Tensor, tile: tuple[int, int], *, impl: Impl | None = None) -> Tensor:
@@ -31,19 +22,14 @@ def gather_tiles(canvas: Tensor, offsets: Tensor, tile: tuple[int, int], *, impl
     Args:
         canvas: ``[B, C, H, W]``, any floating-point dtype.
         offsets: ``[T, 2]`` int32 on the canvas's device: (y, x) of each tile's first pixel, ``0 <= y < H``, ``0 <= x <
-            W``. Not checked on CUDA, where reading them would wait for the device.
+            W``.
         tile: ``(h, w)`` in pixels, at most ``(H, W)``.
-        impl: ``"reference"``, ``"native"`` or ``"triton"``; None picks the fastest one available.
+        impl: ``"reference"``, ``"native"`` or ``"triton"``.
 
     Returns:
-        ``[T*B, C, h, w]``, contiguous, without a gradient.
-
-    Raises:
-        TypeError: ``canvas`` or ``offsets`` is not a tensor of such a dtype.
-        ValueError: a shape, size, device, offset or ``impl`` is not as above.
-        RuntimeError: the named ``impl`` is unavailable here.
+        ``[T*B, C, h, w]``, contiguous.
     """
-    check_image("canvas", canvas, "[B, C, H, W]")
+    check_tensor("canvas", canvas, "[B, C, H, W]")
     tile = check_size("tile", tile)
     check_offsets(offsets, canvas, (canvas.shape[2], canvas.shape[3]), tile)
     return choose("gather_tiles", impl, canvas.device, canvas.dtype)(canvas, offsets, tile[0], tile[1])

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from tiledcore.ops.dispatch import Impl
+
 CHUNK_BYTES = {"cuda": 512 << 20, "cpu": 8 << 20}  # gathered at a time: fills a GPU, or stays near a CPU's caches
 
 Pair = tuple[int, int]
@@ -82,7 +84,6 @@ def _axis(size: int, tile: int, halo: int, wrap: bool) -> list[tuple[Tensor, Ten
     return [(torch.tensor(extents), torch.tensor(windows)) for extents, windows in groups.values()]
 
 
-@torch.no_grad()
 def gathered(
     attend: Attend,
     packed: bool,
@@ -175,7 +176,7 @@ def _mask(q_lengths: tuple[int, ...], k_lengths: tuple[int, ...], device: torch.
 
 
 _aten = torch.ops.aten
-GATHERED: dict[str, Callable[..., Tensor]] = {
+GATHERED: dict[Impl, Callable[..., Tensor]] = {
     "sdpa": partial(gathered, _sequences(_torchs_choice), False),
     # FA3 or FA4 after torch.nn.attention.activate_flash_attention_impl
     "flash": partial(gathered, _sequences(_aten._scaled_dot_product_flash_attention), False),

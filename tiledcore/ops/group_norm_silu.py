@@ -1,25 +1,26 @@
 """group_norm_silu: GroupNorm with given statistics, then SiLU, over a band of rows."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tiledcore.ops import reference
-from tiledcore.ops.checks import BLEND_DTYPES, check_image, check_like
+from tiledcore.ops.checks import FLOATS, check_tensor
 from tiledcore.ops.dispatch import Impl, choose, define
 
-_SCHEMA = "(Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, bool silu, Tensor(a!) out) -> ()"
+
+def _reference(*arguments: Any) -> None:
+    *given, out = arguments
+    out.copy_(reference.group_norm_silu(*given))
 
 
-def _fake(*_: object) -> None:
-    """Nothing is returned, and shapes do not change."""
-
-
-define("group_norm_silu", _SCHEMA, _fake)
-
-
-@torch.library.impl("tiledcore::group_norm_silu_reference", ("cpu", "cuda"))
-def _reference(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, silu: bool, out: Tensor) -> None:
-    out.copy_(reference.group_norm_silu(x, mean, rstd, weight, bias, silu))
+define(
+    "group_norm_silu",
+    "(Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, bool silu, Tensor(a!) out) -> ()",
+    fake=lambda *_: None,
+    reference=_reference,
+)
 
 
 def _planes_contiguous(tensor: Tensor) -> bool:
@@ -54,34 +55,27 @@ def group_norm_silu(
         silu: if False, the result is ``v``.
         out: result tensor of the shape and dtype of ``x``, with contiguous planes; may be ``x`` itself. None: a new
             one.
-        impl: ``"reference"``, ``"native"`` or ``"triton"``; None picks the fastest one available.
+        impl: ``"reference"``, ``"native"`` or ``"triton"``.
 
     Returns:
-        ``out``, without a gradient.
-
-    Raises:
-        TypeError: an argument is not a tensor of such a dtype.
-        ValueError: a shape, device, layout or ``impl`` is not as above.
-        RuntimeError: the named ``impl`` is unavailable here.
+        ``out``.
     """
-    check_image("x", x, "[B, C, rows, W]", BLEND_DTYPES)
+    check_tensor("x", x, "[B, C, rows, W]", FLOATS)
     B, C = x.shape[:2]
-    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if not isinstance(mean, Tensor) or mean.dim() != 2:
-        raise ValueError(f"mean must be a tensor [B, G], got {tuple(mean.shape) if isinstance(mean, Tensor) else mean}")
+    exact = (torch.promote_types(x.dtype, torch.float32),)
+    check_tensor("mean", mean, "[B, G]", exact, like=x)
     G = mean.shape[1]
     if G == 0 or C % G:
         raise ValueError(f"mean has {G} groups, which do not divide the {C} channels of x")
     for name, statistic in (("mean", mean), ("rstd", rstd)):
-        check_like(name, statistic, (B, G), "[B, G]", exact, x)
+        check_tensor(name, statistic, "[B, G]", exact, (B, G), x)
     for name, parameter in (("weight", weight), ("bias", bias)):
-        check_like(name, parameter, (C,), "[C]", x.dtype, x)
+        check_tensor(name, parameter, "[C]", (x.dtype,), (C,), x)
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    else:
-        check_like("out", out, tuple(x.shape), "of x", x.dtype, x)
-        if not _planes_contiguous(out):
-            raise ValueError(f"out must have contiguous planes, got the strides {out.stride()}")
+    check_tensor("out", out, "[B, C, rows, W]", (x.dtype,), tuple(x.shape), x)
+    if not _planes_contiguous(out):
+        raise ValueError(f"out must have contiguous planes, got the strides {out.stride()}")
     x = x if _planes_contiguous(x) else x.contiguous()
     op = choose("group_norm_silu", impl, x.device, x.dtype)
     op(x, mean.contiguous(), rstd.contiguous(), weight.contiguous(), bias.contiguous(), silu, out)

@@ -24,7 +24,7 @@ def blend_tiles(
     """Blend the tiles into a canvas; see :func:`tiledcore.ops.blend_tiles`."""
     height, width = canvas_size
     h, w = tiles.shape[-2:]
-    dtype = torch.float64 if tiles.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(tiles.dtype, torch.float32)
     corners = [(int(y), int(x)) for y, x in offsets.tolist()]
     batches = tiles.chunk(len(corners))
     weights_y = axis_weights([y for y, _ in corners], h, height, window, ramp)
@@ -92,7 +92,7 @@ def neighbor_attention(
     global_v: Tensor | None = None,
 ) -> Tensor:
     """Attend, one query after the other, to all keys of its window; see :func:`tiledcore.ops.neighbor_attention`."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     rows, columns = (
@@ -164,7 +164,7 @@ def fused_step(
 
 def group_norm_silu(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, silu: bool = True) -> Tensor:
     """Normalise by given statistics, scale, shift, and apply SiLU; see :func:`tiledcore.ops.group_norm_silu`."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(x.dtype, torch.float32)
     per_group = x.shape[1] // mean.shape[1]
     mean, rstd = (s.to(dtype).repeat_interleave(per_group, 1)[:, :, None, None] for s in (mean, rstd))
     weight, bias = (p.to(dtype)[None, :, None, None] for p in (weight, bias))
