@@ -25,7 +25,7 @@ IMPORTED = {
     "diffusers.models.transformers.transformer_flux": "FluxAttnProcessor",
     "diffusers.models.transformers.transformer_qwenimage": "QwenDoubleStreamAttnProcessor2_0",
     "diffusers.models.transformers.transformer_z_image": "SEQ_MULTI_OF ZSingleStreamAttnProcessor",
-    "diffusers.models.embeddings": "PatchEmbed get_2d_sincos_pos_embed",
+    "diffusers.models.embeddings": "PatchEmbed",
     "diffusers.pipelines.flux.pipeline_flux": "calculate_shift",
     "diffusers": (
         "StableDiffusionPipeline StableDiffusionImg2ImgPipeline StableDiffusionXLPipeline "

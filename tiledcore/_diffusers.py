@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from diffusers.models import attention_processor as processors
 from diffusers.models.embeddings import PatchEmbed as PatchEmbed
-from diffusers.models.embeddings import get_2d_sincos_pos_embed as get_2d_sincos_pos_embed
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor as FluxAttnProcessor
 from diffusers.models.transformers.transformer_qwenimage import (
     QwenDoubleStreamAttnProcessor2_0 as QwenDoubleStreamAttnProcessor2_0,

@@ -154,15 +154,7 @@ def tiled(pipe: Any, config: TilingConfig, execution: Execution | None = None) -
     with ExitStack() as stack:
         if config.mode == "canvas":  # it replaces attention layers, which all threads see: one call at a time
             stack.enter_context(_locks.setdefault(uncompiled(network), RLock()))
-            denoiser.attention = attention.install(
-                network,
-                tile=config.tile,
-                halo=config.halo,
-                wrap=config.wrap,
-                native=native,
-                guidance_batch=execution.guidance_batch,
-                impl=execution.impl,
-            )
+            denoiser.attention = attention.install(network, config, execution, native)
             stack.callback(attention.remove, network)
         tokens = _tokens_seen(config, tile, native, family.patch(network))
         stack.enter_context(_limited_shift(pipe.scheduler, tokens, family.dynamic_shift))

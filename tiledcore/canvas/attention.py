@@ -13,15 +13,17 @@ from typing import Any
 
 import diffusers
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tiledcore import _diffusers, ops, validate
-from tiledcore._diffusers import ADDED, JOINT, TEXT_MULTIPLE, PatchEmbed, get_2d_sincos_pos_embed, uncompiled
+from tiledcore import _diffusers
+from tiledcore._diffusers import ADDED, JOINT, TEXT_MULTIPLE, PatchEmbed, uncompiled
 from tiledcore._diffusers import SELF as SELF
-from tiledcore.canvas.processors import FluxProcessor, QwenProcessor, SD3Processor, SelfProcessor, ZImageProcessor
+from tiledcore.canvas.processors import FluxProcessor, JointProcessor, QwenProcessor, SelfProcessor, ZImageProcessor
 from tiledcore.canvas.windows import Canvas, Rotary, Windows
-from tiledcore.geometry import Pair, core_size
+from tiledcore.config import Execution, TilingConfig
+from tiledcore.geometry import Pair, both
 from tiledcore.intercept import around_of, intercept, release
 from tiledcore.tiles.conditioning import images_of
 from tiledcore.tiles.families import FAMILIES
@@ -36,25 +38,16 @@ class CanvasAttention:
 
     grid: tuple[Pair, int] | None = None
 
-    def __init__(
-        self,
-        network: Any,
-        tile: Pair | None,
-        halo: Pair | None,
-        wrap: tuple[bool, bool],
-        native: Pair,
-        guidance_batch: bool,
-        canvas: Canvas,
-    ) -> None:
-        self.tile, self.halo, self.wrap, self.native = tile, halo, wrap, native
-        self.guidance_batch, self.canvas = guidance_batch, canvas
+    def __init__(self, network: Any, config: TilingConfig, execution: Execution, native: Pair) -> None:
+        self.config, self.native, self.wrap = config, native, both(config.wrap)
+        self.guidance_batch, self.canvas = execution.guidance_batch, Canvas(execution.impl)
         self.thread = get_ident()
         self._network = uncompiled(network)
         self._family = next(family for family in FAMILIES if isinstance(self._network, family.model))
         self._masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # Of text -> indices of what counts, or None
         self._names = tuple(signature(type(self._network).forward).parameters)[1:]
         found = [
-            (name, layer, _processor(self._network, canvas, name, layer)) for name, layer in _layers(self._network)
+            (name, layer, _processor(self._network, self.canvas, name, layer)) for name, layer in _layers(self._network)
         ]
         self.layers = tuple(name for name, _, new in found if new is not None)
         self._former: list[tuple[Any, Any]] = []
@@ -103,8 +96,8 @@ class CanvasAttention:
         """The windows of each level; sizes are rounded up, as the network's stride-2 convolutions do."""
         unet = isinstance(self._network, diffusers.UNet2DConditionModel)
         canvas = (grid[0] * pixels, grid[1] * pixels)
-        tile = self.tile or core_size(canvas, self.native, self.wrap)
-        halo = self.halo or (tile[0] // 2, tile[1] // 2)
+        tile = self.config.tile_on(canvas, self.native)
+        halo = (tile[0] // 2, tile[1] // 2) if self.config.halo is None else both(self.config.halo)
         for level in range(len(self._network.config.block_out_channels) if unet else 1):
             factor = 2**level
 
@@ -122,39 +115,18 @@ class WindowPositions:
         self.module, self.native, self.thread = module, native, get_ident()
 
     def __call__(self, call: Callable[[Tensor], Tensor], latent: Tensor) -> Tensor:
-        module = self.module
-        if get_ident() != self.thread:
+        batch, channels, *size = latent.shape
+        h, w = (min(n, own) for n, own in zip(size, self.native, strict=True))
+        if get_ident() != self.thread or [h, w] == size:
             return call(latent)
-        h, w = (n // module.patch_size for n in latent.shape[-2:])
-        native = [min(n, size) for n, size in zip(self.native, latent.shape[-2:], strict=True)]
-        if native == list(latent.shape[-2:]):
-            return call(latent)
-        tokens = module.proj(latent).flatten(2).transpose(1, 2)
-        if module.layer_norm:
-            tokens = module.norm(tokens)
-        rows, columns = native[0] // module.patch_size, native[1] // module.patch_size
-        table = self._table(module, rows, columns).to(tokens.device).unflatten(1, (rows, columns))
-        table = table[:, torch.arange(h, device=tokens.device) % rows][
-            :, :, torch.arange(w, device=tokens.device) % columns
-        ]
-        return (tokens + table.flatten(1, 2)).to(tokens.dtype)
-
-    @staticmethod
-    def _table(module: Any, rows: int, columns: int) -> Tensor:
-        """What the module itself adds to an image of so many tokens, ``[1, rows * columns, C]``."""
-        if module.pos_embed_max_size:
-            return module.cropped_pos_embed(rows * module.patch_size, columns * module.patch_size)
-        if (rows, columns) == (module.height, module.width):
-            return module.pos_embed
-        table = get_2d_sincos_pos_embed(
-            module.pos_embed.shape[-1],
-            (rows, columns),
-            base_size=module.base_size,
-            interpolation_scale=module.interpolation_scale,
-            device=module.pos_embed.device,
-            output_type="pt",
-        )
-        return table.float().unsqueeze(0)
+        # The module embeds each part of native size as an image of its own.
+        padded = F.pad(latent, (0, -size[1] % w, 0, -size[0] % h))
+        rows, columns = padded.shape[2] // h, padded.shape[3] // w
+        parts = padded.view(batch, channels, rows, h, columns, w).permute(0, 2, 4, 1, 3, 5)
+        tokens = call(parts.reshape(-1, channels, h, w))
+        y, x = (n // self.module.patch_size for n in (h, w))
+        grid = tokens.view(batch, rows, columns, y, x, -1).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        return grid[:, : size[0] // self.module.patch_size, : size[1] // self.module.patch_size].flatten(1, 2)
 
 
 def _of_this_thread(new: Any, former: Any) -> Any:
@@ -169,22 +141,13 @@ def _of_this_thread(new: Any, former: Any) -> Any:
     return new
 
 
-def install(
-    network: Any,
-    *,
-    tile: int | Pair | None = None,
-    halo: int | Pair | None = None,
-    wrap: bool | tuple[bool, bool] = False,
-    native: int | Pair | None = None,
-    guidance_batch: bool = True,
-    impl: ops.Impl | None = None,
-) -> CanvasAttention:
+def install(network: Any, config: TilingConfig, execution: Execution, native: Pair) -> CanvasAttention:
     """Make a denoiser run on canvases of any size: its global self-attention becomes neighbour attention.
 
     Every image token attends to its own tile widened by the halo (see :func:`tiledcore.ops.neighbor_attention`), and to
     all text tokens where the network joins them. Sizes follow each layer's resolution, rounded up. A canvas of one tile
     gives what the plain network gives. Processors, LoRA layers and fused projections are taken as they are now.
-    Positions:
+    Convolutions do not wrap. Positions:
 
     - ``UNet2DConditionModel``: none.
     - ``SD3Transformer2DModel``, ``PixArtTransformer2DModel``: absolute, those of a native picture, repeated.
@@ -195,12 +158,9 @@ def install(
 
     Args:
         network: the denoiser, compiled or not.
-        tile: size of a tile in latent pixels, or (y, x). Default: see :func:`tiledcore.geometry.core_size`.
-        halo: latent pixels that a tile sees beyond each side, or (y, x). Default: half a tile.
-        wrap: the canvas is a torus: bool, or (along y, along x). Convolutions do not wrap.
-        native: size of the images that the network was trained on, in latent pixels, or (y, x). Default: the tile.
-        guidance_batch: evaluate the whole batch at once, or, to save memory, one image of it after the other.
-        impl: implementation of the attention, see :mod:`tiledcore.ops`.
+        config: its tile, halo and wrap.
+        execution: its ``guidance_batch`` and ``impl``.
+        native: size (y, x) of the images that the network was trained on, in latent pixels.
 
     Returns:
         The hook; its ``layers`` are the names of those that changed.
@@ -214,19 +174,14 @@ def install(
     if not isinstance(inner, tuple(family.model for family in FAMILIES)):
         names = ", ".join(family.model.__name__ for family in FAMILIES)
         raise TypeError(f"network={type(inner).__name__}: canvas mode knows {names}")
-    sizes = None if tile is None else validate.pair("tile", tile, 1)
-    halos = None if halo is None else validate.pair("halo", halo, 0)
-    natives = sizes if native is None and sizes is not None else validate.pair("native", native, 1)
-    wraps = validate.flags("wrap", wrap)
-
     embed = _patch_embed(inner)
-    if embed is not None:
-        _check_native(embed, natives)
+    if embed is not None and any(n % embed.patch_size for n in native):
+        raise ValueError(f"native={native} must be multiples of the patch size {embed.patch_size}")
     remove(network)
-    hook = CanvasAttention(network, sizes, halos, wraps, natives, guidance_batch, Canvas(impl))
+    hook = CanvasAttention(network, config, execution, native)
     intercept(network, hook)
     if embed is not None:
-        intercept(embed, WindowPositions(embed, natives))
+        intercept(embed, WindowPositions(embed, native))
     return hook
 
 
@@ -248,13 +203,6 @@ def _patch_embed(network: Any) -> Any:
     return embed if isinstance(embed, PatchEmbed) and embed.pos_embed is not None else None
 
 
-def _check_native(embed: Any, native: Pair) -> None:
-    limit = (embed.pos_embed_max_size or 0) * embed.patch_size
-    if any(n % embed.patch_size or (limit and n > limit) for n in native):
-        most = f" of at most {limit}, which is what the network has positions for" if limit else ""
-        raise ValueError(f"native={native} must be multiples of the patch size {embed.patch_size}{most}")
-
-
 def _layers(network: Any) -> Iterator[tuple[str, Any]]:
     for name, module in network.named_modules():
         if hasattr(module, "set_processor") and hasattr(module, "processor"):
@@ -269,7 +217,7 @@ def _processor(network: Any, canvas: Canvas, name: str, layer: Any) -> Any:
     if kind not in ADDED and getattr(layer, "is_cross_attention", False):
         return None
     if kind in JOINT and layer.added_kv_proj_dim is not None:
-        return SD3Processor(canvas)
+        return JointProcessor(canvas)
     if kind in (*SELF, *JOINT) and layer.inner_kv_dim == layer.inner_dim and not layer.is_causal:
         return SelfProcessor(canvas)
     if kind is _diffusers.FluxAttnProcessor:

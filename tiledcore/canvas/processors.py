@@ -16,7 +16,7 @@ from tiledcore.canvas.windows import QKV, Canvas, Placed, Rotary, Windows, place
 from tiledcore.utils import label
 
 
-def attend(canvas: Canvas, windows: Windows, tokens: QKV, scale: float | None, **text: Any) -> Tensor:
+def attend(canvas: Canvas, windows: Windows, tokens: QKV, **text: Any) -> Tensor:
     """Neighbour attention of image tokens ``[B, N, heads, D]``, to the text's ``global_q``, ``_k`` and ``_v`` too."""
     with label("attention"):
         return ops.neighbor_attention(
@@ -25,7 +25,6 @@ def attend(canvas: Canvas, windows: Windows, tokens: QKV, scale: float | None, *
             tile=windows.tile,
             halo=windows.halo,
             wrap=windows.wrap,
-            scale=scale,
             impl=canvas.impl,
             **text,
         )
@@ -35,7 +34,6 @@ def attend_jointly(
     canvas: Canvas,
     image: QKV,
     text: QKV | None,
-    scale: float | None = None,
     rotary: Rotary | None = None,
     kept: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -45,13 +43,12 @@ def attend_jointly(
         canvas: whose :meth:`Canvas.image` the image tokens are.
         image: ``[B, N, heads, D]``, not rotated yet.
         text: ``[B, T, heads, D]``, rotated relative to the image's frame.
-        scale: of the scores; None means ``D ** -0.5``.
         rotary: how positions turn image tokens, or None.
         kept: per image, the indices of the text tokens that count as keys; None means all.
     """
     placed = place(canvas, image, rotary)
     if text is None or kept is None:
-        out = _attend_image(canvas, placed, None if text is None else (text.k, text.v), scale)
+        out = _attend_image(canvas, placed, None if text is None else (text.k, text.v))
     else:  # the op knows no mask: leave out, image by image, the text that does not count
         rows = []
         for b, use in enumerate(kept):
@@ -59,22 +56,22 @@ def attend_jointly(
             seen = (text.k[one].index_select(1, use), text.v[one].index_select(1, use))
             far_q = None if placed.far_q is None else placed.far_q[one]
             row = placed._replace(near=QKV(*(t[one] for t in placed.near)), far_q=far_q)
-            rows.append(_attend_image(canvas, row, seen, scale))
+            rows.append(_attend_image(canvas, row, seen))
         out = torch.cat(rows)
     if text is None:
         return out, None
-    return out, _attend_text(text, placed.far_k, image.v, scale, kept)
+    return out, _attend_text(text, placed.far_k, image.v, kept)
 
 
-def _attend_image(canvas: Canvas, placed: Placed, text: tuple[Tensor, Tensor] | None, scale: float | None) -> Tensor:
+def _attend_image(canvas: Canvas, placed: Placed, text: tuple[Tensor, Tensor] | None) -> Tensor:
     """Neighbour attention of placed image tokens, which all see the text's keys and values too."""
     given = {} if text is None else {"global_q": placed.far_q, "global_k": text[0], "global_v": text[1]}
-    out = attend(canvas, placed.windows, placed.near, scale, **given)
+    out = attend(canvas, placed.windows, placed.near, **given)
     rows, columns = placed.inside
     return out.unflatten(1, placed.windows.canvas)[:, rows, columns].flatten(1, 2)
 
 
-def _attend_text(text: QKV, image_k: Tensor, image_v: Tensor, scale: float | None, kept: list[Tensor] | None) -> Tensor:
+def _attend_text(text: QKV, image_k: Tensor, image_v: Tensor, kept: list[Tensor] | None) -> Tensor:
     keys, values = torch.cat([text.k, image_k], 1), torch.cat([text.v, image_v], 1)
     mask = None
     if kept is not None:
@@ -84,7 +81,7 @@ def _attend_text(text: QKV, image_k: Tensor, image_v: Tensor, scale: float | Non
         for b, use in enumerate(kept):
             mask[b, ..., use] = True
     query, keys, values = (t.transpose(1, 2) for t in (text.q, keys, values))
-    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale).transpose(1, 2)
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask).transpose(1, 2)
 
 
 def _project(attn: Any, x: Tensor) -> QKV:
@@ -103,6 +100,11 @@ def _normed(attn: Any, parts: tuple[Tensor, ...], norm_q: Any, norm_k: Any) -> Q
     """``[B, tokens, heads * D]`` each, to ``[B, tokens, heads, D]``."""
     q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in parts)
     return QKV(q if norm_q is None else norm_q(q), k if norm_k is None else norm_k(k), v)
+
+
+def _split(tokens: QKV, first: int) -> tuple[QKV, QKV]:
+    """The first tokens, and the rest."""
+    return QKV(*(t[:, :first] for t in tokens)), QKV(*(t[:, first:] for t in tokens))
 
 
 def _rotated(tokens: QKV, turns: Tensor) -> QKV:
@@ -124,18 +126,11 @@ def _no_mask(attention_mask: Tensor | None) -> None:
         )
 
 
-class _Processor:
+class SelfProcessor:
+    """Self-attention of a UNet's, PixArt's or SD 3.5's image tokens, in place of ``AttnProcessor2_0``."""
+
     def __init__(self, canvas: Canvas) -> None:
         self.canvas = canvas
-
-
-class _RotaryProcessor:
-    def __init__(self, canvas: Canvas, rotary: Rotary) -> None:
-        self.canvas, self.rotary = canvas, rotary
-
-
-class SelfProcessor(_Processor):
-    """Self-attention of a UNet's, PixArt's or SD 3.5's image tokens, in place of ``AttnProcessor2_0``."""
 
     def __call__(
         self,
@@ -156,7 +151,7 @@ class SelfProcessor(_Processor):
         if attn.group_norm is not None:
             x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
         windows = self.canvas.level(x.shape[1])
-        x = _output(attn, attend(self.canvas, windows, _project(attn, x), attn.scale))
+        x = _output(attn, attend(self.canvas, windows, _project(attn, x)))
         if residual.ndim == 4:
             x = x.transpose(-1, -2).reshape(residual.shape)
         if attn.residual_connection:
@@ -164,25 +159,32 @@ class SelfProcessor(_Processor):
         return x / attn.rescale_output_factor
 
 
-class SD3Processor(_Processor):
-    """Joint attention of image and text without rotations, in place of ``JointAttnProcessor2_0``."""
+class JointProcessor:
+    """Joint attention of two streams, image and text, without rotations, in place of ``JointAttnProcessor2_0``."""
+
+    def __init__(self, canvas: Canvas, rotary: Rotary | None = None) -> None:
+        self.canvas, self.rotary = canvas, rotary
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         _no_mask(attention_mask)
-        image, text = attend_jointly(
-            self.canvas, _project(attn, hidden_states), _project_text(attn, encoder_hidden_states), attn.scale
-        )
-        assert text is not None
-        text = text.flatten(2)
-        return _output(attn, image), text if attn.context_pre_only else attn.to_add_out(text)
+        return self.two_streams(attn, hidden_states, _project_text(attn, encoder_hidden_states))
+
+    def two_streams(
+        self, attn: Any, hidden_states: Tensor, text: QKV, kept: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The layer's outputs of image and text; ``text`` is rotated already."""
+        image, out = attend_jointly(self.canvas, _project(attn, hidden_states), text, self.rotary, kept)
+        assert out is not None
+        out = out.flatten(2)
+        return _output(attn, image), out if attn.context_pre_only else attn.to_add_out(out)
 
 
-class FluxProcessor(_RotaryProcessor):
+class FluxProcessor(JointProcessor):
     """FLUX's double-stream and single-stream attention, in place of ``FluxAttnProcessor``."""
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self,
         attn: Any,
         hidden_states: Tensor,
@@ -192,34 +194,33 @@ class FluxProcessor(_RotaryProcessor):
     ) -> Tensor | tuple[Tensor, Tensor]:
         _no_mask(attention_mask)
         assert image_rotary_emb is not None
-        image = _project(attn, hidden_states)
+
+        def turned(text: QKV) -> QKV:
+            # The network's own tables hold each angle twice. The image's frame is 0, as the text's is.
+            turns = torch.complex(*(table[: text.k.shape[1], ::2].float() for table in image_rotary_emb))
+            return _rotated(text, turns.to(hidden_states.device))
+
         if encoder_hidden_states is not None:
-            text = _project_text(attn, encoder_hidden_states)
-            count = text.k.shape[1]
-        else:  # one stream, the text first
-            h, w = self.canvas.image().canvas
-            count = hidden_states.shape[1] - h * w
-            text, image = QKV(*(t[:, :count] for t in image)), QKV(*(t[:, count:] for t in image))
-        # The network's own tables hold each angle twice. The image's frame is 0, as the text's is.
-        turns = torch.complex(*(table[:count, ::2].float() for table in image_rotary_emb)).to(hidden_states.device)
-        text = _rotated(text, turns)
-        image_out, text_out = attend_jointly(self.canvas, image, text, rotary=self.rotary)
+            return self.two_streams(attn, hidden_states, turned(_project_text(attn, encoder_hidden_states)))
+        h, w = self.canvas.image().canvas
+        text, image = _split(_project(attn, hidden_states), hidden_states.shape[1] - h * w)
+        image_out, text_out = attend_jointly(self.canvas, image, turned(text), self.rotary)
         assert text_out is not None
-        if encoder_hidden_states is None:
-            return torch.cat([text_out, image_out], 1).flatten(2)
-        return _output(attn, image_out), attn.to_add_out(text_out.flatten(2))
+        return torch.cat([text_out, image_out], 1).flatten(2)
 
 
-class QwenProcessor(_RotaryProcessor):
+class QwenProcessor(JointProcessor):
     """Qwen-Image's double-stream attention, in place of ``QwenDoubleStreamAttnProcessor2_0``."""
+
+    rotary: Rotary
 
     def __call__(
         self,
         attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
-        encoder_hidden_states_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        encoder_hidden_states_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         _no_mask(attention_mask)
@@ -227,16 +228,14 @@ class QwenProcessor(_RotaryProcessor):
         count, device = text.k.shape[1], text.k.device
         # The network's own table starts behind the canvas; the text must stand behind the picture.
         turns = self.canvas.table((device, "text", count), lambda: self.rotary.text(self.canvas.image(), count, device))
-        text = _rotated(text, turns)
-        image, text_out = attend_jointly(
-            self.canvas, _project(attn, hidden_states), text, rotary=self.rotary, kept=self.canvas.text_kept
-        )
-        assert text_out is not None
-        return _output(attn, image), attn.to_add_out(text_out.flatten(2))
+        return self.two_streams(attn, hidden_states, _rotated(text, turns), self.canvas.text_kept)
 
 
-class ZImageProcessor(_RotaryProcessor):
+class ZImageProcessor:
     """Z-Image's single-stream attention, in place of ``ZSingleStreamAttnProcessor``, image first."""
+
+    def __init__(self, canvas: Canvas, rotary: Rotary) -> None:
+        self.canvas, self.rotary = canvas, rotary
 
     def __call__(
         self,
@@ -248,24 +247,17 @@ class ZImageProcessor(_RotaryProcessor):
     ) -> Tensor:
         assert freqs_cis is not None
         h, w = self.canvas.image().canvas
-        both = _project(attn, hidden_states)
-        image, text = QKV(*(t[:, : h * w] for t in both)), None
+        image, text = _split(_project(attn, hidden_states), h * w)
         kept = None
-        if (others := hidden_states.shape[1] - h * w) > 0:
+        if (others := text.k.shape[1]) > 0:
             # Relative to the image's frame, which comes after the text and so depends on its length.
             frame = freqs_cis[:, :1, : self.rotary.axes[0] // 2]
             turns = freqs_cis[:, h * w :].clone()
             turns[..., : frame.shape[-1]] *= frame.conj()
-            text = QKV(*(t[:, h * w :] for t in both))
             text = _rotated(text, turns)
-            if attention_mask is not None:
-                kept = self._kept(others, hidden_states.device)
-        image_out, text_out = attend_jointly(self.canvas, image, text, rotary=self.rotary, kept=kept)
-        out = image_out if text_out is None else torch.cat([image_out, text_out], 1)
-        return _output(attn, out)
-
-    def _kept(self, others: int, device: torch.device) -> list[Tensor]:
-        """Per image, the padding of the image and its own text, without what fills the batch."""
-        lengths = self.canvas.text_lengths
-        assert lengths is not None
-        return [torch.arange(others - max(lengths) + length, device=device) for length in lengths]
+            if attention_mask is not None:  # each has the padding of the image, and its own text, not the batch's
+                lengths = self.canvas.text_lengths
+                assert lengths is not None
+                kept = [torch.arange(others - max(lengths) + n, device=hidden_states.device) for n in lengths]
+        image_out, text_out = attend_jointly(self.canvas, image, text if others else None, self.rotary, kept)
+        return _output(attn, image_out if text_out is None else torch.cat([image_out, text_out], 1))

@@ -38,11 +38,6 @@ class Windows:
     native: Pair  # Size of the picture that positions are taken from
 
     @property
-    def single(self) -> bool:
-        """Whether one tile is the whole canvas."""
-        return all(t >= n for t, n in zip(self.tile, self.canvas, strict=True))
-
-    @property
     def shrink(self) -> float:
         """Factor, at most 1, that scales positions on the canvas to those in a picture of the native size."""
         return min(1.0, *((m - 1) / (n - 1) for m, n in zip(self.native, self.canvas, strict=True) if n > 1), 1.0)
@@ -87,13 +82,6 @@ class Canvas:
             self.windows = levels
             self.tables = {}
         self.text_lengths = self.text_kept = None
-
-    def state(self) -> tuple[Any, ...]:
-        """The running evaluation's values, for :meth:`restore`."""
-        return self.windows, self.text_lengths, self.text_kept, self.tables
-
-    def restore(self, state: tuple[Any, ...]) -> None:
-        self.windows, self.text_lengths, self.text_kept, self.tables = state
 
     def level(self, tokens: int) -> Windows:
         """The level with so many tokens; each has fewer than the one above it."""

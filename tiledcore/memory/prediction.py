@@ -158,15 +158,7 @@ class Predictor:
                 config, execution, self.model.native, self.model.factor, patch, family.unit(network)
             )
             if config.mode == "canvas":
-                hook = attention.install(
-                    network,
-                    tile=config.tile,
-                    halo=config.halo,
-                    wrap=config.wrap,
-                    native=self.model.native,
-                    guidance_batch=execution.guidance_batch,
-                    impl=execution.impl,
-                )
+                hook = attention.install(network, config, execution, both(self.model.native))
                 # The hook normally reads these from the values of position arguments, which do not exist here.
                 hook.grid = ((canvas[0] // patch, canvas[1] // patch), patch)
             try:
