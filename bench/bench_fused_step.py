@@ -99,11 +99,17 @@ class Fused:
 
     def least_bytes(self, weighed: int) -> int:
         """Tile elements with weight, the state that is read and written, and the model's input."""
-        rows, written = self.solver.table[WARM].cpu(), self.solver.writes(WARM)
-        read = {j for s in written for j in range(self.solver.slots) if rows[s, j] != 0}
+        rows, slots = self.solver.table[WARM].cpu(), written(self.solver)
+        read = {j for s in slots for j in range(self.solver.slots) if rows[s, j] != 0}
         canvas = self.state[0].numel()
         network = (2 * weighed + canvas) * self.tiles.element_size()
-        return network + (len(read) + len(written)) * canvas * self.state.element_size()
+        return network + (len(read) + len(slots)) * canvas * self.state.element_size()
+
+
+def written(solver: LinearSolver) -> list[int]:
+    """The slots that a step in the middle of the schedule changes."""
+    unit = torch.eye(solver.slots, solver.slots + 2).to(solver.table)
+    return (solver.table[WARM] != unit).any(dim=1).nonzero().flatten().tolist()
 
 
 def scheduler(name: str) -> Any:
@@ -145,7 +151,7 @@ def prepare(name: str, size: int, tile: int, stride: int, device: torch.device, 
         moved["loop"] = counter.moved  # of the last one, in which all operators run
     weighed = {window: elements_weighed(corners, tile, size, CHANNELS, window) for window in WINDOWS}
     moved |= {window: fused[window].least_bytes(weighed[window]) for window in WINDOWS}
-    terms = int((solver.table[WARM][list(solver.writes(WARM))] != 0).sum())
+    terms = int((solver.table[WARM][written(solver)] != 0).sum())
     target = torch.empty_like(tiles)
     return Ready(
         {"copy": partial(target.copy_, tiles), "loop": eager, **fused},

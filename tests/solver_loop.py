@@ -5,7 +5,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tiledcore.schedulers.solver import LinearSolver, step
+from tiledcore.ops import reference
+from tiledcore.schedulers.solver import LinearSolver
+
+
+def step(solver: LinearSolver, index: int, state: Tensor, prediction: Tensor, noise: Tensor | None) -> None:
+    """One evaluation of ``state [S, B, C, H, W]``, in place."""
+    corner, at, scratch = torch.zeros(1, 2, dtype=torch.int32), torch.tensor([index]), torch.empty_like(prediction)
+    table, scales = solver.table.to(state), solver.input_scale.to(state)
+    reference.fused_step(prediction, corner, state, table, scales, at, scratch, noise=noise)
+
+
+def writes(solver: LinearSolver, index: int) -> tuple[int, ...]:
+    """The slots that an evaluation changes, ascending."""
+    unit = torch.eye(solver.slots, solver.slots + 2).to(solver.table)
+    return tuple((solver.table[index] != unit).any(dim=1).nonzero().flatten().tolist())
 
 
 def run(
@@ -17,7 +31,7 @@ def run(
     """The whole loop in plain torch. The state is float32, or float64 for a float64 sample.
 
     Args:
-        sample: the initial latents ``[B, C, H, W]`` (any shape), scaled as the pipeline scales them.
+        sample: the initial latents ``[B, C, H, W]``, scaled as the pipeline scales them.
         model: takes the scaled input, of the sample's dtype, and the timestep, and gives the guided prediction.
         noise: takes the prediction and gives the noise, as :meth:`LinearSolver.noise`; needed if the solver uses noise.
 
@@ -30,7 +44,8 @@ def run(
     if noise is None and any(solver.uses_noise):
         raise ValueError("noise=None, but this solver draws noise: pass a function such as LinearSolver.noise")
     first = sample.to(torch.promote_types(sample.dtype, torch.float32))
-    state = [first] + [torch.zeros_like(first) for _ in range(solver.slots - 1)]
+    state = torch.zeros(solver.slots, *first.shape, dtype=first.dtype)
+    state[0] = first
     for index, timestep in enumerate(solver.timesteps):
         scale = float(solver.input_scale[index])
         prediction = model((scale * state[0]).to(sample.dtype), timestep)

@@ -5,13 +5,13 @@ A step of most schedulers is linear in the sample, the prediction, the noise and
 slots as possible, and the table is compared with the scheduler: one that is not linear becomes :class:`NotLinear`.
 """
 
-import inspect
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tiledcore.ops import reference
 from tiledcore.schedulers.probe import NOISE, PREDICTION, Evaluation, Row, Stepper, UnsuitableError, noise_dtype, record
 from tiledcore.utils import to_device
 
@@ -64,12 +64,6 @@ class LinearSolver:
         table, input_scale = self.table.to(device, dtype), self.input_scale.to(device, dtype)
         return replace(self, table=table, input_scale=input_scale, timesteps=self.timesteps.to(device))
 
-    def writes(self, index: int) -> tuple[int, ...]:
-        """The slots that evaluation ``index`` changes, ascending."""
-        unit = torch.eye(self.slots, self.slots + 2, dtype=self.table.dtype, device=self.table.device)
-        changed = (self.table[index] != unit).any(dim=1)
-        return tuple(int(slot) for slot in changed.nonzero().flatten())
-
     def noise(self, generator: Any, like: Tensor) -> Tensor:
         """Draw one evaluation's noise as the scheduler would; ``like`` has the prediction's shape, dtype and device."""
         from diffusers.utils.torch_utils import randn_tensor
@@ -91,19 +85,13 @@ def linear_solver(scheduler: Any, *, begin: int = 0, **step_kwargs: Any) -> Line
         **step_kwargs: what the pipeline passes to ``step`` besides its generator, such as ``eta``.
 
     Raises:
-        ValueError: there are no timesteps, ``begin`` is not the index of one, or the scheduler has already stepped.
-        TypeError: ``step`` has no argument of such a name.
+        ValueError: there are no timesteps, or the scheduler has already stepped.
     """
     timesteps = getattr(scheduler, "timesteps", None)
     if not isinstance(timesteps, Tensor) or not len(timesteps):
         raise ValueError(f"{type(scheduler).__name__} has no timesteps: call set_timesteps first")
-    if isinstance(begin, bool) or not isinstance(begin, int) or not 0 <= begin < len(timesteps):
-        raise ValueError(f"begin={begin!r} must be an int from 0 to {len(timesteps) - 1}")
     if getattr(scheduler, "step_index", None) is not None:
         raise ValueError(f"{type(scheduler).__name__} is at step {scheduler.step_index}: call set_timesteps again")
-    known = inspect.signature(scheduler.step).parameters
-    if unknown := [name for name in step_kwargs if name not in known]:
-        raise TypeError(f"{type(scheduler).__name__}.step has no argument {', '.join(unknown)}")
     # A scheduler may raise anything on tensors that its authors did not think of.
     try:
         program = record(Stepper(scheduler, begin, step_kwargs))
@@ -116,26 +104,6 @@ def linear_solver(scheduler: Any, *, begin: int = 0, **step_kwargs: Any) -> Line
     except Exception as error:
         return NotLinear(f"its step cannot be read: {type(error).__name__}: {error}")
     return solver
-
-
-def step(solver: LinearSolver, index: int, state: list[Tensor], prediction: Tensor, noise: Tensor | None) -> None:
-    """Evaluation ``index`` in plain torch, in place.
-
-    ``state``: S tensors of one shape and floating dtype. ``prediction``: after guidance, of that shape; so is
-    ``noise``, or None if it has no coefficient.
-    """
-    sources = [*state, prediction, noise]
-    new: dict[int, Tensor] = {}
-    for slot in solver.writes(index):
-        total = torch.zeros_like(state[slot])
-        for coefficient, source in zip(solver.table[index, slot].tolist(), sources, strict=True):
-            if coefficient:  # else the source is not read: it may hold anything
-                if source is None:
-                    raise ValueError(f"noise=None, but evaluation {index} adds {coefficient:.3g} times the noise")
-                total.add_(source.to(total.dtype), alpha=coefficient)
-        new[slot] = total
-    for slot, value in new.items():
-        state[slot] = value
 
 
 def _allocate(program: list[Evaluation], timesteps: Tensor) -> LinearSolver:
@@ -221,13 +189,16 @@ def _check(stepper: Stepper, solver: LinearSolver) -> None:
         return torch.cat([u, _LARGE * v, u + _LARGE * v])
 
     sample = draw()
-    state = [sample.clone()] + [torch.full_like(sample, torch.nan) for _ in range(solver.slots - 1)]
+    state = torch.full((solver.slots, *sample.shape), torch.nan, dtype=sample.dtype)
+    state[0] = sample
+    corner, table, scales = torch.zeros(1, 2, dtype=torch.int32), solver.table, solver.input_scale
     for index in range(len(solver)):
         prediction, noise = draw(), draw()
         outcome = stepper(index, sample.clone(), prediction.clone(), noise.clone())
-        scaled = float(solver.input_scale[index]) * state[0]
+        scaled = float(scales[index]) * state[0]
         largest = torch.stack([t.abs() for t in (sample, prediction, noise, outcome.sample)]).amax(0)
-        step(solver, index, state, prediction, noise)
+        at, scratch = torch.tensor([index]), torch.empty_like(sample)
+        reference.fused_step(prediction, corner, state, table, scales, at, scratch, noise=noise)
         sample = outcome.sample
         for ours, theirs in ((scaled, outcome.scaled), (state[0], sample)):
             for mine, its, size in zip(ours.chunk(3), theirs.chunk(3), largest.chunk(3), strict=True):
