@@ -251,6 +251,7 @@ def test_importing_it_needs_no_diffusers() -> None:
         imported |= {str(node.module) for node in body if isinstance(node, ast.ImportFrom)}
         assert not {name for name in imported if name.split(".")[0] in ("diffusers", "transformers", "triton")}
         assert {name for name in imported if name.startswith("tiledcore")} <= {
+            "tiledcore.ops",
             "tiledcore.schedulers.probe",
             "tiledcore.utils",
         }
