@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.tiledcore
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: install lint check test test-all format demo demo-before bench bench-gpu bench-modes train docs dist clean
+.PHONY: install lint check test test-all format demo demo-before pictures bench bench-gpu bench-modes train docs dist clean
 .DEFAULT_GOAL := install
 
 $(BIN)/python:
@@ -84,6 +84,10 @@ bench-modes: install
 train: install
 	$(PIP) --no-build-isolation -e '.[dev,bench,train]'
 	$(BIN)/python -P -m tiledcore.models.training $(TRAIN_ARGS)
+
+# The pictures of the README and the docs; Chromium makes those of the viewer.
+pictures: demo demo-before
+	$(BIN)/python -W ignore docs/pictures.py
 
 # The pages as a site in build/site; a warning, such as a dead link, is an error.
 docs: install

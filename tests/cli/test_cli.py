@@ -322,7 +322,7 @@ def test_info(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["negative prompt"] == "-"
     assert rows["size"] == "192x160"
     assert (rows["tile"], rows["wrap"]) == ("16x8", "xy")
-    assert all(name in rows["motion"] for name in OWN_MOTION)
+    assert all(name.replace("_", " ") in rows["motion"] for name in OWN_MOTION) and "{" not in rows["motion"]
     assert rows["lines x"] == " ".join(map(str, stored()["tiling"]["lines_x"]))
 
 

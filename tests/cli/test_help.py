@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import shtab
 import torch
 from tiny_command import FAST, generate
 
@@ -103,3 +104,8 @@ def test_without_a_command_there_are_examples(capsys: pytest.CaptureFixture[str]
         main(["--version"])
     assert stop.value.code == 0
     assert capsys.readouterr().out == f"tiledcore {__version__}\n"
+
+
+def test_a_shell_completes_the_common_options() -> None:
+    script = shtab.complete(cli.parser(), "bash")
+    assert "--size" in script and "--stages" in script and "--tile-batch" not in script

@@ -140,6 +140,8 @@ def readable(key: str, value: Any) -> str:
         return "yes" if value else "no"
     if key == "wrap" and isinstance(value, list):
         return "".join(axis for axis, on in zip("xy", value[::-1], strict=False) if on) or "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{name.replace('_', ' ')} {readable(name, item)}" for name, item in value.items())
     if isinstance(value, list):
         return ("x" if key in ("size", "tile", "overlap", "halo") else " ").join(map(str, value)) or "-"
     return str(value)
