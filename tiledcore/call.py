@@ -150,7 +150,7 @@ class Call:
         if budget is not None:
             # Canvas mode does not have all of these for every network.
             only_tiles = options.regions or options.prompt_for_tile is not None or is_hinted(runs)
-            plan = budget.plan(runs, arguments, tiling if asked or only_tiles else None, execution)
+            plan = budget.plan(runs, arguments, size, tiling if asked or only_tiles else None, execution)
             tiling, execution = plan.tiling if image is None else plan.tiling.refining(), plan.execution
         tiling = with_fade(runs, tiling, fades=True)
         if any(getattr(region, "seed", None) is not None for region in options.regions):

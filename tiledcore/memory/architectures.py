@@ -68,11 +68,6 @@ class Architecture:
     def parts(self) -> tuple[Part, ...]:
         return (*self.text_encoders, self.network, self.vae)
 
-    def to(self, dtype: torch.dtype) -> Architecture:
-        """A copy with all weights in another dtype."""
-        cast = [replace(part, dtype=dtype, weight_bytes=None) for part in self.parts]
-        return replace(self, text_encoders=tuple(cast[:-2]), network=cast[-2], vae=cast[-1])
-
 
 def architecture(model: Any, dtype: torch.dtype | None = None) -> Architecture:
     """The modules of a model.
@@ -85,11 +80,8 @@ def architecture(model: Any, dtype: torch.dtype | None = None) -> Architecture:
         ValueError: there is no such model, or its folder lacks a configuration.
         TypeError: the memory of its classes cannot be predicted.
     """
-    if isinstance(model, Architecture):
-        return model if dtype is None else model.to(dtype)
     if not isinstance(model, str | Path):
-        found = _of_pipeline(model)
-        return found if dtype is None else found.to(dtype)
+        return _of_pipeline(model, dtype)
     if str(model) in _CONFIGURATIONS:
         pipeline, parts = _CONFIGURATIONS[str(model)]
         return _assemble(str(model), pipeline, _parts(parts, dtype or torch.float16))
@@ -128,14 +120,15 @@ def _parts(configurations: Mapping[str, tuple[str, dict[str, Any]]], dtype: torc
     return [Part(role, kind, config, dtype) for role, (kind, config) in configurations.items()]
 
 
-def _of_pipeline(pipe: Any) -> Architecture:
+def _of_pipeline(pipe: Any, dtype: torch.dtype | None) -> Architecture:
     parts = []
     for role in ("text_encoder", "text_encoder_2", "text_encoder_3", "unet", "transformer", "vae"):
         module = uncompiled(getattr(pipe, role, None))
         if module is None:
             continue
         config = module.config.to_dict() if role.startswith("text_encoder") else dict(module.config)
-        parts.append(Part(role, type(module).__name__, config, module.dtype, tensor_bytes(module)))
+        size = tensor_bytes(module) if dtype is None else None
+        parts.append(Part(role, type(module).__name__, config, dtype or module.dtype, size))
     found = _assemble(type(pipe).__name__, type(pipe).__name__, parts)
     native = getattr(pipe, "default_sample_size", None) if found.network.role == "transformer" else None
     return found if native is None else replace(found, native=native)

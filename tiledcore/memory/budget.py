@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from tiledcore._diffusers import device_of, is_offloaded, offload_state
-from tiledcore.compose.pictures import size_px
 from tiledcore.config import Execution, TilingConfig
 from tiledcore.geometry import Pair, both
 from tiledcore.loop.graph import Counters
@@ -39,8 +38,18 @@ class Budget:
         self.limit = parse_bytes(limit)
         self._predictor: Predictor | None = None
 
-    def plan(self, pipe: Any, arguments: dict[str, Any], tiling: TilingConfig | None, execution: Execution) -> Plan:
-        """The plan of ``pipe(**arguments)``; other arguments and errors: :func:`tiledcore.memory.planner.plan`."""
+    def plan(
+        self,
+        pipe: Any,
+        arguments: dict[str, Any],
+        size: Pair | None,
+        tiling: TilingConfig | None,
+        execution: Execution,
+    ) -> Plan:
+        """The plan of ``pipe(**arguments)``; other arguments and errors: :func:`tiledcore.memory.planner.plan`.
+
+        ``size`` is (height, width) of the image in px; None: by the arguments, or the model's own.
+        """
         bound = signature(type(pipe).__call__).bind_partial(pipe, **arguments)
         bound.apply_defaults()
         call = bound.arguments
@@ -55,7 +64,9 @@ class Budget:
             branches=2 if guided else 1,
             offload=True if _offloaded(pipe) else None,
         )
-        return planner.plan(_size(pipe, call), tiling, execution)
+        tall, wide = (side * pipe.vae_scale_factor for side in both(model.native))
+        height, width = size or (call.get("height") or tall, call.get("width") or wide)
+        return planner.plan((width, height), tiling, execution)
 
     def keeps_off(self, pipe: Any, *args: Any, **kwargs: Any) -> bool:
         """Called before ``pipe.to(...)``: if the weights exceed the budget, enable offload and return True.
@@ -81,13 +92,6 @@ def _images(call: dict[str, Any]) -> int:
     prompts, embeds = call.get("prompt"), call.get("prompt_embeds")
     count = len(prompts) if isinstance(prompts, list) else 1 if embeds is None else len(embeds)
     return int(count * (call.get("num_images_per_prompt") or 1))
-
-
-def _size(pipe: Any, call: dict[str, Any]) -> Pair:
-    """(width, height) of the image in px."""
-    height, width = size_px(call.get("image"), pipe.vae_scale_factor) or (call.get("height"), call.get("width"))
-    tall, wide = both(architecture(pipe).native)
-    return width or wide * pipe.vae_scale_factor, height or tall * pipe.vae_scale_factor
 
 
 @contextmanager

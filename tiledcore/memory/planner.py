@@ -12,7 +12,7 @@ import torch
 from tiledcore.config import Execution, TilingConfig
 from tiledcore.geometry import Pair
 from tiledcore.memory.architectures import architecture
-from tiledcore.memory.prediction import SLOTS, Evaluation, Phase, Predictor, parse_bytes, show_bytes
+from tiledcore.memory.prediction import Evaluation, Phase, Predictor, parse_bytes, show_bytes
 
 SAFETY = 1.1
 """A predicted peak times this must fit the budget: fragmentation, kernel workspaces and the CUDA context are not
@@ -198,8 +198,7 @@ class Planner:
             decode = predictor.decode(canvas, self.images, room)
         network = model.network.role
         phases = [
-            Phase("network", beside(network) + evaluation.network, evaluation.flops, _choice(*way)),
-            Phase("step", beside(network) + evaluation.step, 0, f"{SLOTS} canvases of fp32 state"),
+            Phase("network", beside(network) + evaluation.peak, evaluation.flops, _choice(*way)),
             Phase("decode", decode.peak + others, decode.flops, _bands(decode.band)),
         ]
         if texts:

@@ -1,6 +1,6 @@
 """Predict the peak memory of making an image, by running the real code on fake tensors (without data).
 
-The phases of a call are text encoders, network (in tiles or on the whole canvas), fused step and VAE.
+The phases of a call are text encoders, network (in tiles or on the whole canvas, with the fused step) and VAE.
 """
 
 from __future__ import annotations
@@ -8,20 +8,23 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tiledcore import ops
 from tiledcore._diffusers import float32_parts
 from tiledcore.canvas import attention
 from tiledcore.config import Execution, TilingConfig
-from tiledcore.feature import Step
-from tiledcore.geometry import Pair, Partition, Tiling, both
+from tiledcore.feature import Features
+from tiledcore.geometry import Pair, Partition, both
+from tiledcore.loop.engine import Engine, buffers_for
+from tiledcore.loop.graph import StepGraphs
 from tiledcore.memory.architectures import Architecture, Part, tensor_bytes
 from tiledcore.memory.simulation import Simulated, build, simulated
+from tiledcore.schedulers.solver import LinearSolver
 from tiledcore.tiles.denoiser import TileDenoiser
 from tiledcore.tiles.fade import Fade
 from tiledcore.tiles.families import FAMILIES, Family
@@ -76,8 +79,7 @@ class Phase:
 class Evaluation:
     """The network on one canvas and the step after it, in bytes without the network's weights."""
 
-    network: int
-    step: int
+    peak: int
     kept: int
     """The engine's buffers, which still exist while the image is decoded."""
     flops: int
@@ -148,112 +150,60 @@ class Predictor:
     def _evaluation(
         self, canvas: Pair, config: TilingConfig, execution: Execution, images: int, branches: int
     ) -> Evaluation:
-        """One step on a canvas of (height, width) latent pixels; for shifted grids the worst of three steps."""
-        network: Any = self.module(self.model.network.role)
-        family = self.family
-        patch = family.patch(network)
-        found = []
-        for timestep in (999, 500, 1) if config.moving else (999,):
-            denoiser = TileDenoiser(
-                config, execution, self.model.native, self.model.factor, patch, family.unit(network)
-            )
-            if config.mode == "canvas":
-                hook = attention.install(network, config, execution, both(self.model.native))
-                # The hook normally reads these from the values of position arguments, which do not exist here.
-                hook.grid = ((canvas[0] // patch, canvas[1] // patch), patch)
-            try:
-                with simulated(self.mode, [network], self.device) as run:
-                    size = (canvas[0] // denoiser.unit, canvas[1] // denoiser.unit)
-                    found.append(self._step(run, denoiser, family, network, size, images, branches, timestep))
-            finally:
-                attention.remove(network)
-        return max(found, key=lambda evaluation: evaluation.network)
-
-    def _step(
-        self,
-        run: Simulated,
-        denoiser: TileDenoiser,
-        family: Family,
-        network: Any,
-        size: Pair,
-        images: int,
-        branches: int,
-        timestep: float,
-    ) -> Evaluation:
-        """The same work as :meth:`tiledcore.loop.engine.Engine.run_step`, on buffers of the same sizes."""
-        weights, dtype = tensor_bytes(network), self.model.network.dtype
-        channels = network.config.in_channels
-        latents = torch.empty(images, channels, *size, dtype=dtype)
-        held = [torch.cat([latents] * branches)]  # held by the pipeline in the first step
-        conditions = _conditions(self.model, network, size, images * branches)
-        state = torch.empty(SLOTS, *latents.shape, dtype=torch.float32)
-        model_input = torch.empty_like(latents)
-        predicted = channels if family.packed else network.config.out_channels
+        """One step on a canvas of (height, width) latent pixels; for moving tiles the worst of three steps."""
+        model, family = self.model, self.family
+        network: Any = self.module(model.network.role)
+        patch, unit, hook = family.patch(network), family.unit(network), None
+        if config.mode == "canvas":
+            hook = attention.install(network, config, execution, both(model.native))
+            # Its layers normally read these from the values of position arguments, which do not exist here.
+            hook.grid = ((canvas[0] // patch, canvas[1] // patch), patch)
 
         def forward(tiles: Tensor, timestep: Any, **given: Any) -> tuple[Tensor]:
             inputs = {**given, family.timestep: timestep}
-            inputs |= family.tiles(tiles, inputs, denoiser.pixels)
+            inputs |= family.tiles(tiles, inputs, model.factor * unit)
             return (family.prediction(network(return_dict=False, **inputs)[0], (tiles.shape[2], tiles.shape[3])),)
 
-        denoiser.place(size, timestep, latents.device)
-        tiling = denoiser.tiling(*size, timestep)
-        sample = torch.cat([model_input] * branches)
-        conditions["timestep"] = torch.zeros(() if family.sample == "sample" else len(sample), dtype=dtype)
-        if denoiser.config.mode == "canvas" or len(tiling) == 1:
-            tiles, offsets, _, ramp = denoiser.evaluate(forward, sample, **conditions)
-            total = run.flops
-        else:
-            # As denoiser.evaluate, but one full batch and the rest of each size, because all batches need the same.
-            total, (count, height, width) = 0, _buffer_size(tiling)
-            tiles = denoiser._buffer((count * len(sample), predicted, height, width), latents)
-            offsets, ramp = torch.zeros(count, 2, dtype=torch.int32), denoiser.ramp(tiling)
-            for tile, places in tiling.groups.items():
-                full, rest = divmod(len(places), denoiser.tile_batch)
-                for number, times in ((denoiser.tile_batch, full), (rest, 1)):
-                    if not number * times:
-                        continue
-                    before, part = run.flops, torch.zeros(number, 2, dtype=torch.int32)
-                    out = latents.new_empty(number * len(sample), predicted, *tile)  # of the batch before
-                    out = denoiser._tile_batch(forward, sample, part, tile, conditions)
-                    total += (run.flops - before) * times
-            del out
-        peak = run.live.reset()
-        del sample
-        held.clear()
-        fade, guided, motion = Fade(1.0, both(denoiser.config.wrap)), branches == 2, denoiser.config.moving
-        if motion is not None and motion.fade != 0 and isinstance(denoiser.placed, Partition):
+        try:
+            with simulated(self.mode, [network], self.device) as run:
+                once, found = run.once(forward), []
+                for timestep in (999, 500, 1) if config.moving else (999,):
+                    denoiser = TileDenoiser(config, execution, model.native, model.factor, patch, unit)
+                    denoiser.attention = hook
+                    size = (canvas[0] // unit, canvas[1] // unit)
+                    found.append(self._step(run, denoiser, once, size, images, branches, timestep))
+        finally:
+            attention.remove(network)
+        return max(found, key=lambda evaluation: evaluation.peak)
+
+    def _step(
+        self, run: Simulated, denoiser: TileDenoiser, forward: Any, size: Pair, images: int, branches: int, time: float
+    ) -> Evaluation:
+        """One step of the engine on a canvas of ``size`` canvas pixels, called as from a pipeline."""
+        dtype, weights, flops = self.model.network.dtype, run.live.now, run.flops
+        network: Any = self.module(self.model.network.role)
+        run.live.reset()
+        denoiser.place(size, time, torch.device("cpu"))
+        tiling, motion = denoiser.tiling(*size, time), denoiser.config.moving
+        fade = Fade(1.0, both(denoiser.config.wrap))
+        if motion is not None and motion.fade != 0 and isinstance(tiling, Partition):
             fade.begin_at([(1.0, 0.0)] * 2)
-            whole = (tiles if len(offsets) == 1 else ops.blend_tiles(tiles, offsets, size)).to(state.dtype)
-            if guided:
-                unconditional, conditional = whole.chunk(2)
-                whole = unconditional + 2.0 * (conditional - unconditional)
-            faded = fade.after_prediction(Step(1, state[0], denoiser.placed), whole)
-            tiles, offsets, _, ramp = denoiser.whole(faded.to(dtype))
-            guided = False
-        ops.fused_step(
-            tiles.contiguous(),
-            offsets,
-            state,
-            torch.empty(1, SLOTS, SLOTS + 2),
-            torch.empty(2),
-            torch.zeros(1, dtype=torch.int64),
-            model_input=model_input,
-            guidance_scale=torch.ones(1) if guided else None,
-            window=denoiser.config.window,
-            ramp=ramp,
-        )
-        buffer = denoiser._tiles
-        kept = (
-            state.nbytes
-            + model_input.nbytes
-            + sum(t.nbytes for t in (buffer, *fade.tensors().values()) if t is not None)
-        )
+        latents = torch.empty(images, network.config.in_channels, *size, dtype=dtype)
+        conditions = _conditions(self.model, network, size, images * branches)
+        parts = {self.model.network.role: network, "scheduler": None, "vae_scale_factor": self.model.factor}
+        engine = Engine(SimpleNamespace(**parts), {}, {}, StepGraphs(False), Features([fade]))
+        solver = LinearSolver(SLOTS, torch.empty(1, SLOTS, SLOTS + 2), torch.empty(2), torch.empty(1), (False,))
+        engine.branches, engine.buffers = branches, buffers_for(solver, latents, torch.float32)
+        timestep = torch.zeros(() if self.family.sample == "sample" else images * branches, dtype=dtype)
+        held = torch.cat([latents] * branches)  # by the pipeline
+        engine._step(denoiser, forward, timestep, conditions, index=1)
+        peak = run.live.peak - weights
+        del latents, conditions, timestep, held
         one = denoiser.config.mode == "canvas"
         return Evaluation(
-            network=peak - weights,
-            step=run.live.reset() - weights,
-            kept=kept,
-            flops=total,
+            peak=peak,
+            kept=run.live.now - weights,
+            flops=run.flops - flops,
             tiles=1 if one else len(tiling),
             area_factor=1.0 if one else tiling.area_factor,
         )
@@ -280,15 +230,6 @@ class Predictor:
             return Decode(base, max(whole, after), flops, None)
         bands = choose(vae.decoder, shape, vae.dtype, room)
         return Decode(base, max(base + bands.peak_bytes, after), int(flops * bands.recomputed), bands.band_px)
-
-
-def _buffer_size(tiling: Tiling | Partition) -> tuple[int, int, int]:
-    """Tiles, height and width of the buffer for predictions; one canvas if tiles have several sizes."""
-    if isinstance(tiling, Tiling):
-        return len(tiling), *tiling.tile_size
-    if len(tiling.groups) == 1:
-        return len(tiling), *next(iter(tiling.groups))
-    return 1, tiling.height, tiling.width
 
 
 def _conditions(model: Architecture, network: Any, size: Pair, batch: int) -> dict[str, Any]:

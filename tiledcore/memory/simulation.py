@@ -32,10 +32,31 @@ class Simulated:
 
     live: LiveBytes
     counter: FlopCounterMode
+    repeated: int = 0
+    """FLOPs of calls that :meth:`once` did not run again."""
 
     @property
     def flops(self) -> int:
-        return int(self.counter.get_total_flops())
+        return int(self.counter.get_total_flops()) + self.repeated
+
+    def once(self, forward: Callable[..., tuple[Tensor]]) -> Callable[..., tuple[Tensor]]:
+        """Run a network once for each shape of its first argument; later calls count what that one needed."""
+        known: dict[torch.Size, tuple[torch.Size, int, int]] = {}
+
+        def call(given: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+            live, before = self.live, self.live.now
+            if given.shape in known:
+                shape, flops, more = known[given.shape]
+                self.repeated += flops
+                live.peak = max(live.peak, before + more)
+                return (given.new_empty(shape),)
+            flops, earlier = self.flops, live.reset()
+            result = forward(given, *args, **kwargs)
+            known[given.shape] = (result[0].shape, self.flops - flops, live.peak - before)
+            live.peak = max(live.peak, earlier)
+            return result
+
+        return call
 
 
 def build(make: Callable[[], torch.nn.Module], dtype: torch.dtype, mode: FakeTensorMode) -> torch.nn.Module:
