@@ -117,10 +117,9 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 def test_damaged_files(file: bytes, tmp_path: Path) -> None:
     length = len(file)
-    header = 8 + int.from_bytes(file[:8], "little")
-    damaged = [file[:n] for n in (0, 7, 8, header - 1, header, length // 2, length - 1)]
+    damaged = [file[:n] for n in (0, 7, 32, 33, length // 2, length - 1)]
     damaged += [file + b"x", bytes(length), b"not a checkpoint"]
-    for place in (0, 9, header // 2, header + 1, (header + length) // 2, length - 1):
+    for place in (0, 31, 32, length // 2, length - 1):
         damaged.append(file[:place] + bytes([file[place] ^ 1]) + file[place + 1 :])
     path = tmp_path / FILE
     for content in damaged:
@@ -244,7 +243,7 @@ def test_kill_9_at_a_random_step(
     seed = re.search(r"seed (\d+)", child.stderr)
     assert seed is not None and sorted(os.listdir()) == ["model", "run"]
     assert main(saving) == 0  # no seed given, neither then nor now
-    assert re.search(r"run.checkpoint.safetensors: [1-5] of 6 steps are done", capsys.readouterr().err)
+    assert re.search(r"run.checkpoint.pt: [1-5] of 6 steps are done", capsys.readouterr().err)
     assert sorted(os.listdir()) == [out, "model"]
     assert main([*command, "--seed", seed[1], "--out", f"b.{extension}"]) == 0
     assert Path(out).read_bytes() == Path(f"b.{extension}").read_bytes()

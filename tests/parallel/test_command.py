@@ -97,7 +97,7 @@ def test_kill_9_of_a_rank_at_a_random_step(attempt: int, here: Path) -> None:
         subprocess.run([sys.executable, *call, "--out", "whole.png"], check=True, capture_output=True, timeout=120)
     with open("errors", "w") as errors, subprocess.Popen([*launch, str(count), *call, *saving], stderr=errors) as run:
         deadline = time.monotonic() + 90
-        while not Path(f"run{attempt}/checkpoint.safetensors").exists():
+        while not Path(f"run{attempt}/checkpoint.pt").exists():
             assert run.poll() is None and time.monotonic() < deadline, Path("errors").read_text()
             time.sleep(0.02)
         time.sleep(random.random() * 0.5)

@@ -1,38 +1,27 @@
-"""Save a run in one safetensors file, and go on from it: a run may be stopped at any moment.
+"""Save a run in one file, and go on from it: a run may be stopped at any moment.
 
 Saved is what the loop carries from one evaluation to the next: the canvas with the scheduler's history, the network's
 next input, the step and the generators. The rest comes from calling the pipeline again with the same arguments, which
-is checked.
+is checked. The file is a SHA-256 and what ``torch.save`` makes of :class:`Saved`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import io
 import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tiledcore import __version__
-
-
-class Buffers(Protocol):
-    """What the engine's loop carries from one evaluation to the next."""
-
-    state: Tensor
-    model_input: Tensor
-    step: Tensor
-
 
 try:
     import fcntl
@@ -41,7 +30,7 @@ except ImportError:  # not a POSIX system: no locks
 
 logger = logging.getLogger(__name__)
 
-FILE = "checkpoint.safetensors"
+FILE = "checkpoint.pt"
 CALLBACKS = ("callback_on_step_end", "callback")
 # Arguments of a call that do not change what is denoised.
 FORM = ("self", "kwargs", "generator", "output_type", "return_dict", "callback_on_step_end_tensor_inputs")
@@ -103,24 +92,11 @@ def load(checkpoint: Checkpoint) -> Saved | None:
     path = checkpoint.file
     if not path.exists():
         return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-        if metadata["digest"] != _digest(metadata["run"], tensors):
-            raise ValueError("its checksum does not match")
-        return Saved(**json.loads(metadata["run"]), tensors=tensors)
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        reason = "no tiledcore checkpoint" if isinstance(error, KeyError) else error
-        raise ValueError(f"checkpoint: {path} is damaged ({reason}); remove it to start over") from error
-
-
-def _digest(run: str, tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(run.encode())
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
-        digest.update(_bytes(tensors[name]))
-    return digest.hexdigest()
+    content = path.read_bytes()
+    digest, data = content[:32], content[32:]
+    if hashlib.sha256(data).digest() != digest:
+        raise ValueError(f"checkpoint: {path} is damaged (its checksum does not match); remove it to start over")
+    return Saved(**torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -198,45 +174,42 @@ class Run:
                 "remove it, or choose another folder"
             )
 
-    def restore(self, buffers: Buffers) -> None:
-        """Put the saved run into the engine's buffers and its generators into their state."""
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Put the saved run into these tensors, and its generators into their state."""
         if self.saved is None:
             return
-        for name, tensor in _tensors(buffers).items():
+        for name, tensor in tensors.items():
             tensor.copy_(self.saved.tensors[name])
-        buffers.step.fill_(self.saved.index)
         for i, generator in enumerate(self.generators):
             generator.set_state(self.saved.tensors[f"generator.{i}"])
 
-    def after(self, index: int, steps: int, buffers: Buffers, more: dict[str, Tensor]) -> None:
-        """Save after ``index`` of ``steps`` evaluations, if it is time.
+    def after(self, index: int, steps: int, tensors: dict[str, Tensor]) -> None:
+        """Save these tensors after ``index`` of ``steps`` evaluations, if it is time.
 
         Raises:
             OSError: it could not be written; the file that was there before stays.
         """
         if index % self.checkpoint.every and index != steps:
             return
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in {**_tensors(buffers), **more}.items()}
+        tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
         tensors |= {f"generator.{i}": generator.get_state() for i, generator in enumerate(self.generators)}
         seeds = [generator.initial_seed() for generator in self.generators]
-        run = json.dumps({"index": index, "steps": steps, "settings": self.settings, "seeds": seeds})
+        data = io.BytesIO()
+        torch.save(vars(Saved(index, steps, self.settings, seeds, tensors)), data)
         path = self.checkpoint.file
         temporary = path.with_suffix(".tmp")  # one name, so that a killed run's is written over by the next
         try:
             self.checkpoint.folder.mkdir(exist_ok=True)
-            save_file(tensors, temporary, {"run": run, "digest": _digest(run, tensors)})
-            with temporary.open("rb") as file:
+            with temporary.open("wb") as file:
+                file.write(hashlib.sha256(data.getbuffer()).digest())
+                file.write(data.getbuffer())
+                file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise OSError(f"checkpoint: {path} was not written: {error}") from error
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def _tensors(buffers: Buffers) -> dict[str, Tensor]:
-    # The input could be had from the state, but only up to the rounding of whichever kernel made it.
-    return {"state": buffers.state, "model_input": buffers.model_input}
 
 
 def _generators(call: dict[str, Any]) -> list[torch.Generator]:

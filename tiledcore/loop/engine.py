@@ -53,6 +53,11 @@ class Buffers:
     arguments: dict[str, Any]
     denoiser: TileDenoiser | None = None  # its offsets and its tiles' predictions
 
+    @property
+    def carried(self) -> dict[str, Tensor]:
+        """What goes from one evaluation to the next. The input could be had from the state, up to rounding."""
+        return {"state": self.state, "model_input": self.model_input}
+
     def advance(self, predicted: Prediction, **options: Any) -> None:
         """Make the step from the tiles' predictions; ``options`` are those of :func:`tiledcore.ops.fused_step`."""
         ops.fused_step(
@@ -202,7 +207,8 @@ class Engine:
         self.features.begin(Start(self.scheduler, timesteps, (latents.shape[2], latents.shape[3])))
         self._take_back(latents)
         if self._saves is not None:
-            self._saves.restore(self.buffers)
+            self._saves.restore(self.buffers.carried)
+            self.buffers.step.fill_(self._resumed)
         # What the pipeline gets for a prediction: as many images, of one pixel, or one token.
         self._stand_in = latents.new_zeros(latents.shape[0], *[1] * (arguments[family.sample].ndim - 1))
 
@@ -259,7 +265,7 @@ class Engine:
         if self.index == len(self._solver) and self.decodes:
             self.graphs.release()
         if self._saves is not None:
-            self._saves.after(self.index, len(self._solver), buffers, self.features.tensors())
+            self._saves.after(self.index, len(self._solver), buffers.carried | self.features.tensors())
         self.features.after_step(self.index, buffers.state[0])
         return self._prediction()
 
