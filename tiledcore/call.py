@@ -21,7 +21,7 @@ from tiledcore.compose.regions import Region, check_are_regions
 from tiledcore.compose.stage_plan import Stages
 from tiledcore.compose.tile_prompts import PromptForTile, TilePrompts
 from tiledcore.config import Execution, TilingConfig
-from tiledcore.feature import Feature, Features, Scoped
+from tiledcore.feature import Features
 from tiledcore.geometry import Pair, both
 from tiledcore.hook import NetworkHook, snap_of, tiled, with_fade
 from tiledcore.io.preview import Preview, Previewing
@@ -159,13 +159,13 @@ class Call:
             raise ValueError("pull: needs an image to pull to; give image= too")
         return cls(runs, arguments, tiling, execution, options, size, plan, ranks)
 
-    def features(self, hook: NetworkHook) -> list[Feature]:
-        """The features of the call, in the order in which they are entered."""
+    def features(self, hook: NetworkHook) -> list[AbstractContextManager[Any]]:
+        """The features of the call and the contexts around its VAE, in the order in which they are entered."""
         pipe, options, tiling = self.pipe, self.options, self.tiling
         network, family = network_of(pipe)
         unit, native = family.unit(network), both(family.native(pipe, network))
         vae, factor, wrap = getattr(pipe, "vae", None), factor_of(pipe), both(tiling.wrap)
-        found: list[Feature] = [] if self.ranks is None else [Sharing(self.ranks, pipe, hook)]
+        found: list[AbstractContextManager[Any]] = [] if self.ranks is None else [Sharing(self.ranks, pipe, hook)]
         if options.preview is not None:
             found.append(Previewing(options.preview, pipe, native, unit))
         if options.regions:
@@ -175,12 +175,11 @@ class Call:
         if vae is not None:
             around = continuation(vae, wrap, factor)
             slabs = None if self.ranks is None else Slabs(self.ranks)
-            found.append(Scoped(lambda: bounded_vae(pipe, self.size, self.plan, slabs)))
+            found.append(bounded_vae(pipe, self.size, self.plan, slabs))
             shared = None if slabs is None else slabs.rows
-            exact = {"decode": shared, "budget": None if self.plan is None else self.plan.vae_room}
-            found.append(Scoped(lambda: streamed(pipe, options.rows, around, EXACT_DECODE_PIXELS, **exact)))
-            found.append(Scoped(lambda: wrapped(vae, wrap, factor)))
-            found.append(Scoped(lambda: labelled(vae, "decode", "decode")))
+            room = None if self.plan is None else self.plan.vae_room
+            found.append(streamed(pipe, options.rows, around, EXACT_DECODE_PIXELS, decode=shared, budget=room))
+            found += [wrapped(vae, wrap, factor), labelled(vae, "decode", "decode")]
         elif options.rows is not None or options.preview is not None:
             raise ValueError("rows, preview: the pipeline has no vae to decode with; leave them out")
         side = min(both(tiling.tile or native))

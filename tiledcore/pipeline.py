@@ -28,6 +28,7 @@ from tiledcore.parallel.ranks import current
 from tiledcore.schedulers.pull import Pull
 from tiledcore.tiles.families import factor_of, network_of
 
+SETTINGS = ("tiling", "execution", "fused", "cuda_graph", "memory_budget", "stages", "parallel")  # of the constructor
 OWN = ("pipe", "tiling", "execution", "fused", "report", "stages", "parallel")
 
 
@@ -83,24 +84,13 @@ class TiledPipeline:
         self.__dict__.update(own, _budget=None if memory_budget is None else Budget(memory_budget))
 
     @classmethod
-    def from_pretrained(
-        cls,
-        model: str | PathLike[str] | None = None,
-        *,
-        tiling: TilingConfig | None = None,
-        execution: Execution | None = None,
-        fused: bool = True,
-        cuda_graph: Mode = "auto",
-        memory_budget: int | str | None = None,
-        stages: Stages = None,
-        parallel: Literal["auto", False] = "auto",
-        **kwargs: Any,
-    ) -> TiledPipeline:
+    def from_pretrained(cls, model: str | PathLike[str] | None = None, **kwargs: Any) -> TiledPipeline:
         """Open a checkpoint: a hub id, a folder, or an embedded model: ``"earth"`` (default) or ``"earth-flux"``.
 
-        ``kwargs`` are those of ``DiffusionPipeline.from_pretrained`` (``torch_dtype``, ``variant``, ...), which also
-        raises the errors.
+        ``kwargs`` are those of the constructor and those of ``DiffusionPipeline.from_pretrained`` (``torch_dtype``,
+        ``variant``, ...), which also raises the errors.
         """
+        own = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
         folder = EARTH if model is None else EMBEDDED.get(str(model), model)
         if folder == EARTH_FLUX and not (EARTH_FLUX / "vae").is_dir():
             vae = AutoencoderKL.from_pretrained(EARTH, subfolder="vae", torch_dtype=kwargs.get("torch_dtype"))
@@ -108,16 +98,7 @@ class TiledPipeline:
         pipe = DiffusionPipeline.from_pretrained(folder, **kwargs)
         if folder == EARTH_FLUX:
             pipe.transformer.native_size = NATIVE
-        return cls(
-            pipe,
-            tiling,
-            execution=execution,
-            fused=fused,
-            cuda_graph=cuda_graph,
-            memory_budget=memory_budget,
-            stages=stages,
-            parallel=parallel,
-        )
+        return cls(pipe, **own)
 
     @classmethod
     def from_pipe(cls, pipe: Any, **kwargs: Any) -> TiledPipeline:
