@@ -140,7 +140,7 @@ def tile_lines(tiling: dict[str, Any] | None, side: int, tile: int) -> set[int]:
     grid = TilingConfig(**({"tile": tile, "wrap": True, "overlap": 0} | fixed)).grid(side, side, tile)
     if fixed.get("window") == "core":
         return {start for start, _ in grid.core_rows}
-    return {line % side for start in grid.rows for line in (start, start + grid.tile_size[0])}
+    return {line % side for start, size in grid.rows for line in (start, start + size)}
 
 
 def measured(row: Row, side: int, tile: int, count: int, steps: int, seed: int = 0) -> dict[str, Any]:

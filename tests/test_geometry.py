@@ -29,7 +29,7 @@ def axes(tiling: Tiling) -> list[tuple[int, int, int, bool, tuple[int, ...], Any
             tiling.tile_size,
             tiling.overlap,
             tiling.wrap,
-            (tiling.rows, tiling.cols),
+            [tuple(start for start, _ in parts) for parts in (tiling.rows, tiling.cols)],
             (tiling.core_rows, tiling.core_cols),
             strict=True,
         )
@@ -101,11 +101,11 @@ def test_cores_partition_the_canvas_inside_their_tiles(grid: TileGrid) -> None:
 
 def test_cores_meet_in_the_middle_of_the_overlap() -> None:
     grid = TileGrid(56, 56, 32, 8)
-    assert grid.rows == (0, 24)
+    assert grid.rows == ((0, 32), (24, 32))
     assert grid.core_rows == ((0, 28), (28, 28))
     assert grid.lines == ((24, 28, 32), (24, 28, 32))
     around = TileGrid(48, 48, 32, 8, wrap=True)
-    assert around.rows == (0, 24)
+    assert around.rows == ((0, 32), (24, 32))
     assert around.core_rows == ((4, 24), (28, 24))
     assert around.lines[0] == (0, 4, 8, 24, 28, 32)
 
@@ -125,6 +125,7 @@ def test_lines_are_all_borders_but_an_open_canvas_has_none_at_its_edge(grid: Til
 def test_shifted_tiles_partition_the_canvas(grid: TileGrid, seed: int, step: int) -> None:
     shifted = grid.shifted(step, seed)
     assert shifted == grid.shifted(step, seed)
+    assert shifted.area_factor == 1 and (shifted.core_rows, shifted.core_cols) == (shifted.rows, shifted.cols)
     canvas = (grid.height, grid.width)
     for size, tile, wrap, parts in zip(canvas, grid.tile_size, grid.wrap, (shifted.rows, shifted.cols), strict=True):
         assert sorted(p for start, length in parts for p in pixels(size, start, length, wrap)) == list(range(size))
@@ -181,9 +182,9 @@ def test_lines_are_in_every_place_before_they_are_in_one_again(seed: int, wrap: 
 
 def test_canvas_smaller_than_tile() -> None:
     grid = TileGrid(20, 64, 32, 16)
-    assert grid.tile_size == (20, 32) and grid.rows == (0,) and grid.overlap == (10, 16)
+    assert grid.tile_size == (20, 32) and grid.rows == ((0, 20),) and grid.overlap == (10, 16)
     around = TileGrid(20, 64, 32, 16, wrap=True)
-    assert around.rows == (0, 10), "the cut of one tile is inside the other"
+    assert around.rows == ((0, 20), (10, 20)), "the cut of one tile is inside the other"
     assert TileGrid(20, 20, 32, 0, wrap=True).offsets == ((0, 0),)
     assert TileGrid(1, 1, 32, 16, wrap=True).offsets == ((0, 0),)
 

@@ -5,7 +5,7 @@ The fused loop and the fallback loop both run them, so a feature is written once
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and the command line checks 
 
     from torch import Tensor
 
-    from tiledcore.geometry import Pair, Partition, Tiling
+    from tiledcore.geometry import Pair, Tiling
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Step:
 
     index: int
     sample: Tensor  # ``[B, C, H, W]``: the canvas as the scheduler has it, not scaled for the network
-    tiles: Tiling | Partition  # Where the tiles lay
+    tiles: Tiling  # Where the tiles lay
 
 
 class Feature:
@@ -74,17 +74,20 @@ class Feature:
         """What a checkpoint must hold to go on."""
         return {}
 
-    def resume(self, tensors: dict[str, Tensor], tiles: Tiling | Partition) -> None:
+    def resume(self, tensors: dict[str, Tensor], tiles: Tiling) -> None:
         """Go on after the evaluation that left these :meth:`tensors` and used these tiles."""
 
 
 class Features:
-    """The features of one call, in order. The first one is entered first and sees a prediction first."""
+    """The features of one call, and the other contexts around it. They are entered in order, and in this order the
+    features see a prediction.
+    """
 
-    def __init__(self, features: Sequence[Feature]) -> None:
-        self._features = tuple(features)
+    def __init__(self, contexts: Sequence[AbstractContextManager[Any]]) -> None:
+        self._contexts = tuple(contexts)
+        self._features = [feature for feature in contexts if isinstance(feature, Feature)]
         self._stack = ExitStack()
-        self.watches = any(feature.every_step for feature in features)
+        self.watches = any(feature.every_step for feature in self._features)
         self.begun = False
 
     def __iter__(self) -> Iterator[Feature]:
@@ -92,8 +95,8 @@ class Features:
 
     def __enter__(self) -> Features:
         with ExitStack() as stack:
-            for feature in self._features:
-                stack.enter_context(feature)
+            for context in self._contexts:
+                stack.enter_context(context)
             self._stack = stack.pop_all()
         return self
 
@@ -118,26 +121,9 @@ class Features:
         for feature in self._features:
             feature.after_step(index, sample)
 
-    def resume(self, tensors: dict[str, Tensor], tiles: Tiling | Partition) -> None:
+    def resume(self, tensors: dict[str, Tensor], tiles: Tiling) -> None:
         for feature in self._features:
             feature.resume(tensors, tiles)
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: tensor for feature in self._features for name, tensor in feature.tensors().items()}
-
-
-class Scoped(Feature):
-    """A feature that is only a context manager.
-
-    Args:
-        make: makes the context, once the features before it are entered.
-    """
-
-    def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
-        self._make, self._stack = make, ExitStack()
-
-    def __enter__(self) -> Any:
-        return self._stack.enter_context(self._make())
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)

@@ -37,15 +37,15 @@ def core_size(canvas: Pair, native: Pair, wrap: tuple[bool, bool]) -> Pair:
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tiles of one size at every pair of a row offset and a column offset. :class:`TileGrid` makes one."""
+    """Tiles at every pair of a row and a column, of one size or several."""
 
     height: int
     width: int
-    tile_size: Pair  # Size of every tile, at most the canvas
+    tile_size: Pair  # At most the canvas; of most tiles, where there are several sizes
     overlap: Pair  # What adjacent tiles share at least; they may share more
     wrap: tuple[bool, bool]
-    rows: tuple[int, ...]  # Ascending y offsets
-    cols: tuple[int, ...]  # Ascending x offsets
+    rows: tuple[Pair, ...]  # (start, size) along y, ascending; on a wrapped axis a tile may cross the border
+    cols: tuple[Pair, ...]  # (start, size) along x
 
     def __len__(self) -> int:
         return len(self.rows) * len(self.cols)
@@ -53,18 +53,21 @@ class Tiling:
     @cached_property
     def offsets(self) -> tuple[Pair, ...]:
         """(y, x) of every tile, row-major."""
-        return tuple((y, x) for y in self.rows for x in self.cols)
+        return tuple((y, x) for y, _ in self.rows for x, _ in self.cols)
 
-    @property
+    @cached_property
     def groups(self) -> dict[Pair, tuple[Pair, ...]]:
-        """As those of a :class:`Partition`; here all tiles have one size."""
-        return {self.tile_size: self.offsets}
+        """Tile size (h, w) -> the (y, x) offsets of all tiles of that size, row-major."""
+        found: dict[Pair, list[Pair]] = {}
+        for y, h in self.rows:
+            for x, w in self.cols:
+                found.setdefault((h, w), []).append((y, x))
+        return {size: tuple(offsets) for size, offsets in found.items()}
 
     @property
     def area_factor(self) -> float:
         """Tile area evaluated per step over canvas area; 1.0 is the floor."""
-        h, w = self.tile_size
-        return len(self) * h * w / (self.height * self.width)
+        return sum(h for _, h in self.rows) * sum(w for _, w in self.cols) / (self.height * self.width)
 
     @cached_property
     def core_rows(self) -> tuple[Pair, ...]:
@@ -73,12 +76,12 @@ class Tiling:
         Cores partition the canvas: they meet in the middle of what two tiles share, and reach an open border. A start
         lies in ``[0, height)``; on a wrapped axis a core may cross the border.
         """
-        return _cores(self.height, self.tile_size[0], self.rows, self.wrap[0])
+        return _cores(self.height, self.rows, self.wrap[0])
 
     @cached_property
     def core_cols(self) -> tuple[Pair, ...]:
         """(start, size) of each tile column's core, see :attr:`core_rows`."""
-        return _cores(self.width, self.tile_size[1], self.cols, self.wrap[1])
+        return _cores(self.width, self.cols, self.wrap[1])
 
     @cached_property
     def cores(self) -> tuple[tuple[int, int, int, int], ...]:
@@ -89,33 +92,9 @@ class Tiling:
     def lines(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The (y, x) lines where seams could show: tiles start or end, or cores meet. 0 only on a wrapped axis."""
         return (
-            _lines(self.height, self.tile_size[0], self.wrap[0], self.rows, self.core_rows),
-            _lines(self.width, self.tile_size[1], self.wrap[1], self.cols, self.core_cols),
+            _lines(self.height, self.wrap[0], self.rows, self.core_rows),
+            _lines(self.width, self.wrap[1], self.cols, self.core_cols),
         )
-
-
-@dataclass(frozen=True)
-class Partition:
-    """Tiles of various sizes that share no pixel: each row of them with each column."""
-
-    height: int
-    width: int
-    rows: tuple[Pair, ...]  # (start, size) along y, ascending; on a wrapped axis the last one may cross the border
-    cols: tuple[Pair, ...]  # (start, size) along x
-
-    area_factor = 1.0
-
-    def __len__(self) -> int:
-        return len(self.rows) * len(self.cols)
-
-    @cached_property
-    def groups(self) -> dict[Pair, tuple[Pair, ...]]:
-        """Tile size (h, w) -> the (y, x) offsets of all tiles of that size, row-major."""
-        found: dict[Pair, list[Pair]] = {}
-        for y, h in self.rows:
-            for x, w in self.cols:
-                found.setdefault((h, w), []).append((y, x))
-        return {size: tuple(offsets) for size, offsets in found.items()}
 
 
 class TileGrid(Tiling):
@@ -168,11 +147,11 @@ class TileGrid(Tiling):
             tile_size=(h, w),
             overlap=(overlap_y, overlap_x),
             wrap=wraps,
-            rows=_snapped(canvas[0], h, overlap_y, wraps[0], snap),
-            cols=_snapped(canvas[1], w, overlap_x, wraps[1], snap),
+            rows=tuple((y, h) for y in _snapped(canvas[0], h, overlap_y, wraps[0], snap)),
+            cols=tuple((x, w) for x in _snapped(canvas[1], w, overlap_x, wraps[1], snap)),
         )
 
-    def shifted(self, step: int, seed: int) -> Partition:
+    def shifted(self, step: int, seed: int) -> Tiling:
         """A partition of the canvas with other lines in every step (SpotDiffusion); depends on (seed, step) only.
 
         No pixel is evaluated twice. A wrapped axis is rotated. On an open axis all lines move by the same part of a
@@ -192,7 +171,7 @@ class TileGrid(Tiling):
         rows, cols = (
             _moved(*axis) for axis in zip((self.height, self.width), self.tile_size, self.wrap, moved, strict=True)
         )
-        return Partition(self.height, self.width, rows, cols)
+        return Tiling(self.height, self.width, self.tile_size, (0, 0), self.wrap, rows, cols)
 
 
 def _check_count(canvas: Pair, tile: Pair, overlap: Pair) -> None:
@@ -242,9 +221,9 @@ def _moved(size: int, tile: int, wrap: bool, random: float) -> tuple[Pair, ...]:
     return tuple((start, end - start) for start, end in zip(starts, following, strict=True))
 
 
-def _cores(size: int, tile: int, offsets: tuple[int, ...], wrap: bool) -> tuple[Pair, ...]:
-    following = (*offsets[1:], offsets[0] + size)
-    ends = [(a + tile + b) // 2 for a, b in zip(offsets, following, strict=True)]
+def _cores(size: int, parts: tuple[Pair, ...], wrap: bool) -> tuple[Pair, ...]:
+    following = (*(start for start, _ in parts[1:]), parts[0][0] + size)
+    ends = [(start + extent + after) // 2 for (start, extent), after in zip(parts, following, strict=True)]
     if wrap:
         starts = [ends[-1] - size, *ends[:-1]]
     else:
@@ -253,8 +232,8 @@ def _cores(size: int, tile: int, offsets: tuple[int, ...], wrap: bool) -> tuple[
     return tuple((start % size, end - start) for start, end in zip(starts, ends, strict=True))
 
 
-def _lines(size: int, tile: int, wrap: bool, offsets: tuple[int, ...], cores: tuple[Pair, ...]) -> tuple[int, ...]:
+def _lines(size: int, wrap: bool, parts: tuple[Pair, ...], cores: tuple[Pair, ...]) -> tuple[int, ...]:
     lines = {start for start, _ in cores}
-    for offset in offsets:
-        lines |= {offset, (offset + tile) % size}
+    for start, extent in parts:
+        lines |= {start, (start + extent) % size}
     return tuple(sorted(lines if wrap else lines - {0}))

@@ -11,15 +11,15 @@ from tiny import tiny_sd, tiny_sdxl
 from tiny_transformers import build, call, tiny_flux, tiny_pixart_sigma, tiny_qwen, tiny_sd3, tiny_z_image
 
 from tiledcore import Motion, TiledPipeline, TilingConfig, apply_tiling
-from tiledcore.geometry import Partition, Tiling
+from tiledcore.geometry import TileGrid, Tiling
 from tiledcore.hook import STEPWISE, default_tiling, with_fade
 from tiledcore.tiles.denoiser import TileDenoiser
 
 
 @pytest.fixture
-def ways(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, Tiling | Partition]]:
+def ways(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, Tiling]]:
     """The timestep and the tiles of each evaluation from now on."""
-    found: list[tuple[float, Tiling | Partition]] = []
+    found: list[tuple[float, Tiling]] = []
     place = TileDenoiser.place
 
     def spy(self: TileDenoiser, size: Any, timestep: Any, device: Any) -> bool:
@@ -32,10 +32,10 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, Tiling | Partitio
     return found
 
 
-def blended(ways: list[tuple[float, Tiling | Partition]]) -> list[bool]:
+def blended(ways: list[tuple[float, Tiling]]) -> list[bool]:
     # In tokens of two latent pixels where the pipeline packs them.
-    assert all(w.overlap in ((4, 4), (2, 2)) and len(w) > 1 for _, w in ways if isinstance(w, Tiling))
-    return [isinstance(w, Tiling) for _, w in ways]
+    assert all(w.overlap in ((4, 4), (2, 2)) and len(w) > 1 for _, w in ways if isinstance(w, TileGrid))
+    return [isinstance(w, TileGrid) for _, w in ways]
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -143,7 +143,7 @@ def test_unets_fade_and_blend_three_steps_by_default(make: Any, ways: Any) -> No
     assert default_tiling(pipe) == DEFAULT == TiledPipeline.from_pipe(pipe).tiling
     assert with_fade(pipe, DEFAULT, fades=False) == TilingConfig(motion=STEPWISE)
     latents, _ = generate(pipe, True, default_tiling(pipe))
-    assert [isinstance(tiles, Tiling) for _, tiles in ways] == [True, True, False, True]
+    assert [isinstance(tiles, TileGrid) for _, tiles in ways] == [True, True, False, True]
     faded = TilingConfig(motion=Motion(blend_first=2, blend_last=1, fade=3))  # 3/16 of the native 16
     assert torch.equal(latents, generate(pipe, True, faded)[0])
 
@@ -151,7 +151,7 @@ def test_unets_fade_and_blend_three_steps_by_default(make: Any, ways: Any) -> No
 def test_where_nothing_fades_the_last_three_steps_are_blended(ways: Any) -> None:
     pipe = apply_tiling(quiet(tiny_sd()))
     pipe("a coast", height=256, width=256, num_inference_steps=4, output_type="latent")
-    assert [isinstance(tiles, Tiling) for _, tiles in ways] == [False, True, True, True]
+    assert [isinstance(tiles, TileGrid) for _, tiles in ways] == [False, True, True, True]
 
 
 def test_the_default_of_transformers() -> None:

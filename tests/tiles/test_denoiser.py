@@ -67,8 +67,9 @@ def test_neither_tile_batch_nor_the_order_of_tiles_changes_a_bit(
         assert torch.equal(run(tile_batch), expected)
     from tiledcore.geometry import Tiling
 
-    ordered = Tiling.offsets.func  # type: ignore[attr-defined]
-    monkeypatch.setattr(Tiling, "offsets", property(lambda self: ordered(self)[::-1]))
+    ordered = Tiling.groups.func  # type: ignore[attr-defined]
+    backwards = property(lambda self: {size: places[::-1] for size, places in ordered(self).items()})
+    monkeypatch.setattr(Tiling, "groups", backwards)
     assert torch.equal(run(3), expected)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tiledcore import ops
 from tiledcore.compose.regions import Region
 from tiledcore.config import Motion
-from tiledcore.geometry import Pair, Partition, TileGrid, Tiling
+from tiledcore.geometry import Pair, TileGrid, Tiling
 from tiledcore.tiles.denoiser import Prediction
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def evaluate(
         offsets = part.offsets.to(sample.device)
         return denoiser._tile_batch(forward, sample, offsets, part.tile, {**kwargs, **prompts[part.prompt]})
 
-    tilings: dict[int, Tiling | Partition] = {
+    tilings: dict[int, Tiling] = {
         p: _own_tiling(denoiser, (len(rows), len(columns)), kwargs["timestep"])
         for p, (rows, columns, _) in shares.own.items()
     }
@@ -115,7 +115,7 @@ def evaluate(
     groups = {p: _groups(tiling, p, shares, size, images, denoiser.tile_batch) for p, tiling in tilings.items()}
     parts = [part for found in groups.values() for group in found for part in group.parts]
     count, outs = sum(len(part.offsets) for part in parts), iter(denoiser.deal(parts, run, sample))
-    if isinstance(common, Tiling) and not shares.own:
+    if len(common.groups) == 1 and not shares.own:
         (group,) = groups[0]
         tiles = _mixed(group, outs, images, None)
         return Prediction(tiles, group.offsets.to(sample.device), size, denoiser.ramp(common)), count
@@ -129,17 +129,17 @@ def evaluate(
     return denoiser.whole(whole), count
 
 
-def _own_tiling(denoiser: TileDenoiser, size: Pair, timestep: Any) -> Tiling | Partition:
+def _own_tiling(denoiser: TileDenoiser, size: Pair, timestep: Any) -> Tiling:
     """The tiles of a part of the canvas, from its corner on; shifted like those of the canvas in this step."""
     grid = grid_of(denoiser, size, (False, False))
-    if not isinstance(denoiser.placed, Partition):
+    if isinstance(denoiser.placed, TileGrid):
         return grid
     step, _ = denoiser.step(timestep)
     seed = (denoiser.config.moving or Motion()).seed
     return TileGrid(grid.height, grid.width, grid.tile_size).shifted(step, seed)
 
 
-def _groups(tiling: Tiling | Partition, p: int, shares: Shares, size: Pair, images: int, batch: int) -> list[Group]:
+def _groups(tiling: Tiling, p: int, shares: Shares, size: Pair, images: int, batch: int) -> list[Group]:
     """The tiles of the prompt ``p``, or of all that share the canvas' tiles (0), and the calls that they need."""
     rows, columns, _ = shares.own.get(p, (torch.zeros(1), torch.zeros(1), None))
     corner = torch.tensor([[int(rows[0]), int(columns[0])]])
@@ -182,7 +182,7 @@ def _mixed(group: Group, outs: Iterator[Tensor], images: int, like: Tensor | Non
 
 def _canvas(
     denoiser: TileDenoiser,
-    tiling: Tiling | Partition,
+    tiling: Tiling,
     groups: list[Group],
     outs: Iterator[Tensor],
     images: int,
@@ -192,7 +192,7 @@ def _canvas(
     size, canvas = (tiling.height, tiling.width), None
     for group in groups:
         tiles = like = _mixed(group, outs, images, like)
-        if isinstance(tiling, Tiling):
+        if len(groups) == 1:
             if len(tiling) == 1:
                 return tiles
             window, ramp, impl = denoiser.config.window, denoiser.ramp(tiling), denoiser.execution.impl

@@ -19,7 +19,7 @@ from tiledcore._diffusers import float32_parts
 from tiledcore.canvas import attention
 from tiledcore.config import Execution, TilingConfig
 from tiledcore.feature import Features
-from tiledcore.geometry import Pair, Partition, both
+from tiledcore.geometry import Pair, TileGrid, both
 from tiledcore.loop.engine import Engine, buffers_for
 from tiledcore.loop.graph import StepGraphs
 from tiledcore.memory.architectures import Architecture, Part, tensor_bytes
@@ -186,7 +186,7 @@ class Predictor:
         denoiser.place(size, time, torch.device("cpu"))
         tiling, motion = denoiser.tiling(*size, time), denoiser.config.moving
         fade = Fade(1.0, both(denoiser.config.wrap))
-        if motion is not None and motion.fade != 0 and isinstance(tiling, Partition):
+        if motion is not None and motion.fade != 0 and not isinstance(tiling, TileGrid):
             fade.begin_at([(1.0, 0.0)] * 2)
         latents = torch.empty(images, network.config.in_channels, *size, dtype=dtype)
         conditions = _conditions(self.model, network, size, images * branches)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from tiledcore import ops
-from tiledcore.geometry import Pair, Partition, Tiling
+from tiledcore.geometry import Pair, Tiling
 from tiledcore.utils import to_device
 
 WHOLE = ("img_ids", "txt_ids", "position_ids", "image_rotary_emb", "visual_rope_pos", "text_rope_pos", "padding_mask")
@@ -154,7 +154,7 @@ def swap_major(rows: Tensor, outer: int, inner: int) -> Tensor:
     return rows.unflatten(0, (outer, inner)).transpose(0, 1).flatten(0, 1)
 
 
-def check_residuals(kwargs: dict[str, Any], tiling: Tiling | Partition, canvas: Pair) -> None:
+def check_residuals(kwargs: dict[str, Any], tiling: Tiling, canvas: Pair) -> None:
     """ValueError unless tiles begin and end between a residual's pixels at every level; names the nearest canvas."""
     levels: list[Pair] = []
     for name in (*RESIDUALS[:2], ADAPTER):

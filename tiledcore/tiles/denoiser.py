@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tiledcore import ops
 from tiledcore.config import Execution, Motion, TilingConfig
-from tiledcore.geometry import Pair, Partition, TileGrid, Tiling
+from tiledcore.geometry import Pair, TileGrid, Tiling
 from tiledcore.tiles.conditioning import TileBatch, check_residuals, conditions, images_of, refuse, swap_major
 from tiledcore.utils import label, to_device
 
@@ -90,16 +90,16 @@ class TileDenoiser:
         self.deal: Deal = run_all
         self.reductions: list[str] = []
         self._grid: TileGrid | None = None
-        self.placed: Tiling | Partition | None = None  # The tiles of the step that is running
+        self.placed: Tiling | None = None  # The tiles of the step that is running
         self._offsets: Tensor | None = None  # Of the running step, where all its tiles have one size
         self._parts: tuple[Tensor, ...] = ()  # Of the running step, for each size of tiles
-        self._there: dict[Tiling | Partition, tuple[Tensor, ...]] = {}  # Of all steps of the schedule
+        self._there: dict[Tiling, tuple[Tensor, ...]] = {}  # Of all steps of the schedule
         self._tiles: Tensor | None = None
         self._origin: Tensor | None = None
         self.timesteps: Callable[[], Sequence[float]] | None = None
         """Those of the running schedule, as the network gets them; what shifts and blended steps count."""
 
-    def tiling(self, height: int, width: int, timestep: Time) -> Tiling | Partition:
+    def tiling(self, height: int, width: int, timestep: Time) -> Tiling:
         """The tiles of this step: always the same ones, or shifted from step to step."""
         if self._grid is None or (self._grid.height, self._grid.width) != (height, width):
             grid = self.config.grid(height * self.unit, width * self.unit, self.native, self.unit, self.snap)
@@ -171,7 +171,7 @@ class TileDenoiser:
         self.placed = tiling
         return uniform and not (self.config.moving and self.config.moving.blended)
 
-    def _uploaded(self, tiling: Tiling | Partition, device: torch.device) -> tuple[Tensor, ...]:
+    def _uploaded(self, tiling: Tiling, device: torch.device) -> tuple[Tensor, ...]:
         """The offsets ``[n, 2]`` of each size of tiles on the device. All tilings of a schedule go there at once."""
         if tiling not in self._there or self._there[tiling][0].device != device:
             tilings = {tiling: None}
@@ -235,7 +235,7 @@ class TileDenoiser:
             return self.whole(buffer)
         return Prediction(buffer, self._offsets, size, self.ramp(tiling))
 
-    def batches(self, tiling: Tiling | Partition, batch: int) -> list[Batch]:
+    def batches(self, tiling: Tiling, batch: int) -> list[Batch]:
         """The tile batches of a step, in order; with ``guidance_batch=False`` each has one guidance branch."""
         count = batch // (1 if self.execution.guidance_batch else self.branches)
         found, before = [], 0
@@ -256,10 +256,9 @@ class TileDenoiser:
         [out] = self.deal([part], lambda _: self._network(forward, sample, timestep=timestep, **kwargs), sample)
         return self.whole(out)
 
-    def ramp(self, tiling: Tiling | Partition) -> int:
-        """Width of the transition between two tiles, in canvas pixels; a partition has none."""
-        overlap = (0, 0) if isinstance(tiling, Partition) else tiling.overlap
-        return max(1, min(overlap)) if self.config.ramp is None else -(-self.config.ramp // self.unit)
+    def ramp(self, tiling: Tiling) -> int:
+        """Width of the transition between two tiles, in canvas pixels; 1 is none."""
+        return max(1, min(tiling.overlap)) if self.config.ramp is None else -(-self.config.ramp // self.unit)
 
     def attempt(self, forward: Forward, sample: Tensor, timestep: Time, **kwargs: Any) -> Prediction:
         """:meth:`evaluate`; out of memory, again with half the tile batch, or one guidance branch at a time.

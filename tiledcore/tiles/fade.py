@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tiledcore.feature import Feature, Start, Step
-from tiledcore.geometry import Partition, Tiling
+from tiledcore.geometry import Tiling
 from tiledcore.schedulers.noise_levels import clean_and_noisy
 
 logger = logging.getLogger(__name__)
@@ -37,9 +37,9 @@ class Fade(Feature):
     def __init__(self, width: float, wrap: tuple[bool, bool], asked: bool = True) -> None:
         self.width, self.wrap, self.asked = width, wrap, asked
         self._clean: Tensor | None = None  # [B, C, H, W], what the prediction before stood for
-        self._tiles: Tiling | Partition | None = None  # where its tiles lay
+        self._tiles: Tiling | None = None  # where its tiles lay
         self._coefficients: list[tuple[float, float]] = []
-        self._weights: tuple[Tiling | Partition, Tensor] | None = None
+        self._weights: tuple[Tiling, Tensor] | None = None
 
     def begin(self, start: Start) -> None:
         try:
@@ -73,15 +73,14 @@ class Fade(Feature):
     def tensors(self) -> dict[str, Tensor]:
         return {} if self._clean is None else {"clean": self._clean}
 
-    def resume(self, tensors: dict[str, Tensor], tiles: Tiling | Partition) -> None:
+    def resume(self, tensors: dict[str, Tensor], tiles: Tiling) -> None:
         """Go on after the evaluation that left these tensors and used these tiles."""
         self._clean, self._tiles = tensors.get("clean"), tiles
 
-    def _beside_lines(self, tiles: Tiling | Partition, like: Tensor) -> Tensor:
+    def _beside_lines(self, tiles: Tiling, like: Tensor) -> Tensor:
         """The weights ``[H, W]`` of the step before."""
         if self._weights is None or self._weights[0] != tiles:
-            cores = (tiles.core_rows, tiles.core_cols) if isinstance(tiles, Tiling) else (tiles.rows, tiles.cols)
-            axes = zip((tiles.height, tiles.width), cores, self.wrap, strict=True)
+            axes = zip((tiles.height, tiles.width), (tiles.core_rows, tiles.core_cols), self.wrap, strict=True)
             y, x = (
                 fade_weights(size, [start for start, _ in parts], self.width, wrap, like.device)
                 for size, parts, wrap in axes
