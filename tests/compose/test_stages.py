@@ -1,6 +1,7 @@
 """Plans of stages in numbers, and staged runs of tiny pipelines."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ from tilings import MOVING, ONE, RAMP, moving, still
 from tiny import tiny_sd
 from tiny_transformers import build, call, tiny_flux, tiny_pixart_sigma, tiny_qwen, tiny_sd3, tiny_z_image
 
-from tiledcore import Motion, TiledPipeline, TilingConfig
+from tiledcore import Motion, Region, TiledPipeline, TilingConfig
 from tiledcore.compose import stages as stages_module
 from tiledcore.compose.pictures import match_colour
+from tiledcore.compose.regions import scale_regions
 from tiledcore.compose.stage_plan import Stage, Staging, plan_stages, staging
 from tiledcore.compose.stages import StagePlan, _unpacked, enlarge, enlarge_latents, plan_call, stage_tiling
 from tiledcore.schedulers.pull import Pull
@@ -279,10 +281,41 @@ def test_stages_that_lead_nowhere(stages: Any, message: str) -> None:
         make(tiny(), stages=stages)
 
 
+def test_prompts_for_parts_are_of_the_final_size() -> None:
+    """A region or a tile's prompt that covers the canvas is the prompt; boxes are scaled to each stage."""
+    wanted = make(tiny("auto"))
+    whole = Region("a coast", box=(0, 0, 256, 256))
+    of_prompt = make(tiny("auto"), regions=[whole])
+    torch.testing.assert_close(of_prompt, wanted, rtol=1e-4, atol=1e-4)
+    other = make(tiny("auto"), regions=[replace(whole, prompt="a forest")])
+    assert (other - wanted).abs().max() > 1e-3
+    seen = []
+    made = make(tiny("auto"), prompt_for_tile=lambda box: seen.append(box) or "a forest")
+    torch.testing.assert_close(made, other, rtol=1e-4, atol=1e-4)
+    assert (0, 0, 256, 256) in seen and min(min(box) for box in seen) == 0 and max(max(box) for box in seen) == 256
+    assert len({right - left for left, _, right, _ in seen}) > 1  # one tile in the first stage, small ones in the last
+    with pytest.raises(
+        ValueError, match=r"regions\[0\].box=\(0, 0, 257, 9\): does not lie inside the canvas of 256x256"
+    ):
+        make(tiny("auto"), regions=[Region("a forest", box=(0, 0, 257, 9))])
+
+
+def test_regions_scale_with_the_canvas() -> None:
+    mask = torch.zeros(64, 96)
+    mask[:, 48:] = 1
+    box, masked = scale_regions(
+        [Region("a", box=(24, 0, 96, 32), feather=16), Region("b", mask=mask, feather=0)], (64, 96), (32, 48)
+    )
+    assert (box.box, box.feather) == ((12, 0, 48, 16), 8)
+    assert masked.mask.shape == (32, 48) and masked.bounds() == (24, 0, 48, 32)
+    wrapped = scale_regions([Region("c", box=(60, 0, 156, 64))], (64, 96), (21, 31))[0]
+    assert wrapped.box == (19, 0, 50, 21)  # as wide as the canvas, never wider
+
+
 def test_what_does_not_go_with_stages() -> None:
     pipe = tiny("auto")
     for name, value in (("latents", torch.zeros(1, 4, 32, 32)), ("timesteps", [1]), ("mask_image", 3)):
-        with pytest.raises(ValueError, match=f"{name}: is of one stage only"):
+        with pytest.raises(ValueError, match=f"{name}: not with stages"):
             make(pipe, **{name: value})
     with pytest.raises(ValueError, match="has no guidance_rescale; leave it out"):
         make(pipe, guidance_rescale=0.5)

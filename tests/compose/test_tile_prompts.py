@@ -97,7 +97,7 @@ def test_several_images_and_the_negative_branch_keep_theirs() -> None:
         (canvas_mode(), {"prompt_for_tile": lambda box: "ice"}, "prompt_for_tile: not with mode='canvas'"),
         (HALVES, {"prompt_for_tile": ["a"] * 4, "regions": [Region("b", (0, 0, 9, 9))]}, "prompt_for_tile, regions"),
         (HALVES, {"prompt_for_tile": lambda box: "ice", "checkpoint": "run"}, "checkpoint: cannot compare a function"),
-        (HALVES, {"prompt_for_tile": ["a"] * 4, "stages": "auto"}, "prompt_for_tile: is of one stage only"),
+        (HALVES, {"prompt_for_tile": ["a"] * 4, "stages": "auto"}, "prompt_for_tile: each stage has its own tiles"),
     ],
 )
 def test_what_prompts_of_tiles_cannot_be_is_named(tiling: Any, arguments: dict[str, Any], message: str) -> None:

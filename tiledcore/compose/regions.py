@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,27 @@ def check_regions(regions: Sequence[Region], width: int, height: int, wrap: tupl
             raise ValueError(f"regions[{i}].mask: is {mask.shape[1]}x{mask.shape[0]} px, and must be as {canvas}")
         if not mask.any():
             raise ValueError(f"regions[{i}].mask: is empty: every pixel of it is 0")
+
+
+def scale_regions(regions: Sequence[Region], size: Pair, new: Pair) -> list[Region]:
+    """Regions of a canvas of ``size`` (height, width) px, for a smaller or larger canvas of ``new``."""
+    y, x = new[0] / size[0], new[1] / size[1]
+
+    def span(low: int, high: int, scale: float, length: int) -> tuple[int, int]:
+        start = min(round(low * scale), length - 1)
+        return start, min(max(round(high * scale), start + 1), start + length)
+
+    scaled = []
+    for region in regions:
+        place: dict[str, Any] = {"feather": min(round(region.feather * math.sqrt(y * x)), *new)}
+        if region.box is not None:
+            left, top, right, bottom = region.box
+            (left, right), (top, bottom) = span(left, right, x, new[1]), span(top, bottom, y, new[0])
+            place["box"] = (left, top, right, bottom)
+        else:
+            place["mask"] = F.interpolate(torch.from_numpy(_mask(region.mask))[None, None], new, mode="area")[0, 0]
+        scaled.append(replace(region, **place))
+    return scaled
 
 
 def region_weights(regions: Sequence[Region], size: Pair, pixels: int, wrap: tuple[bool, bool]) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tiledcore._diffusers import is_hinted
 from tiledcore.compose.pictures import match_colour, size_px, to_tensor
+from tiledcore.compose.regions import check_are_regions, check_regions, scale_regions
 from tiledcore.compose.stage_plan import Stage, Staging, Upscaler, plan_stages, staging
 from tiledcore.config import Execution, TilingConfig
 from tiledcore.geometry import Pair, both
@@ -145,10 +146,13 @@ def from_pictures(pipe: Any, arguments: dict[str, Any], options: Any, execution:
     Raises:
         ValueError: names an argument that does not go with stages or ``keep_colour``.
     """
-    for name in ("rows", "checkpoint", "regions", "prompt_for_tile"):
+    for name in ("rows", "checkpoint"):
         if getattr(options, name):
-            raise ValueError(f"{name}: is of one stage only; leave it out, or give stages=None")
+            raise ValueError(f"{name}: not with stages or keep_colour; leave it out, or give stages=None")
     image, config = arguments.pop("image", None), staging(options.stages)
+    texts = {"regions": options.regions, "prompt_for_tile": options.prompt_for_tile}
+    if config is not None and not (options.prompt_for_tile is None or callable(options.prompt_for_tile)):
+        raise ValueError("prompt_for_tile: each stage has its own tiles; give a function of a tile's box, not a list")
     if options.keep_colour and image is None:
         raise ValueError("keep_colour: needs an image whose colours to keep; give image= too")
     if options.keep_colour and arguments.get("output_type") == "latent":
@@ -156,12 +160,15 @@ def from_pictures(pipe: Any, arguments: dict[str, Any], options: Any, execution:
     source = None if image is None else to_tensor(image)
     call = arguments | {"execution": execution, "preview": options.preview}
     if config is None:
-        result = pipe(image=image, tiling=options.tiling, pull=options.pull, stages=None, **call)
+        result = pipe(image=image, tiling=options.tiling, pull=options.pull, stages=None, **texts, **call)
     else:
         _check_stages(pipe.pipe, config, arguments | {"image": image})
         given = {"image": source, "tiling": options.tiling, "stages": config, "pull": options.pull}
         rest = {name: value for name, value in call.items() if name not in ("height", "width", "strength")}
-        result = run(pipe, plan_call(pipe, arguments | given), rest, source)
+        plan = plan_call(pipe, arguments | given)
+        check_are_regions(options.regions)
+        check_regions(options.regions, plan.stages[-1].width, plan.stages[-1].height, both(plan.tiling.wrap))
+        result = run(pipe, plan, rest | texts, source)
     if not options.keep_colour or source is None:
         return result
     images = match_colour(result[0], source)
@@ -175,7 +182,7 @@ def _check_stages(pipe: Any, config: Staging, call: dict[str, Any]) -> None:
     """Check that the model has an image-to-image pipeline, and that this takes the arguments of the call."""
     for argument in ("latents", "mask_image", "sigmas", "timesteps"):
         if call.get(argument) is not None:
-            raise ValueError(f"{argument}: is of one stage only; leave it out, or give stages=None")
+            raise ValueError(f"{argument}: not with stages; leave it out, or give stages=None")
     if config.upscale == "latent" and network_of(pipe)[1].model not in STARTS_FROM_LATENTS:
         raise ValueError(
             f"stages: upscale='latent' needs a pipeline that starts from latents (Stable Diffusion, SDXL, SD3, FLUX), "
@@ -212,6 +219,7 @@ def run(pipe: Any, plan: StagePlan, call: dict[str, Any], image: Tensor | None =
         last, size = stage is plan.stages[-1], (stage.height, stage.width)
         latent_size = (stage.height // plan.factor, stage.width // plan.factor)
         kwargs = {**call, "tiling": tiling, "height": stage.height, "width": stage.width, "stages": None}
+        kwargs |= texts_of_stage(call, size, (plan.stages[-1].height, plan.stages[-1].width), first is not None)
         if stage.strength is not None:
             assert image is not None, "a stage with a strength comes after a picture"
             larger = enlarge_latents(image, latent_size) if held else enlarge(image, size, plan.config.upscale)
@@ -227,6 +235,25 @@ def run(pipe: Any, plan: StagePlan, call: dict[str, Any], image: Tensor | None =
         image = _unpacked(pipe.pipe, result.images, *latent_size) if held else result.images.float().clamp(0, 1)
         first = image if first is None else first
     return result if return_dict else result.to_tuple()
+
+
+def texts_of_stage(call: dict[str, Any], size: Pair, final: Pair, refines: bool) -> dict[str, Any]:
+    """``regions`` and ``prompt_for_tile``, which are of the ``final`` size (height, width) px, for a stage of ``size``.
+
+    A stage that ``refines`` starts from the picture before it: its regions have no noise of their own.
+    """
+    regions, prompt = scale_regions(call.get("regions") or (), final, size), call.get("prompt_for_tile")
+    if refines:
+        regions = [replace(region, seed=None) for region in regions]
+    if prompt is None:
+        return {"regions": regions}
+    y, x = final[0] / size[0], final[1] / size[1]
+    return {
+        "regions": regions,
+        "prompt_for_tile": lambda box: prompt(
+            tuple(round(n * scale) for n, scale in zip(box, (x, y, x, y), strict=True))
+        ),
+    }
 
 
 def enlarge(image: Tensor, size: Pair, upscale: Literal["bicubic", "latent"] | Upscaler) -> Tensor:
