@@ -136,13 +136,6 @@ def has_hooks(module: Any) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks) or is_hooked(module)
 
 
-def onload(module: Any) -> None:
-    """Bring a module's weights to the device, if accelerate would do that at its next call."""
-    hook: Any = getattr(module, "_hf_hook", None)
-    if hasattr(hook, "pre_forward"):
-        hook.pre_forward(module)
-
-
 def offload_state(pipe: Any) -> dict[str, Any]:
     """The attributes of a pipeline that ``enable_model_cpu_offload`` changes, with their values now."""
     unset = {"_all_hooks": [], "_offload_gpu_id": 0, "_offload_device": None}

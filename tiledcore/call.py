@@ -25,7 +25,7 @@ from tiledcore.feature import Features
 from tiledcore.geometry import Pair, both
 from tiledcore.hook import NetworkHook, snap_of, tiled, with_fade
 from tiledcore.io.preview import Preview, Previewing
-from tiledcore.io.stream import Rows, streamed
+from tiledcore.io.stream import CPU_BUDGET, Rows, Streamed
 from tiledcore.loop.checkpoint import Checkpoint, locked
 from tiledcore.loop.engine import Engine
 from tiledcore.loop.graph import CudaBackend, StepGraphs
@@ -38,7 +38,7 @@ from tiledcore.schedulers.pull import Pull, Pulling
 from tiledcore.tiles.fade import Fade
 from tiledcore.tiles.families import factor_of, network_of
 from tiledcore.utils import labelled
-from tiledcore.vae.exact import exact_bands, why_not_exact
+from tiledcore.vae.exact import exact_bands, rows_of, why_not_exact
 from tiledcore.vae.wrap import continuation, wrapped
 
 logger = logging.getLogger(__name__)
@@ -175,11 +175,9 @@ class Call:
         if vae is not None:
             around = continuation(vae, wrap, factor)
             slabs = None if self.ranks is None else Slabs(self.ranks)
-            found.append(bounded_vae(pipe, self.size, self.plan, slabs))
-            shared = None if slabs is None else slabs.rows
-            room = None if self.plan is None else self.plan.vae_room
-            found.append(streamed(pipe, options.rows, around, EXACT_DECODE_PIXELS, decode=shared, budget=room))
-            found += [wrapped(vae, wrap, factor), labelled(vae, "decode", "decode")]
+            stream = Streamed(pipe, options.rows, around)
+            found += [bounded_vae(pipe, self.size, stream, self.plan, slabs), stream]
+            found += [wrapped(vae, around), labelled(vae, "decode", "decode")]
         elif options.rows is not None or options.preview is not None:
             raise ValueError("rows, preview: the pipeline has no vae to decode with; leave them out")
         side = min(both(tiling.tile or native))
@@ -302,7 +300,9 @@ def check_levels(pipe: Any, tiling: TilingConfig, size: Pair | None) -> None:
 
 
 @contextmanager
-def bounded_vae(pipe: Any, size: Pair | None, plan: Plan | None = None, slabs: Slabs | None = None) -> Iterator[None]:
+def bounded_vae(
+    pipe: Any, size: Pair | None, stream: Streamed, plan: Plan | None = None, slabs: Slabs | None = None
+) -> Iterator[None]:
     """Run the VAE in exact bands if the whole image would not fit; if bands cannot, in diffusers' tiles."""
     vae = pipe.vae
     if getattr(vae, "use_tiling", True):  # the caller's choice, or another kind of autoencoder
@@ -310,10 +310,13 @@ def bounded_vae(pipe: Any, size: Pair | None, plan: Plan | None = None, slabs: S
         return
     pixels = size[0] * size[1] if size else 0
     if (reason := why_not_exact(vae, pixels)) is None:
-        larger_than, band, room = EXACT_DECODE_PIXELS, None, None
-        if plan is not None:  # the plan knows whether the whole image fits
-            larger_than, band, room = 2**63 if plan.vae_band is None else 0, plan.vae_band, plan.vae_room
-        with exact_bands(vae, larger_than, band, room, None if slabs is None else slabs.whole):
+        larger_than, room = EXACT_DECODE_PIXELS, None if plan is None else plan.vae_room
+        if plan is not None and stream.rows is None:  # the plan knows whether the whole image fits
+            larger_than = 2**63 if plan.vae_band is None else 0
+        if stream.rows is not None and room is None and vae.device.type == "cpu":
+            room = CPU_BUDGET
+        decode = rows_of if slabs is None else slabs.whole if stream.rows is None else slabs.rows
+        with exact_bands(vae, larger_than, None, room, decode, stream.collect):
             yield
         return
     if pixels <= EXACT_DECODE_PIXELS:

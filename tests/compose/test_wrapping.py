@@ -39,7 +39,7 @@ def test_convolutions_of_a_torus_do_not_know_where_it_is_cut(wrap: tuple[bool, b
     vae = convolutions_only()
     z = torch.randn(1, 4, 7, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     turn = (3 * wrap[0], 8 * wrap[1])
-    with wrapped(vae, wrap, 8):
+    with wrapped(vae, continuation(vae, wrap, 8)):
         straight = decode_turned(vae, z, (0, 0))
         torch.testing.assert_close(decode_turned(vae, z, turn), straight, rtol=1e-9, atol=1e-12)
     assert straight.shape == (1, 3, 56, 160)
@@ -58,7 +58,7 @@ def test_the_reach_is_what_the_convolutions_see() -> None:
 def test_encoding_a_torus() -> None:
     vae = convolutions_only()
     x = torch.rand(1, 3, 64, 128, dtype=torch.float64)
-    with torch.no_grad(), wrapped(vae, (False, True), 8):
+    with torch.no_grad(), wrapped(vae, continuation(vae, (False, True), 8)):
         straight = vae.encode(x).latent_dist.mean
         turned = vae.encode(x.roll(64, 3)).latent_dist.mean.roll(-8, 3)
         assert vae.encode(x, return_dict=False)[0].mean.equal(straight)
@@ -78,9 +78,9 @@ def test_bands_of_rows_are_cropped_as_the_whole_is() -> None:
 
 def test_an_open_canvas_is_left_alone_and_the_vae_is_put_back() -> None:
     vae = tiny_vae()
-    with wrapped(vae, False, 8):
+    with wrapped(vae, continuation(vae, False, 8)):
         assert "decode" not in vars(vae)
-    with pytest.raises(KeyError), wrapped(vae, True, 8):
+    with pytest.raises(KeyError), wrapped(vae, continuation(vae, True, 8)):
         assert "decode" in vars(vae)
         raise KeyError
     assert "decode" not in vars(vae) and "encode" not in vars(vae)

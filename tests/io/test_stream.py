@@ -12,8 +12,8 @@ from tilings import RAMP, still
 from tiny import tiny_sd, tiny_sdxl
 from tiny_transformers import ALL, NATIVE, build, call
 
+import tiledcore.call
 from tiledcore import TiledPipeline
-from tiledcore.io import stream
 from tiledcore.memory.planner import plan
 
 SD = {"height": 128, "width": 200, "num_inference_steps": 2}
@@ -96,8 +96,8 @@ def test_large_images_are_the_same_up_to_rounding(monkeypatch: pytest.MonkeyPatc
 
 def test_rows_are_decoded_in_the_room_that_was_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     rooms: list[Any] = []
-    own = stream.decode_rows
-    monkeypatch.setattr(stream, "decode_rows", lambda *args, budget, **_: rooms.append(budget) or own(*args))
+    own = tiledcore.call.exact_bands
+    monkeypatch.setattr(tiledcore.call, "exact_bands", lambda *args: rooms.append(args[3]) or own(*args))
     monkeypatch.setattr("tiledcore.call.EXACT_DECODE_PIXELS", 0)
     pipe = tiny_sd()
     whole = plan(pipe, (200, 128), "1GiB", device="cpu")

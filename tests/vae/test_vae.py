@@ -195,7 +195,7 @@ def test_the_predicted_peak_is_what_the_allocator_gives_out(direction: str, shar
 def test_rows_come_top_to_bottom_and_the_peak_does_not_grow_with_the_height() -> None:
     vae = build("tiny")
     latents = latents_for(vae, 40, 10)
-    rows = list(bands.decode_rows(vae, latents, 64))
+    rows = list(bands.rows_of(vae.decoder, latents, 64))
     assert len(rows) > 2 and max(row.shape[2] for row in rows) <= 80
     assert relative(torch.cat(rows, 2), whole(vae, latents, "decode")) < 1e-5
     short, tall = (choose(vae.decoder, (1, 4, height, 10), torch.float32, 1e9, 64).peak_bytes for height in (40, 200))
@@ -213,7 +213,7 @@ def test_a_batch_is_its_images_and_a_call_is_repeatable() -> None:
 
 def test_latents_of_another_dtype() -> None:
     vae = build("sd")
-    (rows,) = bands.decode_rows(vae, latents_for(vae, 8, 8).double())
+    (rows,) = bands.rows_of(vae.decoder, latents_for(vae, 8, 8).double())
     assert rows.dtype == torch.float32
 
 
@@ -274,6 +274,6 @@ def test_the_least_budget_that_an_error_names_is_enough() -> None:
     vae = build("short")
     latents = latents_for(vae, 32, 16)
     with pytest.raises(ValueError, match=r"budget=1,000 bytes do not hold .* would") as caught:
-        bands.decode_rows(vae, latents, 64, 1000)
+        bands.rows_of(vae.decoder, latents, 64, 1000)
     need = int(str(caught.value).rsplit("px; ", 1)[1].removesuffix(" would").replace(",", ""))
     assert bands.plan(vae.decoder, latents, 64, need).peak_bytes <= need

@@ -239,7 +239,7 @@ def test_what_cannot_run_in_bands_is_refused_in_words() -> None:
     vae = build("small").train()
     assert "call vae.eval()" in str(bands.unsupported(vae))
     with pytest.raises(UnsupportedError, match=r"call vae\.eval"):
-        bands.decode_rows(vae, torch.zeros(1, 8, 4, 4))
+        bands.rows_of(vae.decoder, torch.zeros(1, 8, 4, 4))
     vae = build("interpolate")
     vae.decoder.up_blocks[1][0].interpolation_mode = "bilinear"
     assert "interpolates with 'bilinear'" in str(bands.unsupported(vae))

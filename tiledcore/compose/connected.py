@@ -24,7 +24,7 @@ from tiledcore.geometry import Pair, both
 from tiledcore.tiles.denoiser import Prediction, TileDenoiser
 from tiledcore.tiles.families import network_of
 from tiledcore.utils import replaced
-from tiledcore.vae.wrap import cropped, decoder_reach
+from tiledcore.vae.wrap import Continuation, decoder_reach, wrapped
 
 SHARED = 5
 """Width in latent pixels of the strip that a group of sides shares, as in the paper."""
@@ -204,34 +204,30 @@ def connected(
     noise = graph.share(draw_noise(pipe, call), -(-SHARED // unit) * unit, Random(f"connected/{seed}"))
     call["latents"] = as_latents(pipe, noise)
     tiling = with_fade(pipe, tiling, fades=False)
-    with tiled(pipe, tiling, execution) as hook, _connected_decoder(pipe.vae, graph, factor):
+    reach = min(decoder_reach(pipe.vae), height // factor), min(decoder_reach(pipe.vae), width // factor)
+    around = _Beside(graph.on_axes(reach), factor, graph, graph.partners(None))
+    with tiled(pipe, tiling, execution) as hook, wrapped(pipe.vae, around), _shared_statistics(pipe.vae):
         denoiser = ConnectedDenoiser(tiling, execution, native, factor, family.patch(network), unit)
         denoiser.graph, denoiser.reach = graph, (context // unit, context // unit)
         hook.denoiser = denoiser
         return list(pipe(**call).images)
 
 
-@contextmanager
-def _connected_decoder(vae: Any, graph: CanvasGraph, factor: int) -> Iterator[None]:
-    """``vae.decode`` pads each image with its neighbours, as :func:`tiledcore.vae.wrap.wrapped` does.
+@dataclass(frozen=True)
+class _Beside(Continuation):
+    """Each image is continued by its neighbours."""
 
-    Normalisation uses the statistics of all images together: separate ones would give each image another tone.
-    """
-    decode, partners = vae.decode, graph.partners(None)
+    graph: CanvasGraph
+    partners: Partners
 
-    def decode_connected(z: Tensor, *args: Any, **kwargs: Any) -> Any:
-        y, x = (min(decoder_reach(vae), n) for n in z.shape[-2:])
-        with _shared_statistics(vae):
-            output = decode(graph.pad(z, (y, x), partners), *args, **kwargs)
-        return cropped(output, lambda image: graph.crop(image, (y * factor, x * factor)))
-
-    with replaced(vae, decode=decode_connected):
-        yield
+    def pad(self, canvas: Tensor, pixels: int = 1) -> Tensor:
+        y, x = self.reach
+        return self.graph.pad(canvas, (y * pixels, x * pixels), self.partners)
 
 
 @contextmanager
 def _shared_statistics(network: torch.nn.Module) -> Iterator[None]:
-    """Every GroupNorm computes its statistics over the whole batch."""
+    """Every GroupNorm computes its statistics over the whole batch: else each image would have a tone of its own."""
 
     def shared(norm: torch.nn.GroupNorm, x: Tensor) -> Tensor:
         one = x.transpose(0, 1).flatten(1)[None]  # [1, C, N * pixels]

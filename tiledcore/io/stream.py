@@ -6,21 +6,20 @@ device. Where it then decodes, the rows go to their consumer instead, and the pi
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
+import torch
 from diffusers.models.autoencoders.vae import DecoderOutput
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tiledcore.feature import Feature
 from tiledcore.utils import replaced
-from tiledcore.vae.exact import decode_rows, why_not_exact
+from tiledcore.vae.exact import joined_rows
 from tiledcore.vae.wrap import Continuation
-
-logger = logging.getLogger(__name__)
 
 Band = NDArray[np.uint8]
 Rows = Callable[[Iterator[Band]], None]
@@ -41,71 +40,56 @@ def why_not_streamed(pipe: Any) -> str | None:
     return None
 
 
-@contextmanager
-def streamed(pipe: Any, rows: Rows | None, around: Continuation, whole_pixels: int, **exact: Any) -> Iterator[None]:
-    """Give what the pipeline decodes in this block to ``rows``, in the 8 bits that ``output_type="pil"`` would have.
+class Streamed(Feature):
+    """Gives what the pipeline decodes to ``rows``, in the 8 bits that ``output_type="pil"`` would have.
 
     ``rows`` is called once, in the place of the decode; None: nothing changes. ``around`` is what
-    :func:`tiledcore.vae.wrap.wrapped` has added to the latents, and is cut off the rows. Up to ``whole_pixels`` the
-    VAE's own decode is sliced, so that no bit differs; ``exact`` are arguments of
-    :func:`~tiledcore.vae.exact.decode_rows` for larger images.
+    :func:`tiledcore.vae.wrap.wrapped` has added to the latents, and is cut off the rows.
 
     Raises:
         ValueError: the pipeline must see the whole image, or decodes several or none.
     """
-    if rows is None:
-        yield
-        return
-    reason = why_not_streamed(pipe)
-    if reason is not None:
-        raise ValueError(f"rows: {reason}; leave out one of them")
-    original, decoded = pipe.vae.decode, False
 
-    def decode(latents: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
-        nonlocal decoded
-        decoded = True
+    def __init__(self, pipe: Any, rows: Rows | None, around: Continuation) -> None:
+        self.pipe, self.rows, self.around = pipe, rows, around
+        self._stack, self._height, self._decoded = ExitStack(), 0, False
+
+    def __enter__(self) -> Any:
+        if self.rows is not None:
+            if (reason := why_not_streamed(self.pipe)) is not None:
+                raise ValueError(f"rows: {reason}; leave out one of them")
+            self._decode = self.pipe.vae.decode
+            self._stack.enter_context(replaced(self.pipe.vae, decode=self.decode))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+        if self.rows is not None and not self._decoded and error[0] is None:
+            raise ValueError("rows: the pipeline decoded nothing; leave out output_type='latent'")
+
+    def decode(self, latents: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        """Stands in for ``vae.decode``; returns as little as :func:`wrapped` can cut to one pixel."""
         if len(latents) != 1:
             raise ValueError(f"rows: one image at a time, not {len(latents)}")
-        y, x = (reach * around.factor for reach in around.reach)
-        parts = _decoded(pipe, original, latents, whole_pixels, exact)
-        rows(_bands(pipe, around.crop_rows(parts, latents.shape[-2] * around.factor - 2 * y)))
-        image = latents.new_zeros(1, 3, *[1] * (latents.ndim - 4), 1 + 2 * y, 1 + 2 * x)
-        return DecoderOutput(sample=image) if return_dict else (image,)
+        y, x = (reach * self.around.factor for reach in self.around.reach)
+        self._height = latents.shape[-2] * self.around.factor - 2 * y
+        image = self._decode(latents, return_dict=False)[0]
+        if not self._decoded:  # it came whole; Qwen-Image's autoencoder is one of videos
+            self._take(iter((image[:, :, 0] if image.ndim == 5 else image).split(BAND_PX, dim=2)))
+        small = latents.new_zeros(1, 3, *[1] * (latents.ndim - 4), 1 + 2 * y, 1 + 2 * x)
+        return DecoderOutput(sample=small) if return_dict else (small,)
 
-    with replaced(pipe.vae, decode=decode):
-        yield
-    if not decoded:
-        raise ValueError("rows: the pipeline decoded nothing; leave out output_type='latent'")
+    def collect(self, bands: Iterator[Tensor], height: int) -> Tensor:
+        """What :func:`tiledcore.vae.exact.exact_bands` does with decoded rows ``[1, 3, rows, W]``."""
+        if self.rows is None or not self._height:  # not the pipeline's decode
+            return joined_rows(bands, height)
+        self._take(bands)
+        return torch.zeros(1, 3, 1, 1, device=self.pipe.vae.device)
 
-
-def _decoded(
-    pipe: Any, decode: Callable[..., Any], latents: Tensor, whole_pixels: int, exact: dict[str, Any]
-) -> Iterator[Tensor]:
-    """``[1, C, (1,) h, w]`` -> ``[1, 3, rows, W]``, top to bottom; exact, or it says why not."""
-    pixels = latents.shape[-2] * latents.shape[-1] * pipe.vae_scale_factor**2
-    if pixels > whole_pixels:
-        try:
-            parts = _exact(pipe.vae, latents, pixels, exact)
-        except ValueError as error:
-            logger.warning("%d pixels: decoded whole before the rows are written: %s", pixels, error)
-        else:
-            yield from parts
-            return
-    image = decode(latents, return_dict=False)[0]
-    if image.ndim == 5:  # Qwen-Image's autoencoder is one of videos
-        image = image[:, :, 0]
-    yield from image.split(BAND_PX, dim=2)
-
-
-def _exact(vae: Any, latents: Tensor, pixels: int, options: dict[str, Any]) -> Iterator[Tensor]:
-    """The exact rows; raises ValueError if there are none, which says why."""
-    if getattr(vae, "use_tiling", False):
-        raise ValueError("the autoencoder's own tiling is switched on")
-    if (reason := why_not_exact(vae, pixels)) is not None:
-        raise ValueError(reason)
-    if options.get("budget") is None and vae.device.type == "cpu":
-        options = {**options, "budget": CPU_BUDGET}
-    return decode_rows(vae, latents, **options)
+    def _take(self, bands: Iterator[Tensor]) -> None:
+        self._decoded = True
+        assert self.rows is not None
+        self.rows(_bands(self.pipe, self.around.crop_rows(bands, self._height)))
 
 
 def _bands(pipe: Any, parts: Iterator[Tensor]) -> Iterator[Band]:

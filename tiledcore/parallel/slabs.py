@@ -17,7 +17,7 @@ from torch import Tensor
 from tiledcore.parallel.ranks import Ranks
 from tiledcore.vae.attention import Attention, KeysAndValues
 from tiledcore.vae.bands import Add, Band, Conv, Layer, Pointwise, Reduction, Save, Statistics, Stream
-from tiledcore.vae.exact import joined_rows, plan, run
+from tiledcore.vae.exact import joined_rows, plan, rows_of, run
 from tiledcore.vae.program import program
 
 Rows = tuple[int, int]  # first and last + 1
@@ -99,27 +99,23 @@ class _Merged(Reduction):
             inner.keys, inner.values = (torch.cat(self.ranks.share(t), 1) for t in (inner.keys, inner.values))
         inner.finish()
 
-    def free(self) -> None:
-        self.inner.free()
-
 
 class Slabs:
-    """Decodes of the same latents by all ranks. Arguments are those of :func:`tiledcore.vae.exact.plan`."""
+    """Decodes of the same latents by all ranks. Arguments are those of :func:`tiledcore.vae.exact.rows_of`."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
 
-    def whole(self, network: Any, given: Tensor, band_px: int | None, budget: float | None) -> Tensor:
-        """The decoded image ``[B, 3, H, W]``, on every rank."""
+    def whole(self, network: Any, given: Tensor, band_px: int | None, budget: float | None) -> Iterator[Tensor]:
+        """The decoded image ``[B, 3, H, W]`` in parts, on every rank."""
         if not divides(network, given.shape[2], self.ranks.size):
-            chosen = plan(network, given, band_px, budget)
-            return joined_rows(run(network, given, chosen), chosen.shape[2])
-        return torch.cat(self.ranks.share(self._joined(network, given, band_px, budget)), 2)
+            return rows_of(network, given, band_px, budget)
+        return iter(self.ranks.share(self._joined(network, given, band_px, budget)))
 
     def rows(self, network: Any, given: Tensor, band_px: int | None, budget: float | None) -> Iterator[Tensor]:
         """The decoded rows of the whole image on rank 0, top to bottom; on the others, which send theirs, none."""
         if not divides(network, given.shape[2], self.ranks.size):
-            yield from run(network, given, plan(network, given, band_px, budget))
+            yield from rows_of(network, given, band_px, budget)
         elif self.ranks.leads:
             yield from self._slab(network, given, band_px, budget)
             for rank in range(1, self.ranks.size):

@@ -32,9 +32,6 @@ class KeysAndValues(Reduction):
         self.keys[:, place], self.values[:, place] = keys, values
         self.filled = place.stop
 
-    def free(self) -> None:
-        self.keys = self.values = None
-
 
 class Attention(Layer):
     """Self-attention of a VAE's middle block: queries of one band, keys of all rows."""

@@ -58,9 +58,6 @@ class Reduction:
 
     def finish(self) -> None: ...
 
-    def free(self) -> None:
-        """Free large tensors, after the last pass through the layer."""
-
 
 class Statistics(Reduction):
     """GroupNorm's mean and variance: float32 per band, merged in float64 (Chan, Golub and LeVeque 1979)."""

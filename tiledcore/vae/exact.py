@@ -10,21 +10,19 @@ import logging
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tiledcore._diffusers import onload
 from tiledcore.utils import replaced
 from tiledcore.vae.bands import Band, Layer, Stream, split
 from tiledcore.vae.plan import BandPlan, bands_of, choose, through
 from tiledcore.vae.program import program, unsupported
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 CPU_EXACT_PIXELS = 4096 * 4096
 """The cost of the middle block's attention grows with the square of the pixels: 3.5e13 FLOP at 4096x4096."""
@@ -40,40 +38,43 @@ def why_not_exact(vae: Any, pixels: int) -> str | None:
     return None
 
 
-Run = Callable[[Any, Tensor, int | None, float | None], T]  # ``(decoder, latents, band_px, budget)``
+Rows = Callable[[Any, Tensor, int | None, float | None], Iterator[Tensor]]
+"""``(network, input, band_px, budget)`` -> the rows of its result, see :func:`rows_of`."""
+Collect = Callable[[Iterator[Tensor], int], Tensor]
+"""``(rows of an image, its height)`` -> the image, or what stands for it."""
 
 
-@torch.no_grad()
-def decode_rows(
-    vae: Any,
-    latents: Tensor,
-    band_px: int | None = None,
-    budget: float | None = None,
-    decode: Run[Iterator[Tensor]] | None = None,
-) -> Iterator[Tensor]:
-    """Decode an image and yield its finished rows, top to bottom; the whole image is never in memory.
+def joined_rows(rows: Iterator[Tensor], height: int) -> Tensor:
+    """Bands of an image as one tensor."""
+    image: Tensor | None = None
+    filled = 0
+    for band in rows:
+        if image is None:
+            image = band.new_empty(*band.shape[:2], height, band.shape[3])
+        image[:, :, filled : filled + band.shape[2]] = band
+        filled += band.shape[2]
+        del band
+    assert image is not None and filled == height
+    return image
+
+
+def rows_of(network: Any, given: Tensor, band_px: int | None = None, budget: float | None = None) -> Iterator[Tensor]:
+    """The finished rows of the result, top to bottom; the whole image is never in memory.
 
     Args:
-        vae: a supported autoencoder (see :func:`unsupported`), in eval mode.
-        latents: ``[B, C, h, w]``, scaled and shifted as for ``vae.decode``; any device and floating dtype.
+        network: a supported ``vae.decoder`` or ``vae.encoder``, in eval mode.
+        given: its input ``[B, C, h, w]``; any device and floating dtype.
         band_px: rows of the image per band; None: as many as fit.
-        budget: bytes of device memory, without weights and latents; None: most of the free memory.
-        decode: how several processes run the decoder; None: there is one.
+        budget: bytes of device memory, without weights and ``given``; None: most of the free memory.
 
     Yields:
-        ``[B, 3, rows, W]`` with the dtype and device of ``vae``, without a gradient. The heights vary.
+        ``[B, C', rows, W]`` with the dtype and device of ``network``, without a gradient. The heights vary.
 
     Raises:
-        TypeError: ``vae`` is not supported.
+        TypeError: ``network`` is not supported.
         ValueError: nothing fits ``budget``; raised at the call.
     """
-    onload(vae)
-    latents = latents.to(vae.device, vae.dtype)
-    if (beside := getattr(vae, "post_quant_conv", None)) is not None:
-        latents = beside(latents)
-    if decode is not None:
-        return decode(vae.decoder, latents, band_px, budget)
-    return run(vae.decoder, latents, plan(vae.decoder, latents, band_px, budget))
+    return run(network, given, plan(network, given, band_px, budget))
 
 
 @contextmanager
@@ -82,7 +83,8 @@ def exact_bands(
     larger_than: int = 0,
     band_px: int | None = None,
     budget: float | None = None,
-    decode: Run[Tensor] | None = None,
+    decode: Rows = rows_of,
+    collect: Collect = joined_rows,
 ) -> Iterator[None]:
     """Inside the ``with`` block, ``vae.decode`` and ``vae.encode`` run in exact bands.
 
@@ -91,33 +93,34 @@ def exact_bands(
     Args:
         vae: a supported autoencoder.
         larger_than: images of up to this many pixels are not split.
-        band_px: see :func:`decode_rows`.
-        budget: see :func:`decode_rows`.
-        decode: see :func:`decode_rows`.
+        band_px: see :func:`rows_of`.
+        budget: see :func:`rows_of`.
+        decode: runs the decoder; several processes have one of their own.
+        collect: takes the decoded rows.
 
     Raises:
         TypeError: ``vae`` is not supported.
     """
 
-    def banded(network: Any, shared: Run[Tensor] | None = None) -> Any:
+    def banded(network: Any, rows: Rows, collect: Collect) -> Any:
         original, enlarged = network.forward, math.prod(layer.upsample for layer in program(network))
 
         def forward(sample: Tensor) -> Tensor:
-            if sample.shape[2] * sample.shape[3] * enlarged**2 <= larger_than:
+            height, width = (side * enlarged for side in sample.shape[2:])
+            if height * width <= larger_than:
                 return original(sample)
-            if shared is not None:
-                return shared(network, sample, band_px, budget)
-            chosen = plan(network, sample, band_px, budget)
-            return joined_rows(run(network, sample, chosen), chosen.shape[2])
+            return collect(rows(network, sample, band_px, budget), height)
 
         return forward
 
-    with replaced(vae.decoder, forward=banded(vae.decoder, decode)), replaced(vae.encoder, forward=banded(vae.encoder)):
+    decoder = banded(vae.decoder, decode, collect)
+    encoder = banded(vae.encoder, rows_of, lambda rows, _: torch.cat(list(rows), 2))
+    with replaced(vae.decoder, forward=decoder), replaced(vae.encoder, forward=encoder):
         yield
 
 
 def plan(network: Any, given: Tensor, band_px: int | None = None, budget: float | None = None) -> BandPlan:
-    """How to run ``vae.decoder`` or ``vae.encoder`` on a tensor. Arguments and errors as for :func:`decode_rows`."""
+    """How to run ``vae.decoder`` or ``vae.encoder`` on a tensor. Arguments and errors as for :func:`rows_of`."""
     weight = next(network.parameters())
     limit = _free_bytes(weight.device) if budget is None else budget
     chosen = choose(network, given.shape, weight.dtype, limit, band_px)
@@ -141,23 +144,9 @@ def _free_bytes(device: torch.device) -> float:
     return float("inf")
 
 
-def joined_rows(rows: Iterator[Tensor], height: int) -> Tensor:
-    """Bands of an image as one tensor."""
-    image: Tensor | None = None
-    filled = 0
-    for band in rows:
-        if image is None:
-            image = band.new_empty(*band.shape[:2], height, band.shape[3])
-        image[:, :, filled : filled + band.shape[2]] = band
-        filled += band.shape[2]
-        del band
-    assert image is not None and filled == height
-    return image
-
-
 @torch.no_grad()
-def run(network: Any, given: Tensor, plan: BandPlan, changed: Sequence[Layer] | None = None) -> Iterator[Tensor]:
-    """All rows of the result, top to bottom; ``changed``: layers that stand in for the network's."""
+def run(network: Any, given: Tensor, plan: BandPlan, changed: list[Layer] | None = None) -> Iterator[Tensor]:
+    """All rows of the result, top to bottom; ``changed``: layers that stand in for the network's, and are used up."""
     layers, limits = changed or program(network), plan.limits
     weight = next(network.parameters())
     kept: deque[Band] | None = None
@@ -184,10 +173,9 @@ def run(network: Any, given: Tensor, plan: BandPlan, changed: Sequence[Layer] | 
             reduction.finish()
             if moves:
                 kept, start = stored, place
-                _free(layers[:place])
+                layers[:place] = [Layer()] * place  # no pass goes through these again: frees their keys and values
     for band in stream(len(layers), consume=True):
         yield band.tensors.pop()
-    _free(layers)
 
 
 def _keep(source: Stream, bands: deque[Band]) -> Stream:
@@ -203,9 +191,3 @@ def _read(bands: deque[Band], rows: int, consume: bool) -> Stream:
         if not consume:
             bands.append(Band(list(band.tensors), band.last))
         yield from split(iter([band]), rows)
-
-
-def _free(layers: Sequence[Layer]) -> None:
-    for layer in layers:
-        for reduction in layer.reductions:
-            reduction.free()

@@ -7,7 +7,7 @@ has no seam. Attention and normalisation also see the padding, which changes the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -80,33 +80,24 @@ def decoder_reach(vae: Any) -> int:
     return -int(-seen // 1)
 
 
-def cropped(output: Any, crop: Callable[[Tensor], Tensor]) -> Any:
-    """The result of ``vae.decode``, a tuple or an output object, with its image cropped."""
-    if isinstance(output, tuple):
-        return (crop(output[0]), *output[1:])
-    return type(output)(sample=crop(output.sample))
-
-
 @contextmanager
-def wrapped(vae: Any, wrap: bool | tuple[bool, bool], factor: int) -> Iterator[None]:
-    """Inside the ``with`` block, ``vae.decode`` and ``vae.encode`` treat their canvas as wrapped.
+def wrapped(vae: Any, around: Continuation) -> Iterator[None]:
+    """Inside the ``with`` block, ``vae.decode`` and ``vae.encode`` see their canvas continued by ``around``.
 
-    Args:
-        vae: any autoencoder whose ``decode`` returns a tuple or has a ``sample``.
-        wrap: one bool or (y, x); nothing changes if both are False.
-        factor: image pixels per latent pixel.
+    ``vae`` is any autoencoder whose ``decode`` returns a tuple or has a ``sample``.
     """
-    around = continuation(vae, wrap, factor)
     if around.reach == (0, 0):
         yield
         return
-    decode, encode = vae.decode, vae.encode
+    original_decode, original_encode = vae.decode, vae.encode
 
-    def decode_torus(z: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return cropped(decode(around.pad(z), *args, **kwargs), lambda image: around.crop(image, factor))
+    def decode(z: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = original_decode(around.pad(z), *args, **kwargs)
+        image = around.crop(output[0], around.factor)
+        return (image, *output[1:]) if isinstance(output, tuple) else type(output)(sample=image)
 
-    def encode_torus(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        output = encode(around.pad(x, factor), *args, **kwargs)
+    def encode(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = original_encode(around.pad(x, around.factor), *args, **kwargs)
         found = output[0]
         if isinstance(found, DiagonalGaussianDistribution):
             cut: Any = DiagonalGaussianDistribution(around.crop(found.parameters), found.deterministic)
@@ -114,5 +105,5 @@ def wrapped(vae: Any, wrap: bool | tuple[bool, bool], factor: int) -> Iterator[N
             cut = around.crop(found)
         return (cut,) if isinstance(output, tuple) else type(output)(cut)
 
-    with replaced(vae, decode=decode_torus, encode=encode_torus):
+    with replaced(vae, decode=decode, encode=encode):
         yield
