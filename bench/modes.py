@@ -2,13 +2,19 @@
 
     python -m bench.modes --model earth --size 1024 --seeds 2 --json bench/results/modes_earth_1024.json
 
-Each row is a mean over one image for each prompt and seed, and the columns are:
+Images are kept on disk and not made again, so a study that was stopped goes on where it was. Each row is a mean over
+one image for each prompt and seed, and the columns are:
 
 - s: seconds of an image, text encoding and decoding included; the median.
 - work: latent pixels given to the network over those of the canvas, a step. It is counted while running. 1: every
   pixel is evaluated once in each step. Stages can have less, because their first images are small.
-- seam, worst / limit, low, patches: as in bench/study.py. The lines are those on which tiles meet, in the last step
+- seam, worst / limit: mean seam ratio of the lines on which tiles meet (1 is an ordinary line), and the worst line
+  over the limit, the 99.9th percentile of all other lines (bench/quality.py). The lines are those of the last step
   where they move. For a method whose windows are not placed on a grid, they are those of the plain grid.
+- low: power at one to two cycles per native side, in 128 windows of the native size at random places, over that of the
+  model's native samples with the same prompt. patches: sliced Wasserstein distance of the same windows to the same
+  samples. Both are also given for one half of the native samples against the other: the noise floor. With fewer windows
+  and samples, chance alone moved the patch distance of single images by up to 0.02.
 - alike: likeness of distant tiles (bench/quality.py). One large picture has less than tiles that each draw a picture.
 
 "staged" starts with a small image (``stages="auto"``). Below the table each way is compared with the default way on the
@@ -19,7 +25,7 @@ counts as better or worse.
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -30,17 +36,25 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bench import measure, study
+from bench import measure
 from bench.peers import methods
 from bench.peers.model import Model, counted, starts
 from bench.peers.scalediff import scalediff
-from bench.quality import Pixels, likeness
-from bench.study import PX, Figures, Key
+from bench.quality import Pixels, cut_windows, likeness, low_frequency_power, seam_check
 from tiledcore import TiledPipeline, TileGrid, TilingConfig
 from tiledcore.compose.stage_plan import Staging
 from tiledcore.compose.stages import StagePlan
 from tiledcore.models import NATIVE, call_defaults
+from tiledcore.models.training.metrics import patch_distance
 from tiledcore.tiles.families import network_of
+
+WINDOWS = 128  # cut from each image
+SAMPLES = 32  # native ones, in each of two sets
+PX = 8  # image pixels per latent pixel
+
+Figures = dict[str, float]
+Key = tuple[str, int]
+"""Prompt and seed of an image."""
 
 PROMPTS = ["topographic map of a rugged coast", "satellite view of desert", "relief map of mountains"]
 DEFAULT = "moving tiles"
@@ -144,6 +158,16 @@ def windows(way: Way) -> dict[str, int]:
     return {"stride": way.stride} if way.method is methods.multidiffusion else {}
 
 
+def kept(path: Path, make: Callable[[], Any]) -> Pixels:
+    """The image at ``path``, 0 to 1. If there is none, the images of ``make`` are stored there one below the other."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.concatenate(make())
+        Image.fromarray((pixels * 255).round().astype(np.uint8)).save(path.with_suffix(".tmp.png"))
+        path.with_suffix(".tmp.png").rename(path)
+    return np.asarray(Image.open(path), dtype=np.float32) / 255
+
+
 def made(path: Path, way: Way, pipe: Any, prompt: str, size: int, seed: int, call: dict[str, Any]) -> Pixels:
     """The image stored at ``path``. It is made if it is not there, and its cost is stored beside it."""
 
@@ -158,7 +182,48 @@ def made(path: Path, way: Way, pipe: Any, prompt: str, size: int, seed: int, cal
         path.with_suffix(".json").write_text(json.dumps(cost))  # first: an image without its cost would stay so
         return [image]
 
-    return study.kept(path, make)
+    return kept(path, make)
+
+
+def native_samples(pipe: Any, work: Path, prompt: str, call: dict[str, Any]) -> tuple[Pixels, Pixels]:
+    """Two sets ``[SAMPLES, side, side, 3]`` of images at the model's own size."""
+    side, whole = NATIVE * PX, Way(TilingConfig(tile=NATIVE))
+
+    def samples(first: int) -> Pixels:
+        def make() -> list[Pixels]:
+            seeds = range(first, first + SAMPLES)
+            return [generate(whole, pipe, prompt, side, seed, call) for seed in seeds]
+
+        return kept(work / f"native {prompt} {first}.png", make).reshape(SAMPLES, side, side, 3)
+
+    return samples(1000), samples(2000)
+
+
+def noise_floor(natives: tuple[Pixels, Pixels]) -> Figures:
+    one, other = natives
+    low = low_frequency_power(other) / low_frequency_power(one)
+    return {"low_frequency_kept": low, "patches": patch_distance(other, one)}
+
+
+def judge(image: Pixels, native: Pixels, lines: tuple[list[int], list[int]], period: int) -> Figures:
+    """The figures of one image. ``lines`` (y, x) are where tiles meet and ``period`` is as in bench/quality.py; px."""
+    seams = seam_check(image, *lines, period=period)
+    windows = cut_windows(image, native.shape[1], WINDOWS)
+    return {
+        "seam_mean": seams.mean,
+        "seam_worst_over_limit": seams.worst / seams.limit,
+        "low_frequency_kept": low_frequency_power(windows) / low_frequency_power(native),
+        "patches": patch_distance(windows, native),
+    }
+
+
+def mean(figures: Iterable[Figures]) -> Figures:
+    """Means over images, except for the worst seam."""
+    found = list(figures)
+    result = {key: float(np.mean([one[key] for one in found])) for key in found[0]}
+    if "seam_worst_over_limit" in result:
+        result["seam_worst_over_limit"] = max(one["seam_worst_over_limit"] for one in found)
+    return result
 
 
 def judged(pipe: Any, chosen: dict[str, Way], args: argparse.Namespace) -> tuple[dict[str, dict[Key, Figures]], Any]:
@@ -168,14 +233,14 @@ def judged(pipe: Any, chosen: dict[str, Way], args: argparse.Namespace) -> tuple
     found: dict[str, dict[Key, Figures]] = {name: {} for name in chosen}
     floors, work = [], args.work / args.model
     for prompt in args.prompts:
-        natives = study.native_samples(pipe, work, prompt, call)
-        floors.append(study.noise_floor(natives))
+        natives = native_samples(pipe, work, prompt, call)
+        floors.append(noise_floor(natives))
         native = np.concatenate(natives)
         for seed in range(args.seeds):
             for name, way in chosen.items():
                 path = work / f"{args.size} {name.replace('/', '-')} {prompt} {seed}.png"
                 image = made(path, way, pipe, prompt, args.size, seed, call)
-                figures = study.judge(image, native, lines_of(way, pipe, args.size, args.steps), period)
+                figures = judge(image, native, lines_of(way, pipe, args.size, args.steps), period)
                 figures["likeness"] = likeness(image, PX * NATIVE)
                 found[name][prompt, seed] = figures | json.loads(path.with_suffix(".json").read_text())
                 print(name, prompt, seed, {k: round(v, 3) for k, v in found[name][prompt, seed].items()}, flush=True)
@@ -208,12 +273,29 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    return study.table(rows, COLUMNS, DIGITS)
+def table(rows: list[dict[str, Any]], columns: dict[str, str] = COLUMNS, digits: dict[str, int] = DIGITS) -> str:
+    """A Markdown table. Columns that no row has are left out, and missing figures are dashes."""
+    shown = [key for key in columns if any(row.get(key) is not None for row in rows)]
+    lines = [f"| way | {' | '.join(columns[key] for key in shown)} |", "|---" * (1 + len(shown)) + "|"]
+    for row in rows:
+        values = [row.get(key) for key in shown]
+        cells = [
+            f"{value:.{digits.get(key, 2)}f}" if value is not None and np.isfinite(value) else "–"
+            for key, value in zip(shown, values, strict=True)
+        ]
+        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    parser = study.parser(__doc__, 8, PROMPTS, "runs/modes")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=2048, help="px")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=1, help="images of each prompt")
+    parser.add_argument("--prompts", nargs="+", default=PROMPTS)
+    parser.add_argument("--only", nargs="+", help="names of ways")
+    parser.add_argument("--work", type=Path, default=Path("runs/modes"), help="images are kept there")
+    parser.add_argument("--json", type=Path)
     parser.add_argument("--model", default="earth", help="earth, or earth-flux, for which there are no other methods")
     parser.add_argument("--dtype", default="bfloat16")
     args = parser.parse_args()
@@ -227,10 +309,10 @@ def main() -> None:
     found, floors = judged(pipe, chosen, args)
     rows: list[dict[str, Any]] = []
     for name, images in found.items():
-        row = {"name": name} | study.mean(images.values()) | {"images": len(images)}
+        row = {"name": name} | mean(images.values()) | {"images": len(images)}
         row["seconds"] = median(figures["seconds"] for figures in images.values())
         rows.append(row | {"against": None if name == DEFAULT else against(images, found.get(DEFAULT, {}))})
-    rows.append({"name": "native samples"} | study.mean(floors))
+    rows.append({"name": "native samples"} | mean(floors))
     print(table(rows), *verdict(rows), sep="\n")
     about = {key: getattr(args, key) for key in ("model", "size", "prompts", "seeds", "steps", "dtype")}
     measure.save(args.json, torch.device("cpu"), about=about, rows=rows)

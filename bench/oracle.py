@@ -3,8 +3,7 @@
     python -m bench.oracle [--fields 8] [--seeds 4] [--json bench/results/oracle.json]
 
 The field and its denoiser are in bench/gaussian.py. The denoiser has no error, so all errors are those of the tiling.
-Tiles are gathered, denoised and blended by the engine's own code: :class:`~tiledcore.tiles.denoiser.TileDenoiser`, and
-:func:`~tiledcore.ops.fused_step` with the table of diffusers' flow-matching scheduler.
+Tiles are gathered, denoised and blended by :func:`tiledcore.sample`, with diffusers' flow-matching scheduler.
 
 - seam: mean |difference| across the lines on which tiles start or end (with a hard crop: on which cores meet), over
   that across all other lines. 1 is ideal. A grid that moves has no lines of its own, so those of the fixed grid count.
@@ -15,26 +14,24 @@ Each row is measured with several seeds, the same for all rows; ± is the standa
 
 The whole canvas has a low below 1, because 40 Euler steps are no exact integral: compare with it, not with 1. A core
 that sees its neighbours is here a wide tile of which only the core is kept. This is what canvas mode computes without
-evaluating a pixel twice. The columns *design* are an earlier measurement with a slightly different form of ramp.
+evaluating a pixel twice.
 """
 
 import argparse
 import json
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from bench import measure
 from bench.gaussian import Floats, IdealDenoiser, spectrum
-from tiledcore import Execution, Motion, TilingConfig, ops
-from tiledcore.schedulers.solver import LinearSolver, linear_solver
-from tiledcore.tiles.denoiser import TileDenoiser
+from tiledcore import Execution, Motion, TilingConfig, sample
 
 SIDE, TILE, STEPS = 160, 32, 40
 SHIFT = 3.0
@@ -43,72 +40,47 @@ SHIFT = 3.0
 
 @dataclass(frozen=True)
 class Row:
-    """A way of tiling, and what the design says of it."""
+    """A way of tiling; None is the whole canvas."""
 
     name: str
     tiling: dict[str, Any] | None
     area_factor: float | None = None
     """Where it is not that of the tiles."""
-    seam: float | None = None
-    low: float | None = None
+
+    def config(self, tile: int, side: int) -> TilingConfig:
+        return TilingConfig(**({"tile": side} if self.tiling is None else {"tile": tile, "wrap": True} | self.tiling))
 
 
 def rows(tile: int = TILE) -> list[Row]:
-    """The design's table; None instead of a tiling is the whole canvas."""
+    """The rows of the table."""
 
     def context(core: int, sees: int) -> dict[str, Any]:
         return {"tile": core + 2 * sees, "overlap": 2 * sees, "window": "core"}
 
     half = tile // 2
     return [
-        Row("whole canvas, exact", None, 1.0, 1.00, 0.86),
-        Row("no overlap, fixed grid", {"overlap": 0}, None, 3.34, 0.65),
-        Row("50 % overlap, equal weights (MultiDiffusion)", {"overlap": half, "window": "mean"}, None, 1.68, 0.58),
-        Row("75 % overlap, equal weights", {"overlap": tile * 3 // 4, "window": "mean"}, None, 1.27, 0.58),
-        Row("25 % overlap, ramp", {"overlap": tile // 4}, None, 1.01, 0.74),
-        Row("50 % overlap, ramp", {"overlap": half}, None, 1.01, 0.77),
+        Row("whole canvas, exact", None),
+        Row("no overlap, fixed grid", {"overlap": 0}),
+        Row("50 % overlap, equal weights (MultiDiffusion)", {"overlap": half, "window": "mean"}),
+        Row("75 % overlap, equal weights", {"overlap": tile * 3 // 4, "window": "mean"}),
+        Row("25 % overlap, ramp", {"overlap": tile // 4}),
+        Row("50 % overlap, ramp", {"overlap": half}),
         Row("50 % overlap, ramp of 8", {"overlap": half, "ramp": tile // 4}),
-        Row("window 32, core 20 kept", {"overlap": tile * 3 // 8, "window": "core"}, None, 1.00, 0.80),
-        Row("window 32, core 16 kept", {"overlap": half, "window": "core"}, None, 1.00, 0.82),
-        Row("no overlap, shifted at random (SpotDiffusion)", {"motion": Motion(0, 0, 0)}, None, 1.00, 0.58),
-        Row("canvas mode: core 32 sees 8", context(tile, tile // 4), 1.0, 1.00, 0.84),
-        Row("canvas mode: core 32 sees 16", context(tile, half), 1.0, 1.00, 0.86),
-        Row("canvas mode: core 16 sees 8", context(half, tile // 4), 1.0, 1.00, 0.82),
-        Row("canvas mode: core 16 sees 16", context(half, half), 1.0, 1.00, 0.86),
+        Row("window 32, core 20 kept", {"overlap": tile * 3 // 8, "window": "core"}),
+        Row("window 32, core 16 kept", {"overlap": half, "window": "core"}),
+        Row("no overlap, shifted at random (SpotDiffusion)", {"motion": Motion(0, 0, 0)}, 1.0),
+        Row("canvas mode: core 32 sees 8", context(tile, tile // 4), 1.0),
+        Row("canvas mode: core 32 sees 16", context(tile, half), 1.0),
+        Row("canvas mode: core 16 sees 8", context(half, tile // 4), 1.0),
+        Row("canvas mode: core 16 sees 16", context(half, half), 1.0),
     ]
 
 
-def scheduler(steps: int) -> Any:
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    result = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
-    result.set_timesteps(steps)
-    return result
-
-
-def sample(
-    forward: Callable[..., tuple[Tensor]], noise: Tensor, tiling: dict[str, Any] | None, tile: int, steps: int = STEPS
-) -> Tensor:
-    """The engine's loop: gather and denoise tiles, then blend and step, on ``[B, 1, side, side]`` float64."""
-    solver = linear_solver(scheduler(steps))
-    assert isinstance(solver, LinearSolver), solver
-    solver, side = solver.to(noise.device, torch.float64), noise.shape[-1]
-    asked = {"tile": side} if tiling is None else {"tile": tile, "wrap": True} | tiling
-    config = TilingConfig(**asked)
-    denoiser = TileDenoiser(config, Execution(tile_batch=64), tile, pixels=1)
-    state = torch.cat([noise[None], noise.new_zeros(solver.slots - 1, *noise.shape)])
-    model_input, step = state[0] * solver.input_scale[0], torch.zeros(1, dtype=torch.int64)
-    for timestep in solver.timesteps:
-        denoiser.place((side, side), timestep, noise.device)
-        tiles, offsets, _, ramp = denoiser.evaluate(forward, model_input, timestep)
-        ops.fused_step(
-            *(tiles.contiguous(), offsets, state, solver.table, solver.input_scale, step),
-            model_input=model_input,
-            window=config.window,
-            ramp=ramp,
-        )
-        step += 1
-    return state[0]
+def flow(denoiser: IdealDenoiser, noise: Tensor, config: TilingConfig, steps: int = STEPS) -> Tensor:
+    """Fields ``[B, 1, side, side]`` from noise, float64."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+    scheduler.set_timesteps(steps)
+    return sample(denoiser, noise, scheduler, config, execution=Execution(tile_batch=64))
 
 
 def seam_ratio(images: Floats, lines: set[int]) -> float:
@@ -134,30 +106,27 @@ def low_power(images: Floats, noise: Floats, power: Floats, cycles: float = 4.0)
     return float(found.sum() / (exact * power[modes]).sum())
 
 
-def tile_lines(tiling: dict[str, Any] | None, side: int, tile: int) -> set[int]:
+def tile_lines(config: TilingConfig, side: int) -> set[int]:
     """Where to look for seams: where the blend's weights have an edge."""
-    fixed = {} if tiling is None or "motion" in tiling else tiling
-    grid = TilingConfig(**({"tile": tile, "wrap": True, "overlap": 0} | fixed)).grid(side, side, tile)
-    if fixed.get("window") == "core":
+    grid = config.grid(side, side, side)
+    if config.moving or config.tile == side:
+        return set(range(0, side, TILE))
+    if config.window == "core":
         return {start for start, _ in grid.core_rows}
     return {line % side for start, size in grid.rows for line in (start, start + size)}
 
 
 def measured(row: Row, side: int, tile: int, count: int, steps: int, seed: int = 0) -> dict[str, Any]:
     """One row of the table, on ``count`` fields from the same noise as every other row."""
-    power = spectrum(side)
+    power, config = spectrum(side), row.config(tile, side)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(count, 1, side, side, generator=generator, dtype=torch.float64)
-    fields = sample(IdealDenoiser(power), noise, row.tiling, tile, steps)[:, 0].numpy()
-    config = TilingConfig(**({"tile": tile, "wrap": True} | (row.tiling or {})))
-    area = 1.0 if config.moving else config.grid(side, side, tile).area_factor
+    fields = flow(IdealDenoiser(power), noise, config, steps)[:, 0].numpy()
     return {
         "name": row.name,
-        "area_factor": area if row.area_factor is None else row.area_factor,
-        "seam": seam_ratio(fields, tile_lines(row.tiling, side, tile)),
+        "area_factor": row.area_factor or config.grid(side, side, tile).area_factor,
+        "seam": seam_ratio(fields, tile_lines(config, side)),
         "low": low_power(fields, noise[:, 0].numpy(), power),
-        "design_seam": row.seam,
-        "design_low": row.low,
     }
 
 
@@ -172,14 +141,11 @@ def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    lines = ["| tiling | area factor | seam | design | low | design |", "|---" * 6 + "|"]
+    lines = ["| tiling | area factor | seam | low |", "|---" * 4 + "|"]
     for row in found:
-        design = [f"{row[key]:.2f}" if row[key] is not None else "–" for key in ("design_seam", "design_low")]
-        seam, low = (
-            f"{row[key]:.2f}" + (f" ± {row[f'{key}_sd']:.2f}" if row[f"{key}_sd"] is not None else "")
-            for key in ("seam", "low")
-        )
-        lines.append(f"| {row['name']} | {row['area_factor']:.1f} | {seam} | {design[0]} | {low} | {design[1]} |")
+        errors = {key: row.get(f"{key}_sd") for key in ("seam", "low")}
+        seam, low = (f"{row[key]:.2f}" + (f" ± {sd:.2f}" if sd is not None else "") for key, sd in errors.items())
+        lines.append(f"| {row['name']} | {row['area_factor']:.1f} | {seam} | {low} |")
     return "\n".join(lines)
 
 

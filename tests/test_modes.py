@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tilings import canvas_mode, moving, still
 
-from bench import modes, study
+from bench import modes
 from tiledcore import TiledPipeline, TilingConfig
 
 
@@ -80,15 +80,15 @@ def test_images_are_kept_and_figures_are_means_but_for_the_worst_seam(tmp_path: 
         return [np.full((8, 8, 3), 0.2)] * 2
 
     for _ in range(2):
-        assert study.kept(tmp_path / "folder" / "a.png", make) == pytest.approx(np.full((16, 8, 3), 0.2))
+        assert modes.kept(tmp_path / "folder" / "a.png", make) == pytest.approx(np.full((16, 8, 3), 0.2))
     assert len(made) == 1
-    found = study.mean([{"seam_worst_over_limit": 1.0, "patches": 0.1}, {"seam_worst_over_limit": 1.2, "patches": 0.3}])
+    found = modes.mean([{"seam_worst_over_limit": 1.0, "patches": 0.1}, {"seam_worst_over_limit": 1.2, "patches": 0.3}])
     assert found == {"seam_worst_over_limit": 1.2, "patches": pytest.approx(0.2)}
 
 
 def test_columns_without_any_figure_are_left_out() -> None:
     rows = [{"name": "a", "x": 1.234, "y": None}, {"name": "b", "z": float("nan")}, {"name": "c", "x": 2.0}]
-    text = study.table(rows, {"x": "X", "y": "Y", "z": "Z"}, {"x": 1})
+    text = modes.table(rows, {"x": "X", "y": "Y", "z": "Z"}, {"x": 1})
     assert text.splitlines() == [
         "| way | X | Z |",
         "|---|---|---|",

@@ -1,10 +1,11 @@
-"""The Gaussian field's ideal denoiser against dense linear algebra, and the design's table within its noise."""
+"""The Gaussian field's ideal denoiser against dense linear algebra, and the table beside an earlier one."""
 
 import numpy as np
 import pytest
 import torch
 
 from bench import gaussian, oracle
+from tiledcore import TilingConfig
 
 
 def fields(power: gaussian.Floats, count: int, seed: int) -> gaussian.Floats:
@@ -29,7 +30,7 @@ def test_tile_denoiser_is_the_conditional_mean(tile: int, sigma: float) -> None:
     inner = a * a * covariance + sigma**2 * np.eye(tile * tile)
     mean = a * covariance @ np.linalg.solve(inner, x.reshape(3, -1).T)
     expected = (x - mean.T.reshape(x.shape)) / sigma
-    (found,) = gaussian.IdealDenoiser(power)(torch.from_numpy(x), torch.tensor(1000 * sigma, dtype=torch.float64))
+    found = gaussian.IdealDenoiser(power)(torch.from_numpy(x), torch.tensor(1000 * sigma, dtype=torch.float64))
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-7, atol=1e-7)
 
 
@@ -39,7 +40,7 @@ def test_whole_canvas_is_the_conditional_mean_too() -> None:
     x = np.random.default_rng(1).standard_normal((1, 1, 10, 10))
     inner = 0.6**2 * covariance + sigma**2 * np.eye(100)
     mean = 0.6 * covariance @ np.linalg.solve(inner, x.ravel())
-    (found,) = gaussian.IdealDenoiser(power)(torch.from_numpy(x), 1000 * sigma)
+    found = gaussian.IdealDenoiser(power)(torch.from_numpy(x), 1000 * sigma)
     np.testing.assert_allclose(found.numpy().ravel(), (x.ravel() - mean) / sigma, rtol=1e-7, atol=1e-7)
 
 
@@ -49,7 +50,7 @@ def test_many_steps_over_the_whole_canvas_are_the_exact_flow() -> None:
     exact = np.fft.ifft2(np.sqrt(power) * np.fft.fft2(noise[:, 0].numpy())).real
     errors = []
     for steps in (25, 100, 400):
-        found = oracle.sample(gaussian.IdealDenoiser(power), noise, None, 8, steps)[:, 0].numpy()
+        found = oracle.flow(gaussian.IdealDenoiser(power), noise, TilingConfig(tile=16), steps)[:, 0].numpy()
         errors.append(np.abs(found - exact).max() / np.abs(exact).max())
     assert errors[0] > 3 * errors[1] > 9 * errors[2]
     assert errors[2] < 0.02
@@ -78,22 +79,27 @@ def test_columns_find_what_is_planted() -> None:
     assert (np.diff(seams) > 0).all() and seams[-1] > 2
 
 
-CHEAP = (
-    "whole",
-    "no overlap",
-    "50 % overlap, equal",
-    "25 % overlap, ramp",
-    "window 32, core 20",
-    "canvas mode: core 32 sees 8",
+FIGURES = {
+    "whole canvas, exact": (1.00, 0.86),
+    "no overlap, fixed grid": (3.34, 0.65),
+    "50 % overlap, equal weights (MultiDiffusion)": (1.68, 0.58),
+    "25 % overlap, ramp": (1.01, 0.74),
+    "window 32, core 20 kept": (1.00, 0.80),
+    "canvas mode: core 32 sees 8": (1.00, 0.84),
+}
+"""Seam and low of an earlier measurement, by code that had nothing in common with this."""
+SLOW = ("canvas mode: core 32 sees 8",)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in FIGURES]
 )
-
-
-@pytest.mark.parametrize("row", [row for row in oracle.rows() if row.name.startswith(CHEAP)], ids=lambda row: row.name)
-def test_design_table_within_its_noise(row: oracle.Row) -> None:
-    assert row.seam is not None and row.low is not None
+def test_rows_are_those_of_an_earlier_measurement(name: str) -> None:
+    row = next(row for row in oracle.rows() if row.name == name)
+    seam, low = FIGURES[name]
     found = oracle.measured(row, oracle.SIDE, oracle.TILE, count=1, steps=oracle.STEPS)
-    assert found["seam"] == pytest.approx(row.seam, abs=0.06 if row.seam < 1.1 else 0.35)
-    assert found["low"] == pytest.approx(row.low, abs=0.07)
+    assert found["seam"] == pytest.approx(seam, abs=0.06 if seam < 1.1 else 0.35)
+    assert found["low"] == pytest.approx(low, abs=0.07)
 
 
 def test_area_factors_of_the_table() -> None:
@@ -102,14 +108,9 @@ def test_area_factors_of_the_table() -> None:
 
 
 def test_a_row_of_several_seeds_has_their_mean_and_spread() -> None:
-    found = [{"name": "a", "area_factor": 1.0, "design_seam": None, "design_low": 0.5, "seam": 1.0, "low": low}
+    found = [{"name": "a", "area_factor": 1.0, "seam": 1.0, "low": low}
              for low in (0.4, 0.6)]  # fmt: skip
     row = oracle.summary(found)
     assert row["low"] == pytest.approx(0.5) and row["low_sd"] == pytest.approx(0.02**0.5) and row["seam_sd"] == 0
-    assert "| a | 1.0 | 1.00 ± 0.00 | – | 0.50 ± 0.14 | 0.50 |" in oracle.table([row])
-    assert "| a | 1.0 | 1.00 | – | 0.40 | 0.50 |" in oracle.table([oracle.summary(found[:1])])
-
-
-def test_odd_tiles_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"tiles of \(3, 3\)"):
-        gaussian.IdealDenoiser(gaussian.spectrum(8))(torch.zeros(1, 1, 3, 3, dtype=torch.float64), 500)
+    assert "| a | 1.0 | 1.00 ± 0.00 | 0.50 ± 0.14 |" in oracle.table([row])
+    assert "| a | 1.0 | 1.00 | 0.40 |" in oracle.table([oracle.summary(found[:1])])
