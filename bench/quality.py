@@ -85,9 +85,8 @@ def seam_profile(image: Pixels, wrap: tuple[bool, bool] = (False, False), period
         raise ValueError(f"image of shape {image.shape} must be [H, W] or [H, W, C] with H, W of at least 3")
     if not np.issubdtype(image.dtype, np.floating):
         image = image.astype(np.float32)  # differences of unsigned integers would wrap
-    turned = np.swapaxes(image, 0, 1)
-    y, x = _ratios(_differences(image), wrap[0]), _ratios(_differences(turned), wrap[1])
-    return _by_phase(y, period), _by_phase(x, period)
+    y, x = (_differences(axis) for axis in (image, np.swapaxes(image, 0, 1)))
+    return _by_phase(_ratios(y, wrap[0]), period), _by_phase(_ratios(x, wrap[1]), period)
 
 
 def seam_check(
@@ -110,21 +109,24 @@ def seam_check(
         wrap: line 0 only counts on an axis that wraps.
         period: of the network's own grid.
     """
-    profile = seam_profile(image, wrap, period)
-    tile_lines = [
-        sorted(_valid(lines, len(ratios), axis, wraps))
-        for lines, ratios, axis, wraps in zip((lines_y, lines_x), profile, "yx", wrap, strict=True)
-    ]
-    ordinary = np.concatenate(
-        [
-            np.delete(ratios, sorted({*_outermost(len(ratios), wraps), *lines}))
-            for ratios, lines, wraps in zip(profile, tile_lines, wrap, strict=True)
-        ]
-    )
-    if not ordinary.size:
+    axes, ordinary, near = [], [], NEIGHBOURS // 2
+    profiles = zip("yx", seam_profile(image, wrap, period), (lines_y, lines_x), wrap, strict=True)
+    for axis, ratios, given, wraps in profiles:
+        lines, others = set(given), np.ones(len(ratios), bool)
+        if outside := [line for line in lines if not 0 <= line < len(ratios)]:
+            raise ValueError(f"lines_{axis} has {min(outside)}, but lines go from 0 to {len(ratios) - 1}")
+        if not wraps:
+            lines -= {0}
+            others[: near + 1] = others[-near:] = False
+        found = sorted(lines)
+        others[found] = False
+        ordinary.append(ratios[others])
+        worst = max(found, key=lambda line, ratios=ratios: ratios[line], default=None)  # type: ignore[misc]
+        mean, most = (float(ratios[found].mean()), float(ratios[worst])) if found else (math.nan, math.nan)
+        axes.append(AxisSeams(len(found), mean, most, worst))
+    if not (compared := np.concatenate(ordinary)).size:
         raise ValueError("every line is a tile line: there is nothing to compare them with")
-    y, x = (_summary(r, lines) for r, lines in zip(profile, tile_lines, strict=True))
-    return SeamCheck(float(np.percentile(ordinary, PERCENTILE)), y, x)
+    return SeamCheck(float(np.percentile(compared, PERCENTILE)), *axes)
 
 
 def cut_windows(image: Pixels, size: int, count: int, seed: int = 0) -> Floats:
@@ -195,17 +197,11 @@ def _differences(image: Pixels) -> Floats:
 
 def _ratios(differences: Floats, wrap: bool) -> Floats:
     size = len(differences)
-    each_side = NEIGHBOURS // 2
-    if wrap:
-        count = min(NEIGHBOURS, size - 1)
-        padded = np.pad(differences, (count // 2, count - count // 2), mode="wrap")
-        start = np.arange(size)
-    else:
-        count = min(NEIGHBOURS, size - 2)
-        padded = differences
-        start = np.clip(np.arange(size) - each_side, 1, size - count - 1)
-    # count + 1 lines, the line itself among them
-    windows = np.lib.stride_tricks.sliding_window_view(padded, count + 1)[start]
+    count = min(NEIGHBOURS, size - 1 if wrap else size - 2)
+    first = np.arange(size) - count // 2
+    if not wrap:
+        first = first.clip(1, size - count - 1)
+    windows = differences[(first[:, None] + np.arange(count + 1)) % size]  # the line itself is among them
     around = (windows.sum(axis=1) - differences) / count
     # Taking a line from its window's sum leaves rounding where all of its neighbours are 0.
     around[around < 1e-12 * np.max(differences, initial=0)] = 0
@@ -225,25 +221,3 @@ def _by_phase(ratios: Floats, period: int) -> Floats:
         if 0 < usual < math.inf:  # of a picture of flat blocks it may be neither
             result[phase::period] /= usual
     return result
-
-
-def _outermost(size: int, wrap: bool) -> set[int]:
-    """Lines with less than 8 neighbours on a side, and line 0, which does not exist on an open axis."""
-    near = NEIGHBOURS // 2
-    return set() if wrap else set(range(size)) - set(range(near + 1, size - near))
-
-
-def _valid(lines: Iterable[int], size: int, axis: str, wrap: bool) -> set[int]:
-    found = set(lines)
-    outside = [line for line in found if not 0 <= line < size]
-    if outside:
-        raise ValueError(f"lines_{axis} has {min(outside)}, but lines go from 0 to {size - 1}")
-    return found if wrap else found - {0}
-
-
-def _summary(ratios: Floats, lines: list[int]) -> AxisSeams:
-    if not lines:
-        return AxisSeams(0, float("nan"), float("nan"), None)
-    found = ratios[lines]
-    worst = int(np.argmax(found))
-    return AxisSeams(len(lines), float(found.mean()), float(found[worst]), lines[worst])
