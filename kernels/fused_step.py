@@ -19,6 +19,7 @@ from tiledcore.kernels.blend_tiles import (
     _MASK,
     LIMIT,
     PLANE_LIMIT,
+    REGISTERS,
     SCAN,
     _depth,
     _inside,
@@ -28,14 +29,12 @@ from tiledcore.kernels.blend_tiles import (
 )
 from torch import Tensor
 
-# Element size of the tiles in bytes -> launch. A thread holds its pixels of every slot in registers. By default ptxas
-# spills some of them to fit one more block on a multiprocessor; a register limit that is never reached prevents that.
+# Element size of the tiles in bytes -> launch. A thread holds its pixels of every slot in registers.
 CONFIGS = {
     2: {"BLOCK_H": 8, "BLOCK_W": 64, "PLANES": 1, "num_warps": 4},
     4: {"BLOCK_H": 8, "BLOCK_W": 64, "PLANES": 1, "num_warps": 4},
     8: {"BLOCK_H": 8, "BLOCK_W": 32, "PLANES": 1, "num_warps": 4},
 }
-REGISTERS = 168
 
 # Triton must not compile variants for the values of these arguments (1, a multiple of 16, any other), because they
 # change from call to call. So the variants compiled ahead of time are complete.

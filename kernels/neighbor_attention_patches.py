@@ -3,11 +3,12 @@
 All queries of a tile have the same window, so there is one list of keys per tile.
 """
 
-from functools import lru_cache
 from itertools import product
 
 import torch
 from torch import Tensor
+
+from tiledcore.utils import remembered
 
 Pair = tuple[int, int]
 
@@ -38,7 +39,7 @@ def cut_axis(size: int, tile: int, halo: int, wrap: bool, patch: int) -> list[li
     return windows
 
 
-@lru_cache(maxsize=64)
+@remembered
 def patch_lists(
     canvas: Pair,
     tile: Pair,

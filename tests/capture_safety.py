@@ -1,7 +1,7 @@
 """Which pipelines wait for the GPU between steps, and which steps a CUDA graph can hold; written without a GPU.
 
     python tests/capture_safety.py > bench/results/capture_safety.md
-    python tests/capture_safety.py --json [FAMILY ...]
+    python tests/capture_safety.py [--json] [FAMILY ...]
 
 Each pipeline makes five steps on a double of a GPU (:mod:`gpu_double`), once eagerly and once with graphs.
 """
@@ -13,12 +13,14 @@ from typing import Any
 from unittest.mock import patch
 
 import tiny
+import tiny_controls
 import tiny_transformers
 import torch
 from diffusers import EulerAncestralDiscreteScheduler
 from gpu_double import Gpu, OnGpu, gpu, moved
 from runs import Double, quiet
 from tilings import canvas_mode, moving, still
+from tiny_controls import hint
 from torch.utils._pytree import tree_map_only
 
 import tiledcore.call
@@ -27,32 +29,44 @@ from tiledcore.loop.graph import Body
 from tiledcore.tiles.denoiser import TileDenoiser
 
 STEPS = 5
-FAMILIES = ("sd", "sd_ancestral", "sdxl", "sd3", "flux", "pixart_sigma", "sana", "z_image")
+UNETS = ("sd", "sd_ancestral", "sdxl")
+CONTROLLED = ("sd_control", "sd3_control", "flux_control", "qwen_control")
+FAMILIES = (*UNETS, "sd3", "flux", "qwen", "pixart_sigma", "sana", "z_image", *CONTROLLED)
 MODES = ("still", "moving", "canvas")
+
+
+def source(family: str) -> Any:
+    """The function that makes the pipeline which a transformer family is or stands on."""
+    return getattr(tiny_transformers, f"tiny_{family.removesuffix('_control')}")
 
 
 def pipeline(family: str) -> Any:
     """The pipeline on the GPU, and what it is called with there."""
-    if family.startswith("sd") and family != "sd3":
+    if family in UNETS:
         pipe = quiet(getattr(tiny, f"tiny_{family.partition('_')[0]}")())
         if family.endswith("ancestral"):
             pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
         return moved(pipe)
-    make = getattr(tiny_transformers, f"tiny_{family}")
     embeds = tiny_transformers.EMBEDS
-    if make in embeds:
+    if family != "sd_control" and (make := source(family)) in embeds:
         embeds[make] = tree_map_only(torch.Tensor, lambda t: t if isinstance(t, OnGpu) else OnGpu(t), embeds[make])
-    return moved(quiet(tiny_transformers.build(make)))
+    if family.endswith("control"):
+        return moved(getattr(tiny_controls, f"control_{family.removesuffix('_control')}")())
+    return moved(quiet(tiny_transformers.build(source(family))))
 
 
 def run(wrapped: Any, family: str) -> Any:
-    """Latents of a call on two tiles by three."""
-    if family.startswith("sd") and family != "sd3":
-        arguments: dict[str, Any] = {"height": 192, "width": 256, "generator": torch.Generator().manual_seed(0)}
-        return wrapped("a cat", num_inference_steps=STEPS, output_type="latent", **arguments).images
-    make = getattr(tiny_transformers, f"tiny_{family}")
-    size = (8, 12) if family == "sana" else (24, 32)
-    return tiny_transformers.call(wrapped, make, size, num_inference_steps=STEPS)
+    """Latents of a call on two tiles by three, or by two."""
+    arguments: dict[str, Any] = {"num_inference_steps": STEPS}
+    # SD 3's ControlNet has no positions for more in canvas mode.
+    size = {"sana": (8, 12), "sd3_control": (24, 24)}.get(family, (24, 32))
+    if family.endswith("control"):
+        image = hint(size[0] * wrapped.vae_scale_factor, size[1] * wrapped.vae_scale_factor, [(255, 0, 0)])
+        arguments["image" if family == "sd_control" else "control_image"] = image
+    if family in UNETS or family == "sd_control":
+        arguments |= {"height": 192, "width": 256, "generator": torch.Generator().manual_seed(0)}
+        return wrapped("a cat", output_type="latent", **arguments).images
+    return tiny_transformers.call(wrapped, source(family), size, **arguments)
 
 
 class Recorder(Double):
@@ -133,7 +147,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     with gpu() as mode, patch.object(tiledcore.call, "current_device", lambda _: nullcontext()):
-        chosen = [family for family in FAMILIES if not sys.argv[2:] or family in sys.argv[2:]]
+        asked = [name for name in sys.argv[1:] if name != "--json"] or FAMILIES
+        chosen = [family for family in FAMILIES if family in asked]
         rows = [row(family, tiles, mode) for family in chosen for tiles in MODES]
     print(json.dumps(rows) if "--json" in sys.argv else table(rows), end="")
 

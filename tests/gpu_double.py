@@ -192,12 +192,10 @@ def gpu() -> Iterator[Gpu]:
     torch.cuda.get_device_capability = lambda *_: (9, 0)
     torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = nothing
     made, as_tensor = torch.tensor, torch.as_tensor
-    torch.as_tensor = lambda value, **kwargs: (
-        (  # type: ignore[assignment]
-            value.to(**kwargs) if kwargs else value
-        )
+    torch.as_tensor = lambda value, **kwargs: (  # type: ignore[assignment]
+        (value.to(**kwargs) if kwargs else value)
         if isinstance(value, Tensor)
-        else as_tensor(value, **kwargs)
+        else (torch.tensor if kwargs.get("device") else as_tensor)(value, **kwargs)
     )
     torch.tensor = lambda *args, device=None, **kwargs: made(*args, **kwargs).to(device)
     Tensor.new_tensor = lambda self, *args, device=None, **kwargs: made(  # type: ignore[method-assign]

@@ -72,6 +72,8 @@ def acts_within(network: Any) -> str | None:
     for module in network.modules():
         if hasattr(module, "_hf_hook") or getattr(getattr(module, "_diffusers_hook", None), "hooks", None):
             return "offload, casts or a cache act between the network's layers"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return "a hook of the network's layers runs on the host"
         compiled = module if hasattr(module, "_orig_mod") else module._compiled_call_impl
         if compiled is not None and (compiled.get_compiler_config() or {}).get("triton.cudagraphs"):
             return "the network is compiled with CUDA graphs of its own (reduce-overhead)"

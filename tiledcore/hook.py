@@ -79,12 +79,19 @@ class NetworkHook:
         self.thread = get_ident()
         self._parameters = signature(type(uncompiled(network)).forward)
 
-    def _time(self) -> float | None:
-        """The timestep where the scheduler counts its steps, so that the device need not be asked."""
-        denoiser, place = self.denoiser, getattr(self.scheduler, "step_index", None)
-        if place is None or denoiser.config.moving is None or denoiser.timesteps is None:
-            return None
-        return denoiser.timesteps()[place]
+    def time(self, timestep: Any) -> Any:
+        """The timestep without asking the device, where tiles move with it; otherwise as it is.
+
+        Told by the scheduler, which counts its steps, or by where the timestep lies in the schedule.
+        """
+        denoiser, schedule = self.denoiser, getattr(self.scheduler, "timesteps", None)
+        if denoiser.config.moving is None or denoiser.timesteps is None:
+            return timestep
+        place = getattr(self.scheduler, "step_index", None)
+        if place is None and isinstance(timestep, torch.Tensor) and isinstance(schedule, torch.Tensor):
+            ahead, rest = divmod(timestep.data_ptr() - schedule.data_ptr(), schedule.itemsize)
+            place = ahead if rest == 0 and 0 <= ahead < len(schedule) else None
+        return timestep if place is None else denoiser.timesteps()[place]
 
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if get_ident() != self.thread:
@@ -130,7 +137,8 @@ class NetworkHook:
             if self.engine is not None:
                 self.engine.denoiser = self.engine.own.denoiser = self.denoiser
                 self.engine.own.canvas_size = (canvas.shape[2], canvas.shape[3])
-            timestep, time = arguments[family.timestep], self._time()
+            timestep = arguments[family.timestep]
+            time = self.time(timestep)
             prediction = family.result(self.denoiser(forward, canvas, timestep, time=time, **conditions))
         return family.output(sample=prediction) if return_dict else (prediction,)
 
@@ -161,7 +169,7 @@ def tiled(pipe: Any, config: TilingConfig, execution: Execution | None = None) -
         hook = NetworkHook(denoiser, family, network, pipe.scheduler)
         around: list[tuple[Any, Any]] = [(network, hook)]
         if isinstance(controlnet := getattr(pipe, "controlnet", None), torch.nn.Module):
-            hook.control = ControlHook(lambda: hook.denoiser, family, controlnet)
+            hook.control = ControlHook(hook, controlnet)
             around.append((controlnet, hook.control))
         for owner, one in around:
             intercept(owner, one)

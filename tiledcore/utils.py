@@ -1,16 +1,21 @@
-"""Small helpers: replace attributes of an object for a while, name parts of a step in profiles, copy to a device."""
+"""Small helpers: attributes of an object for a while, names in profiles, copies to a device and what is kept there."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from contextvars import ContextVar
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 PREFIX = "tiledcore::"
 LABELS = ("gather", "network", "attention", "blend", "pull", "step", "decode")
+
+R = TypeVar("R")
+_used: ContextVar[list[Any] | None] = ContextVar("used", default=None)
 
 
 @contextmanager
@@ -35,6 +40,34 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if tensor.device.type == "cpu" and device.type == "cuda" and torch.cuda.is_available():
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def remembered(make: Callable[..., R]) -> Callable[..., R]:
+    """Remember the last 64 results of a function, which are tensors on a device. See :func:`using`."""
+    cached = lru_cache(maxsize=64)(make)
+
+    @wraps(make)
+    def get(*key: Any) -> R:
+        result = cached(*key)
+        if (used := _used.get()) is not None:
+            used.append(result)
+        return result
+
+    return get
+
+
+@contextmanager
+def using() -> Iterator[list[Any]]:
+    """Collect what :func:`remembered` functions return inside a ``with`` block.
+
+    A CUDA graph that is captured there reads these tensors at each replay, also when they are remembered no longer.
+    """
+    used: list[Any] = []
+    token = _used.set(used)
+    try:
+        yield used
+    finally:
+        _used.reset(token)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """StepGraphs: what is captured, replayed, dropped and refused, with a double in place of CUDA's graphs."""
 
 import gc
+import importlib
 import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -10,9 +11,11 @@ import pytest
 import torch
 from diffusers.hooks import HookRegistry
 from diffusers.models.attention_processor import AttnProcessor
+from graph_recorder import Recorder
 from peft import LoraConfig
 from runs import Double
 from tiny import tiny_sd
+from torch.utils._pytree import tree_leaves
 
 from tiledcore._diffusers import acts_within
 from tiledcore.loop.graph import Body, CudaBackend, StepGraphs, identity
@@ -240,6 +243,30 @@ def test_what_a_graph_reads_lives_as_long_as_it() -> None:
     assert alive() is None
 
 
+@pytest.mark.parametrize("name", ["patch_lists", "pieces"])
+def test_lists_that_a_graph_reads_live_when_they_are_remembered_no_longer(name: str) -> None:
+    """Kernels read lists of tokens on the device, of which only the last 64 are remembered."""
+    module = (
+        "tiledcore.kernels.neighbor_attention_patches" if name == "patch_lists" else "tiledcore.ops.gathered_attention"
+    )
+    lists = getattr(importlib.import_module(module), name)
+    more = ((8, 8), (8, 8)) if name == "patch_lists" else (1 << 20, False)
+
+    def made(size: int) -> Any:
+        return tree_leaves(lists((size, size), (8, 8), (4, 4), (False, False), *more, torch.device("cpu")))[0]
+
+    graphs, alive = StepGraphs(True, backend=Recorder()), list[Any]()
+    for _ in range(2):
+        graphs.run(graphs.entry("a", dict), lambda: alive.append(weakref.ref(made(17))))
+    for size in range(18, 82):
+        made(size)
+    gc.collect()
+    assert alive[-1]() is not None
+    graphs.release()
+    gc.collect()
+    assert alive[-1]() is None
+
+
 def changes() -> list[Callable[[Any], Any]]:
     return [
         lambda pipe: pipe.unet.disable_adapters(),
@@ -248,6 +275,8 @@ def changes() -> list[Callable[[Any], Any]]:
         lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
         lambda pipe: pipe.unet.set_attn_processor(AttnProcessor()),
         lambda pipe: pipe.unet.train(),
+        lambda pipe: vars(pipe.unet.mid_block).update(forward=lambda *_, **__: None),  # as DeepCache does
+        lambda pipe: setattr(pipe.unet.mid_block, "__class__", type(pipe.unet.down_blocks[0])),  # as ToMe does
     ]
 
 
@@ -275,6 +304,11 @@ def sequentially_offloaded(unet: Any) -> Any:
     return accelerate.cpu_offload(unet, torch.device("cpu"))
 
 
+def hooked(unet: Any) -> Any:
+    unet.mid_block.register_forward_hook(lambda *_: None)
+    return unet
+
+
 def compiled_in_place(unet: Any) -> Any:
     unet.compile(mode="reduce-overhead")
     return unet
@@ -290,6 +324,7 @@ def compiled(unet: Any) -> Any:
         (group_offloaded, "offload"),
         (layerwise_cast, "casts"),
         (sequentially_offloaded, "offload"),
+        (hooked, "hook"),
         (compiled, "reduce-overhead"),
         (compiled_in_place, "reduce-overhead"),
     ],

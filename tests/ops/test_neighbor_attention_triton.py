@@ -22,7 +22,14 @@ if reason := ops.unavailable("neighbor_attention", "triton", DEVICE):
     pytest.skip(reason, allow_module_level=True)
 
 from tiledcore.kernels import neighbor_attention as kernel  # noqa: E402
-from tiledcore.kernels.neighbor_attention_config import HEAD_DIMS, Config, configuration, split  # noqa: E402
+from tiledcore.kernels.neighbor_attention_config import (  # noqa: E402
+    CAPABILITIES,
+    DTYPES,
+    HEAD_DIMS,
+    Config,
+    configuration,
+    split,
+)
 from tiledcore.kernels.neighbor_attention_patches import patch_lists  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")
@@ -146,6 +153,36 @@ def test_descriptors(dtype: torch.dtype, fused: bool) -> None:
     tensors = {n: (p if fused else p.contiguous()).unflatten(2, (2, 64)) for n, p in zip("qkv", parts, strict=True)}
     result = launch(SMALL._replace(descriptors=True), tensors, GEOMETRY)
     assert_close(result, exact(tensors, GEOMETRY), plain(tensors, GEOMETRY))
+
+
+def production() -> list[Any]:
+    """Every configuration of the table once for each head dimension and dtype. SDXL's on an H100 is in the gate."""
+    found: dict[tuple[int, torch.dtype, Config], int] = {}
+    for D, dtype, capability in product(HEAD_DIMS, DTYPES, CAPABILITIES):
+        found.setdefault((D, dtype, configuration(D, dtype, capability)), capability)
+    return [
+        pytest.param(
+            *key, id=f"sm_{at}-{key[0]}-{DTYPES[key[1]]}", marks=[pytest.mark.slow] * (key[:2] != FAST or at != 90)
+        )
+        for key, at in found.items()
+    ]
+
+
+FAST = (64, torch.float16)
+
+
+@pytest.mark.parametrize(("D", "dtype", "config"), production())
+def test_production_configurations_on_whole_patches(D: int, dtype: torch.dtype, config: Config) -> None:
+    """Two by two tiles of a patch of queries; windows have patches of keys inside of them and across their border."""
+    (QY, QX), (KY, KX) = config.query_patch, config.key_patch
+    geometry = ((2 * QY, 2 * QX), (QY, QX), (KY // 2, KX // 2 + 1), (False, True))
+    blocks, _ = patch_lists(*geometry, config.query_patch, config.key_patch, DEVICE)
+    begin, whole, end = blocks[:, 4:7].unbind(1)
+    assert (begin < whole).all() and (whole < end).all()
+    N = 4 * QY * QX
+    tensors = {name: tokens(1, N, 1, D, dtype=dtype, seed=i) for i, name in enumerate("qkv")}
+    tensors |= {f"global_{name}": tokens(1, 9, 1, D, dtype=dtype, seed=7 + i) for i, name in enumerate("kv")}
+    assert_close(launch(config, tensors, geometry), exact(tensors, geometry), plain(tensors, geometry))
 
 
 def test_descriptors_refuse_what_tma_cannot_read() -> None:

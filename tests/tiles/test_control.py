@@ -1,5 +1,6 @@
 """ControlNets of all families: a tile's hint is its part of the image, and the ControlNet sees tile batches only."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -128,7 +129,7 @@ def test_the_memory_of_the_control_network_is_that_of_a_tile_batch() -> None:
     for side_px in (4096, 8192):
         n = side_px // 16  # tokens along an axis
         denoiser = TileDenoiser(TilingConfig(tile=128), Execution(), 128, pixels=8, patch=2, unit=2)
-        hook = ControlHook(lambda denoiser=denoiser: denoiser, family, net)
+        hook = ControlHook(SimpleNamespace(denoiser=denoiser, family=family, time=lambda time: time), net)
         with simulated(mode, [net], "cpu") as run:
             canvas = torch.empty(1, 64, n, n, dtype=torch.bfloat16)
             tokens = torch.empty(1, n * n, 64, dtype=torch.bfloat16)

@@ -16,6 +16,8 @@ from weakref import WeakSet
 import torch
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from tiledcore.utils import using
+
 logger = logging.getLogger(__name__)
 
 Mode = Literal["auto"] | bool
@@ -180,7 +182,8 @@ class StepGraphs:
         assert self.backend is not None
         reason = None
         try:
-            replay = self.backend.capture(body)
+            with using() as used:
+                replay = self.backend.capture(body)
         except RuntimeError as error:
             reason = not_captured(error)
             if self.mode is True:
@@ -196,7 +199,7 @@ class StepGraphs:
         if self.mode == "auto" and self.backend.free_bytes() < self.reserve:
             self._drop(entry, "the graph's memory does not fit beside the rest")
         else:
-            entry.replay, entry.keeps = replay, (body, keeps)
+            entry.replay, entry.keeps = replay, (body, keeps, used)
 
     def _judge(self, entry: Entry) -> None:
         assert self.backend is not None and entry.replay is not None
@@ -215,15 +218,16 @@ class StepGraphs:
 
 
 def identity(network: Any) -> tuple[Any, ...]:
-    """What a graph of the network bakes in: where its weights lie, and the settings of all its modules.
+    """What a graph of the network bakes in: where its weights lie, and the code and settings of all its modules.
 
     Settings are plain values, such as an adapter that is disabled or merged, its scale, and FreeU's factors, and the
     attention processors with theirs.
     """
-    weights = hash(tuple(p.data_ptr() for p in network.parameters()))
+    weights = hash(tuple(t.data_ptr() for t in (*network.parameters(), *network.buffers())))
     settings = []
     for module in network.modules():
-        settings.append((id(module), module.training, *_plain(vars(module))))
+        code = getattr(module.forward, "__func__", module.forward)  # some libraries replace it
+        settings.append((id(module), id(code), module.training, *_plain(vars(module))))
         processor = getattr(module, "processor", None)
         if processor is not None:
             settings.append((type(processor).__name__, *_plain(vars(processor))))

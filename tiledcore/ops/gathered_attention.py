@@ -5,7 +5,7 @@ which their results are one exact softmax (Milakov and Gimelshein 2018).
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from tiledcore.ops.dispatch import Impl
+from tiledcore.utils import remembered
 
 CHUNK_BYTES = {"cuda": 512 << 20, "cpu": 8 << 20}  # gathered at a time: fills a GPU, or stays near a CPU's caches
 
@@ -33,7 +34,7 @@ class Piece(NamedTuple):
     key_lengths: tuple[int, ...]
 
 
-@lru_cache(maxsize=64)
+@remembered
 def pieces(
     canvas: Pair, tile: Pair, halo: Pair, wrap: tuple[bool, bool], most: int, packed: bool, device: torch.device
 ) -> list[Piece]:
@@ -168,7 +169,7 @@ def _block_diagonal(
     return out.view_as(q), logs.reshape(heads, B, N).transpose(0, 1)
 
 
-@lru_cache(maxsize=64)
+@remembered
 def _mask(q_lengths: tuple[int, ...], k_lengths: tuple[int, ...], device: torch.device) -> Any:
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 

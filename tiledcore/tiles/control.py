@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from inspect import signature
 from threading import get_ident
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -19,6 +19,16 @@ LATER = (torch.zeros(1),)
 """What a pipeline gets and passes on for the residuals of the canvas, which nobody computes."""
 
 
+class Tiled(Protocol):
+    """What stands around the network."""
+
+    denoiser: TileDenoiser
+    family: Family
+
+    def time(self, timestep: Any) -> Any:
+        """The timestep as the host knows it."""
+
+
 class ControlHook:
     """Around the calls of a pipeline's ControlNet, or several in one module, during one call of the pipeline.
 
@@ -28,8 +38,8 @@ class ControlHook:
     residuals the pipeline changes, it runs on the canvas as in diffusers.
     """
 
-    def __init__(self, denoiser: Callable[[], TileDenoiser], family: Family, network: Any) -> None:
-        self.denoiser, self.family, self.thread = denoiser, family, get_ident()
+    def __init__(self, hook: Tiled, network: Any) -> None:
+        self.hook, self.family, self.thread = hook, hook.family, get_ident()
         self._network, self._parameters = network, signature(type(uncompiled(network)).forward)
         self._waiting: tuple[Callable[..., Any], dict[str, Any]] | None = None
 
@@ -38,8 +48,9 @@ class ControlHook:
             return call(*args, **kwargs)
         arguments = dict(self._parameters.bind(self._network, *args, **kwargs).arguments)
         arguments.pop("self")
-        denoiser, canvas = self.denoiser(), self.family.canvas(arguments)
-        tiling = denoiser.tiling(canvas.shape[2], canvas.shape[3], arguments[self.family.timestep])
+        denoiser, canvas = self.hook.denoiser, self.family.canvas(arguments)
+        time = self.hook.time(arguments[self.family.timestep])
+        tiling = denoiser.tiling(canvas.shape[2], canvas.shape[3], time)
         self._waiting = None
         if denoiser.config.mode == "canvas" or arguments.get("guess_mode") or len(tiling) == 1:
             return call(*args, **kwargs)

@@ -169,7 +169,8 @@ class TileDenoiser:
             else:  # a graph reads this tensor
                 self._offsets.copy_(self._parts[0])
         self.placed = tiling
-        return uniform and not (self.config.moving and self.config.moving.blended)
+        alike = all(len(one.groups) == 1 and len(one) == len(tiling) for one in self._there)  # of all steps
+        return alike and not (self.config.moving and self.config.moving.blended)
 
     def _uploaded(self, tiling: Tiling, device: torch.device) -> tuple[Tensor, ...]:
         """The offsets ``[n, 2]`` of each size of tiles on the device. All tilings of a schedule go there at once."""
