@@ -31,6 +31,7 @@ from tiledcore.loop.engine import Engine
 from tiledcore.loop.graph import CudaBackend, StepGraphs
 from tiledcore.memory.budget import Budget, within
 from tiledcore.memory.planner import Plan
+from tiledcore.parallel.own_rows import divided
 from tiledcore.parallel.ranks import Ranks
 from tiledcore.parallel.sharing import Sharing, options_of, same_call
 from tiledcore.parallel.slabs import Slabs
@@ -316,7 +317,8 @@ def bounded_vae(
         if stream.rows is not None and room is None and vae.device.type == "cpu":
             room = CPU_BUDGET
         decode = rows_of if slabs is None else slabs.whole if stream.rows is None else slabs.rows
-        with exact_bands(vae, larger_than, None, room, decode, stream.collect):
+        shares = nullcontext() if slabs is None else divided(slabs.ranks, vae.decoder, factor_of(pipe))
+        with shares, exact_bands(vae, larger_than, None, room, decode, stream.collect):
             yield
         return
     if pixels <= EXACT_DECODE_PIXELS:

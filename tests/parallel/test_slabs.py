@@ -16,7 +16,9 @@ from tiny import tiny_sd
 from torch import Tensor
 
 import tiledcore.call
+import tiledcore.parallel.own_rows
 from tiledcore import TiledPipeline
+from tiledcore.parallel.own_rows import divided
 from tiledcore.parallel.ranks import current
 from tiledcore.parallel.slabs import Slabs, rows_needed
 from tiledcore.vae.exact import exact_bands
@@ -84,6 +86,34 @@ def test_slabs_are_the_image(make: Any, count: int, height: int, band_px: int | 
         assert bool(rows) == (rank == 0)
         if rank == 0:
             assert torch.equal(torch.cat(rows, 2), image)
+
+
+@pytest.mark.parametrize(
+    ("make", "count", "height", "dtype"),
+    [
+        (two_levels, 3, 37, torch.float32),
+        pytest.param(four_levels, 2, 90, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(two_levels, 4, 64, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(taesd, 3, 40, torch.float32, marks=pytest.mark.slow),
+    ],
+)
+def test_own_rows_have_the_bits_of_one_process(
+    make: Any, count: int, height: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The autoencoder's own decode, its rows divided. Two images: torch has another convolution for one small one."""
+    monkeypatch.setattr(tiledcore.parallel.own_rows, "LEAST_PIXELS", 0)
+    vae = make().to(dtype)
+    latents = torch.randn(2, 4, height, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.no_grad():
+        expected = vae.decode(latents).sample
+
+    def work(rank: int) -> Tensor:
+        assert (ranks := current()) is not None
+        with torch.no_grad(), divided(ranks, vae.decoder, 8):
+            return vae.decode(latents).sample
+
+    for image in on_ranks(count, work):
+        assert torch.equal(image, expected)
 
 
 def test_a_slab_needs_few_rows_beside_it() -> None:

@@ -182,15 +182,18 @@ class Ranks:
 
     def _exchange(self, flat: Sequence[Tensor]) -> None:
         """Each rank gives its part to all others."""
-        group = self.world if flat[0].is_cuda else self.hosts
+        group = self._group(flat[0])
         with self._found():
             works = [
-                dist.broadcast(one.view(torch.uint8), src=rank, group=group, async_op=True)
+                dist.broadcast(_bytes(one), src=rank, group=group, async_op=True)
                 for rank, one in enumerate(flat)
                 if len(one)
             ]
             for work in works:
                 work.wait()
+
+    def _group(self, tensor: Tensor) -> Any:
+        return self.world if tensor.is_cuda else self.hosts
 
     def share(self, own: Tensor) -> list[Tensor]:
         """The tensors of all ranks, of one dtype and any shapes, on this rank's device."""
@@ -199,6 +202,23 @@ class Ranks:
         flat[self.rank].copy_(own.flatten())
         self._exchange(flat)
         return [one.view(shape) for one, shape in zip(flat, shapes, strict=True)]
+
+    def alike(self, own: Tensor) -> list[Tensor]:
+        """The tensors of all ranks, of one dtype and one shape."""
+        own = own.contiguous()
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        into, given = [_bytes(one) for one in found], _bytes(own)
+        with self._found():
+            dist.all_gather(into, given, group=self._group(own))
+        return found
+
+    def turn(self, given: Tensor, lengths: Sequence[int], got: Tensor, got_lengths: Sequence[int]) -> None:
+        """Each rank gives a part of ``given`` to each, by rank, and gets the others' in ``got``; both are flat."""
+        item = given.element_size()
+        into, sent = _bytes(got), _bytes(given)
+        sizes = [item * length for length in got_lengths], [item * length for length in lengths]
+        with self._found():
+            dist.all_to_all_single(into, sent, *sizes, group=self._group(given))
 
     def send(self, rows: Tensor) -> None:
         """Send rows ``[B, C, H, W]`` to rank 0, some at a time, as it asks for them."""
@@ -229,6 +249,10 @@ class Ranks:
                 f"another of the {self.size} processes ended, or did not answer in time; with a checkpoint, the same "
                 "command goes on from there"
             ) from error
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(-1).view(torch.uint8)
 
 
 def _checksum(canvas: Tensor) -> int:
