@@ -30,7 +30,18 @@ from tiledcore import Execution, TiledPipeline, TilingConfig, apply_tiling, remo
 
 PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
 TILE, ONE, SIZE = zoo.NATIVE, (zoo.NATIVE, zoo.NATIVE), (zoo.NATIVE * 3 // 2, zoo.NATIVE * 2)
-GROW = ("KontextInpaint", "KleinInpaint", "EditInpaint", "LongCatImageEdit")  # references as large as the canvas
+GROW = (
+    "BriaFiboEdit",
+    "KontextInpaint",
+    "KleinInpaint",
+    "EditInpaint",
+    "LongCatImageEdit",
+)  # references as large as the canvas
+SQUARE = (
+    "KandinskyImg2ImgPipeline",
+    "KandinskyV22Img2ImgPipeline",
+    "KandinskyV22ControlnetImg2ImgPipeline",
+)  # diffusers mixes up their sides
 CHECKS: dict[str, str] = {
     "one tile": "a canvas of one tile gives the bits of the pipeline without tiling",
     "arguments": "what the network gets for a tile has the shapes and values that an image of that size has",
@@ -41,13 +52,17 @@ CHECKS: dict[str, str] = {
 }
 
 NOTES = """
-Reference images (Kontext, FLUX.2, Qwen-Image Edit) are seen whole by every tile. Some pipelines choose the size of
-their image themselves, and must be told of a large one:
+Reference images (Kontext, FLUX.2, Qwen-Image Edit) are seen whole by every tile; an image to edit that lies beside the
+canvas (DreamLite) is cut with it. Some pipelines choose the size of their image themselves: a call that asks for
+another one is refused in one line that says what to give or set:
 
 - HiDreamImagePipeline: `pipe.default_sample_size` = square root of the area in px / 8
 - Kandinsky5T2IPipeline, Kandinsky5I2IPipeline: `pipe.resolutions = [(width, height)]`
 - FluxKontextPipeline: `max_area=height * width, _auto_resize=False` in the call
+- PixArt, Sana, HunyuanDiT: `use_resolution_binning=False` in the call (a TiledPipeline gives it)
 - QwenImage21Pipeline: `use_kv_cache=False` in the call, because tiles cannot share a cache
+- Ideogram4Pipeline: its noise levels follow the size; for those of a tile lower `mu` by half the logarithm of
+  (area of the canvas / area of a tile)
 """
 
 
@@ -59,6 +74,13 @@ class Row:
     network: str
     found: dict[str, str] = field(default_factory=dict)
     not_built: str = ""
+    deprecated: bool = False
+
+    @property
+    def refused(self) -> str:
+        """Why the class is refused in tile mode, whatever it is asked; empty if it runs."""
+        found = [self.found.get(name, "") for name in CHECKS if name not in ("canvas mode", "removed")]
+        return found[0].partition(": ")[2] if self.found and len(set(found)) == 1 and found[0] != "yes" else ""
 
     @property
     def wrong(self) -> list[str]:
@@ -67,10 +89,12 @@ class Row:
 
 def check(cls: type) -> Row:
     """Build and run one class of pipelines."""
-    row = Row(cls.__name__, zoo.network_class(cls) or "")
+    row = Row(cls.__name__, zoo.network_class(cls) or "", deprecated="deprecated" in cls.__module__)
     try:
         pipe = zoo.build(cls)
         before = zoo.run(pipe, cls, ONE)
+        if not before.isfinite().all():
+            raise ValueError("not finite without tiling")
     except Exception as error:  # the table says what is missing
         row.not_built = first_line(error)
         return row
@@ -84,6 +108,11 @@ def check(cls: type) -> Row:
             row.found[name] = f"WRONG {type(error).__name__}: {first_line(error)}"
         remove_tiling(pipe)
     return row
+
+
+def size_of(cls: type) -> tuple[int, int]:
+    """A canvas of two by two tiles, in latent pixels."""
+    return (SIZE[1], SIZE[1]) if cls.__name__.removesuffix("Pipeline") in SQUARE else SIZE
 
 
 def first_line(error: Exception) -> str:
@@ -115,14 +144,15 @@ def _arguments(pipe: Any, cls: type, before: Tensor) -> str:
     image = seen(pipe, lambda: zoo.run(pipe, cls, ONE))[0]
     tiling = TilingConfig(tile=TILE, overlap=TILE // 4)
     apply_tiling(pipe, tiling, Execution(tile_batch=1))
-    tile = seen(pipe, lambda: zoo.run(pipe, cls, SIZE))[0]
+    tile = seen(pipe, lambda: zoo.run(pipe, cls, size_of(cls)))[0]
     differs = []
     for name, given in image.items():
         if name == "return_dict":
             continue
         for one, other in zip(tree_leaves(given), tree_leaves(tile[name]), strict=True):
             if not isinstance(one, Tensor):
-                if one != other and not any(word in cls.__name__ for word in GROW):
+                known = isinstance(one, int | float | str | tuple)
+                if known and one != other and not any(word in cls.__name__ for word in GROW):
                     return f"WRONG {name}: {other} in place of {one}"
             elif one.shape != other.shape and not any(word in cls.__name__ for word in GROW):
                 return f"WRONG {name}: {tuple(other.shape)} in place of {tuple(one.shape)}"
@@ -135,10 +165,10 @@ def _arguments(pipe: Any, cls: type, before: Tensor) -> str:
 
 def _several(pipe: Any, cls: type, before: Tensor) -> str:
     tiling = TilingConfig(tile=TILE, overlap=TILE // 4)
-    one, four = (zoo.run(apply_tiling(pipe, tiling, Execution(tile_batch=n)), cls, SIZE) for n in (1, 4))
+    one, four = (zoo.run(apply_tiling(pipe, tiling, Execution(tile_batch=n)), cls, size_of(cls)) for n in (1, 4))
     if not one.isfinite().all():
         return "WRONG not finite"
-    whole = zoo.run(remove_tiling(pipe), cls, SIZE)
+    whole = zoo.run(remove_tiling(pipe), cls, size_of(cls))
     if whole.shape != one.shape or torch.equal(whole, one):
         return f"WRONG {tuple(one.shape)}, as without tiling" if whole.shape == one.shape else "WRONG shape"
     error = float((one - four).abs().max() / one.abs().max())
@@ -146,12 +176,12 @@ def _several(pipe: Any, cls: type, before: Tensor) -> str:
 
 
 def _default(pipe: Any, cls: type, before: Tensor) -> str:
-    result = zoo.run(TiledPipeline.from_pipe(pipe), cls, SIZE)
+    result = zoo.run(TiledPipeline.from_pipe(pipe), cls, size_of(cls))
     return "yes" if result.isfinite().all() else "WRONG not finite"
 
 
 def _canvas(pipe: Any, cls: type, before: Tensor) -> str:
-    result = zoo.run(apply_tiling(pipe, TilingConfig(tile=TILE, mode="canvas")), cls, SIZE)
+    result = zoo.run(apply_tiling(pipe, TilingConfig(tile=TILE, mode="canvas")), cls, size_of(cls))
     return "yes" if result.isfinite().all() else "WRONG not finite"
 
 
@@ -161,30 +191,47 @@ def _removed(pipe: Any, cls: type, before: Tensor) -> str:
 
 def table(rows: list[Row]) -> str:
     """The page."""
-    tried, left = [row for row in rows if row.found], [row for row in rows if not row.found]
-    works = [row for row in tried if row.found["one tile"] == "yes" and row.found["2x2 tiles"] == "yes"]
+    tried = [row for row in rows if row.found and not row.refused]
+    now, former = ([row for row in tried if row.deprecated == old] for old in (False, True))
+    works = [row for row in now if row.found["one tile"] == "yes" and row.found["2x2 tiles"] == "yes"]
     reasons: dict[str, int] = {}
 
     def mark(text: str) -> str:
         if text == "yes" or text.startswith(("WRONG", "but ")):
             return text
-        text = re.sub(r"^(network|pipe)=\w+: ", "", text)
+        text = re.sub(r"^(network|pipe)=\w+: |^[\w.]+\.(?=attn|attentions)\S*: ", "", text)
         return f"[{reasons.setdefault(text, len(reasons) + 1)}]"
+
+    def cells(some: list[Row]) -> list[str]:
+        return [
+            f"\n| pipeline | network | {' | '.join(CHECKS)} |",
+            f"|---|---|{'---|' * len(CHECKS)}",
+            *(f"| {r.name} | {r.network} | {' | '.join(mark(r.found[name]) for name in CHECKS)} |" for r in some),
+        ]
+
+    def why(some: list[Row]) -> list[str]:
+        groups: dict[str, list[str]] = {}
+        for row in some:
+            groups.setdefault(row.refused or row.not_built, []).append(row.name)
+        return [f"- {', '.join(names)}: {reason}" for reason, names in groups.items()]
 
     lines = [
         "# Compatibility\n",
-        f"Written by `python -m bench.compat --write` with diffusers {diffusers.__version__}: every image pipeline "
-        "that can be built from tiny random networks\nwithout a download. "
-        f"{len(works)} of {len(tried)} classes run in tile mode. A number is a reason below the table.\n",
+        f"Written by `python -m bench.compat --write` with diffusers {diffusers.__version__}: every image pipeline, "
+        "built from tiny random networks\nwithout a download. "
+        f"{len(works)} of {len(now)} classes run in tile mode, {sum(bool(r.refused) for r in rows)} more are refused. "
+        "A number is a reason below the table.\n",
         *(f"- **{name}**: {text}" for name, text in CHECKS.items()),
-        f"\n| pipeline | network | {' | '.join(CHECKS)} |",
-        f"|---|---|{'---|' * len(CHECKS)}",
-        *(f"| {r.name} | {r.network} | {' | '.join(mark(r.found[name]) for name in CHECKS)} |" for r in tried),
+        *cells(now),
+        "\nRefused in one line, before anything runs:\n",
+        *why([row for row in rows if row.refused]),
+        "\nDeprecated by diffusers:",
+        *cells(former),
         NOTES,
         "Reasons:\n",
         *(f"{number}. {text}" for text, number in reasons.items()),
         "\nNot built, so not known:\n",
-        *(f"- {row.name}: {row.not_built}" for row in left),
+        *why([row for row in rows if row.not_built]),
     ]
     return "\n".join(lines) + "\n"
 

@@ -1,19 +1,25 @@
 """The table of pipelines: a part of its classes here, all of them in the slow tests."""
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 import zoo
 from diffusers import Flux2Pipeline
 from zoo_calls import embeds
+from zoo_more import PICTURE
 
 from bench import compat
-from tiledcore import TilingConfig, apply_tiling
+from tiledcore import Execution, TilingConfig, apply_tiling
+from tiledcore.tiles import families
 from tiledcore.tiles.families import network_of
 
 SOME = ("Flux2", "Chroma", "FluxKontext", "Lumina2", "CogView4", "HiDreamImage", "HunyuanDiT", "Kandinsky5T2I", "Krea2")
+RARE = ("DreamLite", "Ideogram4", "OmniGen", "GlmImage", "ZImageOmni")
 UNKNOWN = "ErnieImagePipeline"
 CLASSES = {cls.__name__: cls for cls in zoo.classes()}
 
@@ -23,7 +29,7 @@ def sound(row: compat.Row) -> bool:
     return not row.wrong and (not row.found or row.found["removed"] == "yes")
 
 
-@pytest.mark.parametrize("name", [*(f"{name}Pipeline" for name in SOME), UNKNOWN])
+@pytest.mark.parametrize("name", [*(f"{name}Pipeline" for name in (*SOME, *RARE)), UNKNOWN])
 def test_families_of_tile_mode(name: str) -> None:
     row = compat.check(CLASSES[name])
     assert sound(row), row
@@ -35,7 +41,13 @@ def test_families_of_tile_mode(name: str) -> None:
 def test_every_class(name: str) -> None:
     row = compat.check(CLASSES[name])
     assert sound(row), row
-    assert f"| {name} |" in compat.PAGE.read_text() or f"- {name}: " in compat.PAGE.read_text()
+    assert f"{name} |" in (page := compat.PAGE.read_text()) or re.search(rf"^- .*\b{name}\b", page, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", families.REFUSED)
+def test_refused_by_name(name: str) -> None:
+    with pytest.raises(TypeError, match=f"pipe={name}: cannot be tiled: its? "):
+        network_of(object.__new__(getattr(diffusers, name)))
 
 
 def test_the_shift_of_flux_2_is_that_of_a_tile() -> None:
@@ -65,3 +77,51 @@ def test_a_network_that_nobody_described(caplog: pytest.LogCaptureFixture) -> No
 
 def test_the_page_is_there() -> None:
     assert Path(compat.PAGE).read_text().startswith("# Compatibility")
+
+
+def test_references_of_omnigen_and_its_masks() -> None:
+    """An image in the text: each tile's row has it at the same place, and the mask is that of a tile."""
+    pipe = zoo.build(cls := CLASSES["OmniGenPipeline"])
+    more = {"prompt": "<img><|image_1|></img> a coast", "input_images": [PICTURE]}
+    image = compat.seen(pipe, lambda: zoo.run(pipe, cls, (16, 16), **more))[0]
+    apply_tiling(pipe, TilingConfig(tile=16, overlap=0), Execution(1))
+    tile = compat.seen(pipe, lambda: zoo.run(pipe, cls, (32, 32), **more))[0]
+    for name in ("attention_mask", "position_ids", "input_image_sizes"):
+        one, other = image[name], tile[name]
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def test_both_networks_of_ideogram_see_tiles() -> None:
+    pipe = zoo.build(CLASSES["Ideogram4Pipeline"])
+    seen = []
+    pipe.unconditional_transformer.register_forward_pre_hook(lambda _, __, given: seen.append(given), with_kwargs=True)
+    zoo.run(apply_tiling(pipe, TilingConfig(tile=16, overlap=0), Execution(1)), type(pipe), (32, 32), steps=2)
+    assert {given["hidden_states"].shape[1] for given in seen} == {8 * 8} and len(seen) == 2 * 4
+
+
+def test_reference_keys_of_glm_image_are_refused() -> None:
+    pipe = zoo.build(CLASSES["GlmImagePipeline"])
+    caches = [SimpleNamespace(mode="write")]
+    with pytest.raises(ValueError, match="image: GLM-Image keeps keys of reference images"):
+        network_of(pipe)[1].canvas({"hidden_states": embeds(0, 1, 4, 32, 32), "kv_caches": caches})
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("FluxKontextPipeline", "_auto_resize=False, max_area=65536"),
+        ("HiDreamImagePipeline", "pipe.default_sample_size=32"),
+        ("Kandinsky5T2IPipeline", "pipe.resolutions=[(256, 256)]"),
+        ("PixArtAlphaPipeline", "use_resolution_binning=False"),
+    ],
+)
+def test_a_size_that_is_not_the_one_asked_for(name: str, way: str) -> None:
+    pipe = zoo.build(CLASSES[name])
+    call = zoo.arguments(CLASSES[name], pipe, (16, 16)) | {"height": 256, "width": 256}
+    for argument in ("_auto_resize", "max_area", "use_resolution_binning"):
+        call.pop(argument, None)
+    pipe.resolutions = [(128, 128)]
+    if name.startswith("FluxKontext"):
+        call |= {"max_area": 128 * 128, "_auto_resize": False}
+    with pytest.raises(ValueError, match=rf"height=256, width=256: {name} .* instead; give {re.escape(way)}"):
+        apply_tiling(pipe, TilingConfig(tile=16))(**call)

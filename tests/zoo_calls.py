@@ -123,6 +123,9 @@ WITH_IMAGES = (
     "I2I",
     "Layered",
     "Adapter",
+    "Depth2Img",
+    "Variation",
+    "Refiner",
 )
 AS_TEXT: dict[str, Any] = {"prompt": "a", "negative_prompt": "b", "prompt_embeds": None, "negative_prompt_embeds": None}
 CLASS_CALLS: dict[str, dict[str, Any]] = {
@@ -131,9 +134,10 @@ CLASS_CALLS: dict[str, dict[str, Any]] = {
         f"KandinskyV22{kind}Pipeline": {
             "image_embeds": embeds(0, 1, TEXT_WIDTH),
             "negative_image_embeds": embeds(1, 1, TEXT_WIDTH),
-            "hint": embeds(2, 1, 3, 8, 8),
+            **({"output_type": "pt"} if "Controlnet" in kind else {}),
+            "hint": lambda height, width: embeds(2, 1, 3, height, width),
         }
-        for kind in KANDINSKY
+        for kind in (*KANDINSKY, "Controlnet", "ControlnetImg2Img")
     },
     "LongCatImageEditPipeline": {**AS_TEXT},
     "BriaFiboPipeline": {**AS_TEXT},

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
+from diffusers.hooks.hooks import CacheContext, StateManager
 from diffusers.models import attention_processor as processors
 from diffusers.models.embeddings import PatchEmbed as PatchEmbed
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor as FluxAttnProcessor
@@ -78,6 +82,47 @@ def acts_within(network: Any) -> str | None:
         if compiled is not None and (compiled.get_compiler_config() or {}).get("triton.cudagraphs"):
             return "the network is compiled with CUDA graphs of its own (reduce-overhead)"
     return None
+
+
+PER_CONTEXT = ("first_block_cache", "mag_cache", "taylorseer_cache")
+"""Caches of diffusers whose whole state is in a ``StateManager``, by context."""
+
+
+def stateful(network: Any) -> list[Any]:
+    """What keeps values between a network's layers from call to call.
+
+    Raises:
+        ValueError: it cannot be kept for each tile: the state is no one's, or is what attention saw of the canvas.
+    """
+    found = []
+    for name, module in uncompiled(network).named_modules():
+        processor = type(getattr(module, "processor", None))
+        if processor.__module__.startswith("diffusers.pipelines."):
+            raise ValueError(f"{name}: {processor.__name__} reads the attention of the whole canvas, which no tile has")
+        found += [
+            one for one in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values() if one._is_stateful
+        ]
+    for hook in found:
+        if not type(hook).__module__.endswith(PER_CONTEXT):
+            raise ValueError(
+                f"enable_cache: different tiles would share the state of {type(hook).__name__}; call disable_cache(), "
+                "or use FirstBlockCache, MagCache or TaylorSeer"
+            )
+    return found
+
+
+@contextmanager
+def context_of(hooks: list[Any], part: str) -> Iterator[None]:
+    """A context of its own for one tile batch in what :func:`stateful` found; the pipeline's own is put back."""
+    managers = {id(one): one for hook in hooks for one in vars(hook).values() if isinstance(one, StateManager)}
+    before = [(one, one._context) for one in managers.values()]
+    for one, context in before:
+        one.set_context(CacheContext(part) if context is None else replace(context, name=f"{context.name} {part}"))
+    try:
+        yield
+    finally:
+        for one, context in before:
+            one.set_context(context)
 
 
 def pack(pipe: Any, noise: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import wraps
 from inspect import signature
+from itertools import count
 from threading import RLock, get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,19 +15,20 @@ from weakref import WeakKeyDictionary
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-from tiledcore._diffusers import is_hinted, scales_predictions, uncompiled
+from tiledcore._diffusers import context_of, is_hinted, scales_predictions, stateful, uncompiled
 from tiledcore.canvas import attention
 from tiledcore.config import Execution, Motion, TilingConfig
 from tiledcore.geometry import Pair, both
 from tiledcore.intercept import around_of, intercept, release
 from tiledcore.loop.engine import Engine
+from tiledcore.tiles.asked_size import check_size
 from tiledcore.tiles.control import ControlHook
 from tiledcore.tiles.denoiser import TileDenoiser
 from tiledcore.tiles.families import Family, factor_of, network_of
 from tiledcore.tiles.family import Shift
 from tiledcore.utils import replaced
 
-FOR_FAMILY = ("canvas_size", "references")  # told to the family, not to the network
+FOR_FAMILY = ("canvas_size", "references", "reference_images")  # told to the family, not to the network
 STEPWISE = Motion(blend_first=0, blend_last=3, fade=0)  # how tiles move where nothing can fade
 
 _locks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
@@ -72,11 +74,13 @@ class NetworkHook:
 
     engine: Engine | None = None  # What moves the canvas during a call of a :class:`~tiledcore.TiledPipeline`
     control: ControlHook | None = None  # Of the pipeline's ControlNet
+    looks_at: Callable[[int, int], None] = staticmethod(lambda height, width: None)  # Told the canvas' size, px
     regions: Any = None  # Prompts of parts of the canvas, a :class:`~tiledcore.compose.regional.Regional`
 
     def __init__(self, denoiser: TileDenoiser, family: Family, network: Any, scheduler: Any) -> None:
         self.denoiser, self.family, self.network, self.scheduler = denoiser, family, network, scheduler
         self.thread = get_ident()
+        self._stateful: list[Any] | None = None
         self._parameters = signature(type(uncompiled(network)).forward)
 
     def time(self, timestep: Any) -> Any:
@@ -93,6 +97,14 @@ class NetworkHook:
             place = ahead if rest == 0 and 0 <= ahead < len(schedule) else None
         return timestep if place is None else denoiser.timesteps()[place]
 
+    def _kept(self) -> list[Any]:
+        """What the network keeps from step to step, looked for once in a call; each tile batch has its own."""
+        if self._stateful is None:
+            self._stateful = stateful(self.network)
+        if self._stateful and self.denoiser.config.moving is not None:
+            raise ValueError("enable_cache: tiles that move see another part in each step; give motion='still'")
+        return self._stateful
+
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if get_ident() != self.thread:
             return call(*args, **kwargs)
@@ -105,17 +117,21 @@ class NetworkHook:
             engine = None
         canvas = None if engine else family.canvas(arguments)
 
+        batches = count()
+
         def forward(tiles: torch.Tensor, timestep: Any, **conditions: Any) -> tuple[torch.Tensor]:
+            kept: list[Any] = []
             if tiles is canvas:  # one tile: the call as it came, so that no bit changes
                 inputs = arguments | conditions
             else:
                 whole = engine.buffers.model_input if canvas is None and engine is not None else canvas
-                cut = whole is None or tiles.shape[2:] != whole.shape[2:]
-                if cut and getattr(self.network, "is_cache_enabled", False):
-                    raise ValueError("enable_cache: its state would be shared by different tiles; call disable_cache()")
+                if whole is None or tiles.shape[2:] != whole.shape[2:]:
+                    kept = self._kept()
                 inputs = {**conditions, family.timestep: timestep}
                 inputs |= family.tiles(tiles, inputs, self.denoiser.pixels)
-            output = call(return_dict=False, **{name: inputs[name] for name in inputs if name not in FOR_FAMILY})
+            inputs = {name: inputs[name] for name in inputs if name not in FOR_FAMILY}
+            with context_of(kept, f"{next(batches)} of {len(tiles)}") if kept else nullcontext():
+                output = call(return_dict=False, **inputs)
             output = output[0] if isinstance(output, tuple) else output  # Kandinsky 5 gives the tensor itself
             return (family.prediction(output, (tiles.shape[2], tiles.shape[3])),)
 
@@ -127,6 +143,7 @@ class NetworkHook:
                     f"{family.sample}: {tuple(canvas.shape)} is no image [B, C, H, W], and cannot be tiled"
                 )
             conditions |= self._for_family(canvas, arguments[family.sample])
+            self.looks_at(canvas.shape[2] * self.denoiser.pixels, canvas.shape[3] * self.denoiser.pixels)
         if self.control is not None:
             conditions = self.control.take(conditions)
         if engine is not None:
@@ -137,24 +154,32 @@ class NetworkHook:
             if self.engine is not None:
                 self.engine.denoiser = self.engine.own.denoiser = self.denoiser
                 self.engine.own.canvas_size = (canvas.shape[2], canvas.shape[3])
-            timestep = arguments[family.timestep]
-            time = self.time(timestep)
-            prediction = family.result(self.denoiser(forward, canvas, timestep, time=time, **conditions))
+            sample, timestep = arguments[family.sample], arguments[family.timestep]
+            predicted = self.denoiser(forward, canvas, timestep, time=self.time(timestep), **conditions)
+            prediction = family.result(predicted, sample)
         return family.output(sample=prediction) if return_dict else (prediction,)
 
     def _for_family(self, canvas: torch.Tensor, sample: Any) -> dict[str, Any]:
         """What the family is told beside the network's arguments: the canvas' size, tokens of reference images."""
         size = (canvas.shape[2], canvas.shape[3])
-        if not self.family.packed or sample.shape[1] == size[0] * size[1]:
+        omni = isinstance(sample, list) and isinstance(sample[0], list)  # of Z-Image
+        if not omni and (not self.family.packed or sample.shape[1] == size[0] * size[1]):
             return {"canvas_size": size}
         if self.denoiser.config.mode == "canvas":
             raise ValueError("reference images inside the sequence need mode='tiles'; canvas mode knows one image")
+        if omni:
+            return {"canvas_size": size, "reference_images": [one[:-1] for one in sample]}
         return {"canvas_size": size, "references": sample[:, size[0] * size[1] :]}
 
 
 @contextmanager
-def tiled(pipe: Any, config: TilingConfig, execution: Execution | None = None) -> Iterator[NetworkHook]:
-    """Inside a ``with`` block, the pipeline's network is evaluated in tiles. Raises as :func:`apply_tiling` does."""
+def tiled(
+    pipe: Any, config: TilingConfig, execution: Execution | None = None, given: dict[str, Any] | None = None
+) -> Iterator[NetworkHook]:
+    """Inside a ``with`` block, the pipeline's network is evaluated in tiles. Raises as :func:`apply_tiling` does.
+
+    ``given``: the arguments of its call, whose size is checked.
+    """
     network, family = network_of(pipe)
     execution = execution or Execution()
     denoiser = _denoiser(pipe, config, execution)
@@ -167,8 +192,14 @@ def tiled(pipe: Any, config: TilingConfig, execution: Execution | None = None) -
         tokens = _tokens_seen(config, tile, native, family.patch(network))
         stack.enter_context(_limited_shift(pipe.scheduler, tokens, family.dynamic_shift))
         hook = NetworkHook(denoiser, family, network, pipe.scheduler)
+        takes, factor = signature(type(pipe).__call__).parameters, factor_of(pipe)
+        hook.looks_at = lambda height, width: check_size(pipe, given or {}, takes, factor, (height, width))
         around: list[tuple[Any, Any]] = [(network, hook)]
+        if (other := getattr(pipe, "unconditional_transformer", None)) is not None:  # Ideogram 4's
+            around.append((other, NetworkHook(denoiser, family, other, pipe.scheduler)))
         if isinstance(controlnet := getattr(pipe, "controlnet", None), torch.nn.Module):
+            if config.mode == "canvas" and set(network.modules()) & set(controlnet.modules()):  # Z-Image's
+                raise ValueError("controlnet: shares layers with the network; use mode='tiles' in place of 'canvas'")
             hook.control = ControlHook(hook, controlnet)
             around.append((controlnet, hook.control))
         for owner, one in around:
@@ -215,7 +246,8 @@ class TiledCalls:
         if hook is not None and hook.thread == get_ident():
             return call(*args, **kwargs)  # of a TiledPipeline, which tiles the call itself
         config = with_fade(self.pipe, self.config or default_tiling(self.pipe), fades=False)
-        with tiled(self.pipe, config, self.execution):
+        given = dict(signature(type(self.pipe).__call__).bind_partial(self.pipe, *args, **kwargs).arguments)
+        with tiled(self.pipe, config, self.execution, given):
             return call(*args, **kwargs)
 
 

@@ -4,11 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    FirstBlockCacheConfig,
-)
+from diffusers import FirstBlockCacheConfig, MagCacheConfig, PyramidAttentionBroadcastConfig
 from tilings import MOVING, ONE, still
 from tiny_transformers import (
+    CHANNELS,
     NATIVE,
     build,
     call,
@@ -21,7 +20,7 @@ from tiny_transformers import (
     tiny_z_image,
 )
 
-from tiledcore import Execution, TilingConfig, apply_tiling, remove_tiling
+from tiledcore import Execution, TiledPipeline, TilingConfig, apply_tiling, remove_tiling
 from tiledcore.hook import NetworkHook
 
 
@@ -85,8 +84,7 @@ ROWS = torch.zeros(1, 8, 8)
     [
         (tiny_sd3, {"block_controlnet_hidden_states": [ROWS]}, "8 tokens for a canvas"),
         (tiny_flux, {"controlnet_block_samples": [ROWS]}, "8 tokens for a canvas"),
-        (tiny_z_image, {"siglip_feats": [[ROWS]]}, "siglip_feats: reference images"),
-        (tiny_z_image, {"x": [[ROWS]]}, "Z-Image Omni"),
+        (tiny_z_image, {"x": [[ROWS]]}, "all must be"),
         (tiny_qwen, {"img_shapes": [[(1, 11, 16), (1, 8, 8)]]}, "for 176 tokens: frames and layers"),
         (tiny_qwen, {"img_shapes": [[(2, 11, 8)]]}, "frames and layers"),
         (tiny_flux, {"img_ids": torch.ones(11 * 16, 3)}, "row by row"),
@@ -108,14 +106,54 @@ def test_what_cannot_be_tiled_is_refused(
         call(pipe, make, canvas(make))
 
 
-def test_a_cache_between_steps_is_refused_where_tiles_would_share_it() -> None:
-    pipe = apply_tiling(build(tiny_flux), tiles(tiny_flux))
+@pytest.mark.parametrize(
+    ("config", "tiling", "message"),
+    [
+        (FirstBlockCacheConfig(threshold=0.1), MOVING, "enable_cache: tiles that move"),
+        (PyramidAttentionBroadcastConfig(current_timestep_callback=lambda: 500), still(tile=16), "different tiles"),
+    ],
+)
+def test_a_cache_that_tiles_cannot_keep_is_refused(config: Any, tiling: TilingConfig, message: str) -> None:
+    pipe = apply_tiling(build(tiny_flux), tiling)
     before = call(pipe, tiny_flux, (22, 32))
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-    with pytest.raises(ValueError, match="enable_cache"):
+    pipe.transformer.enable_cache(config)
+    with pytest.raises(ValueError, match=message):
         call(pipe, tiny_flux, (22, 32))
     pipe.transformer.disable_cache()
     assert torch.equal(call(pipe, tiny_flux, (22, 32)), before)
+
+
+@pytest.mark.parametrize("wrap", [apply_tiling, TiledPipeline])
+@pytest.mark.parametrize(
+    "config",
+    [
+        FirstBlockCacheConfig(threshold=1.0),
+        MagCacheConfig(num_inference_steps=6, mag_ratios=torch.ones(6), retention_ratio=0.2),
+    ],
+)
+def test_each_tile_has_its_own_cache(config: Any, wrap: Any) -> None:
+    """Tiles without overlap: each is the image that the pipeline makes of that part of the noise with its cache."""
+    noise = torch.randn(1, 16 * 16, 4 * CHANNELS, generator=torch.Generator().manual_seed(1)).unflatten(1, (16, 16))
+    more = {"num_inference_steps": 6}
+
+    def part(rows: slice, columns: slice) -> torch.Tensor:
+        return noise[:, rows, columns].flatten(1, 2)
+
+    pipe = build(tiny_flux)
+    pipe.transformer.enable_cache(config)
+    halves = (slice(0, 8), slice(8, 16))
+    alone = [[call(pipe, tiny_flux, (16, 16), latents=part(y, x), **more) for x in halves] for y in halves]
+    pipe = build(tiny_flux)
+    more["latents"] = part(slice(16), slice(16))
+    plain = call(apply_tiling(pipe, still(tile=16, overlap=0)), tiny_flux, (32, 32), **more)
+    remove_tiling(pipe).transformer.enable_cache(config)
+    tiled = wrap(pipe, still(tile=16, overlap=0), execution=Execution(1))
+    made = call(tiled, tiny_flux, (32, 32), **more)
+    assert not torch.allclose(made, plain, atol=1e-3)  # the cache does something
+    made = made.unflatten(1, (16, 16))
+    for y, row in zip(halves, alone, strict=True):
+        for x, one in zip(halves, row, strict=True):
+            torch.testing.assert_close(made[:, y, x].flatten(1, 2), one, rtol=1e-4, atol=1e-4)
 
 
 def test_a_pipeline_without_a_known_network_is_named() -> None:

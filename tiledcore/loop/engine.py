@@ -329,7 +329,7 @@ class Engine:
         shown = self.buffers.state[0].to(self.buffers.model_input.dtype, copy=True)
         if self.shows_latents:
             self._shown = shown.clone()  # a callback may change what it is given in place
-        latents: Tensor = self.family.result(shown)
+        latents: Tensor = self.family.result(shown, None)
         return latents
 
 

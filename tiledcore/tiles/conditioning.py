@@ -17,7 +17,8 @@ from tiledcore.utils import to_device
 
 WHOLE = ("img_ids", "txt_ids", "position_ids", "image_rotary_emb", "visual_rope_pos", "text_rope_pos", "padding_mask")
 """Positions: as they are, or replaced by the family. Other tensors as long as the batch have an entry per image."""
-OF_FAMILY = ("x", "cap_feats", "encoder_hidden_states_llama3")
+OMNI = ("siglip_feats", "image_noise_mask", "reference_images")  # Z-Image's: a list per image of the canvas
+OF_FAMILY = ("x", "cap_feats", "encoder_hidden_states_llama3", "input_img_latents", *OMNI)
 """What only the family can repeat: lists of images, and layers of them."""
 RESIDUALS = (
     "down_block_additional_residuals",
@@ -33,9 +34,9 @@ HINTS = ("controlnet_cond", "control_context")
 """Images of the whole canvas that a ControlNet sees, in any resolution or as tokens; several in a list."""
 ATTENTION = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 """Dicts for attention layers, see :func:`cut_attention_kwargs`."""
-REFUSED = ("siglip_feats", "image_noise_mask", "additional_t_cond")
-"""Reference images inside the sequence."""
-_LISTS = ("x", "cap_feats", "img_shapes")
+PER_TOKEN = ("prior_token_id", "prior_token_drop")
+"""A value for each token of the canvas, ``[B, N]``."""
+_LISTS = ("x", "cap_feats", "img_shapes", "shape_list", *OMNI)
 
 
 class TileBatch(NamedTuple):
@@ -107,25 +108,22 @@ def conditions(arguments: dict[str, Any], part: TileBatch) -> dict[str, Any]:
             continue
         if name == ADAPTER or name in RESIDUALS or name in HINTS:
             out[name] = tree_map_only(Tensor, part.crop, value)
+        elif name in PER_TOKEN:
+            out[name] = part.crop(value[..., None].float())[..., 0].to(value.dtype)
         elif name == "args":
             out[name] = tree_map_only(Tensor, part.fit, value)
         elif name in ATTENTION:
             out[name] = cut_attention_kwargs(value, part)
         elif name not in (*WHOLE, *OF_FAMILY):
             out[name] = tree_map_only(Tensor, part.repeat, value)
-    time_ids = (arguments.get("added_cond_kwargs") or {}).get("time_ids")
-    if time_ids is not None:
+    added = arguments.get("added_cond_kwargs") or {}
+    if (time_ids := added.get("time_ids")) is not None and time_ids.shape[1] > 2:
         out["added_cond_kwargs"]["time_ids"] = _time_ids(time_ids, part)
+    if "hint" in added:  # Kandinsky's image of the whole canvas
+        out["added_cond_kwargs"]["hint"] = part.crop(added["hint"])
     for more in later:
         out |= more(part, out)
     return out
-
-
-def refuse(arguments: dict[str, Any]) -> None:
-    """ValueError for what cannot be cut into tiles."""
-    for name in REFUSED:
-        if arguments.get(name) is not None:
-            raise ValueError(f"{name}: reference images inside the sequence cannot be tiled; leave them out")
 
 
 def images_of(arguments: dict[str, Any], images: slice, batch: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tiledcore import ops
 from tiledcore.config import Execution, Motion, TilingConfig
 from tiledcore.geometry import Pair, TileGrid, Tiling
-from tiledcore.tiles.conditioning import TileBatch, check_residuals, conditions, images_of, refuse, swap_major
+from tiledcore.tiles.conditioning import TileBatch, check_residuals, conditions, images_of, swap_major
 from tiledcore.utils import label, to_device
 
 logger = logging.getLogger(__name__)
@@ -205,7 +205,6 @@ class TileDenoiser:
             if self.attention is not None and self.unit > 1:
                 self.attention.grid = (size, self.unit)
             return self._evaluate_whole(forward, sample, timestep, kwargs)
-        refuse(kwargs)
         tiling = self.placed
         assert tiling is not None, "place() comes first"
         if prompts is not None:

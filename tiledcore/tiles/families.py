@@ -22,6 +22,7 @@ from tiledcore.tiles.layouts import IDS, SHAPES, pixart_tiles, z_image_canvas, z
 from tiledcore.tiles.layouts import to_image as to_image
 from tiledcore.tiles.layouts import to_tokens as to_tokens
 from tiledcore.tiles.more_families import MORE, derived
+from tiledcore.tiles.rare_families import RARE
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -51,7 +52,7 @@ FAMILIES: tuple[Family, ...] = (
         canvas=z_image_canvas,
         tiles=z_image_tiles,
         prediction=lambda output, size: torch.stack(list(output)).squeeze(2),
-        result=lambda prediction: list(prediction.unsqueeze(2).unbind(0)),
+        result=lambda prediction, sample: list(prediction.unsqueeze(2).unbind(0)),
     ),
     Family(
         diffusers.QwenImageTransformer2DModel,
@@ -61,17 +62,30 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
+REFUSED = {
+    "VisualClozePipeline": "its canvas is a table of several pictures, of which each must see the others",
+    "VisualClozeGenerationPipeline": "its canvas is a table of several pictures, of which each must see the others",
+    "QwenImageLayeredPipeline": "it makes pictures of 640x640 or 1024x1024 px only",
+    "JoyImageEditPipeline": "it makes pictures of listed sizes near 1024x1024 px only",
+}
+"""Pipelines that cannot be tiled, by class name, and why."""
+
+
 def network_of(pipe: Any) -> tuple[Any, Family]:
     """The network of a pipeline, compiled or not, and its family.
 
     Raises:
-        TypeError: the pipeline has none that can be tiled.
+        TypeError: the pipeline has none, or cannot be tiled.
     """
+    if (why := REFUSED.get(type(pipe).__name__)) is not None:
+        raise TypeError(f"pipe={type(pipe).__name__}: cannot be tiled: {why}")
     networks = [getattr(pipe, name) for name in ("unet", "transformer") if getattr(pipe, name, None) is not None]
     for network in networks:
         inner = uncompiled(network)
         kind: Any = next(one for one in type(inner).__mro__ if "forward" in vars(one))  # not one of our subclasses
         factor_of(pipe)
-        found = [family for family in (*FAMILIES, *MORE) if isinstance(inner, family.model)]
+        found = [
+            family for family in (*RARE, *FAMILIES, *MORE) if isinstance(inner, family.model) and family.fits(inner)
+        ]
         return network, found[0] if found else derived(kind)
     raise TypeError(f"pipe={type(pipe).__name__}: tiling needs a pipeline with a unet or a transformer; it has neither")

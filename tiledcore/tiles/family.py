@@ -52,6 +52,7 @@ class Family:
     """
 
     model: type
+    fits: Callable[[Any], bool] = lambda network: True  # Where networks of one class differ
     native: Callable[[Any, Any], int | tuple[int, int]] = native_size
     """``(pipe, network)`` -> side of the images that the network was trained on, in latent pixels."""
     patch: Callable[[Any], int] = patch_size
@@ -71,8 +72,8 @@ class Family:
     Among the arguments are ``references``, if there are any: tokens ``[N, R, C]`` of further images."""
     prediction: Callable[[Any, tuple[int, int]], Tensor] = lambda output, size: output
     """``(what forward predicted, (h, w))`` -> ``[N, C', h, w]``."""
-    result: Callable[[Tensor], Any] = lambda prediction: prediction
-    """``[B, C', H, W]`` -> the form in which forward gives it."""
+    result: Callable[[Tensor, Any], Any] = lambda prediction, sample: prediction
+    """``([B, C', H, W], the argument that held the canvas)`` -> the form in which forward gives it."""
     output: type = Transformer2DModelOutput
     shifts: bool = False
     """Whether moving tiles are the default: ``bench/modes.py`` finds them nearly as good as overlap."""

@@ -37,7 +37,7 @@ def with_references(tiles: Tensor, arguments: Arguments) -> Tensor:
 _read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # ids -> tokens of the canvas, its width, ids out of place
 
 
-def _raster(given: Tensor) -> tuple[int, int]:
+def raster(given: Tensor) -> tuple[int, int]:
     """Size of the canvas, in tokens, whose ids ``[N, n]`` or ``[B, N, n]`` come first; columns 1 and 2 are y and x.
 
     Tokens of another image differ in column 0.
@@ -63,14 +63,14 @@ def _ids_canvas(arguments: Arguments) -> Tensor:
         raise ValueError(f"img_ids of {ids.shape[-2]} tokens for {tokens.shape[1]} tokens")
     if arguments.get("num_ref_tokens") or arguments.get("kv_cache") is not None:
         raise ValueError("kv_cache: keys of reference images are kept from step to step, which tiles cannot share")
-    return to_image(tokens, _raster(ids))
+    return to_image(tokens, raster(ids))
 
 
 def _ids_tiles(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
     ids, others = arguments["img_ids"], arguments.get("references")
     one = ids[0] if ids.ndim == 3 else ids
     own = one[:1].repeat(tiles.shape[2] * tiles.shape[3], 1)  # from the canvas' first position on
-    for column, place in zip((1, 2), _places(tiles), strict=True):
+    for column, place in zip((1, 2), token_places(tiles), strict=True):
         own[:, column] += place.to(ids.dtype)
     if others is not None:
         own = torch.cat([own, one[-others.shape[1] :]])
@@ -78,7 +78,7 @@ def _ids_tiles(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
     return changed | {"hidden_states": with_references(tiles, arguments)} | _masks(tiles, arguments)
 
 
-def _places(tiles: Tensor) -> tuple[Tensor, Tensor]:
+def token_places(tiles: Tensor) -> tuple[Tensor, Tensor]:
     """(y, x) of each token of a tile, row by row."""
     rows, columns = (torch.arange(n, device=tiles.device) for n in tiles.shape[2:])
     y, x = torch.meshgrid(rows, columns, indexing="ij")
@@ -113,7 +113,7 @@ IDS: dict[str, Any] = {
     "canvas": _ids_canvas,
     "tiles": _ids_tiles,
     "prediction": to_image,
-    "result": to_tokens,
+    "result": lambda prediction, sample: to_tokens(prediction),
 }
 """Tokens of 2x2 latent pixels, and ``img_ids`` ``[N, n]``: (image, y, x, ...) of each."""
 
@@ -128,6 +128,8 @@ def _shapes_of(arguments: Arguments) -> list[tuple[int, int, int]]:
 
 def _shapes_canvas(arguments: Arguments) -> Tensor:
     tokens, images = arguments["hidden_states"], _shapes_of(arguments)
+    if arguments.get("additional_t_cond") is not None:
+        raise ValueError("img_shapes: the layers of a picture (Qwen-Image Layered, up to 1024x1024) cannot be tiled")
     if images[0][0] != 1 or tokens.shape[1] != sum(t * h * w for t, h, w in images):
         raise ValueError(f"img_shapes={images} for {tokens.shape[1]} tokens: frames and layers cannot be tiled")
     return to_image(tokens, images[0][1:])
@@ -167,18 +169,20 @@ def pixart_tiles(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
 
 
 def z_image_canvas(arguments: Arguments) -> Tensor:
-    images = arguments["x"]
-    if isinstance(images[0], list) or images[0].shape[1] != 1 or len({image.shape for image in images}) > 1:
-        raise ValueError("x: reference images, frames and several sizes (Z-Image Omni) cannot be tiled")
-    return torch.stack(list(images)).squeeze(2)
+    images = [one[-1] if isinstance(one, list) else one for one in arguments["x"]]  # Omni: behind its references
+    if images[0].shape[1] != 1 or len({image.shape for image in images}) > 1:
+        raise ValueError(f"x: images of {[tuple(image.shape) for image in images]}: all must be [C, 1, H, W], one size")
+    return torch.stack(images).squeeze(2)
 
 
 def z_image_tiles(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
-    captions = arguments["cap_feats"]  # one tensor [L, D] per image
-    return {
-        "x": list(tiles.unsqueeze(2).unbind(0)),
-        "cap_feats": [text for text in captions for _ in range(len(tiles) // len(captions))],
-    }
+    captions = arguments["cap_feats"]  # per image: a tensor [L, D], or in Omni a list of these
+    each, own = len(tiles) // len(captions), list[Any](tiles.unsqueeze(2).unbind(0))
+    names = [name for name in ("cap_feats", "siglip_feats", "image_noise_mask") if arguments.get(name) is not None]
+    changed = {name: [one for one in arguments[name] for _ in range(each)] for name in names}
+    if (others := arguments.get("reference_images")) is not None:
+        own = [[*others[i // each], tile] for i, tile in enumerate(own)]
+    return {"x": own, **changed}
 
 
 def sized(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:

@@ -82,7 +82,7 @@ def _qwen21_tiles(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments
     return SHAPES["tiles"](tiles, arguments, pixels) | {"img_mask": mask}
 
 
-def _cogview_shift(tokens: int, steps: int, config: Any) -> float:
+def cogview_shift(tokens: int, steps: int, config: Any) -> float:
     root = (tokens / config.get("base_image_seq_len", 256)) ** 0.5
     return float(root * config.get("max_shift", 0.75) + config.get("base_shift", 0.25))
 
@@ -115,7 +115,7 @@ MORE: tuple[Family, ...] = (
         **FRACTION,
     ),
     Family(diffusers.CogView3PlusTransformer2DModel, tiles=sized),
-    Family(diffusers.CogView4Transformer2DModel, tiles=sized, dynamic_shift=_cogview_shift),
+    Family(diffusers.CogView4Transformer2DModel, tiles=sized, dynamic_shift=cogview_shift),
     Family(diffusers.HiDreamImageTransformer2DModel, timestep="timesteps", tiles=_hidream_tiles),
     Family(diffusers.HunyuanImageTransformer2DModel),
     Family(diffusers.HunyuanDiT2DModel, tiles=_hunyuan_tiles),
@@ -127,7 +127,7 @@ MORE: tuple[Family, ...] = (
         canvas=lambda arguments: arguments["hidden_states"].squeeze(1).movedim(-1, 1),
         tiles=_kandinsky_tiles,
         prediction=lambda output, size: output.squeeze(1).movedim(-1, 1),
-        result=lambda prediction: prediction.movedim(1, -1).unsqueeze(1),
+        result=lambda prediction, sample: prediction.movedim(1, -1).unsqueeze(1),
     ),
 )
 
