@@ -16,7 +16,7 @@ import tiny
 import tiny_controls
 import tiny_transformers
 import torch
-from diffusers import EulerAncestralDiscreteScheduler
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
 from gpu_double import Gpu, OnGpu, gpu, moved
 from runs import Double, quiet
 from tilings import canvas_mode, moving, still
@@ -111,6 +111,20 @@ def watched(mode: Gpu) -> Any:
     return patch.object(TileDenoiser, "attempt", watching)
 
 
+def sampled(tiles: str, clipped: bool, mode: Gpu) -> dict[str, Any]:
+    """:func:`tiledcore.sample` of a function of a tile; a scheduler that clips runs its own step."""
+    scheduler = DDIMScheduler(clip_sample=clipped)
+    scheduler.set_timesteps(STEPS)
+    scheduler.timesteps = OnGpu(scheduler.timesteps)
+    config = {"still": still, "moving": moving}[tiles]()
+    mode.waits.clear()
+    with watched(mode):
+        tiledcore.sample(lambda x, t: x * 0.5, OnGpu(torch.randn(1, 4, 24, 32)), scheduler, config)
+    waits = [[*key, n] for key, n in sorted(mode.waits.items())]
+    found = {"family": "sample, clipped" if clipped else "sample", "mode": tiles, "waits": waits, "fused": not clipped}
+    return found | {"captures": 0, "reason": None if clipped else "sample() has no graphs"}
+
+
 def row(family: str, tiles: str, mode: Gpu) -> dict[str, Any]:
     """One family in one mode."""
     side: dict[str, Any] = {"tile": 4} if family == "sana" else {}
@@ -147,9 +161,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     with gpu() as mode, patch.object(tiledcore.call, "current_device", lambda _: nullcontext()):
-        asked = [name for name in sys.argv[1:] if name != "--json"] or FAMILIES
+        asked = [name for name in sys.argv[1:] if name != "--json"] or [*FAMILIES, "sample"]
         chosen = [family for family in FAMILIES if family in asked]
         rows = [row(family, tiles, mode) for family in chosen for tiles in MODES]
+        rows += [sampled(tiles, clip, mode) for clip in (False, True) for tiles in MODES[:2] if "sample" in asked]
     print(json.dumps(rows) if "--json" in sys.argv else table(rows), end="")
 
 

@@ -212,6 +212,8 @@ class Call:
 
     def run(self, wrapper: Any, graphs: StepGraphs, fused: bool) -> Any:
         """Make the image, and set ``wrapper.report``."""
+        if self.plan is not None:
+            graphs.release()  # the plan counts the memory of one step, not of graphs of other sizes beside it
         with within(wrapper, self.pipe, self.plan), self.engine(graphs, fused) as engine:
             try:
                 return self.pipe(**self.arguments)

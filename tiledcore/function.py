@@ -68,25 +68,27 @@ def sample(
         ``[B, C, H, W]`` in the dtype of ``noise``.
     """
     denoiser, forward = _denoiser(fn, config, execution)
-    denoiser.timesteps = lambda: [float(t) for t in scheduler.timesteps]
+    times: list[float] = torch.as_tensor(scheduler.timesteps).float().tolist()  # the device is asked once
+    denoiser.timesteps = lambda: times
     latents = noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
     solver = linear_solver(scheduler)
     if isinstance(solver, NotLinear):
         own = {"generator": generator} if "generator" in signature(scheduler.step).parameters else {}
-        for t in scheduler.timesteps:
+        for t, time in zip(scheduler.timesteps, times, strict=True):
             x = scheduler.scale_model_input(latents, t) if hasattr(scheduler, "scale_model_input") else latents
-            latents = scheduler.step(denoiser(forward, x, t, args=(t, *args)), t, latents, return_dict=False, **own)[0]
+            predicted = denoiser(forward, x, t, time=time, args=(t, *args))
+            latents = scheduler.step(predicted, t, latents, return_dict=False, **own)[0]
         return latents
     solver = solver.to(noise.device, torch.promote_types(noise.dtype, torch.float32))
     buffers = buffers_for(solver, noise, solver.table.dtype)
     buffers.state[0].copy_(latents)
     buffers.model_input.copy_(buffers.state[0] * buffers.input_scale[0])
-    for t, draws in zip(solver.timesteps, solver.uses_noise, strict=True):
+    for t, time, draws in zip(solver.timesteps, times, solver.uses_noise, strict=True):
         if draws and buffers.noise is not None:
             buffers.noise.copy_(solver.noise(generator, buffers.model_input))
-        denoiser.place((noise.shape[2], noise.shape[3]), t, noise.device)
-        predicted = denoiser.attempt(forward, buffers.model_input, t, args=(t, *args))
-        buffers.advance(predicted, window=config.window, impl=denoiser.execution.impl)
+        denoiser.place((noise.shape[2], noise.shape[3]), time, noise.device)
+        tiles = denoiser.attempt(forward, buffers.model_input, t, args=(t, *args))
+        buffers.advance(tiles, window=config.window, impl=denoiser.execution.impl)
     return buffers.state[0].to(noise.dtype)
 
 

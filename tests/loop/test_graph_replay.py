@@ -86,10 +86,8 @@ def test_tiles_of_one_size_in_some_steps_alone_are_not_captured() -> None:
     """Tiles that move on an open canvas sometimes lie on its regular grid; a graph of those steps fits no other."""
     eager, graph = pair(quiet(tiny_sd()), moving(tile=16))
     graph._graphs.mode = "auto"
-    arguments: dict[str, Any] = {"height": 256, "width": 256, "steps": 12}
-    expected = generate(eager, **arguments)
-    for _ in range(3):
-        assert torch.equal(generate(graph, **arguments), expected)
+    arguments: dict[str, Any] = {"height": 256, "width": 128, "steps": 24}  # of which three lie so
+    assert torch.equal(generate(graph, **arguments), generate(eager, **arguments))
     assert graph.report.graph.captures == 0 and "differ from step to step" in graph.report.graph.reason
 
 
@@ -124,6 +122,29 @@ def test_prompts_of_another_length_have_a_graph_of_their_own() -> None:
         )
         assert torch.equal(one, other)
     assert graph.report.graph.replays == 3  # the first length's graph is still there
+
+
+def test_a_network_with_hooks_is_never_captured() -> None:
+    """What they do on the host would be missing in a replay."""
+    pipe, seen = quiet(tiny_sd()), list[int]()
+    pipe.unet.mid_block.register_forward_hook(lambda *_: seen.append(1))
+    _, graph = pair(pipe, ONE)
+    with pytest.raises(RuntimeError, match="cuda_graph=True: a hook of the network's layers runs on the host"):
+        generate(graph)
+    graph._graphs.mode = "auto"
+    generate(graph)
+    assert graph.report.graph.captures == 0 and "hook" in graph.report.graph.reason
+
+
+@pytest.mark.slow
+def test_with_a_budget_no_graph_of_another_size_lives_beside_a_step() -> None:
+    graph: Any = TiledPipeline.from_pipe(quiet(tiny_sd()), tiling=ONE, cuda_graph=True, memory_budget="1GiB")
+    graph._graphs.backend = Recorder()
+    kept = []
+    for width in (256, 192):
+        generate(graph, steps=3, width=width)
+        kept.append(sum(entry.replay is not None for entry in graph._graphs._entries.values()))
+    assert kept == [1, 1] and graph.report.plan is not None
 
 
 def test_graphs_are_dropped_before_an_image_is_decoded() -> None:

@@ -53,8 +53,8 @@ def fused(op: Callable[..., Any]) -> None:
 
 
 def norm(op: Callable[..., Any]) -> None:
-    for C, G, rows in ((32, 32, 1), (64, 32, 7), (512, 1, 16)):
-        x = torch.zeros(1, C, 20, 64)
+    for C, G, rows, W in ((32, 32, 1, 64), (64, 32, 7, 96), (512, 1, 16, 1024), (32, 4, 3, 63), (32, 4, 5, 125)):
+        x = torch.zeros(1, C, 20, W)
         op(x[:, :, :rows], torch.zeros(1, G), torch.zeros(1, G), torch.zeros(C), torch.zeros(C), True, x[:, :, :rows])
 
 

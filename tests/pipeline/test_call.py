@@ -14,6 +14,7 @@ from PIL import Image
 from tiny import tiny_sd
 from tiny_transformers import build, tiny_flux
 
+import tiledcore.call
 from tiledcore import TiledPipeline, TilingConfig
 from tiledcore.call import current_device
 from tiledcore.hook import default_tiling
@@ -161,6 +162,15 @@ def test_a_pipeline_on_the_second_gpu_runs_there(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
     with current_device(torch.device("cuda:1")), current_device(torch.device("cpu")):
         assert entered == [torch.device("cuda:1")]
+
+
+def test_a_call_makes_the_pipelines_device_the_current_one(
+    pipe: TiledPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered: list[Any] = []
+    monkeypatch.setattr(tiledcore.call, "current_device", lambda device: entered.append(device) or nullcontext())
+    run(pipe, "a cat", 160, 256, output_type="latent", num_inference_steps=1)
+    assert entered == [pipe.device]
 
 
 def test_pipelines_that_cannot_be_tiled_say_so_in_one_line() -> None:
