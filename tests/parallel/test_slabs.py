@@ -108,7 +108,8 @@ def test_own_rows_have_the_bits_of_one_process(
         expected = vae.decode(latents).sample
 
     def work(rank: int) -> Tensor:
-        assert (ranks := current()) is not None
+        ranks = current()
+        assert ranks is not None
         with torch.no_grad(), divided(ranks, vae.decoder, 8):
             return vae.decode(latents).sample
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ class _Rows:
         """Rows of all ranks, where this one has the activation ``own``."""
         rank, bounds = self.ranks.rank, self.bounds
         scale = own.shape[2] // (bounds[rank + 1] - bounds[rank])
-        return [scale * (stop - start) for start, stop in zip(bounds, bounds[1:], strict=False)]
+        return [scale * (stop - start) for start, stop in pairwise(bounds)]
 
     def _mine(self, own: Tensor) -> slice:
         """Where the activation ``own`` is in the whole one."""
@@ -145,7 +146,7 @@ class _Rows:
         """A GroupNorm: each rank gets all rows of its groups, and gives back those that are not its own."""
         size, rank = self.ranks.size, self.ranks.rank
         bounds = [norm.num_groups * one // size for one in range(size + 1)]
-        groups = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+        groups = [stop - start for start, stop in pairwise(bounds)]
         each = norm.num_channels // norm.num_groups
         channels = [each * count for count in groups]
         mine = slice(each * bounds[rank], each * bounds[rank + 1])
