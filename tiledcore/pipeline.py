@@ -46,7 +46,7 @@ class TiledPipeline:
         fused: blend, guidance and scheduler run as one fused step, if pipeline and scheduler allow it.
         cuda_graph: capture the step as a CUDA graph: if it pays, always, or never.
         memory_budget: bytes, or a text such as ``"24GiB"``: each call is planned to stay within it
-            (:func:`tiledcore.memory.planner.plan`), or refused.
+            (:class:`tiledcore.memory.planner.Planner`), or refused.
         stages: make images in stages, see :mod:`tiledcore.compose.stages`.
         parallel: ``"auto"``: where torch.distributed has a process group, its processes share each call's work, and
             must all make the same calls. False: never.

@@ -52,7 +52,7 @@ def get(server: Server, path: str, host: str | None = None, method: str = "GET")
 def test_tiles_are_the_picture_at_every_level(tmp_path: Path, name: str, size: tuple[int, int]) -> None:
     expected = pixels(*size).astype(float)
     with Levels(saved(tmp_path / name, METADATA, pixels(*size))) as levels:
-        assert levels.pyramid == (name == "a.tiff")
+        assert bool(levels.pages) == (name == "a.tiff")
         for level, (width, height) in enumerate(levels.sizes):
             assert (height, width) == expected.shape[:2]
             rows, columns = -(-height // 256), -(-width // 256)
@@ -102,14 +102,14 @@ def test_other_tiffs_are_decoded_once(tmp_path: Path) -> None:
     image.convert("L").save(tmp_path / "grey.tif")
     for name, expected in (("strips.tif", image), ("grey.tif", image.convert("L").convert("RGB"))):
         with Levels(tmp_path / name) as levels:
-            assert not levels.pyramid
+            assert not levels.pages
             assert np.array_equal(levels.tile(0, 1, 1), np.asarray(expected)[256:512, 256:512])
 
 
 def test_a_damaged_tile_is_an_error_of_its_own(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.tif")
     with Levels(path) as levels:
-        start, count = (getattr(levels._pages[0], name)[4] for name in ("dataoffsets", "databytecounts"))
+        start, count = (getattr(levels.pages[0], name)[4] for name in ("dataoffsets", "databytecounts"))
     data = bytearray(path.read_bytes())
     data[start : start + count] = bytes(count)
     path.write_bytes(data)

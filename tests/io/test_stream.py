@@ -14,7 +14,9 @@ from tiny_transformers import ALL, NATIVE, build, call
 
 import tiledcore.call
 from tiledcore import TiledPipeline
-from tiledcore.memory.planner import plan
+from tiledcore.memory.architectures import architecture
+from tiledcore.memory.planner import Planner
+from tiledcore.memory.prediction import Predictor
 
 SD = {"height": 128, "width": 200, "num_inference_steps": 2}
 
@@ -100,7 +102,7 @@ def test_rows_are_decoded_in_the_room_that_was_planned(monkeypatch: pytest.Monke
     monkeypatch.setattr(tiledcore.call, "exact_bands", lambda *args: rooms.append(args[3]) or own(*args))
     monkeypatch.setattr("tiledcore.call.EXACT_DECODE_PIXELS", 0)
     pipe = tiny_sd()
-    whole = plan(pipe, (200, 128), "1GiB", device="cpu")
+    whole = Planner(Predictor(architecture(pipe), "cpu"), 2**30).plan((200, 128))
     decode = next(phase.peak for phase in whole.phases if phase.name == "decode")
     pipe.set_progress_bar_config(disable=True)
     wrapped = TiledPipeline.from_pipe(pipe, tiling=RAMP, memory_budget=int(decode))

@@ -12,7 +12,7 @@ from tiny import tiny_sdxl
 from tiledcore import Execution, TiledPipeline, TilingConfig
 from tiledcore.cli.main import main
 from tiledcore.memory.architectures import architecture
-from tiledcore.memory.planner import SAFETY, DoesNotFit, Planner, plan
+from tiledcore.memory.planner import SAFETY, DoesNotFit, Planner
 from tiledcore.memory.prediction import Predictor, parse_bytes
 from tiledcore.memory.simulation import attention_pairs
 from tiledcore.vae.live_bytes import LiveBytes
@@ -84,7 +84,7 @@ def test_the_sdxl_network_over_a_whole_canvas() -> None:
 
 @pytest.mark.parametrize(("side", "budget"), [(4096, 16 * GIB), pytest.param(8192, 24 * GIB, marks=pytest.mark.slow)])
 def test_sdxl_fits_in_every_phase(side: int, budget: int) -> None:
-    found = plan("sdxl", (side, side), budget, tiling=TilingConfig(mode="canvas"))
+    found = Planner(Predictor(architecture("sdxl"), "cuda"), budget).plan((side, side), TilingConfig(mode="canvas"))
     assert [phase.name for phase in found.phases] == ["text encoders", "network", "decode"]
     assert all(phase.peak * SAFETY <= budget for phase in found.phases)
 

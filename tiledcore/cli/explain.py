@@ -56,12 +56,13 @@ def explain(args: argparse.Namespace, pipe: TiledPipeline, metadata: dict[str, A
 def memory(args: argparse.Namespace, pipe: TiledPipeline, whole: bool) -> str:
     """The predicted peak of tensors on the device, in words; takes seconds, because one step is simulated."""
     from tiledcore.io.stream import CPU_BUDGET
-    from tiledcore.memory.planner import COUNTED_BYTES, plan
-    from tiledcore.memory.prediction import show_bytes
+    from tiledcore.memory.architectures import architecture
+    from tiledcore.memory.planner import COUNTED_BYTES, Planner
+    from tiledcore.memory.prediction import Predictor, parse_bytes, show_bytes
 
-    options: dict[str, Any] = {"tiling": pipe.tiling, "execution": pipe.execution, "device": pipe.device.type}
     try:
-        found = plan(pipe.pipe, args.size, args.budget or "1024TiB", **options)
+        predictor = Predictor(architecture(pipe.pipe), pipe.device.type)
+        found = Planner(predictor, parse_bytes(args.budget or "1024TiB")).plan(args.size, pipe.tiling, pipe.execution)
     except TypeError as error:  # of a network that cannot be simulated
         return f"not predicted: {error}"
     peaks, more = {phase.name: phase.peak for phase in found.phases}, ""

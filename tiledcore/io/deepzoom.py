@@ -43,14 +43,15 @@ class Levels:
         self._tiff: tifffile.TiffFile | None = None
         with suppress(tifffile.TiffFileError):  # another format
             self._tiff = tifffile.TiffFile(path)
-        self._pages: list[Any] = [] if self._tiff is None else list(self._tiff.pages)
-        if not _is_pyramid(self._pages):
+        #: Of a TIFF whose tiles are read from its own pages.
+        self.pages: list[Any] = [] if self._tiff is None else list(self._tiff.pages)
+        if not _is_pyramid(self.pages):
             self.__exit__()
-            self._pages, self._images = [], [load_image(path)]
+            self.pages, self._images = [], [load_image(path)]
             while max(self._images[-1].size) > TILE:
                 self._images.append(self._images[-1].reduce(2))
         #: (width, height) of each level.
-        self.sizes = [(p.imagewidth, p.imagelength) for p in self._pages] or [image.size for image in self._images]
+        self.sizes = [(p.imagewidth, p.imagelength) for p in self.pages] or [image.size for image in self._images]
 
     def __enter__(self) -> Levels:
         return self
@@ -58,11 +59,6 @@ class Levels:
     def __exit__(self, *_: object) -> None:
         if self._tiff is not None:
             self._tiff.close()
-
-    @property
-    def pyramid(self) -> bool:
-        """Whether tiles are read from the file's own pages."""
-        return bool(self._pages)
 
     def tile(self, level: int, x: int, y: int) -> Pixels:
         """The tile in column ``x`` and row ``y``: uint8 ``[h, w, 3]``, smaller than 256x256 at the last row and column.
@@ -80,7 +76,7 @@ class Levels:
         right, bottom = min(width, (x + 1) * TILE), min(height, (y + 1) * TILE)
         if self._images:
             return np.asarray(self._images[level].crop((x * TILE, y * TILE, right, bottom)))
-        page, index = self._pages[level], y * columns + x
+        page, index = self.pages[level], y * columns + x
         with self._lock:
             file = page.parent.filehandle
             file.seek(page.dataoffsets[index])

@@ -46,7 +46,7 @@ class Budget:
         tiling: TilingConfig | None,
         execution: Execution,
     ) -> Plan:
-        """The plan of ``pipe(**arguments)``; other arguments and errors: :func:`tiledcore.memory.planner.plan`.
+        """The plan of ``pipe(**arguments)``; errors: :meth:`tiledcore.memory.planner.Planner.plan`.
 
         ``size`` is (height, width) of the image in px; None: by the arguments, or the model's own.
         """

@@ -5,14 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
 
 from tiledcore.config import Execution, TilingConfig
 from tiledcore.geometry import Pair
-from tiledcore.memory.architectures import architecture
-from tiledcore.memory.prediction import Evaluation, Phase, Predictor, parse_bytes, show_bytes
+from tiledcore.memory.prediction import Phase, Predictor, show_bytes
 
 SAFETY = 1.1
 """A predicted peak times this must fit the budget: fragmentation, kernel workspaces and the CUDA context are not
@@ -80,47 +76,16 @@ class DoesNotFit(ValueError):  # noqa: N818 - the public name
         )
 
 
-def plan(
-    model: Any,
-    size: Pair,
-    budget: int | str,
-    *,
-    tiling: TilingConfig | None = None,
-    execution: Execution | None = None,
-    device: str = "cuda",
-    dtype: torch.dtype | None = None,
-    images: int = 1,
-    branches: int | None = None,
-    offload: bool | None = None,
-) -> Plan:
-    """Choose mode, tile batch, guidance split, VAE band and offload so that an image fits a budget.
-
-    The first plan that fits is taken. Order: the mode that was measured best for the kind of network (for transformers
-    canvas mode, for UNets moving tiles, see docs/benchmarks.md), then no offload, then large batches.
+class Planner:
+    """Chooses mode, tile batch, guidance split, VAE band and offload so that images of one model fit a budget.
 
     Args:
-        model: a pipeline, a name from :data:`~tiledcore.memory.architectures.BUILT_IN`, or a folder.
-        size: (width, height) of the image, px.
-        budget: bytes of tensors on the device, such as ``"24GiB"``.
-        tiling: kept as it is. Default: both modes are tried.
-        execution: its tile batch is the largest that is tried.
-        device: ``"cuda"`` or ``"cpu"``; on a CPU nothing is offloaded.
-        dtype: of the weights. Default: a pipeline's own, else float16.
+        predictor: of the model and the device; on a CPU nothing is offloaded.
+        budget: bytes of tensors on the device.
         images: images per call.
         branches: 2 with classifier-free guidance, 1 without. Default: as the pipeline does.
         offload: each module is on the device only while it runs. Default: only if needed.
-
-    Raises:
-        DoesNotFit: no plan fits; the message names the smallest budget and the largest size of this aspect.
-        ValueError: size, budget or model is not valid.
-        TypeError: the model's memory cannot be predicted.
     """
-    planner = Planner(Predictor(architecture(model, dtype), device), parse_bytes(budget), images, branches, offload)
-    return planner.plan(size, tiling, execution)
-
-
-class Planner:
-    """Plans for one model, budget and call, with shared predictions. See :func:`plan`."""
 
     def __init__(
         self,
@@ -136,7 +101,23 @@ class Planner:
         self.offloads = (False,) if on_cpu else (False, True) if offload is None else (offload,)
 
     def plan(self, size: Pair, tiling: TilingConfig | None = None, execution: Execution | None = None) -> Plan:
-        self._check(size)
+        """The first plan that fits.
+
+        Order: the mode that was measured best for the kind of network (for transformers canvas mode, for UNets moving
+        tiles, see docs/benchmarks.md), then no offload, then large batches.
+
+        Args:
+            size: (width, height) of the image, px.
+            tiling: kept as it is. Default: both modes are tried.
+            execution: its tile batch is the largest that is tried.
+
+        Raises:
+            DoesNotFit: no plan fits; the message names the smallest budget and the largest size of this aspect.
+            ValueError: the size is not valid.
+        """
+        unit = self.predictor.unit
+        if any(n < 1 or n % unit for n in size):
+            raise ValueError(f"size={size[0]}x{size[1]}: both sides must be multiples of {unit} px")
         execution = execution or Execution()
         plans = []
         for found in self._candidates(size, self._ways(tiling, execution)):
@@ -147,11 +128,6 @@ class Planner:
             min(plans, key=lambda found: (found.peak, sum(phase.peak for phase in found.phases))),
             self._largest(size, self._ways(tiling, execution)),
         )
-
-    def _check(self, size: Pair) -> None:
-        unit = self.predictor.unit
-        if any(n < 1 or n % unit for n in size):
-            raise ValueError(f"size={size[0]}x{size[1]}: both sides must be multiples of {unit} px")
 
     def _ways(self, tiling: TilingConfig | None, execution: Execution) -> list[list[Way]]:
         """Per mode, the ways to process the canvas, from the fastest to the one with the least memory."""
@@ -174,14 +150,8 @@ class Planner:
                 for way in ways:
                     yield self._assemble(size, way, offload)
 
-    def _evaluate(self, size: Pair, way: Way) -> Evaluation:
-        factor = self.predictor.model.factor
-        canvas = (size[1] // factor, size[0] // factor)
-        return self.predictor.evaluation(canvas, *way, self.images, self.branches)
-
     def _assemble(self, size: Pair, way: Way, offload: bool) -> Plan:
         predictor, model = self.predictor, self.predictor.model
-        factor = model.factor
         weights = {part.role: predictor.weights(part.role) for part in model.parts}
         resident = sum(weights.values())
 
@@ -189,9 +159,9 @@ class Planner:
             return weights[role] if offload else resident
 
         texts = predictor.text(self.images)
-        evaluation = self._evaluate(size, way)
+        canvas, room = (size[1] // model.factor, size[0] // model.factor), None
+        evaluation = predictor.evaluation(canvas, *way, self.images, self.branches)
         others = (0 if offload else resident - weights["vae"]) + evaluation.kept
-        canvas, room = (size[1] // factor, size[0] // factor), None
         decode = predictor.decode(canvas, self.images, None)
         if (decode.peak + others) * SAFETY > self.budget:
             room = max(1, int(self.budget / SAFETY) - others - decode.base)
