@@ -119,6 +119,8 @@ def tiny_sana() -> SanaPipeline:
             decoder_qkv_multiscales=((), (), (), (), (5,), (5,)),
             encoder_block_types=("ResBlock",) * 4 + ("EfficientViTBlock",) * 2,
             decoder_block_types=("ResBlock",) * 4 + ("EfficientViTBlock",) * 2,
+            upsample_block_type="interpolate",
+            downsample_block_type="conv",
         ).eval(),
         transformer=SanaTransformer2DModel(
             in_channels=CHANNELS,

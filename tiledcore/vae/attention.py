@@ -56,10 +56,7 @@ class Attention(Layer):
             attended = F.scaled_dot_product_attention(q, k, v)
         attended = attended.transpose(1, 2).flatten(2)
         out = attention.to_out[0](attended).transpose(1, 2).unflatten(2, rows.shape[2:])
-        if attention.residual_connection:
-            out = out + rows
-        factor = attention.rescale_output_factor
-        band.tensors.append(out if factor == 1 else out / factor)
+        band.tensors.append(out + rows)
 
 
 class Project(Layer):

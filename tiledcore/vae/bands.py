@@ -170,7 +170,7 @@ class Conv(Layer):
             rows = (window.shape[2] - self.kernel) // stride + 1
             if rows < 1:
                 held = window
-                waiting = list(joined(waiting, band.tensors))
+                waiting = [_join(*pair) for pair in _pairs(waiting, band.tensors)]
                 band.tensors.clear()
                 del window
                 continue
@@ -236,11 +236,6 @@ def _join(old: Tensor | None, new: Tensor) -> Tensor:
     return new if old is None else torch.cat([old, new], 2)
 
 
-def joined(waiting: Sequence[Tensor | None], new: Sequence[Tensor]) -> list[Tensor]:
-    """Per path: the waiting rows, if any, and the new rows below them."""
-    return [_join(old, rows) for old, rows in _pairs(waiting, new)]
-
-
 Shortcut = Callable[[Tensor], Tensor]
 """The operation on a residual, per pixel: a 1x1 convolution or something simpler."""
 
@@ -256,18 +251,16 @@ class Save(Layer):
 
 
 class Add(Layer):
-    """End a residual: ``(main + shortcut(saved)) / scale``, in place of the main path."""
+    """End a residual: ``main + shortcut(saved)``, in place of the main path."""
 
-    def __init__(self, shortcut: Shortcut | None = None, scale: float = 1.0) -> None:
-        self.shortcut, self.scale = shortcut, scale
+    def __init__(self, shortcut: Shortcut | None = None) -> None:
+        self.shortcut = shortcut
 
     def change(self, band: Band) -> None:
         saved = band.tensors.pop()
         if self.shortcut is not None:
             saved = self.shortcut(saved)
         band.tensors[-1].add_(saved)  # in place is safe: this is the new output of a convolution
-        if self.scale != 1.0:
-            band.tensors[-1].div_(self.scale)
 
 
 class Pointwise(Layer):
@@ -281,7 +274,7 @@ class Pointwise(Layer):
 
 
 def activation(module: Any) -> Layer:
-    return Pointwise(known(module, nn.ReLU, nn.SiLU, nn.GELU, nn.Mish))
+    return Pointwise(known(module, nn.ReLU, nn.SiLU))
 
 
 def split(source: Stream, rows: int) -> Stream:

@@ -1,6 +1,6 @@
-"""The layers of diffusers' ``AutoencoderDC`` (DC-AE: Chen et al. 2025), the autoencoder of Sana.
+"""The layers of Sana's autoencoder: diffusers' ``AutoencoderDC`` (DC-AE: Chen et al. 2025) as Sana sets it.
 
-Only its linear attention needs the whole image. Sizes change by pixel shuffle.
+Only its linear attention needs the whole image. The other published ones, of ImageNet, belong to no pipeline.
 """
 
 from __future__ import annotations
@@ -24,16 +24,12 @@ from tiledcore.vae.bands import (
     Layer,
     Pointwise,
     Save,
-    Stream,
     UnsupportedError,
     activation,
     convolution,
-    joined,
     known,
     unknown,
 )
-
-FACTOR = 2  # of every block that changes the height and width
 
 
 def _repeat(times: int, x: Tensor) -> Tensor:
@@ -44,30 +40,6 @@ def _repeat(times: int, x: Tensor) -> Tensor:
 def _mean(of: int, x: Tensor) -> Tensor:
     """A shortcut to fewer channels: the mean of each group of ``of`` channels."""
     return x.unflatten(1, (-1, of)).mean(2)
-
-
-class Shuffle(Layer):
-    """Pixel shuffle on all paths: twice the height and width, a quarter of the channels."""
-
-    upsample = FACTOR
-
-    def change(self, band: Band) -> None:
-        band.tensors[:] = [F.pixel_shuffle(t, FACTOR) for t in band.tensors]
-
-
-class Unshuffle(Layer):
-    """The inverse of :class:`Shuffle`. An odd row waits for the next band."""
-
-    def run(self, source: Stream) -> Stream:
-        waiting: list[Tensor] = []
-        for band in source:
-            found = joined(waiting, band.tensors)
-            band.tensors.clear()
-            rows = found[0].shape[2] // FACTOR * FACTOR
-            waiting = [t[:, :, rows:].clone() for t in found] if rows < found[0].shape[2] else []
-            if rows:
-                band.tensors[:] = [F.pixel_unshuffle(found.pop(0)[:, :, :rows], FACTOR) for _ in range(len(found))]
-                yield band
 
 
 class Gate(Layer):
@@ -95,14 +67,11 @@ def decoder(network: Any) -> list[Layer]:
     for block in reversed(network.up_blocks):
         for module in block:
             layers += _block(module)
-    layers += [_norm(network.norm_out), activation(network.conv_act)]
-    last = network.conv_out
-    return [*layers, *(_up(last) if type(last) is DCUpBlock2d else [Conv(convolution(last))])]
+    return [*layers, _norm(network.norm_out), activation(network.conv_act), Conv(convolution(network.conv_out))]
 
 
 def encoder(network: Any) -> list[Layer]:
-    first = network.conv_in
-    layers = _down(first) if type(first) is DCDownBlock2d else [Conv(convolution(first))]
+    layers: list[Layer] = [Conv(convolution(network.conv_in))]
     for block in network.down_blocks:
         for module in block:
             layers += _block(module)
@@ -110,19 +79,13 @@ def encoder(network: Any) -> list[Layer]:
 
 
 def _norm(norm: Any) -> Layer:
-    if type(norm) is RMSNorm:
-        return Pointwise(partial(_rms, norm))
-    if type(norm) is nn.BatchNorm2d:
-        if norm.training or norm.running_mean is None:
-            raise UnsupportedError("a BatchNorm2d takes the statistics of what it is given; call vae.eval()")
-        return Pointwise(norm)
-    raise unknown(norm)
+    return Pointwise(partial(_rms, known(norm, RMSNorm)))
 
 
 def _shortened(conv: nn.Conv2d, shortcut: bool) -> list[Layer]:
     """The convolution next to the latents."""
     if not shortcut:
-        return [Conv(conv)]
+        raise UnsupportedError("the convolution next to the latents has no shortcut")
     more, fewer = conv.out_channels // conv.in_channels, conv.in_channels // conv.out_channels
     return [Save(), Conv(conv), Add(partial(_repeat, more) if more else partial(_mean, fewer))]
 
@@ -141,23 +104,16 @@ def _block(module: Any) -> list[Layer]:
 
 
 def _up(block: Any) -> list[Layer]:
-    conv = convolution(block.conv)
-    if block.interpolate:
-        if block.interpolation_mode != "nearest":
-            raise UnsupportedError(f"a DCUpBlock2d interpolates with {block.interpolation_mode!r}, not 'nearest'")
-        layers: list[Layer] = [Conv(conv, upsample=FACTOR)]
-        # Repeated here, before Conv enlarges it by pixel shuffle.
-        return [Save(partial(_repeat, block.repeats)), *layers, Add()] if block.shortcut else layers
-    # Both paths end in the same shuffle, so one shuffle after their sum is enough.
-    both = [Save(), Conv(conv), Add(partial(_repeat, block.repeats))] if block.shortcut else [Conv(conv)]
-    return [*both, Shuffle()]
+    if not block.interpolate or block.interpolation_mode != "nearest" or not block.shortcut:
+        raise UnsupportedError("a DCUpBlock2d does not repeat pixels, or has no shortcut")
+    # Repeated here, before Conv enlarges it by pixel shuffle.
+    return [Save(partial(_repeat, block.repeats)), Conv(convolution(block.conv), upsample=2), Add()]
 
 
 def _down(block: Any) -> list[Layer]:
-    layers: list[Layer] = [Conv(convolution(block.conv))]
-    if block.downsample:
-        layers.append(Unshuffle())
-    return [Save(), *layers, Add(partial(_mean, block.group_size))] if block.shortcut else layers
+    if block.downsample or not block.shortcut:
+        raise UnsupportedError("a DCDownBlock2d has a pixel unshuffle beside its shortcut's, or no shortcut")
+    return [Save(), Conv(convolution(block.conv)), Add(partial(_mean, block.group_size))]
 
 
 def _attention(attention: Any) -> list[Layer]:

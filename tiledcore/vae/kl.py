@@ -60,10 +60,10 @@ def encoder(encoder: Any) -> list[Layer]:
         for resnet in known(block, DownEncoderBlock2D).resnets:
             layers += _resnet(resnet)
         for downsampler in block.downsamplers or ():
-            if type(downsampler) is not Downsample2D or downsampler.norm is not None or not downsampler.use_conv:
+            plain = known(downsampler, Downsample2D).use_conv and downsampler.padding == 0
+            if not plain or downsampler.norm is not None:
                 raise unknown(downsampler)
-            pad = (0, 1, 0, 1) if downsampler.padding == 0 else None
-            layers.append(Conv(convolution(downsampler.conv), pad=pad))
+            layers.append(Conv(convolution(downsampler.conv), pad=(0, 1, 0, 1)))
     return [*layers, *_middle(encoder.mid_block), *_output(encoder)]
 
 
@@ -87,6 +87,8 @@ def _attention(attention: Any) -> list[Layer]:
         known(layer, nn.Linear)
     if any(getattr(attention, name) is not None for name in ("spatial_norm", "norm_q", "norm_k")):
         raise UnsupportedError("the middle block's attention has a norm of queries, of keys, or in space")
+    if not attention.residual_connection or attention.rescale_output_factor != 1:
+        raise UnsupportedError("the middle block's attention has no residual, or scales it")
     _statistics(attention.group_norm)
     return [Attention(attention)]
 
@@ -94,8 +96,9 @@ def _attention(attention: Any) -> list[Layer]:
 def _resnet(block: Any) -> list[Layer]:
     if type(block) is not ResnetBlock2D or type(block.nonlinearity) is not nn.SiLU:
         raise unknown(block)
-    if block.time_emb_proj is not None or block.upsample is not None or block.downsample is not None:
-        raise UnsupportedError("a residual block has a time embedding or changes the size")
+    more = (block.time_emb_proj, block.upsample, block.downsample)
+    if any(part is not None for part in more) or block.output_scale_factor != 1:
+        raise UnsupportedError("a residual block has a time embedding, changes the size or scales its sum")
     if block.training and block.dropout.p > 0:
         raise UnsupportedError("a residual block drops out; call vae.eval()")
     shortcut = None if block.conv_shortcut is None else convolution(block.conv_shortcut)
@@ -105,7 +108,7 @@ def _resnet(block: Any) -> list[Layer]:
         Save(shortcut if early else None),
         Conv(convolution(block.conv1), statistics=_statistics(block.norm1)),
         Conv(convolution(block.conv2), statistics=_statistics(block.norm2)),
-        Add(None if early else shortcut, float(block.output_scale_factor)),
+        Add(None if early else shortcut),
     ]
 
 
@@ -115,10 +118,9 @@ def tiny(network: Any) -> list[Layer]:
     upsample = 1
     for module in network.layers:
         if type(module) is nn.Upsample:
-            factor = module.scale_factor
-            if module.mode != "nearest" or not isinstance(factor, (int, float)) or factor != int(factor):
+            if module.mode != "nearest" or module.scale_factor != 2:
                 raise UnsupportedError(f"{module} does not repeat pixels")
-            upsample = int(factor)
+            upsample = 2
         elif type(module) is nn.Conv2d:
             layers.append(Conv(convolution(module), upsample=upsample))
             upsample = 1
