@@ -12,7 +12,9 @@ from PIL import Image
 from tiny_command import error, fail, generate
 
 from tiledcore import TiledPipeline
+from tiledcore.cli.console import CommandError
 from tiledcore.cli.main import main
+from tiledcore.cli.model import Model, check_classes
 
 
 @pytest.fixture(autouse=True)
@@ -125,7 +127,6 @@ def folder(index: Any, unet: Any = UNET, vae: Any = VAE, role: str = "unet") -> 
         ({"index": SD, "unet": "{"}, "unet/config.json is not there or not JSON"),
         ({"index": SD, "vae": None}, "vae/config.json is not there or not JSON"),
         ({"index": SD, "unet": UNET | {"sample_size": "16"}}, "its configuration is damaged"),
-        ({"index": SD, "unet": UNET | {"_class_name": "UNet3DConditionModel"}}, "not UNet3DConditionModel"),
         ({"index": SD | {"_class_name": "StableDiffusionAdapterPipeline"}}, "starts from an image; give --init-image"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -167,3 +168,14 @@ def test_help_imports_nothing_large() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stdout.splitlines()[-1] == "[]", run.stderr
+
+
+def test_classes_that_only_tile_mode_knows_are_not_refused() -> None:
+    for pipeline, network in (
+        ("ChromaPipeline", "ChromaTransformer2DModel"),
+        ("Flux2Pipeline", "Flux2Transformer2DModel"),
+    ):
+        check_classes(Model("a", pipeline=pipeline, network=network), {"init_image": None})
+    for pipeline in ("StableDiffusionImg2ImgPipeline", "StableDiffusionControlNetPipeline"):
+        with pytest.raises(CommandError, match="starts from an image; give --init-image"):
+            check_classes(Model("a", pipeline=pipeline), {"init_image": None})

@@ -119,23 +119,19 @@ def check_classes(model: Model, options: Mapping[str, Any]) -> None:
     import diffusers
     from diffusers.pipelines import auto_pipeline as auto
 
-    from tiledcore.tiles.families import FAMILIES
-
     cls = getattr(diffusers, model.pipeline, None)
     if not (inspect.isclass(cls) and issubclass(cls, diffusers.DiffusionPipeline)):
         raise CommandError(
             f"--model {model.name}: diffusers {diffusers.__version__} has no pipeline {model.pipeline}, "
             "which its model_index.json names"
         )
-    known = [family.model.__name__ for family in FAMILIES]
-    if model.network is not None and model.network not in known:
-        raise CommandError(f"--model {model.name}: its network must be one of {', '.join(known)}, not {model.network}")
     given = {name for name, value in options.items() if value is not None}
+    key = next((key for key, found in auto.AUTO_TEXT2IMAGE_PIPELINES_MAPPING.items() if found is cls), None)
     if "image" in inspect.signature(cls.__call__).parameters:
-        if "init_image" not in given:
+        optional = key is not None and "ControlNet" not in model.pipeline
+        if not optional and "init_image" not in given:
             raise CommandError(f"--model {model.name}: {model.pipeline} starts from an image; give --init-image")
         return
-    key = next((key for key, found in auto.AUTO_TEXT2IMAGE_PIPELINES_MAPPING.items() if found is cls), None)
     for option, mapping in (
         ("mask", auto.AUTO_INPAINT_PIPELINES_MAPPING),
         ("init_image", auto.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING),
