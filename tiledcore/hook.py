@@ -174,15 +174,20 @@ class NetworkHook:
 
 @contextmanager
 def tiled(
-    pipe: Any, config: TilingConfig, execution: Execution | None = None, given: dict[str, Any] | None = None
+    pipe: Any,
+    config: TilingConfig,
+    execution: Execution | None = None,
+    given: dict[str, Any] | None = None,
+    kind: Callable[..., TileDenoiser] = TileDenoiser,
 ) -> Iterator[NetworkHook]:
     """Inside a ``with`` block, the pipeline's network is evaluated in tiles. Raises as :func:`apply_tiling` does.
 
-    ``given``: the arguments of its call, whose size is checked.
+    ``given``: the arguments of its call, whose size is checked. ``kind`` makes the denoiser, from the arguments of
+    :class:`TileDenoiser`.
     """
     network, family = network_of(pipe)
     execution = execution or Execution()
-    denoiser = _denoiser(pipe, config, execution)
+    denoiser = _denoiser(pipe, config, execution, kind)
     tile, native = both(config.tile or denoiser.native), both(family.native(pipe, network))
     with ExitStack() as stack:
         if config.mode == "canvas":  # it replaces attention layers, which all threads see: one call at a time
@@ -208,12 +213,12 @@ def tiled(
         yield hook
 
 
-def _denoiser(pipe: Any, config: TilingConfig, execution: Execution) -> TileDenoiser:
+def _denoiser(pipe: Any, config: TilingConfig, execution: Execution, kind: Callable[..., TileDenoiser]) -> TileDenoiser:
     """The denoiser of a pipeline, tried on a canvas of two by two tiles, so that errors come at once."""
     network, family = network_of(pipe)
     native = family.native(pipe, network)
     unit = family.unit(network)
-    denoiser = TileDenoiser(config, execution, native, factor_of(pipe), family.patch(network), unit, snap_of(pipe))
+    denoiser = kind(config, execution, native, factor_of(pipe), family.patch(network), unit, snap_of(pipe))
     height, width = both(config.tile or native)
     denoiser.tiling(2 * height // unit, 2 * width // unit, 0)
     scheduler, clock = pipe.scheduler, family.clock

@@ -9,8 +9,10 @@ from tilings import RAMP, still
 from tiny import tiny_sd, tiny_sdxl
 from tiny_transformers import tiny_flux
 
-from tiledcore import Execution, TiledPipeline, TilingConfig
+from tiledcore import Execution, Motion, TiledPipeline, TilingConfig
 from tiledcore.compose.connected import SHARED, CanvasGraph, ConnectedDenoiser, Joint, _shared_statistics, connected
+from tiledcore.geometry import TileGrid
+from tiledcore.tiles.denoiser import TileDenoiser
 
 SELF = [Joint("x", (0,), (0,)), Joint("y", (0,), (0,))]
 RING = [Joint("x", (0,), (1,)), Joint("x", (1,), (0,))]
@@ -61,8 +63,7 @@ def windowed(sample: torch.Tensor, timestep: Any, **kwargs: Any) -> tuple[torch.
 
 def test_edges_are_predicted_in_the_sight_of_the_neighbour() -> None:
     """Against the same prediction of the two images as one torus."""
-    denoiser = ConnectedDenoiser(still(tile=(8, 24)), Execution(), 8, 8)
-    denoiser.graph, denoiser.reach = CanvasGraph(2, RING), (4, 4)
+    denoiser = ConnectedDenoiser(CanvasGraph(2, RING), (4, 4), still(tile=(8, 24)), Execution(), 8, 8)
     canvases = torch.randn(2, 3, 8, 16)
     out = denoiser(windowed, canvases, 10)
     around = torch.cat([canvases[0], canvases[1]], -1)[None]
@@ -98,6 +99,23 @@ def test_images_of_a_group_end_in_the_same_strip(make: Any) -> None:
     images = connected(wrapped, ["a cat", "ice"], MANY, output_type="pil", **options)
     assert [image.size for image in images] == [(192, 128)] * 2
     assert "decode" not in vars(pipe.vae)
+
+
+@pytest.mark.parametrize(("motion", "blended"), [("moving", [1, 2, 3]), (Motion(2, 1, fade=0), [0, 1, 3])])
+def test_moving_tiles_blend_the_steps_that_motion_says(
+    motion: Any, blended: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, found = TileDenoiser.place, []
+
+    def spy(self: TileDenoiser, *args: Any) -> bool:
+        result = place(self, *args)
+        found.append(self.placed)
+        return result
+
+    monkeypatch.setattr(TileDenoiser, "place", spy)
+    tiling = TilingConfig(tile=16, overlap=4, motion=motion)
+    connected(tiny_sd(), ["a"], SELF, height=192, width=256, num_inference_steps=4, tiling=tiling)
+    assert [i for i, tiles in enumerate(found) if isinstance(tiles, TileGrid)] == blended
 
 
 @pytest.mark.parametrize(

@@ -128,8 +128,9 @@ class CanvasGraph:
 class ConnectedDenoiser(TileDenoiser):
     """A :class:`TileDenoiser` for a batch of connected images; ``reach`` in canvas pixels."""
 
-    graph: CanvasGraph
-    reach: Pair
+    def __init__(self, graph: CanvasGraph, reach: Pair, *settings: Any) -> None:
+        super().__init__(*settings)
+        self.graph, self.reach = graph, reach
 
     def place(self, size: Pair, timestep: Tensor | float, device: torch.device) -> bool:
         y, x = self.graph.on_axes(self.reach)
@@ -206,10 +207,8 @@ def connected(
     tiling = with_fade(pipe, tiling, fades=False)
     reach = min(decoder_reach(pipe.vae), height // factor), min(decoder_reach(pipe.vae), width // factor)
     around = _Beside(graph.on_axes(reach), factor, graph, graph.partners(None))
-    with tiled(pipe, tiling, execution) as hook, wrapped(pipe.vae, around), _shared_statistics(pipe.vae):
-        denoiser = ConnectedDenoiser(tiling, execution, native, factor, family.patch(network), unit)
-        denoiser.graph, denoiser.reach = graph, (context // unit, context // unit)
-        hook.denoiser = denoiser
+    kind = partial(ConnectedDenoiser, graph, both(context // unit))
+    with tiled(pipe, tiling, execution, kind=kind), wrapped(pipe.vae, around), _shared_statistics(pipe.vae):
         return list(pipe(**call).images)
 
 
