@@ -23,7 +23,7 @@ from tiledcore.compose.tile_prompts import PromptForTile, TilePrompts
 from tiledcore.config import Execution, TilingConfig
 from tiledcore.feature import Features
 from tiledcore.geometry import Pair, both
-from tiledcore.hook import NetworkHook, snap_of, tiled, with_fade
+from tiledcore.hook import NetworkHook, tiled, with_fade
 from tiledcore.io.preview import Preview, Previewing
 from tiledcore.io.stream import CPU_BUDGET, Rows, Streamed
 from tiledcore.loop.checkpoint import Checkpoint, locked
@@ -144,7 +144,6 @@ class Call:
         if "use_resolution_binning" in takes:
             arguments.setdefault("use_resolution_binning", False)
         size = _with_size(runs, arguments)
-        check_levels(runs, tiling, size)
         if (image := arguments.get("image")) is not None:
             tiling = tiling.refining()
         plan = None
@@ -281,25 +280,6 @@ def size_unit(pipe: Any) -> int:
     """Both sides of an image must be multiples of this, px: VAE factor times token side."""
     network, family = network_of(pipe)
     return int(factor_of(pipe) * family.patch(network))
-
-
-def check_levels(pipe: Any, tiling: TilingConfig, size: Pair | None) -> None:
-    """A T2I-Adapter adds images at each level of the network; to cut them, all levels must divide the canvas.
-
-    Raises:
-        ValueError: they do not, and there are several tiles; names the nearest size.
-    """
-    network, family = network_of(pipe)
-    unit = factor_of(pipe) * snap_of(pipe)
-    if size is None or tiling.mode == "canvas" or getattr(pipe, "adapter", None) is None:
-        return
-    height, width = (side // factor_of(pipe) for side in size)
-    if any(side % unit for side in size) and len(tiling.grid(height, width, family.native(pipe, network))) > 1:
-        near = "x".join(str(max(1, round(side / unit)) * unit) for side in reversed(size))
-        raise ValueError(
-            f"height={size[0]}, width={size[1]}: with a T2I-Adapter both must be multiples of {unit} px; "
-            f"the nearest size is {near} (width x height)"
-        )
 
 
 @contextmanager

@@ -134,7 +134,7 @@ def test_a_t2i_adapters_residuals_are_cut_and_other_sizes_refused() -> None:
     # The adapter sees a little beyond the line, so only the far columns are the same.
     torch.testing.assert_close(left[..., :8], whole[..., :8], rtol=0.2, atol=0.2)
     assert (left - whole)[..., 16:].abs().mean() > 4 * (left - whole)[..., :16].abs().mean()
-    with pytest.raises(ValueError, match=r"height=128, width=232: .* multiples of 16 px; the nearest size is 224x128"):
+    with pytest.raises(ValueError, match=r"canvas of 16x29 .* multiples of 2; the nearest such canvas is 16x28"):
         run(with_adapter(), RAMP, hint(232, 128), height=128, width=232)
 
 
