@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import wraps
 from inspect import signature
 from itertools import count
-from threading import RLock, get_ident
+from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -67,10 +67,7 @@ def with_fade(pipe: Any, config: TilingConfig, fades: bool) -> TilingConfig:
 
 
 class NetworkHook:
-    """Around the calls of a network during one call of its pipeline: the canvas is evaluated in tiles.
-
-    Calls from other threads pass through: they belong to another pipeline that shares the network.
-    """
+    """Around the calls of a network during one call of its pipeline: the canvas is evaluated in tiles."""
 
     engine: Engine | None = None  # What moves the canvas during a call of a :class:`~tiledcore.TiledPipeline`
     control: ControlHook | None = None  # Of the pipeline's ControlNet
@@ -79,7 +76,6 @@ class NetworkHook:
 
     def __init__(self, denoiser: TileDenoiser, family: Family, network: Any, scheduler: Any) -> None:
         self.denoiser, self.family, self.network, self.scheduler = denoiser, family, network, scheduler
-        self.thread = get_ident()
         self._stateful: list[Any] | None = None
         self._parameters = signature(type(uncompiled(network)).forward)
 
@@ -106,8 +102,6 @@ class NetworkHook:
         return self._stateful
 
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if get_ident() != self.thread:
-            return call(*args, **kwargs)
         family = self.family
         arguments = dict(self._parameters.bind(self.network, *args, **kwargs).arguments)
         arguments.pop("self")
@@ -208,7 +202,7 @@ def tiled(
             hook.control = ControlHook(hook, controlnet)
             around.append((controlnet, hook.control))
         for owner, one in around:
-            intercept(owner, one)
+            intercept(owner, one, this_thread=True)
             stack.callback(release, owner, one)
         yield hook
 
@@ -247,8 +241,7 @@ class TiledCalls:
         self.pipe, self.config, self.execution = pipe, config, execution
 
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        hook = around_of(network_of(self.pipe)[0], NetworkHook)
-        if hook is not None and hook.thread == get_ident():
+        if around_of(network_of(self.pipe)[0], NetworkHook) is not None:
             return call(*args, **kwargs)  # of a TiledPipeline, which tiles the call itself
         config = with_fade(self.pipe, self.config or default_tiling(self.pipe), fades=False)
         given = dict(signature(type(self.pipe).__call__).bind_partial(self.pipe, *args, **kwargs).arguments)

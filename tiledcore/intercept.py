@@ -8,28 +8,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from threading import Lock
+from threading import Lock, get_ident
 from typing import Any
 
 Around = Callable[..., Any]  # ``around(call, *args, **kwargs)``; ``call`` takes the arguments of the object's own call
+
+_Entry = tuple[Around, int | None]  # and the thread whose calls it is for; None: all
 
 _NAME = "_tiledcore_around"
 _lock = Lock()
 
 
-def intercept(owner: Any, around: Around) -> None:
-    """From now on ``owner(...)`` is ``around(call, ...)``. The last one added is the outermost."""
+def intercept(owner: Any, around: Around, this_thread: bool = False) -> None:
+    """From now on ``owner(...)`` is ``around(call, ...)``. The last one added is the outermost.
+
+    ``this_thread``: only for calls from this thread; another one may have a pipeline that shares the network.
+    """
     with _lock:
-        stack: tuple[Around, ...] = vars(owner).get(_NAME, ())
+        stack: tuple[_Entry, ...] = vars(owner).get(_NAME, ())
         if not stack:
             owner.__class__ = _intercepted(type(owner))
-        vars(owner)[_NAME] = (*stack, around)
+        vars(owner)[_NAME] = (*stack, (around, get_ident() if this_thread else None))
 
 
 def release(owner: Any, around: Around) -> None:
     """Undo :func:`intercept`; does nothing if it was not done."""
     with _lock:
-        stack = tuple(a for a in vars(owner).get(_NAME, ()) if a is not around)
+        stack = tuple(entry for entry in vars(owner).get(_NAME, ()) if entry[0] is not around)
         if stack:
             vars(owner)[_NAME] = stack
         elif vars(owner).pop(_NAME, None) is not None:
@@ -37,14 +42,19 @@ def release(owner: Any, around: Around) -> None:
 
 
 def around_of(owner: Any, kind: type) -> Any:
-    """The outermost function of that class around an object's calls, or None."""
-    return next((a for a in reversed(vars(owner).get(_NAME, ())) if isinstance(a, kind)), None)
+    """The outermost function of that class around an object's calls from this thread, or None."""
+    return next((around for around in reversed(_here(owner)) if isinstance(around, kind)), None)
+
+
+def _here(owner: Any) -> tuple[Around, ...]:
+    """The functions around calls from this thread, the outermost last."""
+    return tuple(around for around, thread in vars(owner).get(_NAME, ()) if thread in (None, get_ident()))
 
 
 def _intercepted(kind: type) -> type:
     @wraps(kind.__call__)  # whoever reads the signature sees the object's own
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _run(self, kind, vars(self).get(_NAME, ()), args, kwargs)
+        return _run(self, kind, _here(self), args, kwargs)
 
     return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__, "__doc__": kind.__doc__})
 

@@ -41,7 +41,6 @@ class CanvasAttention:
     def __init__(self, network: Any, config: TilingConfig, execution: Execution, native: Pair) -> None:
         self.config, self.native, self.wrap = config, native, both(config.wrap)
         self.guidance_batch, self.canvas = execution.guidance_batch, Canvas(execution.impl)
-        self.thread = get_ident()
         self._network = uncompiled(network)
         self._family = next(family for family in FAMILIES if isinstance(self._network, family.model))
         self._masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # Of text -> indices of what counts, or None
@@ -62,8 +61,6 @@ class CanvasAttention:
             layer.set_processor(processor)
 
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if get_ident() != self.thread:  # of another pipeline that shares the network
-            return call(*args, **kwargs)
         kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         first = next((kwargs[name] for name in ("sample", "hidden_states", "x") if name in kwargs), None)
         if first is None:
@@ -112,12 +109,12 @@ class WindowPositions:
     """Absolute positions of a :class:`PatchEmbed`: token (y, x) gets those of (y mod native, x mod native)."""
 
     def __init__(self, module: Any, native: Pair) -> None:
-        self.module, self.native, self.thread = module, native, get_ident()
+        self.module, self.native = module, native
 
     def __call__(self, call: Callable[[Tensor], Tensor], latent: Tensor) -> Tensor:
         batch, channels, *size = latent.shape
         h, w = (min(n, own) for n, own in zip(size, self.native, strict=True))
-        if get_ident() != self.thread or [h, w] == size:
+        if [h, w] == size:
             return call(latent)
         # The module embeds each part of native size as an image of its own.
         padded = F.pad(latent, (0, -size[1] % w, 0, -size[0] % h))
@@ -179,9 +176,9 @@ def install(network: Any, config: TilingConfig, execution: Execution, native: Pa
         raise ValueError(f"native={native} must be multiples of the patch size {embed.patch_size}")
     remove(network)
     hook = CanvasAttention(network, config, execution, native)
-    intercept(network, hook)
+    intercept(network, hook, this_thread=True)
     if embed is not None:
-        intercept(embed, WindowPositions(embed, native))
+        intercept(embed, WindowPositions(embed, native), this_thread=True)
     return hook
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from inspect import signature
-from threading import get_ident
 from typing import Any, Protocol
 
 import torch
@@ -39,13 +38,11 @@ class ControlHook:
     """
 
     def __init__(self, hook: Tiled, network: Any) -> None:
-        self.hook, self.family, self.thread = hook, hook.family, get_ident()
+        self.hook, self.family = hook, hook.family
         self._network, self._parameters = network, signature(type(uncompiled(network)).forward)
         self._waiting: tuple[Callable[..., Any], dict[str, Any]] | None = None
 
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if get_ident() != self.thread:
-            return call(*args, **kwargs)
         arguments = dict(self._parameters.bind(self._network, *args, **kwargs).arguments)
         arguments.pop("self")
         denoiser, canvas = self.hook.denoiser, self.family.canvas(arguments)
