@@ -21,7 +21,7 @@ from tiledcore.compose.regions import Region, check_are_regions
 from tiledcore.compose.stage_plan import Stages
 from tiledcore.compose.tile_prompts import PromptForTile, TilePrompts
 from tiledcore.config import Execution, TilingConfig
-from tiledcore.feature import Features
+from tiledcore.feature import Feature, Features
 from tiledcore.geometry import Pair, both
 from tiledcore.hook import NetworkHook, tiled, with_fade
 from tiledcore.io.preview import Preview, Previewing
@@ -159,13 +159,15 @@ class Call:
             raise ValueError("pull: needs an image to pull to; give image= too")
         return cls(runs, arguments, tiling, execution, options, size, plan, ranks)
 
-    def features(self, hook: NetworkHook) -> list[AbstractContextManager[Any]]:
+    def features(self, hook: NetworkHook) -> list[Feature | AbstractContextManager[Any]]:
         """The features of the call and the contexts around its VAE, in the order in which they are entered."""
         pipe, options, tiling = self.pipe, self.options, self.tiling
         network, family = network_of(pipe)
         unit, native = family.unit(network), both(family.native(pipe, network))
         vae, factor, wrap = getattr(pipe, "vae", None), factor_of(pipe), both(tiling.wrap)
-        found: list[AbstractContextManager[Any]] = [] if self.ranks is None else [Sharing(self.ranks, pipe, hook)]
+        found: list[Feature | AbstractContextManager[Any]] = (
+            [] if self.ranks is None else [Sharing(self.ranks, pipe, hook)]
+        )
         if options.preview is not None:
             found.append(Previewing(options.preview, pipe, native, unit))
         if options.regions:

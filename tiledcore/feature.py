@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the command line checks a preview's path before that
-    from types import TracebackType
-
     from torch import Tensor
 
     from tiledcore.geometry import Pair, Tiling
@@ -37,17 +35,12 @@ class Step:
 
 
 class Feature:
-    """A context around one call of a pipeline. Every method does nothing unless a feature overrides it."""
+    """What one call of a pipeline does besides. Every method does nothing unless a feature overrides it."""
 
     every_step = False  # Whether it acts on steps: then the fallback loop watches the scheduler's ``step`` for it
 
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
+    def enter(self, stack: ExitStack) -> None:
+        """The call begins: change what must be changed for it; ``stack`` undoes that when the call ends."""
 
     def begin(self, start: Start) -> None:
         """Before the first evaluation.
@@ -83,9 +76,9 @@ class Features:
     features see a prediction.
     """
 
-    def __init__(self, contexts: Sequence[AbstractContextManager[Any]]) -> None:
-        self._contexts = tuple(contexts)
-        self._features = [feature for feature in contexts if isinstance(feature, Feature)]
+    def __init__(self, parts: Sequence[Feature | AbstractContextManager[Any]]) -> None:
+        self._parts = tuple(parts)
+        self._features = [part for part in parts if isinstance(part, Feature)]
         self._stack = ExitStack()
         self.watches = any(feature.every_step for feature in self._features)
         self.begun = False
@@ -95,8 +88,11 @@ class Features:
 
     def __enter__(self) -> Features:
         with ExitStack() as stack:
-            for context in self._contexts:
-                stack.enter_context(context)
+            for part in self._parts:
+                if isinstance(part, Feature):
+                    part.enter(stack)
+                else:
+                    stack.enter_context(part)
             self._stack = stack.pop_all()
         return self
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from tiledcore import Execution, Region, TiledPipeline, TilingConfig
 from tiledcore.compose.regional import Regional
 from tiledcore.compose.regions import region_weights
+from tiledcore.feature import Features
 from tiledcore.hook import tiled
 from tiledcore.tiles.denoiser import TileDenoiser
 
@@ -185,7 +186,7 @@ def test_a_pipeline_tiled_by_hand() -> None:
     plain = run()
     with tiled(pipe, TILES) as hook:
         before = run()
-        with Regional(pipe, pipe.unet, regions, hook):
+        with Features([Regional(pipe, pipe.unet, regions, hook)]):
             assert_close(run(), expected)
             assert_close(run(), expected)
         assert torch.equal(run(), before)

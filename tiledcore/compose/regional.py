@@ -6,6 +6,7 @@ The pipeline's own ``encode_prompt`` encodes the regions' prompts, with the argu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import lru_cache
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -69,10 +70,11 @@ class Regional(Feature):
         self._hook, self._network = hook, network
         self._canvas: CanvasRegions | None = None
 
-    def __enter__(self) -> Regional:
+    def enter(self, stack: ExitStack) -> None:
         if self._hook.denoiser.config.mode == "canvas":
             self._canvas = CanvasRegions(self._network)
-        self._hook.regions = self
+            stack.callback(self._canvas.restore)
+        stack.enter_context(replaced(self._hook, regions=self))
         original = self.pipe.encode_prompt
         parameters = signature(original)
 
@@ -94,15 +96,7 @@ class Regional(Feature):
             self._encoded, self._negative, self._used = [result, *others], [], False
             return result
 
-        self._encoder = replaced(self.pipe, encode_prompt=encode_prompt)
-        self._encoder.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._hook.regions = None
-        if self._canvas is not None:
-            self._canvas.restore()
-        self._encoder.__exit__(None, None, None)
+        stack.enter_context(replaced(self.pipe, encode_prompt=encode_prompt))
 
     def report(self, report: Report) -> None:
         report.region_tiles = self.tiles or None

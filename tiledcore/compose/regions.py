@@ -165,8 +165,8 @@ def coverage(region: Region, size: Pair, pixels: int, wrap: tuple[bool, bool]) -
     width = region.feather / pixels
     if region.box is not None:
         left, top, right, bottom = region.box
-        rows = _feather(_profile(top, bottom, size[0], pixels, wrap[0])[None], width, wrap[0])
-        columns = _feather(_profile(left, right, size[1], pixels, wrap[1])[None], width, wrap[1])
+        rows = _feather(_profile(top, bottom, size[0], pixels)[None], width, wrap[0])
+        columns = _feather(_profile(left, right, size[1], pixels)[None], width, wrap[1])
         return rows.T * columns
     inside = torch.from_numpy(_mask(region.mask))
     pooled = F.avg_pool2d(inside[None], pixels)[0]
@@ -263,13 +263,10 @@ def _mask(mask: Any) -> NDArray[np.float32]:
     return values
 
 
-def _profile(low: int, high: int, size: int, pixels: int, wrap: bool) -> Tensor:
-    """The part of each canvas pixel, on one axis, between the positions ``low`` and ``high`` in px."""
-    edges, length = torch.arange(size + 1, dtype=torch.float64) * pixels, size * pixels
-    whole = edges.clamp(low, min(high, length)).diff() / pixels
-    if wrap and high > length:
-        whole += edges.clamp(0, high - length).diff() / pixels
-    return whole.float()
+def _profile(low: int, high: int, size: int, pixels: int) -> Tensor:
+    """The part of each canvas pixel, on one axis, from ``low`` to ``high`` in px; an axis that wraps is a circle."""
+    inside = (torch.arange(size * pixels) - low) % (size * pixels) < high - low
+    return inside.float().view(size, pixels).mean(1)
 
 
 def _feather(values: Tensor, width: float, wrap: bool) -> Tensor:

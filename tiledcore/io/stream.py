@@ -52,19 +52,19 @@ class Streamed(Feature):
 
     def __init__(self, pipe: Any, rows: Rows | None, around: Continuation) -> None:
         self.pipe, self.rows, self.around = pipe, rows, around
-        self._stack, self._height, self._decoded = ExitStack(), 0, False
+        self._height, self._decoded = 0, False
 
-    def __enter__(self) -> Any:
-        if self.rows is not None:
-            if (reason := why_not_streamed(self.pipe)) is not None:
-                raise ValueError(f"rows: {reason}; leave out one of them")
-            self._decode = self.pipe.vae.decode
-            self._stack.enter_context(replaced(self.pipe.vae, decode=self.decode))
-        return self
+    def enter(self, stack: ExitStack) -> None:
+        if self.rows is None:
+            return
+        if (reason := why_not_streamed(self.pipe)) is not None:
+            raise ValueError(f"rows: {reason}; leave out one of them")
+        self._decode = self.pipe.vae.decode
+        stack.push(self._leave)
+        stack.enter_context(replaced(self.pipe.vae, decode=self.decode))
 
-    def __exit__(self, *error: Any) -> None:
-        self._stack.close()
-        if self.rows is not None and not self._decoded and error[0] is None:
+    def _leave(self, kind: Any, *_: Any) -> None:
+        if kind is None and not self._decoded:
             raise ValueError("rows: the pipeline decoded nothing; leave out output_type='latent'")
 
     def decode(self, latents: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:

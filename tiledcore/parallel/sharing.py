@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,16 +28,11 @@ class Sharing(Feature):
     def __init__(self, ranks: Ranks, pipe: Any, hook: NetworkHook) -> None:
         self.ranks, self.pipe, self.hook = ranks, pipe, hook
 
-    def __enter__(self) -> Sharing:
+    def enter(self, stack: ExitStack) -> None:
         self.ranks.times = Times([0.0] * self.ranks.size)
         self.hook.denoiser.deal = self.ranks.deal
-        silent = {} if self.ranks.leads else {"progress_bar": _no_bar}
-        self._quiet = replaced(self.pipe, **silent)
-        self._quiet.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._quiet.__exit__(None, None, None)
+        if not self.ranks.leads:
+            stack.enter_context(replaced(self.pipe, progress_bar=_no_bar))
 
     def report(self, report: Report) -> None:
         report.ranks = self.ranks.times

@@ -92,9 +92,8 @@ class Pulling(Feature):
         self._weights: list[float] = []
         self._coefficients: list[tuple[float, float]] = []
         self._filters: tuple[Tensor, ...] = ()
-        self._watching = ExitStack()
 
-    def __enter__(self) -> Pulling:
+    def enter(self, stack: ExitStack) -> None:
         """Keep the latents to which the pipeline adds noise: the canvas is pulled to them."""
         name = "scale_noise" if hasattr(self.scheduler, "scale_noise") else "add_noise"
         own = getattr(self.scheduler, name)
@@ -105,11 +104,7 @@ class Pulling(Feature):
                 self._clean = sample.detach()
             return own(sample, *args, **kwargs)
 
-        self._watching.enter_context(replaced(self.scheduler, **{name: noised}))
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._watching.close()
+        stack.enter_context(replaced(self.scheduler, **{name: noised}))
 
     def begin(self, start: Start) -> None:
         """Read the noise levels of the timesteps that are left, and prepare the low-pass, once."""
