@@ -156,13 +156,9 @@ def pipeline(name: str, where: Where) -> Any:
     if where.dry:
         found = replace(found, network=replace(found.network, config=dict(found.network.config) | SMALL[name]))
         found = replace(found, vae=replace(found.vae, config=dict(found.vae.config) | SMALL["vae"]))
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(where.network_dtype)
-    try:
-        with where.device:
-            parts: dict[str, Any] = {"unet": found.network.make().eval(), "vae": found.vae.make().eval()}
-    finally:
-        torch.set_default_dtype(before)
+    with where.device:
+        made = {"unet": found.network.make(), "vae": found.vae.make()}
+    parts: dict[str, Any] = {name: part.eval().to(where.network_dtype) for name, part in made.items()}
     parts["scheduler"] = diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear", steps_offset=1)
     parts |= dict.fromkeys(("text_encoder", "tokenizer", "feature_extractor"))
     if name == "sdxl":
@@ -201,9 +197,10 @@ def graphs(where: Where) -> Iterator[Row]:
         def compared(case: str, steps: int, ways: dict[str, Any] = ways, side: int = tile * 3 // 2) -> Iterator[Row]:
             results = {}
             for way, wrapped in ways.items():
-                results[way] = call(wrapped, side, steps)  # loads, compiles and captures
+                call(wrapped, side, steps)  # loads, compiles and captures
                 begin = time.perf_counter()
-                bool(call(wrapped, side, steps).isfinite().all())  # waits for the device
+                results[way] = call(wrapped, side, steps)
+                bool(results[way].isfinite().all())  # waits for the device
                 seconds, done = time.perf_counter() - begin, wrapped.report.graph
                 error = relative_error(results[way], results["eager"])
                 row = where.row(f"{case}, {steps} steps", way) | {"error": error}

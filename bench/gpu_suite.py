@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.benchmark.utils.common import select_unit
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {"start": 40, "ops": 90, "attention": 100, "blend": 50, "graph": 70, "sdxl": 170, "vae": 50}
@@ -83,14 +84,8 @@ def cells(row: Mapping[str, Any]) -> Iterator[str]:
     """Case, way, dtype, figure, prediction, error, share of the ceiling, memory."""
     yield from (row["case"], row["name"], row.get("dtype", ""))
     if "seconds" in row:
-        seconds = row["seconds"]
-        yield (
-            f"{seconds * 1e6:.1f} µs"
-            if seconds < 1e-3
-            else f"{seconds * 1e3:.4g} ms"
-            if seconds < 1
-            else f"{seconds:.3g} s"
-        )
+        unit, scale = select_unit(row["seconds"])
+        yield f"{row['seconds'] / scale:.4g} {unit.replace('us', 'µs')}"
     else:
         yield f"**wrong**: {row['wrong']}" if "wrong" in row else row.get("text") or f"not run: {row.get('not_run')}"
     yield predicted(row)
@@ -105,12 +100,8 @@ def markdown(rows: Iterable[Row], dry: bool) -> str:
     parts, figures = [row for row in rows if "status" in row], [row for row in rows if "case" in row]
     wrong = sum("wrong" in row for row in figures)
     lines = ["# GPU suite", ""]
-    if dry:
-        lines += ["**Dry run on a CPU: the parts run, but no figure here is of a GPU.**", ""]
-    lines += [
-        f"{len(figures)} rows, **{wrong} wrong**. Predictions were calculated for an H100 before anything had run.",
-        "",
-    ]
+    lines += ["**Dry run on a CPU: the parts run, but no figure here is of a GPU.**", ""] * dry
+    lines += [f"{len(figures)} rows, **{wrong} wrong**. Predictions: for an H100, from before anything had run.", ""]
     lines += ["| part | status | s | limit |", "|---" * 4 + "|"]
     lines += [f"| {row['part']} | {row['status']} | {row['took']} | {row['limit']} |" for row in parts]
     for part in dict.fromkeys(row["part"] for row in figures):

@@ -158,8 +158,6 @@ def table(rows: list[Row]) -> str:
 
 def figures(row: Row) -> list[str]:
     """What the compiled code needs."""
-    if "error" in row:
-        return [row["error"].splitlines()[0], *["–"] * 6]
     counts = [f"{row[name]:.0f}" for name in ("registers", "shared", "spills", "instructions", "matrix", "TMA loads")]
     return [*counts, f"{row['instructions'] / row['matrix']:.1f}" if row["matrix"] else "–"]
 
