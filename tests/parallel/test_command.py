@@ -78,6 +78,25 @@ def test_the_file_is_that_of_one_process(here: Path, count: int, more: list[str]
     assert Path("many.png").read_bytes() == Path("one.png").read_bytes()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["--motion", "still", "--overlap", "8"],
+        ["--stages", "auto", "--size", "512x512"],
+        ["--regions", "scene.toml"],
+        ["--wrap", "x", "--motion", "still"],
+    ],
+)
+def test_the_file_of_a_transformer_is_that_of_one_process(here: Path, more: list[str]) -> None:
+    flux = ["--model", "earth-flux", "--size", "512x384", "--seed", "5", *more]
+    assert main([*COMMAND, *flux, "--out", "one.png"]) == 0
+    for count in (2, 3, 4):
+        codes = [code for code, _ in on_ranks(count, command(*flux, "--out", "many.png"), group=False)]
+        assert codes == [0] * count and Path("many.png").read_bytes() == Path("one.png").read_bytes()
+
+
 def test_an_error_is_told_once(here: Path) -> None:
     results = on_ranks(2, command("--tile", "7", "--overlap", "9", "--out", "no.png"), group=False)
     assert results == [None, None]  # they ended at once, with code 2

@@ -39,6 +39,9 @@ def test_more_ranks_than_batches_gain_nothing() -> None:
         denoiser = TileDenoiser(TilingConfig(tile=16, overlap=0), Execution(tile_batch=tile_batch), 16, 8)
         return forecast(denoiser, (64, 64), 2, 4, 4, ranks).speedup
 
+    denoiser = TileDenoiser(TilingConfig(tile=16, overlap=0), Execution(4), 16, 8)
+    line = str(forecast(denoiser, (64, 64), 2, 4, 4, 8))
+    assert "4 of them work in a step, the others wait" in line and "Execution(guidance_batch=False)" in line
     assert speedup(4, 4) == speedup(4, 8) == 4 and speedup(2, 8) == 8
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler
@@ -136,6 +137,16 @@ def test_different_calls_are_refused() -> None:
         assert isinstance(error, ValueError) and "weights of vae is" in str(error) and "on rank 1" in str(error)
 
 
+@pytest.mark.slow
+def test_different_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(rank: int) -> Any:
+        monkeypatch.setattr(diffusers, "__version__", f"0.3{rank}")
+        return run(tiny_sd, RAMP)
+
+    for error in on_ranks(2, other):
+        assert isinstance(error, ValueError) and "diffusers is '0.31' on rank 1, '0.30' on rank 0" in str(error)
+
+
 def test_parallel_false_is_one_process() -> None:
     def alone(rank: int) -> Any:
         return run(tiny_sd, RAMP, seed=rank, parallel=False)
@@ -164,7 +175,7 @@ def test_one_rank_out_of_memory_lowers_the_batch_of_all() -> None:
 # ----------------------------------------------------------------------------- a rank that dies
 
 
-def dies_at(evaluation: int, which: int) -> Callable[[int], Any]:
+def dies_at(evaluation: int, which: int, make: Callable[[], Any]) -> Callable[[int], Any]:
     """A run with a checkpoint in which one rank kills itself."""
 
     def work(rank: int) -> Any:
@@ -176,24 +187,31 @@ def dies_at(evaluation: int, which: int) -> Callable[[int], Any]:
             return evaluate(self, *args, **kwargs)
 
         TileDenoiser.evaluate = dying  # type: ignore[method-assign]  # this process is a fork of the test's
-        return run(tiny_sd, FADING, num_inference_steps=4, checkpoint="run")
+        return run(make, FADING, num_inference_steps=4, checkpoint="run")
 
     return work
 
 
-@pytest.mark.parametrize(("which", "counts"), [(1, (3, 2)), pytest.param(0, (4, 1), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("which", "counts", "make"),
+    [
+        (1, (3, 2), tiny_sd),
+        pytest.param(0, (4, 1), tiny_sd, marks=pytest.mark.slow),
+        pytest.param(3, (4, 2), flux, marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_rank_ends_the_run_and_others_go_on(
-    which: int, counts: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    which: int, counts: tuple[int, int], make: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for rank, error in enumerate(on_ranks(counts[0], dies_at(2, which))):
+    for rank, error in enumerate(on_ranks(counts[0], dies_at(2, which, make))):
         if rank == which:
             assert error is None
         else:
             assert isinstance(error, LostRankError) and "processes ended, or did not answer in time" in str(error)
     assert os.listdir("run") == [FILE]
-    expected = run(tiny_sd, FADING, num_inference_steps=4)[0]
-    again = on_ranks(counts[1], lambda rank: run(tiny_sd, FADING, num_inference_steps=4, checkpoint="run"))
+    expected = run(make, FADING, num_inference_steps=4)[0]
+    again = on_ranks(counts[1], lambda rank: run(make, FADING, num_inference_steps=4, checkpoint="run"))
     for images, report in again:
         assert report.resumed == 2 and torch.equal(images, expected)
     assert os.listdir("run") == [FILE]

@@ -12,7 +12,7 @@ from tiledcore.config import Execution, TilingConfig
 from tiledcore.geometry import Pair
 from tiledcore.memory.planner import Plan
 from tiledcore.memory.prediction import Predictor, show_bytes
-from tiledcore.parallel.ranks import owners
+from tiledcore.parallel.ranks import few, owners
 from tiledcore.tiles.denoiser import TileDenoiser
 
 STEPS = 30
@@ -38,10 +38,11 @@ class Forecast:
 
     def __str__(self) -> str:
         shares = " ".join(f"{share:.1%}" for share in self.shares)
+        more = f"; {few(self.batches)}" if self.batches < self.ranks else ""
         return (
             f"{self.ranks} GPUs: the network {self.speedup:.2f} x as fast, shares {shares}; {self.batches} calls in "
             f"the last step; {show_bytes(self.received)} received per step and GPU, {show_bytes(self.buffers)} more "
-            "memory on each"
+            f"memory on each{more}"
         )
 
 

@@ -41,6 +41,14 @@ def owners(costs: Sequence[float], ranks: int) -> list[int]:
     return found
 
 
+def few(calls: int) -> str:
+    """What to do where a step has fewer calls of the network than there are ranks."""
+    return (
+        f"{calls} of them work{'s' * (calls == 1)} in a step, the others wait. In tile mode a smaller tile_batch or "
+        "Execution(guidance_batch=False) uses more, for an image that is equal up to rounding"
+    )
+
+
 @dataclass
 class Times:
     """What the ranks did in one call."""
@@ -126,12 +134,7 @@ class Ranks:
         began = time.perf_counter()
         chosen = owners([math.prod(part.shape) for part in parts], self.size)
         if len(parts) < self.size and not self.times.evaluations:
-            logger.warning(
-                "%d processes for %d calls of the network in a step: the others wait. A smaller tile_batch or "
-                "guidance_batch=False gives more calls, and an image that is equal up to rounding",
-                self.size,
-                len(parts),
-            )
+            logger.warning("%d processes: %s", self.size, few(len(parts)))
         mine: list[Tensor] = []
         full = False
         try:
