@@ -11,7 +11,7 @@ import shlex
 import textwrap
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from inspect import signature
 from pathlib import Path
@@ -33,7 +33,6 @@ from tiledcore.models import call_defaults
 
 if TYPE_CHECKING:
     from tiledcore.loop.checkpoint import Checkpoint
-    from tiledcore.parallel.ranks import Ranks
     from tiledcore.pipeline import TiledPipeline
 
 
@@ -44,9 +43,11 @@ def generate(args: argparse.Namespace) -> None:
     quiet()
     from tiledcore.cli.explain import explain
     from tiledcore.loop.checkpoint import Checkpoint, locked
+    from tiledcore.parallel.launch import joined
 
     checkpoint = None if args.checkpoint is None else Checkpoint(args.checkpoint, args.checkpoint_every or 1)
-    with _joined(args) as ranks, locked(checkpoint) if checkpoint is not None and leads() else nullcontext():
+    group = joined(args.device) if launched() else nullcontext()  # the processes that torchrun started
+    with group as ranks, locked(checkpoint) if checkpoint is not None and leads() else nullcontext():
         seed = _seed(args, checkpoint)
         seed = seed if ranks is None else ranks.first(seed)
         pipe = open_pipeline(args, seed)
@@ -95,15 +96,6 @@ def _announce(
         say(f"memory: {memory(args, pipe, whole is not None)}")
     if whole is not None:
         say(f"decoding the whole image in memory: {whole}")
-
-
-def _joined(args: argparse.Namespace) -> AbstractContextManager[Ranks | None]:
-    """The processes that torchrun started, as one group; None where this is the only one."""
-    if not launched():
-        return nullcontext()
-    from tiledcore.parallel.launch import joined
-
-    return joined(args.device)
 
 
 def _seed(args: argparse.Namespace, checkpoint: Checkpoint | None) -> int:
