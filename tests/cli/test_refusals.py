@@ -86,13 +86,6 @@ def test_only_ordinary_files_are_shown(file: str, capsys: pytest.CaptureFixture[
         assert f"{file}: cannot be read: Is a device or a pipe" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("trace", ["/dev/full", "pipe.json"])
-def test_a_trace_never_replaces_a_device(trace: str, model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    os.mkfifo("pipe.json")
-    assert main(["profile", "x", "--model", model, "--size", "64x64", "--trace", trace]) == 2
-    assert f"--trace {trace}: is a device or a pipe" in capsys.readouterr().err
-
-
 # ----------------------------------------------------------------------------- model folders
 
 UNET = {"_class_name": "UNet2DConditionModel", "sample_size": 16, "in_channels": 4}

@@ -106,7 +106,6 @@ def parser(everything: bool = False) -> argparse.ArgumentParser:
     _add_generate(making, everything, writes=True)
     usage = "tiledcore profile PROMPT [options]"
     timing = commands.add_parser("profile", help="where the time of generate goes", usage=usage, add_help=False)
-    timing.add_argument("--trace", type=Path, metavar="FILE", help="also write a Chrome trace there (.json)")
     timing.set_defaults(command=_command("profile", "profile"), out=None, checkpoint=None, preview=None)
     timing.set_defaults(checkpoint_every=None, preview_every=None)
     _add_generate(timing, everything, writes=False)

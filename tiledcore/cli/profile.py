@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from tiledcore.cli.console import CommandError, quiet, say
-from tiledcore.cli.generate import call_arguments, writing
+from tiledcore.cli.console import quiet, say
+from tiledcore.cli.generate import call_arguments
 from tiledcore.cli.opening import open_pipeline
 from tiledcore.cli.request import check
-from tiledcore.io.files import check_replaceable, replacing
 
 # Parts of the network, which are not added to the total again.
 INSIDE = ("attention",)
@@ -18,11 +16,6 @@ INSIDE = ("attention",)
 
 def profile(args: argparse.Namespace) -> None:
     image = check(args)
-    if args.trace is not None:
-        try:
-            check_replaceable(args.trace)
-        except ValueError as error:
-            raise CommandError(f"--trace {error}") from None
     say(f"loading {args.model}")
     quiet()
     import torch
@@ -36,13 +29,6 @@ def profile(args: argparse.Namespace) -> None:
     with torch.profiler.profile(activities=activities) as profiler:
         pipe(**call, generator=torch.Generator().manual_seed(seed))
     print(table(profiler.key_averages(), on_cuda))
-    if args.trace is not None:
-        with writing(args.trace), replacing(args.trace) as file:
-            profiler.export_chrome_trace(file.name)
-            # torch reports no error on a full disk: then the end of the JSON is missing.
-            if not Path(file.name).read_bytes()[-16:].rstrip().endswith(b"}"):
-                raise OSError("the file is incomplete; is the disk full?")
-        say(f"{args.trace}: open it at chrome://tracing or ui.perfetto.dev")
 
 
 def table(events: Any, on_cuda: bool) -> str:

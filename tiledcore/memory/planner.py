@@ -61,18 +61,17 @@ class Plan:
 
 
 class DoesNotFit(ValueError):  # noqa: N818 - the public name
-    """No plan fits; the message says which budget or size would."""
+    """No plan fits; the message says which budget would."""
 
-    def __init__(self, leanest: Plan, size: Pair | None) -> None:
-        self.leanest, self.size = leanest, size
+    def __init__(self, leanest: Plan) -> None:
+        self.leanest = leanest
         worst = max(leanest.phases, key=lambda phase: phase.peak)
-        smaller = f", or size {size[0]}x{size[1]}" if size else "; no smaller size fits, because the weights do not"
         needs = leanest.needs
         enough = f"{math.ceil(needs / 2**28) / 4:g}GiB" if needs > 2**30 else f"{math.ceil(needs / 2**20)}MiB"
         super().__init__(
             f"{leanest.model} at {leanest.size[0]}x{leanest.size[1]} does not fit {show_bytes(leanest.budget)}: "
             f"{worst.name} needs {show_bytes(worst.peak)} x {leanest.safety} at the least ({COUNTED_BYTES}). "
-            f"What would fit: budget {enough}{smaller}"
+            f"What would fit: budget {enough}"
         )
 
 
@@ -112,7 +111,7 @@ class Planner:
             execution: its tile batch is the largest that is tried.
 
         Raises:
-            DoesNotFit: no plan fits; the message names the smallest budget and the largest size of this aspect.
+            DoesNotFit: no plan fits; the message names the smallest budget that would.
             ValueError: the size is not valid.
         """
         unit = self.predictor.unit
@@ -124,10 +123,7 @@ class Planner:
             if found.fits:
                 return found
             plans.append(found)
-        raise DoesNotFit(
-            min(plans, key=lambda found: (found.peak, sum(phase.peak for phase in found.phases))),
-            self._largest(size, self._ways(tiling, execution)),
-        )
+        raise DoesNotFit(min(plans, key=lambda found: (found.peak, sum(phase.peak for phase in found.phases))))
 
     def _ways(self, tiling: TilingConfig | None, execution: Execution) -> list[list[Way]]:
         """Per mode, the ways to process the canvas, from the fastest to the one with the least memory."""
@@ -191,23 +187,6 @@ class Planner:
             area_factor=evaluation.area_factor,
             phases=tuple(phases),
         )
-
-    def _largest(self, size: Pair, modes: list[list[Way]]) -> Pair | None:
-        """The largest of some smaller sizes of this aspect that fits, or None."""
-        lean = Planner(self.predictor, self.budget, self.images, self.branches, self.offloads[-1])
-
-        def smaller(eighths: int) -> Pair:
-            width, height = (max(64, n * eighths // 8 // 64 * 64) for n in size)
-            return width, height
-
-        def fits(at: Pair) -> bool:
-            return any(found.fits for ways in modes for found in lean._candidates(at, [ways[-1:]]))
-
-        low, high = 0, 8
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(smaller(middle)) else (low, middle)
-        return smaller(low) if low else None
 
 
 def _bands(band: int | None) -> str:
