@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from tiledcore import ops, validate
-from tiledcore.geometry import Pair, TileGrid, both, core_size
+from tiledcore.geometry import Pair, TileGrid, both
 
 
 @dataclass(frozen=True)
@@ -191,10 +191,16 @@ class TilingConfig:
         return TileGrid(height // unit, width // unit, tile=down[0], overlap=down[1], wrap=self.wrap)
 
     def tile_on(self, canvas: Pair, native: int | Pair) -> Pair:
-        """The size of a tile on a canvas of latent pixels: as asked for, or the default."""
+        """The size of a tile on a canvas of latent pixels: as asked for, or the default.
+
+        In canvas mode this is half of the native size: with its default halo, a window then has the native size. An
+        axis that is no longer than the native size and does not wrap is one tile.
+        """
         if self.tile is not None or self.mode == "tiles":
             return both(native if self.tile is None else self.tile)
-        return core_size(canvas, both(native), both(self.wrap))
+        axes = zip(canvas, both(native), both(self.wrap), strict=True)
+        y, x = (size if size <= own and not wraps else max(1, own // 2) for size, own, wraps in axes)
+        return y, x
 
     def _overlap(self, tile: Pair, unit: int) -> Pair:
         if self.overlap is not None and not isinstance(self.overlap, float):

@@ -25,16 +25,6 @@ def both(value: T | tuple[T, T]) -> tuple[T, T]:
     return (value[0], value[1]) if isinstance(value, tuple | list) else (value, value)
 
 
-def core_size(canvas: Pair, native: Pair, wrap: tuple[bool, bool]) -> Pair:
-    """Canvas mode's default tile: half of the native size. With its default halo, a window then has the native size.
-
-    An axis that is no longer than the native size and does not wrap is one tile.
-    """
-    axes = zip(canvas, native, wrap, strict=True)
-    y, x = (size if size <= own and not wraps else max(1, own // 2) for size, own, wraps in axes)
-    return y, x
-
-
 @dataclass(frozen=True)
 class Tiling:
     """Tiles at every pair of a row and a column, of one size or several."""

@@ -144,20 +144,6 @@ def test_without_halo_tiles_are_independent() -> None:
         assert torch.equal(case.run(impl)[:, inside], other.run(impl)[:, inside]), impl
 
 
-def test_scale() -> None:
-    case = random_case((6, 7), (4, 4), (2, 1), heads=1, D=40, G=3)
-    doubled = Case(case.tensors | {"q": case.tensors["q"] * 2}, case.geometry)
-    for impl in runnable(triton=True):
-        torch.testing.assert_close(case.run(impl, scale=2 * 40**-0.5), doubled.run(impl), rtol=1e-5, atol=1e-6)
-
-
-def test_a_negative_scale_is_that_of_negative_queries() -> None:
-    case = random_case((6, 7), (4, 4), (2, 1), heads=1, D=40, G=3, own_queries=True)
-    flipped = {name: -tensor if name.endswith("q") else tensor for name, tensor in case.tensors.items()}
-    for impl in runnable(triton=True):
-        assert torch.equal(case.run(impl, scale=-0.2), Case(flipped, case.geometry).run(impl, scale=0.2)), impl
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_large_scores_do_not_overflow(dtype: torch.dtype) -> None:
     """Scores far above 65504, the largest half: each query's best key takes it all."""
@@ -314,7 +300,6 @@ TEXT = torch.zeros(2, 6, 3, 8, device=DEVICE)
             r"global_q must have .* \(2, 20,",
         ),
         ({"q": TOKENS[:0], "k": TOKENS[:0], "v": TOKENS[:0]}, ValueError, "no dimension 0"),
-        ({"scale": float("nan")}, ValueError, "scale=nan must be finite"),
         (
             {"impl": "cuda"},
             ValueError,

@@ -1,7 +1,5 @@
 """neighbor_attention: attention of each tile of a canvas to itself and a halo around it."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -42,7 +40,6 @@ def neighbor_attention(
     global_q: Tensor | None = None,
     global_k: Tensor | None = None,
     global_v: Tensor | None = None,
-    scale: float | None = None,
     impl: Impl | None = None,
 ) -> Tensor:
     """Attention of every token of a canvas to its own tile, a halo around that tile, and some global tokens.
@@ -66,7 +63,6 @@ def neighbor_attention(
         global_q: ``[B, H*W, heads, D]``, queries for the global keys where they differ (rotary positions); None means
             q.
         global_k, global_v: ``[B, G, heads, D]``, keys and values that every query sees; both or neither.
-        scale: of the scores; None means ``D ** -0.5``.
         impl: ``"reference"``, ``"native"``, ``"triton"``, or by gathering ``"sdpa"``, ``"flash"``, ``"cudnn"`` or
             ``"xformers"``.
 
@@ -93,14 +89,9 @@ def neighbor_attention(
             check_tensor(name, tensor, dims, (q.dtype,), (B, global_k.shape[1], heads, D), q)
         if global_k.shape[1] == 0:
             global_q = global_k = global_v = None
-    scale = D**-0.5 if scale is None else float(scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale={scale} must be finite")
-    if scale < 0:  # kernels take the maximum before they scale
-        q, global_q, scale = -q, None if global_q is None else -global_q, -scale
     op = getattr(torch.ops.tiledcore, _op_name(impl, q.device, q.dtype, D, tile[0] * tile[1]))
     tensors = [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, global_q, global_k, global_v)]
-    return op(*tensors, canvas, tile, halo, wrap, scale)
+    return op(*tensors, canvas, tile, halo, wrap, D**-0.5)
 
 
 def _op_name(impl: Impl | None, device: torch.device, dtype: torch.dtype, D: int, queries: int) -> str:
