@@ -63,6 +63,36 @@ another one is refused in one line that says what to give or set:
 - QwenImage21Pipeline: `use_kv_cache=False` in the call, because tiles cannot share a cache
 - Ideogram4Pipeline: its noise levels follow the size; for those of a tile lower `mu` by half the logarithm of
   (area of the canvas / area of a tile)
+
+## A pipeline as it is set up
+
+| what | in tile mode | test |
+|---|---|---|
+| torchao int8, optimum-quanto int8, GGUF, bitsandbytes 8 and 4 bit | as without tiling; run on a CPU, bitsandbytes \
+with its own layers because diffusers' loader of it asks for a GPU | `tests/pipeline/test_quantised.py` |
+| layers in float8, group, model and sequential offload, `compile_repeated_blocks`, fused projections, LoRA swapped,\
+ an attention backend | as without tiling, each with every other feature | `python tests/pair_matrix.py` |
+| FirstBlockCache, MagCache, TaylorSeer | a state for each tile batch, kept as long as the call; tiles must stay in \
+place (`motion="still"`) | `tests/tiles/test_transformers_refused.py` |
+| PyramidAttentionBroadcast, FasterCache, TextKVCache, SeaCache | refused in one line: tiles would share their state\
+ | the same |
+| guidance objects (`diffusers.guiders`) | as without tiling: they see the blended predictions | \
+`tests/pipeline/test_modular.py` |
+| ModularPipeline | `apply_tiling` on it, see below | the same |
+| base and refiner (`denoising_end`, `denoising_start`) | each is tiled by itself | `tests/pipeline/test_pairs.py` |
+
+A ModularPipeline is tiled like any other; its blocks stay as they are:
+
+```python
+from diffusers import FluxAutoBlocks
+from tiledcore import TiledPipeline, TilingConfig, apply_tiling
+
+parts = TiledPipeline.from_pretrained("earth-flux").components
+pipe = FluxAutoBlocks().init_pipeline()
+pipe.update_components(**{name: part for name, part in parts.items() if name in pipe.components})
+apply_tiling(pipe, TilingConfig(tile=64))
+image = pipe(prompt="satellite image of dunes", height=1024, width=1536, num_inference_steps=4, output="images")[0]
+```
 """
 
 

@@ -245,6 +245,7 @@ class TiledCalls:
             return call(*args, **kwargs)  # of a TiledPipeline, which tiles the call itself
         config = with_fade(self.pipe, self.config or default_tiling(self.pipe), fades=False)
         given = dict(signature(type(self.pipe).__call__).bind_partial(self.pipe, *args, **kwargs).arguments)
+        given |= given.pop("kwargs", {})  # of a ModularPipeline
         with tiled(self.pipe, config, self.execution, given):
             return call(*args, **kwargs)
 

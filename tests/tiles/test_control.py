@@ -6,6 +6,8 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
+from diffusers.models.embeddings import IPAdapterTimeImageProjection
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
 from tilings import CANVAS, still
 from tiny import TEXT_WIDTH
@@ -19,10 +21,10 @@ from tiny_controls import (
     control_z_image,
     hint,
 )
-from tiny_transformers import CHANNELS, build, call, side, tiles, tiny_flux
+from tiny_transformers import CHANNELS, build, call, side, tiles, tiny_flux, tiny_sd3
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tiledcore import Execution, TilingConfig, apply_tiling, remove_tiling
+from tiledcore import Execution, Region, TiledPipeline, TilingConfig, apply_tiling, remove_tiling
 from tiledcore.memory.simulation import build as fake
 from tiledcore.memory.simulation import simulated
 from tiledcore.tiles.control import LATER, ControlHook
@@ -107,6 +109,25 @@ def test_several_at_once(make: Any) -> None:
     one, four = (run(make, apply_tiling(make(2), tiling, Execution(n)), size) for n in (1, 4))
     torch.testing.assert_close(four, one, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(one, run(make, apply_tiling(make(), tiling), size), atol=1e-3)
+
+
+@pytest.mark.parametrize("make", [control_flux, control_sd3])
+@pytest.mark.parametrize("regions", [False, True])
+def test_prompts_of_tiles_and_regions_reach_the_control_network(make: Any, regions: bool) -> None:
+    tiling, size = quadrants(make)
+    half = 8 * size[1] // 2
+    more: dict[str, Any] = {"prompt_for_tile": ["ice", "a dog", "ice", "a dog"]}
+    if regions:
+        boxes = ((0, 0, half, 2 * half), (half, 0, 2 * half, 2 * half))
+        more = {
+            "regions": [Region(text, box=box, feather=0) for text, box in zip(("ice", "a dog"), boxes, strict=True)]
+        }
+    made = run(make, TiledPipeline(make(), tiling, execution=Execution(3)), size, **more)
+    whole = [run(make, apply_tiling(make(), tiling), size, prompt=text) for text in ("ice", "a dog")]
+    for x, one in enumerate(whole):
+        mine, own, other = (image.unflatten(-1, (2, -1))[..., x, :] for image in (made, one, whole[x - 1]))
+        torch.testing.assert_close(mine, own, rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(mine, other, atol=1e-3)
 
 
 @pytest.mark.parametrize("make", [control_sd3, control_flux, control_sana, control_z_image])
@@ -230,3 +251,35 @@ def test_an_ip_adapter_of_a_transformer_is_repeated_for_each_tile() -> None:
     assert not torch.allclose(other, one, atol=1e-3)
     plain = call(flux_with_ip_adapter(), tiny_flux, (16, 16), **more)
     assert torch.equal(call(apply_tiling(flux_with_ip_adapter(), tiling), tiny_flux, (16, 16), **more), plain)
+
+
+def sd3_with_ip_adapter() -> Any:
+    pipe = build(tiny_sd3)
+    network, settings = pipe.transformer, pipe.transformer.config
+    width, head = network.inner_dim, settings.attention_head_dim
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        sizes = {"hidden_size": width, "ip_hidden_states_dim": width, "head_dim": head, "timesteps_emb_dim": width}
+        network.set_attn_processor(
+            {name: SD3IPAdapterJointAttnProcessor2_0(**sizes) for name in network.attn_processors}
+        )
+        queries = {"heads": 2, "dim_head": 8, "num_queries": 4, "depth": 1, "timestep_in_dim": 16}
+        network.image_proj = IPAdapterTimeImageProjection(8, width, 16, **queries, timestep_freq_shift=0)
+    return pipe
+
+
+def test_an_ip_adapter_of_sd3_is_repeated_for_each_tile() -> None:
+    embeds = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(2))  # negative and positive
+    more = {"ip_adapter_image_embeds": embeds, "guidance_scale": 2.0, "num_inference_steps": 2}
+    tiling = tiles(tiny_sd3)
+
+    def run(size: tuple[int, int], tiling: Any = None, tile_batch: int = 4, **others: Any) -> torch.Tensor:
+        pipe = sd3_with_ip_adapter()
+        return call(
+            apply_tiling(pipe, tiling, Execution(tile_batch)) if tiling else pipe, tiny_sd3, size, **more | others
+        )
+
+    one, four = (run((22, 32), tiling, n) for n in (1, 4))
+    torch.testing.assert_close(four, one, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(run((22, 32), tiling, ip_adapter_image_embeds=-embeds), one, atol=1e-3)
+    assert torch.equal(run((16, 16), tiling), run((16, 16)))

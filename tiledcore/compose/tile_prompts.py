@@ -66,7 +66,7 @@ class TilePrompts(Regional):
             return self._changes(kwargs, given, rows - images, part)
 
         others = {name: value for name, value in kwargs.items() if name != "timestep"}
-        others["per_tile"] = [*kwargs.get("per_tile", ()), more]
+        others["per_tile"] = [more, *kwargs.get("per_tile", ())]  # a ControlNet gets the tile's text too
         return denoiser.evaluate(forward, sample, kwargs["timestep"], **others)
 
     def _encode(self, denoiser: TileDenoiser, size: Pair) -> None:

@@ -16,6 +16,8 @@ from tiledcore.tiles.families import Family
 
 LATER = (torch.zeros(1),)
 """What a pipeline gets and passes on for the residuals of the canvas, which nobody computes."""
+TEXTS = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections", "added_cond_kwargs")
+"""What depends on the prompt."""
 
 
 class Tiled(Protocol):
@@ -61,12 +63,23 @@ class ControlHook:
             return arguments
         call, given = self._waiting
         kept = {name: value for name, value in arguments.items() if name not in names}
-        return kept | {"per_tile": (lambda part, _: self._residuals(call, given, names, part),)}
+        # Text that the pipeline gave to both: the network's may be that of a region or of a tile.
+        texts = [name for name in TEXTS if given.get(name) is not None and given[name] is arguments.get(name)]
+
+        def residuals(part: TileBatch, inputs: dict[str, Any]) -> dict[str, Any]:
+            return self._residuals(call, given, names, part, {name: inputs[name] for name in texts})
+
+        return kept | {"per_tile": (residuals,)}
 
     def _residuals(
-        self, call: Callable[..., Any], given: dict[str, Any], names: list[str], part: TileBatch
+        self,
+        call: Callable[..., Any],
+        given: dict[str, Any],
+        names: list[str],
+        part: TileBatch,
+        texts: dict[str, Any],
     ) -> dict[str, Any]:
-        """The residuals of some tiles, by the names that the network has for them."""
+        """The residuals of some tiles, by the names that the network has for them; ``texts``: their prompts."""
         family = self.family
         canvas = family.canvas(given)
         if part.images != slice(None):
@@ -78,6 +91,6 @@ class ControlHook:
             )
         tiles = ops.gather_tiles(canvas, part.offsets, part.tile, impl=part.impl)
         tiles = swap_major(tiles, len(part.offsets), part.batch)
-        inputs = conditions({name: value for name, value in given.items() if name != family.sample}, part)
+        inputs = conditions({name: value for name, value in given.items() if name != family.sample}, part) | texts
         result = call(**inputs | family.tiles(tiles, inputs, part.pixels))
         return dict(zip(names, result, strict=False)) if isinstance(result, tuple) else {names[0]: result}
