@@ -182,13 +182,13 @@ def tiled(
     network, family = network_of(pipe)
     execution = execution or Execution()
     denoiser = _denoiser(pipe, config, execution, kind)
-    tile, native = both(config.tile or denoiser.native), both(family.native(pipe, network))
+    native = both(family.native(pipe, network))
     with ExitStack() as stack:
         if config.mode == "canvas":  # it replaces attention layers, which all threads see: one call at a time
             stack.enter_context(_locks.setdefault(uncompiled(network), RLock()))
             denoiser.attention = attention.install(network, config, execution, native)
             stack.callback(attention.remove, network)
-        tokens = _tokens_seen(config, tile, native, family.patch(network))
+        tokens = _tokens_seen(config, native, family.patch(network))
         stack.enter_context(_limited_shift(pipe.scheduler, tokens, family.dynamic_shift))
         hook = NetworkHook(denoiser, family, network, pipe.scheduler)
         takes, factor = signature(type(pipe).__call__).parameters, factor_of(pipe)
@@ -291,9 +291,9 @@ def remove_tiling(pipe: Any) -> Any:
     return pipe
 
 
-def _tokens_seen(config: TilingConfig, tile: Pair, native: Pair, patch: int) -> int:
-    """How many tokens a token attends to: its tile's, or in canvas mode its window's, up to a native picture's."""
-    height, width = tile
+def _tokens_seen(config: TilingConfig, native: Pair, patch: int) -> int:
+    """How many tokens a token of a large canvas attends to: its tile's, or its window's, up to a native picture's."""
+    height, width = tile = config.tile_on((2 * native[0], 2 * native[1]), native)
     if config.mode == "canvas":
         halo = both(config.halo if config.halo is not None else (height // 2, width // 2))
         height, width = (max(t, min(t + 2 * h, n)) for t, h, n in zip(tile, halo, native, strict=True))

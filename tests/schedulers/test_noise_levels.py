@@ -51,10 +51,10 @@ def test_the_shift_is_that_of_a_tile(make: Any, monkeypatch: pytest.MonkeyPatch)
 def test_in_canvas_mode_the_shift_is_that_of_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = build(tiny_flux)
     seen = mus(pipe, monkeypatch)
-    for tile, halo in ((NATIVE // 2, NATIVE // 4), (NATIVE, None), (NATIVE // 2, 0)):
+    for tile, halo in ((NATIVE // 2, NATIVE // 4), (NATIVE, None), (NATIVE // 2, 0), (None, 0)):
         apply_tiling(pipe, canvas_mode(tile=tile, halo=halo))
         call(pipe, tiny_flux, (2 * NATIVE, 2 * NATIVE), num_inference_steps=1)
-    assert seen == [line(64), line(64), line(16)]
+    assert seen == [line(64), line(64), line(16), line(16)]  # a tile is half of the native size by default
 
 
 def test_a_shift_of_the_callers_own_stays(monkeypatch: pytest.MonkeyPatch) -> None:
