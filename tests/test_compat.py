@@ -10,6 +10,7 @@ import pytest
 import torch
 import zoo
 from diffusers import Flux2Pipeline
+from tiny_controls import encode_locally, hint
 from zoo_calls import embeds
 from zoo_more import PICTURE
 
@@ -125,3 +126,21 @@ def test_a_size_that_is_not_the_one_asked_for(name: str, way: str) -> None:
         call |= {"max_area": 128 * 128, "_auto_resize": False}
     with pytest.raises(ValueError, match=rf"height=256, width=256: {name} .* instead; give {re.escape(way)}"):
         apply_tiling(pipe, TilingConfig(tile=16))(**call)
+
+
+def test_the_hint_of_hunyuan_dit_is_that_of_each_quadrant() -> None:
+    colours, cls = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)], CLASSES["HunyuanDiTControlNetPipeline"]
+    pipe = zoo.build(cls)
+    encode_locally(pipe)
+    for parameter in pipe.controlnet.controlnet_blocks.parameters():
+        parameter.data *= 100
+    apply_tiling(pipe, TilingConfig(tile=16, overlap=0), Execution(tile_batch=3))
+    made, *alone = (
+        zoo.run(pipe, cls, (32, 32), steps=1, control_image=hint(256, 256, some))
+        for some in (colours, *([one] for one in colours))
+    )
+    for i, one in enumerate(alone):
+        y, x = (16 * n for n in divmod(i, 2))
+        part = (..., slice(y, y + 16), slice(x, x + 16))
+        torch.testing.assert_close(made[part], one[part], rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(made[part], alone[i - 1][part], atol=1e-3)

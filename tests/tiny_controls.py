@@ -90,11 +90,11 @@ def _pipe(kind: type, parts: Any, nets: list[Any], **more: Any) -> Any:
     made.set_progress_bar_config(disable=True)
     if hasattr(parts, "default_sample_size") and hasattr(made, "default_sample_size"):
         made.default_sample_size = parts.default_sample_size
-    _encode_locally(made)
+    encode_locally(made)
     return made
 
 
-def _encode_locally(pipe: Any) -> None:
+def encode_locally(pipe: Any) -> None:
     """Replace the encoder of hints by means of blocks: without noise, and local to a part of a hint."""
 
     def encode(image: torch.Tensor, **_: Any) -> Any:
