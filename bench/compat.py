@@ -142,7 +142,7 @@ def check(cls: type) -> Row:
 
 def size_of(cls: type) -> tuple[int, int]:
     """A canvas of two by two tiles, in latent pixels."""
-    return (SIZE[1], SIZE[1]) if cls.__name__.removesuffix("Pipeline") in SQUARE else SIZE
+    return (SIZE[1], SIZE[1]) if cls.__name__ in SQUARE else SIZE
 
 
 def first_line(error: Exception) -> str:
