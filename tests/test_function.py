@@ -111,3 +111,32 @@ def test_a_result_of_another_size_and_motion_without_a_time_are_named() -> None:
         tiledcore.tile(lambda x: x[..., ::2, ::2], RAMP)(CANVAS)
     with pytest.raises(ValueError, match="motion: tiles move with the first argument"):
         tiledcore.tile(torch.sin, MOVING)(CANVAS)
+
+
+@pytest.mark.parametrize("config", [RAMP, MOVING, still(tile=64)])
+def test_a_result_is_the_callers_own_and_has_no_gradient(config: TilingConfig) -> None:
+    network = torch.nn.Conv2d(3, 3, 1)
+    tiled = tiledcore.tile(lambda x, time: network(x), config)
+    first = tiled(CANVAS, 1)
+    before = first.clone()
+    tiled(CANVAS + 1, 2)
+    assert torch.equal(first, before) and not first.requires_grad
+
+
+@pytest.mark.parametrize("config", [RAMP, MOVING])
+@pytest.mark.parametrize(
+    "change", [lambda x, i: x[:, : 1 + i % 2], lambda x, i: x if i % 2 else x.double()], ids=["channels", "dtype"]
+)
+def test_tiles_of_several_kinds_are_named(config: TilingConfig, change: Any) -> None:
+    calls = iter(range(100))
+    tiled = tiledcore.tile(lambda x, time: change(x, next(calls)), config, Execution(tile_batch=1))
+    with pytest.raises(ValueError, match=r"the network gave \d channels of torch.float\d\d for some tiles, and"):
+        tiled(CANVAS, 1)
+
+
+@pytest.mark.parametrize("canvas", [CANVAS[0], CANVAS[:0], CANVAS.long(), CANVAS.numpy(), None])
+def test_what_is_no_canvas_is_named(canvas: Any) -> None:
+    with pytest.raises(ValueError, match="x: must be a tensor"):
+        tiledcore.tile(torch.nn.Identity(), RAMP)(canvas)
+    with pytest.raises(TypeError, match="must be a function and a TilingConfig"):
+        tiledcore.tile(canvas, RAMP)

@@ -17,7 +17,7 @@ from tiledcore.tiles.denoiser import TileDenoiser
 
 
 def tile(fn: Callable[..., Tensor], config: TilingConfig, execution: Execution | None = None) -> Callable[..., Tensor]:
-    """Make a function of a tile one of a canvas of any size.
+    """Make a function of a tile one of a canvas of any size. It runs without gradients.
 
     Args:
         fn: ``fn(x [N, C, h, w], *args) -> [N, C', h, w]``, for any number N of tiles: a network, an ONNX session, ...
@@ -26,15 +26,17 @@ def tile(fn: Callable[..., Tensor], config: TilingConfig, execution: Execution |
         execution: ``tile_batch`` is the greatest N.
 
     Returns:
-        ``tiled(x [B, C, H, W], *args) -> [B, C', H, W]``. Tensors in ``args`` that have the height and width of ``x``
-        are cut with it; other tensors with B rows are repeated for each tile; everything else is given as it is.
+        ``tiled(x [B, C, H, W], *args) -> [B, C', H, W]``. Tensors ``[B or 1, C'', H, W]`` in ``args`` are cut with
+        ``x``; other tensors with B rows are repeated for each tile; everything else is given as it is.
 
     Raises:
         ValueError: names the setting, its value and what is valid.
     """
     denoiser, forward = _denoiser(fn, config, execution)
 
+    @torch.no_grad()
     def tiled(x: Tensor, *args: Any) -> Tensor:
+        _check_canvas("x", x)
         time = args[0] if args and isinstance(args[0], Tensor | float | int) else None
         if config.moving is not None and (time is None or torch.as_tensor(time).numel() != 1):
             raise ValueError("motion: tiles move with the first argument after x, which must be one number")
@@ -68,6 +70,7 @@ def sample(
         ``[B, C, H, W]`` in the dtype of ``noise``.
     """
     denoiser, forward = _denoiser(fn, config, execution)
+    _check_canvas("noise", noise)
     times: list[float] = torch.as_tensor(scheduler.timesteps).float().tolist()  # the device is asked once
     denoiser.timesteps = lambda: times
     latents = noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
@@ -92,10 +95,18 @@ def sample(
     return buffers.state[0].to(noise.dtype)
 
 
+def _check_canvas(name: str, x: Any) -> None:
+    if not isinstance(x, Tensor) or x.ndim != 4 or not x.numel() or not x.is_floating_point():
+        got = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name}: must be a tensor [B, C, H, W] of floats, got {got}")
+
+
 def _denoiser(
     fn: Callable[..., Tensor], config: TilingConfig, execution: Execution | None
 ) -> tuple[TileDenoiser, Callable[..., tuple[Tensor]]]:
     """The denoiser of a function, and the function as a denoiser calls it."""
+    if not callable(fn) or not isinstance(config, TilingConfig):
+        raise TypeError(f"fn={fn!r}, config={config!r}: must be a function and a TilingConfig")
     size = config.tile
     if config.mode != "tiles" or size is None:
         raise ValueError(f"config: mode={config.mode!r}, tile={config.tile}: a function needs mode='tiles' and a tile")

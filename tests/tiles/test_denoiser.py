@@ -54,6 +54,15 @@ def test_a_pointwise_network_is_evaluated_exactly(
     torch.testing.assert_close(out, 2 * canvas + 1, rtol=1e-5, atol=1e-5)
 
 
+def test_a_prediction_outlives_the_next_one() -> None:
+    """Schedulers such as PNDM keep the predictions of earlier steps as they get them."""
+    for config in (moving(8), still(8)):
+        denoiser, canvas = denoiser_of(config), torch.randn(1, 3, 21, 30)
+        first = denoiser(pointwise, canvas, 10)
+        denoiser(pointwise, canvas + 1, 20)
+        torch.testing.assert_close(first, 2 * canvas + 1)
+
+
 def test_neither_tile_batch_nor_the_order_of_tiles_changes_a_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

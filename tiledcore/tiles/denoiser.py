@@ -218,19 +218,25 @@ class TileDenoiser:
             some = kwargs if part.images == slice(0, batch) else images_of(kwargs, part.images, batch)
             return self._tile_batch(forward, sample[part.images], part.offsets, part.tile, some)
 
-        parts = self.batches(tiling, batch)
+        parts, buffer = self.batches(tiling, batch), None
         for part, out in zip(parts, self.deal(parts, run, sample), strict=True):
             tiles = out.unflatten(0, (len(part.places), -1))
-            if self._offsets is not None:
+            if buffer is None and self._offsets is not None:
                 buffer = self._buffer((len(tiling) * batch, *out.shape[1:]), out)
+            elif buffer is None:  # is the result: schedulers keep those of earlier steps
+                buffer = out.new_empty(batch, out.shape[1], height, width)
+            if (out.shape[1], out.dtype) != (buffer.shape[1], buffer.dtype):
+                got, first = (f"{x.shape[1]} channels of {x.dtype}" for x in (out, buffer))
+                raise ValueError(f"the network gave {got} for some tiles, and {first} for others")
+            if self._offsets is not None:
                 stop = part.first + len(tiles)
                 buffer.unflatten(0, (-1, batch))[part.first : stop, part.images] = tiles
                 continue
-            buffer = self._buffer((batch, out.shape[1], height, width), out)
             for (y, x), tile in zip(part.places, tiles, strict=True):
                 for into_y, from_y in _span(y, part.tile[0], height):
                     for into_x, from_x in _span(x, part.tile[1], width):
                         buffer[part.images, :, into_y, into_x] = tile[:, :, from_y, from_x]
+        assert buffer is not None
         if self._offsets is None:  # tiles of several sizes do not overlap: each is in its place
             return self.whole(buffer)
         return Prediction(buffer, self._offsets, size, self.ramp(tiling))
