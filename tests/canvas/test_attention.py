@@ -235,5 +235,5 @@ def test_reference_images_are_refused() -> None:
         run(network, inputs | {"img_shapes": [[(1, 2, 2), (1, 4, 4)]] * 2})
     network, inputs = make("z_image", 8, 8)
     install(network, tile=4)
-    with pytest.raises(ValueError, match="x: images of .* all must be .* one size"):
+    with pytest.raises(ValueError, match=r"x: images of .* all must be .* one size"):
         run(network, inputs | {"x": [normal(4, 1, 8, 8), normal(4, 1, 8, 10)]})

@@ -1,4 +1,4 @@
-"""A prompt for each tile on the embedded models: each tile's pixels have the colours and the spectrum of its own prompt.
+"""A prompt for each tile on the embedded models: its pixels have the colours and the spectrum of its own prompt.
 
 At 512x512 px, where the models' own size is 256x256: at 1024x1024 four times the work says the same.
 """
