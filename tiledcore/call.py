@@ -11,14 +11,17 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 
+from tiledcore import validate
 from tiledcore._diffusers import device_of, is_hinted, share_settings
 from tiledcore.compose.pictures import resized, size_px
 from tiledcore.compose.regional import Regional, seeded_latents
 from tiledcore.compose.regions import Region, check_are_regions
 from tiledcore.compose.stage_plan import Stages
+from tiledcore.compose.stages import steps_left
 from tiledcore.compose.tile_prompts import PromptForTile, TilePrompts
 from tiledcore.config import Execution, TilingConfig
 from tiledcore.feature import Feature, Features
@@ -47,6 +50,7 @@ logger = logging.getLogger(__name__)
 # Larger images are decoded and encoded in exact row bands; smaller ones by the autoencoder as it is. An untiled SDXL
 # decoder needs 24 GiB of activations at 4096x4096.
 EXACT_DECODE_PIXELS = 2048 * 2048
+DEPRECATED = ("callback", "callback_steps")  # of Stable Diffusion, in its ``**kwargs``, where any name would pass
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,14 @@ class Options:
             checkpoint = Checkpoint(Path(checkpoint))
         if isinstance(preview, str | PathLike):
             preview = Preview(Path(preview))
-        if (per_tile := others.get("prompt_for_tile")) is not None and regions:
+        if isinstance(regions, Region):
+            raise TypeError("regions: must be a list of tiledcore.Region, and is one alone")
+        per_tile, pull = others.get("prompt_for_tile"), others.get("pull")
+        if not (per_tile is None or callable(per_tile) or isinstance(per_tile, list | tuple)):
+            raise TypeError(f"prompt_for_tile={per_tile!r}: must be a function of a tile's box, or a list of prompts")
+        if not (pull is None or isinstance(pull, Pull)):
+            raise TypeError(f"pull={pull!r}: must be a tiledcore.Pull")
+        if per_tile is not None and regions:
             raise ValueError("prompt_for_tile, regions: both say where prompts are; leave out one of them")
         if callable(per_tile) and checkpoint is not None:
             raise ValueError("checkpoint: cannot compare a function when it goes on; give prompt_for_tile as a list")
@@ -78,16 +89,22 @@ class Options:
 
 
 def bind(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments by name; positional ones are named by the signature of ``pipe``."""
-    if not args:
-        return dict(kwargs)
+    """All arguments by name, with checked sizes; positional ones are named by the signature of ``pipe``."""
     names = list(signature(type(pipe).__call__).parameters)[1:]
     if len(args) > len(names):
         raise TypeError(f"{type(pipe).__name__} takes {len(names)} positional arguments, and {len(args)} were given")
     named = dict(zip(names, args, strict=False))
     if twice := named.keys() & kwargs.keys():
         raise TypeError(f"{min(twice)}: given by position and by name")
-    return named | kwargs
+    named |= kwargs
+    for name in ("height", "width", "num_inference_steps"):
+        if isinstance(value := named.get(name), np.integer):
+            named[name] = int(value)
+        elif value is not None:
+            validate.integer(name, value, 1)
+    if named.get("strength") is not None:
+        validate.real("strength", named["strength"], 0, 1)
+    return named
 
 
 @dataclass(frozen=True)
@@ -144,8 +161,11 @@ class Call:
         if "use_resolution_binning" in takes:
             arguments.setdefault("use_resolution_binning", False)
         size = _with_size(runs, arguments)
+        if unknown := [name for name in arguments if name not in (*takes, *DEPRECATED)] if "prompt" in takes else ():
+            raise TypeError(f"{unknown[0]}: {type(runs).__name__} has no such argument; leave it out")
         if (image := arguments.get("image")) is not None:
             tiling = tiling.refining()
+            _check_strength(runs, arguments)
         plan = None
         if budget is not None:
             # Canvas mode does not have all of these for every network.
@@ -275,7 +295,26 @@ def _with_size(pipe: Any, arguments: dict[str, Any]) -> Pair | None:
             arguments["image"] = resized(image, (height, width), factor_of(pipe))
         if "height" in takes:
             arguments.update(height=height, width=width)
+    elif (height is None) != (width is None) and "height" in takes:  # some pipelines then ignore the other one
+        network, family = network_of(pipe)
+        tall, wide = (side * factor_of(pipe) for side in both(family.native(pipe, network)))
+        height, width = height or takes["height"].default or tall, width or takes["width"].default or wide
+        arguments.update(height=height, width=width)
     return None if height is None or width is None else (height, width)
+
+
+def _check_strength(pipe: Any, arguments: dict[str, Any]) -> None:
+    """ValueError where ``strength`` leaves no step: the networks would get empty batches."""
+    takes = signature(type(pipe).__call__).parameters
+    strength, steps = (
+        arguments[name] if name in arguments else takes[name].default if name in takes else None
+        for name in ("strength", "num_inference_steps")
+    )
+    others = any(arguments.get(name) is not None for name in ("timesteps", "sigmas", "denoising_start"))
+    if strength is None or steps is None or others:
+        return
+    if steps_left(network_of(pipe)[1].model, steps, strength) < 1:
+        raise ValueError(f"strength={strength}: leaves none of num_inference_steps={steps}")
 
 
 def size_unit(pipe: Any) -> int:

@@ -111,6 +111,9 @@ class TilingConfig:
         return cls(overlap=0.25)
 
     def __post_init__(self) -> None:
+        for name in ("tile", "overlap", "wrap", "halo"):  # lists, as JSON has them
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
         validate.choice("mode", self.mode, ("tiles", "canvas"))
         if not isinstance(self.motion, Motion):
             validate.choice("motion", self.motion, ("still", "moving"))

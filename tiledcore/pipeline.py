@@ -29,7 +29,6 @@ from tiledcore.schedulers.pull import Pull
 from tiledcore.tiles.families import factor_of, network_of
 
 SETTINGS = ("tiling", "execution", "fused", "cuda_graph", "memory_budget", "stages", "parallel")  # of the constructor
-OWN = ("pipe", "tiling", "execution", "fused", "report", "stages", "parallel")
 
 
 class TiledPipeline:
@@ -59,6 +58,8 @@ class TiledPipeline:
     pipe: Any
     execution: Execution
     stages: Stages
+    memory_budget: int | str | None
+    cuda_graph: Mode
     fused: bool
     parallel: Literal["auto", False]
     report: Report | None
@@ -77,11 +78,9 @@ class TiledPipeline:
         parallel: Literal["auto", False] = "auto",
     ) -> None:
         network_of(pipe)
-        staging(stages)
-        validate.choice("parallel", parallel, ("auto", False))
-        own = {"pipe": pipe, "execution": execution or Execution(), "fused": fused, "stages": stages, "report": None}
-        own |= {"parallel": parallel, "_tiling": tiling, "_graphs": StepGraphs(cuda_graph), "_running": None}
-        self.__dict__.update(own, _budget=None if memory_budget is None else Budget(memory_budget))
+        self.__dict__.update(pipe=pipe, report=None, _running=None)
+        self.tiling, self.execution, self.fused, self.cuda_graph = tiling, execution or Execution(), fused, cuda_graph
+        self.memory_budget, self.stages, self.parallel = memory_budget, stages, parallel
 
     @classmethod
     def from_pretrained(cls, model: str | PathLike[str] | None = None, **kwargs: Any) -> TiledPipeline:
@@ -118,7 +117,7 @@ class TiledPipeline:
 
     @tiling.setter
     def tiling(self, tiling: TilingConfig | None) -> None:
-        self.__dict__["_tiling"] = tiling
+        self.__dict__.update(_checked("tiling", tiling))
 
     def grid(self, height: int, width: int, tiling: TilingConfig | None = None) -> TileGrid:
         """The tiles of an image of ``height`` by ``width`` px, in latent pixels, before any shift."""
@@ -137,8 +136,8 @@ class TiledPipeline:
         return getattr(self.pipe, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in OWN:
-            self.__dict__["_tiling" if name == "tiling" else name] = value
+        if name in SETTINGS or name in ("pipe", "report"):
+            self.__dict__.update(_checked(name, value))
             return
         setattr(self.pipe, name, value)
         if self._running is not None and self._running is not self.pipe:  # for example _interrupt
@@ -190,6 +189,7 @@ class TiledPipeline:
         chosen = self.stages if stages == "default" else stages
         more: dict[str, Any] = {"rows": rows, "pull": pull, "stages": chosen, "keep_colour": keep_colour}
         more["prompt_for_tile"] = prompt_for_tile
+        _checked("tiling", tiling), _checked("execution", execution)
         options = Options.of(checkpoint, preview, regions, tiling=tiling or self.tiling, **more)
         arguments = bind(self.pipe, args, kwargs)
         if options.preview is not None and self._budget is not None:
@@ -206,3 +206,25 @@ class TiledPipeline:
             return call.run(self, self._graphs, self.fused)
         finally:
             self.__dict__["_running"] = None
+
+
+def _checked(name: str, value: Any) -> dict[str, Any]:
+    """A setting of a :class:`TiledPipeline` after a check, as its attributes. Raises as the constructor does."""
+    kinds: dict[str, type] = {"tiling": TilingConfig, "execution": Execution}
+    if name in kinds and not (value is None or isinstance(value, kinds[name])):
+        raise TypeError(f"{name}={value!r}: must be a tiledcore.{kinds[name].__name__}, or None for the default")
+    if name == "execution":
+        return {name: value or Execution()}
+    if name == "fused":
+        validate.flag(name, value)
+    if name == "parallel":
+        validate.choice(name, value, ("auto", False))
+    if name == "stages":
+        staging(value)
+    if name == "pipe":
+        network_of(value)
+    if name == "cuda_graph":
+        return {name: value, "_graphs": StepGraphs(value)}
+    if name == "memory_budget":
+        return {name: value, "_budget": None if value is None else Budget(value)}
+    return {"_tiling" if name == "tiling" else name: value}

@@ -15,7 +15,7 @@ from tiny import tiny_sd
 from tiny_transformers import build, tiny_flux
 
 import tiledcore.call
-from tiledcore import TiledPipeline, TilingConfig
+from tiledcore import Region, TiledPipeline, TilingConfig
 from tiledcore.call import current_device
 from tiledcore.hook import default_tiling
 
@@ -30,6 +30,9 @@ def pipe() -> TiledPipeline:
     made = TiledPipeline(tiny_sd())
     made.set_progress_bar_config(disable=True)
     return made
+
+
+REGION = Region("ice", box=(0, 0, 64, 64), seed=1)
 
 
 def run(pipe: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -213,3 +216,54 @@ def test_settings_that_would_do_nothing_are_refused() -> None:
     for more in ({"window": "mean"}, {"mode": "canvas"}):
         with pytest.raises(ValueError, match="ramp=4: only for mode='tiles' with window='ramp'"):
             TilingConfig(ramp=4, **more)
+
+
+def test_a_setting_acts_when_it_is_set_later(tmp_path: Any) -> None:
+    pipe = TiledPipeline(tiny_sd())
+    pipe.memory_budget = "1MiB"
+    with pytest.raises(ValueError, match="preview: its decode is not counted by the memory_budget"):
+        pipe("a cat", preview=tmp_path / "now.png")
+    pipe.memory_budget, pipe.cuda_graph = None, True
+    with pytest.raises(RuntimeError, match="cuda_graph=True: "):
+        run(pipe, "a cat", num_inference_steps=1)
+    wrong: dict[str, Any] = {"memory_budget": "a lot", "cuda_graph": "yes", "fused": "no", "parallel": True}
+    wrong |= {"stages": "all", "execution": 4, "tiling": {"tile": 16}}
+    for name, value in wrong.items():
+        with pytest.raises((ValueError, TypeError), match=f"=.?{value}"):
+            setattr(pipe, name, value)
+        with pytest.raises((ValueError, TypeError), match=f"=.?{value}"):
+            TiledPipeline(pipe.pipe, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"height": 0}, "height=0 must be an int of at least 1"),
+        ({"width": 128.0}, "width=128.0 must be an int of at least 1"),
+        ({"num_inference_steps": -1}, "num_inference_steps=-1 must be an int of at least 1"),
+        ({"strength": "a"}, "strength='a' must be a number from 0 to 1"),
+        ({"image": picture(128, 128), "strength": 0.01}, "strength=0.01: leaves none of num_inference_steps=2"),
+        ({"image": picture(128, 128), "strength": 0}, "strength=0: leaves none of num_inference_steps=2"),
+        ({"image": picture(256, 256), "strength": 0.9, "stages": "auto", "regions": [REGION]}, "regions: a seed is of"),
+        ({"regions": REGION}, "regions: must be a list"),
+        ({"prompt_for_tile": "ice"}, "prompt_for_tile='ice': must be a function"),
+        ({"pull": True}, "pull=True: must be"),
+        ({"tiling": {"tile": 16}}, "tiling={'tile': 16}: must be"),
+        ({"strength": 0.5}, "strength: StableDiffusionPipeline has no such argument"),
+        ({"region": [REGION]}, "region: StableDiffusionPipeline has no such argument"),
+    ],
+)
+def test_what_an_argument_cannot_be_is_named(pipe: TiledPipeline, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        run(pipe, "a cat", **arguments)
+
+
+def test_one_side_alone_is_that_side(pipe: TiledPipeline) -> None:
+    """Stable Diffusion ignores a height without a width."""
+    assert run(pipe, "a cat", height=np.int64(160)).shape[-2:] == (160, 128)
+    assert run(pipe, "a cat", width=160, stages="auto").shape[-2:] == (128, 160)
+
+
+def test_a_tiling_from_json_is_that_of_tuples() -> None:
+    made = TilingConfig(tile=[16, 8], overlap=[4, 2], wrap=[False, True])  # type: ignore[arg-type]
+    assert made == TilingConfig(tile=(16, 8), overlap=(4, 2), wrap=(False, True)) and hash(made)

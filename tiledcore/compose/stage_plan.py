@@ -32,7 +32,7 @@ class Stage:
     def __post_init__(self) -> None:
         validate.integer("stages: width", self.width, 1)
         validate.integer("stages: height", self.height, 1)
-        if self.strength is not None and not 0 < self.strength <= 1:
+        if self.strength is not None and not (isinstance(self.strength, int | float) and 0 < self.strength <= 1):
             raise ValueError(f"stages: strength={self.strength!r} must be above 0 up to 1")
 
 

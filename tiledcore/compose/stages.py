@@ -70,7 +70,7 @@ class StagePlan:
         self.native = both(family.native(pipe.pipe, network))
         self.factor, self.patch = int(pipe.vae_scale_factor), family.patch(network)
         self.config, self.tiling = config, tiling
-        self._rounds_down = family.model is UNet2DConditionModel
+        self.network = family.model
         native_px = (self.native[0] * self.factor, self.native[1] * self.factor)
         self.stages = plan_stages(size, native_px, self.factor * self.patch, config, start)
 
@@ -95,7 +95,7 @@ class StagePlan:
         costs = []
         for stage, tiling in zip(self.stages, self.tilings(), strict=True):
             grid = tiling.grid(stage.height // self.factor, stage.width // self.factor, self.native)
-            count = self._steps(stage, steps)
+            count = steps if stage.strength is None else steps_left(self.network, steps, stage.strength)
             if count < 1:
                 raise ValueError(f"stages: strength={stage.strength} leaves none of {steps} steps")
             area = tiling.area_factor(grid, count)
@@ -103,12 +103,11 @@ class StagePlan:
             costs.append(Cost(stage, count, len(grid), count * area * share))
         return costs
 
-    def _steps(self, stage: Stage, steps: int) -> int:
-        """The steps of a stage, as in diffusers' image-to-image pipelines; those of UNets round down."""
-        if stage.strength is None:
-            return steps
-        kept = steps * stage.strength
-        return int(kept) if self._rounds_down else steps - int(max(steps - kept, 0))
+
+def steps_left(network: type, steps: int, strength: float) -> int:
+    """The steps that run on an image, as in diffusers' image-to-image pipelines; those of UNets round down."""
+    kept = steps * strength
+    return int(kept) if network is UNet2DConditionModel else steps - int(max(steps - kept, 0))
 
 
 def plan_call(pipe: Any, call: dict[str, Any]) -> StagePlan:
@@ -162,6 +161,8 @@ def from_pictures(pipe: Any, arguments: dict[str, Any], options: Any, execution:
     if config is None:
         result = pipe(image=image, tiling=options.tiling, pull=options.pull, stages=None, **texts, **call)
     else:
+        if image is not None and any(getattr(region, "seed", None) is not None for region in options.regions):
+            raise ValueError("regions: a seed is of initial noise, and a call with image= has none; leave one out")
         _check_stages(pipe.pipe, config, arguments | {"image": image})
         given = {"image": source, "tiling": options.tiling, "stages": config, "pull": options.pull}
         rest = {name: value for name, value in call.items() if name not in ("height", "width", "strength")}
