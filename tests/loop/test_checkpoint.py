@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 from runs import Killed, assert_same_after, broken_off, killed_at
 from runs import resumable as run
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from tiledcore import Execution, TiledPipeline, TilingConfig
 from tiledcore.cli.main import main
-from tiledcore.loop.checkpoint import FILE, Checkpoint, load
+from tiledcore.loop.checkpoint import FILE, Checkpoint, load, settings_of
 
 
 def with_scheduler(name: str) -> Any:
@@ -160,6 +161,16 @@ def test_another_run(make: Any, kwargs: dict[str, Any], difference: str, file: b
         run(make(), checkpoint=tmp_path, **kwargs)
     assert "choose another folder" in str(caught.value)
     assert (tmp_path / FILE).read_bytes() == file
+
+
+def test_the_same_scheduler_in_another_process() -> None:
+    """diffusers notes which values are defaults, from a set of strings: in another order in each process."""
+    pipe, other = tiny_sd(), tiny_sd()
+    noted = dict(other.scheduler.config)
+    noted["_use_default_values"] = noted["_use_default_values"][::-1]
+    other.scheduler._internal_dict = FrozenDict(noted)
+    assert other.scheduler.config != pipe.scheduler.config
+    assert settings_of(pipe, {}, {}) == settings_of(other, {}, {})
 
 
 def test_runs_that_cannot_be_saved(tmp_path: Path) -> None:

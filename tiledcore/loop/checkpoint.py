@@ -223,10 +223,12 @@ def _generators(call: dict[str, Any]) -> list[torch.Generator]:
 def settings_of(pipe: Any, call: dict[str, Any], more: dict[str, Any]) -> dict[str, str]:
     """All that the denoised canvas depends on, as comparable text; large values as their hash."""
     scheduler = pipe.scheduler
+    # Without diffusers' own notes, such as ``_use_default_values``: a set, in another order in each process.
+    numbers = sorted((name, value) for name, value in scheduler.config.items() if not name.startswith("_"))
     settings = {
         "tiledcore": __version__,
         "pipeline": type(pipe).__name__,
-        "scheduler": f"{type(scheduler).__name__} {_hash([repr(sorted(scheduler.config.items())).encode()])}",
+        "scheduler": f"{type(scheduler).__name__} {_hash([repr(numbers).encode()])}",
     }
     if call.get("generator") is not None:
         settings["generator"] = _describe(
