@@ -10,7 +10,7 @@ import torch
 
 from tiledcore import Motion, Staging, TileGrid, TilingConfig, ops
 from tiledcore.compose.stage_plan import plan_stages
-from tiledcore.geometry import Partition, Tiling
+from tiledcore.geometry import Tiling
 from tiledcore.tiles.fade import fade_weights
 
 FOLDER = Path(__file__).parent / "drawings"
@@ -62,7 +62,7 @@ def tiles() -> str:
         parts.append(curve([(10, y), (10 + scale * grid.width, y)], GREY, stroke_dasharray="4 4"))
     base = top + scale * grid.height + 100
     parts.append(text(10, base - 72, "weight of each tile along a row: the sum is 1 everywhere"))
-    for i, column in enumerate(grid.cols):
+    for i, (column, _) in enumerate(grid.cols):
         weights = weight(grid, i)
         points = [(10 + scale * (x + 0.5), base - 60 * weights[x]) for x in range(column, column + w)]
         parts.append(curve(points, COLOURS[i % 2]))
@@ -79,7 +79,7 @@ def weight(grid: Tiling, column: int) -> list[float]:
     return [round(value, 4) for value in blended[0, 0, 0].tolist()]
 
 
-def partition(part: Partition, x: float, y: float, scale: float) -> list[str]:
+def partition(part: Tiling, x: float, y: float, scale: float) -> list[str]:
     """The tiles of one step."""
     places = [(row, column) for row in part.rows for column in part.cols]
     return [
