@@ -79,6 +79,8 @@ class Options:
         per_tile, pull = others.get("prompt_for_tile"), others.get("pull")
         if not (per_tile is None or callable(per_tile) or isinstance(per_tile, list | tuple)):
             raise TypeError(f"prompt_for_tile={per_tile!r}: must be a function of a tile's box, or a list of prompts")
+        if (rows := others.get("rows")) is not None and not callable(rows):
+            raise TypeError(f"rows={rows!r}: must be a function of an iterator of bands")
         if not (pull is None or isinstance(pull, Pull)):
             raise TypeError(f"pull={pull!r}: must be a tiledcore.Pull")
         if per_tile is not None and regions:

@@ -77,7 +77,7 @@ def test_a_box_goes_round_a_wrapped_axis() -> None:
         check_regions([region], 64, 32, OPEN)
 
 
-@pytest.mark.parametrize("kind", ["pil", "bool", "uint8", "float", "tensor"])
+@pytest.mark.parametrize("kind", ["pil", "bool", "uint8", "float", "tensor", "bf16"])
 def test_masks_of_any_kind_are_their_box(kind: str) -> None:
     inside = np.zeros((64, 96), dtype=bool)
     inside[8:40, 24:64] = True
@@ -87,6 +87,7 @@ def test_masks_of_any_kind_are_their_box(kind: str) -> None:
         "uint8": lambda: inside.astype(np.uint8) * 255,
         "float": lambda: inside.astype(float),
         "tensor": lambda: torch.from_numpy(inside),
+        "bf16": lambda: torch.from_numpy(inside).bfloat16(),
     }
     region = Region("x", mask=made[kind](), feather=24)
     box = Region("x", box=(24, 8, 64, 40), feather=24)

@@ -248,6 +248,8 @@ def test_a_setting_acts_when_it_is_set_later(tmp_path: Any) -> None:
         ({"regions": REGION}, "regions: must be a list"),
         ({"prompt_for_tile": "ice"}, "prompt_for_tile='ice': must be a function"),
         ({"pull": True}, "pull=True: must be"),
+        ({"rows": 3}, "rows=3: must be a function"),
+        ({"image": np.full((128, 128, 3), 200.0), "keep_colour": True}, "image: has values from 200 to 200"),
         ({"tiling": {"tile": 16}}, "tiling={'tile': 16}: must be"),
         ({"strength": 0.5}, "strength: StableDiffusionPipeline has no such argument"),
         ({"region": [REGION]}, "region: StableDiffusionPipeline has no such argument"),

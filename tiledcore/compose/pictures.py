@@ -38,6 +38,9 @@ def to_tensor(image: Any) -> Tensor:
     if isinstance(image, Tensor) and image.ndim in (3, 4):
         image = image if image.ndim == 4 else image[None]
         if image.shape[1] == 3 and image.is_floating_point():
+            low, high = (float(value) for value in image.aminmax())
+            if low < -0.25 or high > 1.25:  # what a resize overshoots is cut
+                raise ValueError(f"image: has values from {low:g} to {high:g}; floats must be in 0..1")
             return image.float().clamp(0, 1)
     shape = f" of shape {tuple(image.shape)}" if isinstance(image, Tensor) else ""
     raise ValueError(f"image={type(image).__name__}{shape}: must be RGB: PIL, or a tensor [B, 3, H, W] in 0..1")

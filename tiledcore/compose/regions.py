@@ -253,7 +253,9 @@ def _mask(mask: Any) -> NDArray[np.float32]:
     """A mask as ``[H, W]`` from 0 to 1."""
     if isinstance(mask, Image.Image):
         mask = mask.convert("L")
-    values = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
+    if isinstance(mask, Tensor):
+        mask = (mask.float() if mask.is_floating_point() else mask).detach().cpu().numpy()
+    values = np.asarray(mask)
     if values.ndim != 2 or values.dtype.kind not in "buif":
         raise ValueError(f"mask: has shape {values.shape} and dtype {values.dtype}, and must be numbers [H, W]")
     scale = 255 if values.dtype.kind in "ui" else 1

@@ -62,11 +62,14 @@ class Staging:
     sizes: tuple[Stage, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not 1 < self.factor <= 4:
+        if not (isinstance(self.factor, int | float) and 1 < self.factor <= 4):
             raise ValueError(f"stages: factor={self.factor!r} must be above 1 and at most 4")
         Stage(1, 1, self.strength)  # checks the strength
         if self.upscale not in ("bicubic", "latent") and not callable(self.upscale):
             raise ValueError(f"stages: upscale={self.upscale!r} must be 'bicubic', 'latent' or a function")
+        validate.flag("stages: match", self.match)
+        if not all(isinstance(stage, Stage) for stage in self.sizes or ()):
+            raise ValueError(f"stages: sizes={self.sizes!r} must be Stages")
 
 
 Stages = Literal["auto"] | Staging | Sequence[Stage] | None
