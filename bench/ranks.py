@@ -1,12 +1,12 @@
 """Several processes that make one image: measured on this machine, and simulated for GPUs from counts.
 
-    python -m bench.ranks [--size 1024] [--counts 1 2] [--rounds 3] [--one-branch] [--json FILE]
+    python -m bench.ranks [--size 1024] [--counts 1 2] [--rounds 3] [--json FILE]
     python -m bench.ranks --simulate
 
-Measured: the embedded UNet on a CPU, processes of one thread, in turns; medians. "loop" is from the first call of the
-network to the decode, "call" is one call of the pipeline, "command" is from start to end with imports and loading.
-More processes than cores say only whether the picture is the same. "--one-branch": all of them, one process too, run
-``Execution(guidance_batch=False)``: each tile batch comes once for each branch, so two processes get equal halves.
+Measured: the embedded UNet on a CPU, processes of one thread, in turns; medians. Each makes the picture twice. In the
+first call, every process prepares the convolutions for each size of a tile batch, which ranks cannot share: it is a
+column of its own. "loop" is from the first call of the network to the decode, "call" is one call of the pipeline.
+More processes than cores say only whether the picture is the same.
 
 Simulated: a step is the counted FLOPs of the slowest GPU's tiles, then the counted bytes over one link, then the fused
 step, which each GPU makes for the whole canvas. Time is taken as proportional to a tile's area.
@@ -43,21 +43,24 @@ STEP_BYTES = 12  # per element of the canvas that the fused step moves, in canva
 GPUS = (1, 2, 4, 8, 16, 32, 64)
 
 
-def worker(size: int, execution: Execution) -> None:
-    """One process: make the picture once, and print what rank 0 measured."""
+def worker(size: int) -> None:
+    """One process: make the picture twice, and print what rank 0 measured."""
     torch.set_num_threads(1)
     with nullcontext(None) if "RANK" not in os.environ else joined("cpu") as ranks:
-        pipe = TiledPipeline.from_pretrained("earth", execution=execution)
+        pipe = TiledPipeline.from_pretrained("earth")
         pipe.set_progress_bar_config(disable=True)
         marks: list[float] = []
         pipe.unet.register_forward_pre_hook(lambda *_: marks.append(time.perf_counter()))
         pipe.vae.decoder.register_forward_pre_hook(lambda *_: marks.append(time.perf_counter()))
-        if ranks is not None:
-            ranks.all(None)  # all have loaded
         call: dict[str, Any] = {"height": size, "width": size, **call_defaults("earth")}
-        began = time.perf_counter()
-        image = pipe("relief map of mountains", generator=torch.Generator().manual_seed(0), **call).images[0]
-        row = {"call": time.perf_counter() - began, "loop": marks[-1] - marks[0]}
+        row: dict[str, Any] = {}
+        for name in ("first call", "call"):
+            if ranks is not None:
+                ranks.all(None)  # all are here
+            marks.clear()
+            began = time.perf_counter()
+            image = pipe("relief map of mountains", generator=torch.Generator().manual_seed(0), **call).images[0]
+            row |= {name: time.perf_counter() - began, "loop": marks[-1] - marks[0]}
         times = None if pipe.report is None else pipe.report.ranks
         if times is not None:
             row |= {"received": times.bytes_per_step, "waiting": times.waiting}
@@ -65,27 +68,26 @@ def worker(size: int, execution: Execution) -> None:
             print(json.dumps(row | {"sha256": hashlib.sha256(image.tobytes()).hexdigest()}))
 
 
-def command(count: int, size: int, *more: str) -> dict[str, Any]:
-    """Run ``count`` processes; what rank 0 measured, and the time from start to end."""
+def command(count: int, size: int) -> dict[str, Any]:
+    """Run ``count`` processes; what rank 0 measured."""
     launch = [sys.executable, "-m"]
     launch += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m"] if count > 1 else []
-    began = time.perf_counter()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    run = [*launch, "bench.ranks", "--worker", "--size", str(size), *more]
+    run = [*launch, "bench.ranks", "--worker", "--size", str(size)]
     out = subprocess.run(run, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
     found: dict[str, Any] = json.loads(out.splitlines()[-1])
-    return found | {"command": time.perf_counter() - began}
+    return found
 
 
-def measured(counts: Sequence[int], size: int, rounds: int, *more: str) -> list[dict[str, Any]]:
+def measured(counts: Sequence[int], size: int, rounds: int) -> list[dict[str, Any]]:
     runs: dict[int, list[dict[str, Any]]] = {count: [] for count in counts}
     for _ in range(rounds):
         for count in counts:
-            runs[count].append(command(count, size, *more))
+            runs[count].append(command(count, size))
     rows: list[dict[str, Any]] = []
     for count, found in runs.items():
         row: dict[str, Any] = {"ranks": count, "same": len({one["sha256"] for one in runs[counts[0]] + found}) == 1}
-        for name in ("loop", "call", "command"):
+        for name in ("loop", "call", "first call"):
             row[name] = median(one[name] for one in found)
             row[f"{name} x"] = rows[0][name] / row[name] if rows else 1.0
         row |= {name: median(one.get(name, 0) for one in found) for name in ("received", "waiting")}
@@ -134,15 +136,13 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1024, help="px")
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--one-branch", action="store_true")
     parser.add_argument("--simulate", action="store_true")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.worker:
-        return worker(args.size, Execution(guidance_batch=not args.one_branch))
-    more = ["--one-branch"] * args.one_branch
-    rows = simulated() if args.simulate else measured(args.counts, args.size, args.rounds, *more)
+        return worker(args.size)
+    rows = simulated() if args.simulate else measured(args.counts, args.size, args.rounds)
     if args.simulate:
         print(
             f"{FLOPS / 1e12:.0f} TFLOP/s x {REACHED}, {MEMORY / 1e12} TB/s, {MESSAGE * 1e6:.0f} us a message, one way: "
@@ -151,7 +151,7 @@ def main() -> None:
     print(table(rows))
     about = {"flops": FLOPS, "reached": REACHED, "memory": MEMORY, "message": MESSAGE, "links": LINKS}
     if not args.simulate:
-        about = {"size": args.size, "rounds": args.rounds, "one branch": args.one_branch}
+        about = {"size": args.size, "rounds": args.rounds}
     measure.save(args.json, torch.device("cpu"), about=about, rows=rows)
 
 
