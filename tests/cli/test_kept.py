@@ -77,7 +77,7 @@ def test_a_plan_says_what_is_counted(capsys: pytest.CaptureFixture[str]) -> None
     assert main(["plan", "--size", "256x256", "--budget", "1GiB", "--device", "cpu"]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[-1] == "tensors on the device are counted, not the whole process"
-    assert err == "planning earth at 256x256 px: one step is simulated, a large one takes minutes\n"
+    assert err == "planning earth at 256x256 px: one step is simulated, up to a minute\n"
 
 
 # ----------------------------------------------------------------------------- how much of a prompt is read

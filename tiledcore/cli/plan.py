@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def plan_command(args: argparse.Namespace) -> None:
     if isinstance(args.size, int):
         raise CommandError(f"--size {args.size}x: give WIDTHxHEIGHT, such as 2048x1024")
-    say(f"planning {args.model} at {args.size[0]}x{args.size[1]} px: one step is simulated, a large one takes minutes")
+    say(f"planning {args.model} at {args.size[0]}x{args.size[1]} px: one step is simulated, up to a minute")
     quiet()
     import torch
 

@@ -22,7 +22,7 @@ from tiledcore.parallel.slabs import divides
 from tiledcore.utils import replaced
 
 LEAST_PIXELS = 512 * 512
-"""A smaller image takes each rank less time than the exchange."""
+"""A smaller image is decoded by every rank, because the exchange would take longer."""
 
 Forward = Callable[..., Tensor]
 
@@ -50,7 +50,10 @@ def divided(ranks: Ranks, decoder: Any, scale: int) -> Iterator[None]:
 
 
 class _Rows:
-    """This rank's rows of each activation, for an input of ``height`` rows, and what stands in for a module there."""
+    """The forward functions that replace those of the modules, so that each works on the rows of this rank.
+
+    ``height``: rows of the latents.
+    """
 
     def __init__(self, ranks: Ranks, height: int) -> None:
         self.ranks = ranks
@@ -58,14 +61,14 @@ class _Rows:
         self.rooms: dict[str, Tensor] = {}
 
     def _flat(self, name: str, like: Tensor, length: int) -> Tensor:
-        """The same memory again and again: fresh pages cost a CPU more than a copy."""
+        """Memory that is used again in the next layer: on a CPU, new pages of memory cost more time than a copy."""
         room = self.rooms.get(name)
         if room is None or len(room) < length:
             room = self.rooms[name] = like.new_empty(length)
         return room[:length]
 
     def _room(self, like: Tensor, height: int, channels: int | None = None) -> Tensor:
-        """Memory for so many rows, laid out as ``like``: with the channels last, a GroupNorm has other bits."""
+        """Memory for ``height`` rows in the layout of ``like``, because the layout changes the bits of a GroupNorm."""
         batch, width, channels = len(like), like.shape[3], like.shape[1] if channels is None else channels
         room = self._flat("room", like, batch * channels * height * width)
         if like.is_contiguous():
@@ -83,7 +86,7 @@ class _Rows:
         return [one.view(tuple(shape)) for one, shape in zip(got.split(lengths), shapes, strict=True)]
 
     def changed(self, decoder: Any) -> dict[Any, Forward]:
-        """What stands in for the forward of each module that sees more than a pixel."""
+        """The new forward of each module whose result depends on more than one pixel."""
         attentions = [module for module in decoder.modules() if type(module) is Attention]
         within = {id(inner) for attention in attentions for inner in attention.modules()}
         outer = [module for module in decoder.modules() if id(module) not in within]

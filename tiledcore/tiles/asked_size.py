@@ -6,7 +6,7 @@ from typing import Any
 
 from tiledcore.geometry import Pair
 
-ROUNDED = 64  # px; pipelines round sizes to multiples of up to so many
+ROUNDED = 64  # px: pipelines may round a size by less than this
 KEPT_BY = {
     "use_resolution_binning": "use_resolution_binning=False",
     "_auto_resize": "_auto_resize=False",
