@@ -169,7 +169,7 @@ std::vector<Row<Acc>> written_rows(const Acc* table, int64_t slots) {
 
 struct Arguments {
   Tensor tiles, offsets, state, table, input_scale, step, model_input;
-  std::optional<Tensor> guidance_scale, noise, rescale;
+  std::optional<Tensor> guidance_scale, noise;
   std::string window;
   int64_t ramp;
 };
@@ -208,7 +208,6 @@ void run(const Arguments& a) {
   const Acc input_scale = static_cast<const Acc*>(a.input_scale.const_data_ptr())[at_step + 1];
   const Acc* noise = optional_data<Acc>(a.noise);
   const Acc* guidance = optional_data<Acc>(a.guidance_scale);
-  const Acc* rescale = optional_data<Acc>(a.rescale);
   const int64_t halves = guidance ? 2 : 1;
   const int64_t guidance_stride = guidance && a.guidance_scale->size(0) > 1 ? 1 : 0;
 
@@ -259,9 +258,8 @@ void run(const Arguments& a) {
         for (size_t r = 0; r < rows.size(); ++r) {
           const Row<Acc>& row = rows[r];
           for (int64_t k = 0; k < row.terms; ++k) {
-            const bool rescaled = rescale && row.input[k] == S;
             in[k] = source(row.input[k]);
-            by[k] = row.coefficient[k] * (rescaled ? rescale[image] : Acc(1));
+            by[k] = row.coefficient[k];
           }
           // No later row reads the slot of the last row.
           const bool direct = r + 1 == rows.size() && row.terms <= FUSED_TERMS;
@@ -301,7 +299,7 @@ void fused_step_cpu(
     const Tensor& tiles, const Tensor& offsets, Tensor state, const Tensor& table,
     const Tensor& input_scale, const Tensor& step, Tensor model_input,
     std::optional<Tensor> guidance_scale, std::optional<Tensor> noise,
-    std::optional<Tensor> rescale, std::string window, int64_t ramp) {
+    std::string window, int64_t ramp) {
   STD_TORCH_CHECK(
       tiles.dim() == 4 && state.dim() == 5 && table.dim() == 3,
       "tiles must be [T * G * B, C, h, w], state [S, B, C, H, W] and table [n, S, S + 2]");
@@ -323,7 +321,7 @@ void fused_step_cpu(
   const Arguments a{
       torch::stable::contiguous(tiles), checked_offsets(offsets, H, W), state,
       torch::stable::contiguous(table), torch::stable::contiguous(input_scale), step, model_input,
-      contiguous(guidance_scale), contiguous(noise), contiguous(rescale), window, ramp};
+      contiguous(guidance_scale), contiguous(noise), window, ramp};
   const int64_t halves = guidance_scale ? 2 : 1;
   const int64_t count = product("tiles times batch", {a.offsets.size(0), halves, B});
   check("tiles", tiles, tiles.scalar_type(), {count, C, h, w});
@@ -337,9 +335,6 @@ void fused_step_cpu(
   }
   if (noise) {
     check("noise", *noise, type, {B, C, H, W});
-  }
-  if (rescale) {
-    check("rescale", *rescale, type, {B});
   }
   if (state.numel() == 0) {
     return;

@@ -38,7 +38,7 @@ CONFIGS = {
 
 # Triton must not compile variants for the values of these arguments (1, a multiple of 16, any other), because they
 # change from call to call. So the variants compiled ahead of time are complete.
-SCALARS = ["T", "H", "W", "h", "w", "planes", "channels", "ramp", "guidance_stride", "has_noise", "has_rescale"]
+SCALARS = ["T", "H", "W", "h", "w", "planes", "channels", "ramp", "guidance_stride", "has_noise"]
 
 
 @triton.jit
@@ -147,7 +147,6 @@ def fused_step_kernel(
     model_input,  # [planes, H, W]
     guidance_scale,  # [1] or [images]
     noise,  # [planes, H, W]
-    rescale,  # [images]
     T,
     H,
     W,
@@ -158,7 +157,6 @@ def fused_step_kernel(
     ramp,
     guidance_stride,
     has_noise,
-    has_rescale,
     S: tl.constexpr,
     G: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -197,7 +195,6 @@ def fused_step_kernel(
             tiles, offsets, T, y, x, y0, x0, rows, columns, first, plane, planes, inside, H, W, h, w, ramp,
             guidance, G, WINDOW, SCAN, ACC,
         )  # fmt: skip
-    m *= tl.load(rescale + image, mask=plane < (planes - first) * has_rescale, other=1)
 
     # Loaded after the blend, because ptxas spills registers that are held during its loop.
     evaluation = tl.load(step)
@@ -239,7 +236,6 @@ def fused_step(
     model_input: Tensor,
     guidance_scale: Tensor | None,
     noise: Tensor | None,
-    rescale: Tensor | None,
     window: str,
     ramp: int,
 ) -> None:
@@ -260,16 +256,14 @@ def fused_step(
     blocks = triton.cdiv(H, config["BLOCK_H"]) * triton.cdiv(W, config["BLOCK_W"])
     grid = (blocks * triton.cdiv(B * C, config["PLANES"]),)
     # Missing tensors are never read, so any pointer of the right type will do.
-    guidance, added, factor = (
-        state if tensor is None else tensor.contiguous() for tensor in (guidance_scale, noise, rescale)
-    )
+    guidance, added = (state if tensor is None else tensor.contiguous() for tensor in (guidance_scale, noise))
     stride = int(guidance_scale is not None and guidance_scale.shape[0] > 1)
     # Triton launches on the current device, which may not be the tensor's.
     with torch.cuda.device(tiles.device) if tiles.is_cuda else nullcontext():
         fused_step_kernel[grid](
             *(tiles.contiguous(), offsets.contiguous(), state, table.contiguous(), input_scale.contiguous(), step),
-            *(model_input, guidance, added, factor),
-            *(T, H, W, h, w, B * C, C, ramp, stride, int(noise is not None), int(rescale is not None)),
+            *(model_input, guidance, added),
+            *(T, H, W, h, w, B * C, C, ramp, stride, int(noise is not None)),
             S=S,
             G=1 if guidance_scale is None else 2,
             WINDOW="whole" if T == 1 else window,
@@ -294,7 +288,7 @@ def aot_configurations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], 
         warps = constants.pop("num_warps")
         exact = "fp64" if element == "fp64" else "fp32"
         pointers = {"tiles": element, "offsets": "i32", "state": exact, "table": exact, "input_scale": exact}
-        pointers |= {"step": "i64", "model_input": element, "guidance_scale": exact, "noise": exact, "rescale": exact}
+        pointers |= {"step": "i64", "model_input": element, "guidance_scale": exact, "noise": exact}
         signature = {name: f"*{pointee}" for name, pointee in pointers.items()}
         signature |= dict.fromkeys(SCALARS, "i32") | dict.fromkeys(constants, "constexpr")
         yield fused_step_kernel, signature, constants, warps, {"maxnreg": REGISTERS}

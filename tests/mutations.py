@@ -15,7 +15,7 @@ CHOICE = "tests/ops/test_dispatch.py::test_choice_by_capability"
 FAR = "tests/ops/test_neighbor_attention_triton.py::test_batch_entries_may_lie_far_apart"
 WAITS = "the_host_waits_for_nothing"
 FAILED = "a_failed_capture_puts_the_stream_back"
-STEP = "buffers.advance(predicted, guidance_scale=guidance, rescale=rescale, **options)"
+STEP = "buffers.advance(predicted, guidance_scale=guidance, **options)"
 ON_NOISE = "buffers.noise if self._solver.uses_noise[index] else None"
 KEPT = '                raise RuntimeError(f"cuda_graph=True: {reason}") from error\n'
 RETRY = "            self._drop(entry, reason)\n            self.counters.eager += 1\n            return body()\n"

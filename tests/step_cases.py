@@ -26,6 +26,5 @@ def problem(
         "model_input": torch.full((B, C, H, W), torch.nan, dtype=dtype),
         "guidance_scale": (torch.rand(B) * 5).to(exact) if halves == 2 else None,
         "noise": torch.randn(B, C, H, W).to(exact),
-        "rescale": (torch.rand(B) + 0.5).to(exact),
     }
     return {name: None if value is None else value.to(DEVICE) for name, value in arguments.items()}

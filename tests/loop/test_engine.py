@@ -52,7 +52,6 @@ def test_every_way_over_the_canvas(make: Any, way: str) -> None:
     "kwargs",
     [
         {"guidance_scale": 1.0},
-        {"guidance_rescale": 0.7},
         {"num_images_per_prompt": 2, "negative_prompt": "a dog"},
         {"eta": 0.5},
         {"height": 128, "width": 128},
@@ -61,6 +60,18 @@ def test_every_way_over_the_canvas(make: Any, way: str) -> None:
 )
 def test_arguments_of_the_call(kwargs: dict[str, Any]) -> None:
     assert_same(quiet(tiny_sd()), **kwargs)
+
+
+def test_guidance_rescale_is_the_pipelines_own() -> None:
+    pipe, size = quiet(tiny_sdxl()), {"height": 128, "width": 128, "num_inference_steps": 4}
+    rescaled, plain = (generate(pipe, True, **size, guidance_rescale=value) for value in (0.7, 0.0))
+    generator = torch.Generator().manual_seed(0)
+    own = pipe("a cat", generator=generator, output_type="latent", guidance_scale=5.0, guidance_rescale=0.7, **size)
+    assert torch.equal(rescaled[0], own.images)
+    assert not torch.allclose(rescaled[0], plain[0], atol=1e-2)
+    assert rescaled[1].reason == "guidance_rescale needs the spread of the whole prediction" and plain[1].fused
+    tiled, _ = generate(pipe, True, guidance_rescale=0.7)
+    assert not torch.allclose(tiled, generate(pipe, True)[0], atol=1e-2)
 
 
 def test_image_to_image_starts_inside_the_table() -> None:

@@ -44,7 +44,6 @@ def base(slots: int = 2, halves: int = 2) -> dict[str, Any]:
         ({"guidance_scale": 7.5}, TypeError, "guidance_scale must be a tensor"),
         ({"noise": torch.zeros(2, 3, 10)}, ValueError, "noise must have the shape"),
         ({"noise": None, "table": torch.ones(3, 2, 4)}, ValueError, r"noise=None, but table\[1\] has a coefficient"),
-        ({"rescale": torch.ones(1)}, ValueError, r"rescale must have the shape \[B\] = \(2,\)"),
         ({"window": "hann"}, ValueError, "window='hann' is not one of mean, gaussian, ramp, core"),
         ({"ramp": 0}, ValueError, "ramp=0 must be an int of at least 1"),
         ({"ramp": 2.5}, ValueError, "ramp=2.5 must be an int"),
@@ -78,7 +77,6 @@ def test_native_refuses_what_would_leave_its_memory() -> None:
         ({"guidance_scale": torch.zeros(3)}, "guidance_scale has not"),
         ({"noise": torch.zeros(1, 3, 10, 10)}, "noise has not"),
         ({"noise": None, "table": torch.ones(3, 2, 4)}, "needs noise"),
-        ({"rescale": torch.zeros(1)}, "rescale has not"),
     ]:
         with pytest.raises(RuntimeError, match=words):
             op(*(base() | change).values(), "ramp", 8)

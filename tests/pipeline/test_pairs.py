@@ -43,7 +43,6 @@ def run(pipe: Any, **kwargs: Any) -> Any:
         (tiny_sd, FADING, {"regions": REGIONS, "num_images_per_prompt": 2}),
         (tiny_sd, canvas_mode(), {"regions": REGIONS}),
         (tiny_sd, FADING, {"guidance_scale": 1.0}),
-        (tiny_sdxl, FADING, {"guidance_rescale": 0.7}),
         (lambda: build(tiny_flux), FADING, {}),
         (lambda: build(tiny_sd3), moving(fade=4), {}),
     ],

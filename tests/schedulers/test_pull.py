@@ -124,7 +124,7 @@ def test_the_fused_pull_is_that_of_the_pipelines_own_loop(kind: str) -> None:
     assert not {"step", "add_noise", "scale_noise"} & vars(pipe.scheduler).keys()
 
 
-def test_guidance_and_its_rescale_are_pulled_after() -> None:
+def test_the_guided_prediction_is_pulled() -> None:
     kwargs = {"height": None, "width": None, "num_images_per_prompt": 2, "guidance_scale": 4.0}
     own, _ = refine(quiet(tiny_sdxl()), Pull(), fused=False, **kwargs)
     ours, wrapped = refine(quiet(tiny_sdxl()), Pull(), **kwargs)

@@ -27,7 +27,6 @@ from tiledcore.loop.eligible import fusable, why_not
 from tiledcore.loop.fallback import Fallback
 from tiledcore.loop.graph import Counters, Entry, StepGraphs, clone, identity, refill
 from tiledcore.loop.report import Report
-from tiledcore.ops import guidance_rescale
 from tiledcore.schedulers.solver import LinearSolver, NotLinear
 from tiledcore.tiles.denoiser import Prediction, TileDenoiser, run_all
 from tiledcore.tiles.families import Family, network_of
@@ -197,7 +196,7 @@ class Engine:
         network = network_of(self.pipe)[0]
         self._refusal = self._never_captured(network, denoiser)
         shapes = (tuple(latents.shape), latents.dtype, tuple(solver.table.shape), self.branches, *_forms(arguments))
-        settings = (denoiser.config, denoiser.execution, self._rescale(), any(solver.uses_noise))
+        settings = (denoiser.config, denoiser.execution, any(solver.uses_noise))
         key = (identity(network), *settings, shapes)
         self.entry: Entry = self.graphs.entry(key, lambda: buffers_for(solver, latents, dtype))
         self.buffers: Buffers = self.entry.buffers
@@ -222,9 +221,6 @@ class Engine:
             new, scaled = torch.where(same, state, new), torch.where(same, model_input, scaled)
         state.copy_(new)
         model_input.copy_(scaled)
-
-    def _rescale(self) -> float:
-        return float(getattr(self.pipe, "guidance_rescale", 0.0) or 0.0) if self.branches == 2 else 0.0
 
     def run_step(self, denoiser: TileDenoiser, forward: Forward, timestep: Any, conditions: dict[str, Any]) -> Tensor:
         """One evaluation of the canvas and the step after it; returns the stand-in for the prediction.
@@ -278,22 +274,16 @@ class Engine:
         predicted = denoiser.attempt(forward, canvas, timestep, **conditions)
         guidance = buffers.guidance if self.branches == 2 else None
         options: dict[str, Any] = {"window": denoiser.config.window, "impl": denoiser.execution.impl}
-        rescale = None
-        if guidance is not None and self._rescale() > 0:
-            where = (predicted.tiles, predicted.offsets, predicted.size)
-            rescale = guidance_rescale(*where, guidance, self._rescale(), ramp=predicted.ramp, **options)
         if self.features.active(index):
             assert denoiser.placed is not None
-            prediction = self._guided(predicted, guidance, rescale, options)
+            prediction = self._guided(predicted, guidance, options)
             step = Step(index, buffers.state[0], denoiser.placed)
             changed = self.features.after_prediction(step, prediction).to(buffers.model_input.dtype)
-            predicted, guidance, rescale = denoiser.whole(changed), None, None
+            predicted, guidance = denoiser.whole(changed), None
         with label("step"):
-            buffers.advance(predicted, guidance_scale=guidance, rescale=rescale, **options)
+            buffers.advance(predicted, guidance_scale=guidance, **options)
 
-    def _guided(
-        self, predicted: Prediction, guidance: Tensor | None, rescale: Tensor | None, options: dict[str, Any]
-    ) -> Tensor:
+    def _guided(self, predicted: Prediction, guidance: Tensor | None, options: dict[str, Any]) -> Tensor:
         """The blended and guided prediction ``[B, C, H, W]``, in the state's precision."""
         tiles, offsets, size, ramp = predicted
         canvas = tiles if len(offsets) == 1 else ops.blend_tiles(tiles, offsets, size, ramp=ramp, **options)
@@ -301,7 +291,7 @@ class Engine:
         if guidance is not None:
             unconditional, conditional = canvas.chunk(2)
             canvas = unconditional + guidance * (conditional - unconditional)
-        return canvas if rescale is None else canvas * rescale.view(-1, 1, 1, 1)
+        return canvas
 
     def _prediction(self) -> Tensor:
         return self._stand_in.repeat(self.branches, *[1] * (self._stand_in.ndim - 1))

@@ -16,7 +16,6 @@ from tiledcore.ops.dispatch import Impl as Impl
 from tiledcore.ops.dispatch import choose as choose
 from tiledcore.ops.dispatch import unavailable as unavailable
 from tiledcore.ops.fused_step import fused_step as fused_step
-from tiledcore.ops.fused_step import guidance_rescale as guidance_rescale
 from tiledcore.ops.gather_tiles import gather_tiles as gather_tiles
 from tiledcore.ops.group_norm_silu import group_norm_silu as group_norm_silu
 from tiledcore.ops.neighbor_attention import neighbor_attention as neighbor_attention

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from tiledcore.ops import reference
-from tiledcore.ops.blend_tiles import blend_tiles
 from tiledcore.ops.checks import FLOATS, Window, check_offsets, check_size, check_tensor, check_window, readable
 from tiledcore.ops.dispatch import Impl, choose, define
 
@@ -13,7 +12,7 @@ MAX_SLOTS = 8  # Slots of state that every implementation takes: the sample and 
 define(
     "fused_step",
     "(Tensor tiles, Tensor offsets, Tensor(a!) state, Tensor table, Tensor input_scale, Tensor step, "
-    "Tensor(b!) model_input, Tensor? guidance_scale, Tensor? noise, Tensor? rescale, str window, int ramp) -> ()",
+    "Tensor(b!) model_input, Tensor? guidance_scale, Tensor? noise, str window, int ramp) -> ()",
     fake=lambda *_: None,
     reference=reference.fused_step,
 )
@@ -30,7 +29,6 @@ def fused_step(
     model_input: Tensor,
     guidance_scale: Tensor | None = None,
     noise: Tensor | None = None,
-    rescale: Tensor | None = None,
     window: Window = "ramp",
     ramp: int = 8,
     impl: Impl | None = None,
@@ -40,8 +38,7 @@ def fused_step(
     With ``i`` the value of ``step``, ``z`` the slots of ``state`` and ``m`` the guided prediction:
 
     - ``u, c = blend(tiles)`` as in :func:`blend_tiles`, and ``m = u + guidance_scale * (c - u)`` (classifier-free
-      guidance, Ho and Salimans 2022); without a guidance scale ``m = blend(tiles)``. Then ``m *= rescale`` per image,
-      if given.
+      guidance, Ho and Salimans 2022); without a guidance scale ``m = blend(tiles)``.
     - ``z'[s] = Σ_j table[i, s, j] * z[j] + table[i, s, S] * m + table[i, s, S+1] * noise``, all from the old ``z``.
     - ``model_input = input_scale[i+1] * z'[0]``, what the network sees at the next evaluation.
 
@@ -62,7 +59,6 @@ def fused_step(
         guidance_scale: ``[1]`` or ``[B]`` of the state's dtype; read on the device, so CUDA graphs can change it.
         noise: ``[B, C, H, W]`` of the state's dtype. Missing where the table needs it: an error on the CPU, NaN on
             CUDA.
-        rescale: ``[B]`` of the state's dtype, such as from :func:`guidance_rescale`.
         window: which weights, see :func:`blend_tiles`.
         ramp: pixels over which a tile fades, at least 1; for ``"ramp"``.
         impl: ``"reference"``, ``"native"`` or ``"triton"``.
@@ -86,22 +82,15 @@ def fused_step(
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, as it is written in place, got strides {tensor.stride()}")
     if guidance_scale is not None:
-        _check_guidance(guidance_scale, B, tiles)
+        images = 1 if isinstance(guidance_scale, Tensor) and guidance_scale.shape == (1,) else B
+        check_tensor("guidance_scale", guidance_scale, "[1] or [B]", (exact,), (images,), tiles)
     if noise is not None:
         check_tensor("noise", noise, "[B, C, H, W]", (exact,), (B, C, H, W), tiles)
-    if rescale is not None:
-        check_tensor("rescale", rescale, "[B]", (exact,), (B,), tiles)
     if readable(step):
         _check_evaluation(table, int(step), noise)
     op = choose("fused_step", impl, tiles.device, tiles.dtype)
-    given = (tiles, offsets, state, table, input_scale, step, model_input, guidance_scale, noise, rescale)
+    given = (tiles, offsets, state, table, input_scale, step, model_input, guidance_scale, noise)
     op(*given, *check_window(window, ramp))
-
-
-def _check_guidance(scale: Tensor, images: int, tiles: Tensor) -> None:
-    one = isinstance(scale, Tensor) and scale.shape == (1,)
-    exact = torch.promote_types(tiles.dtype, torch.float32)
-    check_tensor("guidance_scale", scale, "[1] or [B]", (exact,), (1 if one else images,), tiles)
 
 
 def _check_evaluation(table: Tensor, evaluation: int, noise: Tensor | None) -> None:
@@ -110,40 +99,3 @@ def _check_evaluation(table: Tensor, evaluation: int, noise: Tensor | None) -> N
         raise ValueError(f"step={evaluation} must be at least 0 and less than the {len(table)} evaluations of table")
     if noise is None and bool((table[evaluation, :, -1] != 0).any()):
         raise ValueError(f"noise=None, but table[{evaluation}] has a coefficient for it")
-
-
-def guidance_rescale(
-    tiles: Tensor,
-    offsets: Tensor,
-    canvas_size: tuple[int, int],
-    guidance_scale: Tensor,
-    phi: float,
-    *,
-    window: Window = "ramp",
-    ramp: int = 8,
-    impl: Impl | None = None,
-) -> Tensor:
-    """The factor of each image's guided prediction for guidance rescale (Lin et al. 2024).
-
-    ``phi * std(c) / std(m) + 1 - phi``, with ``c`` the conditional and ``m`` the guided prediction of the whole canvas.
-    A standard deviation needs every pixel, so this is a separate pass before :func:`fused_step`.
-
-    Args:
-        tiles: ``[T*2*B, C, h, w]``, as for :func:`fused_step`; blended in their own dtype.
-        offsets: ``[T, 2]`` int32, as for :func:`blend_tiles`.
-        canvas_size: ``(H, W)`` of the canvas.
-        guidance_scale: ``[1]`` or ``[B]``, float32, or float64 with float64 tiles.
-        phi: how much of the rescaling is wanted, 0 to 1.
-        window, ramp, impl: as for :func:`blend_tiles`.
-
-    Returns:
-        ``[B]`` of the guidance scale's dtype.
-    """
-    if not 0 <= phi <= 1:
-        raise ValueError(f"phi={phi!r} must be between 0 and 1")
-    blended = blend_tiles(tiles, offsets, canvas_size, window=window, ramp=ramp, impl=impl)
-    _check_guidance(guidance_scale, len(blended) // 2, tiles)
-    unconditional, conditional = blended.to(guidance_scale.dtype).chunk(2)
-    guided = unconditional + guidance_scale.view(-1, 1, 1, 1) * (conditional - unconditional)
-    ratio = conditional.flatten(1).std(1) / guided.flatten(1).std(1)
-    return phi * ratio + (1 - phi)

@@ -132,7 +132,6 @@ def fused_step(
     model_input: Tensor,
     guidance_scale: Tensor | None = None,
     noise: Tensor | None = None,
-    rescale: Tensor | None = None,
     window: str = "ramp",
     ramp: int = 8,
 ) -> None:
@@ -143,8 +142,6 @@ def fused_step(
     if guidance_scale is not None:
         unconditional, conditional = prediction.chunk(2)
         prediction = unconditional + guidance_scale.view(-1, 1, 1, 1) * (conditional - unconditional)
-    if rescale is not None:
-        prediction = prediction * rescale.view(-1, 1, 1, 1)
 
     inputs = [*state.clone(), prediction, noise]
     for slot, row in enumerate(table[evaluation].tolist()):
