@@ -42,8 +42,7 @@ from bench.peers.model import Model, counted, starts
 from bench.peers.scalediff import scalediff
 from bench.quality import Pixels, cut_windows, likeness, low_frequency_power, seam_check
 from tiledcore import TiledPipeline, TileGrid, TilingConfig
-from tiledcore.compose.stage_plan import Staging
-from tiledcore.compose.stages import StagePlan
+from tiledcore.compose.stages import StagePlan, Staging
 from tiledcore.models import NATIVE, call_defaults
 from tiledcore.models.training.metrics import patch_distance
 from tiledcore.tiles.families import network_of

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from tiledcore import Motion, Staging, TileGrid, TilingConfig, ops
-from tiledcore.compose.stage_plan import plan_stages
+from tiledcore.compose.stages import plan_stages
 from tiledcore.geometry import Tiling
 from tiledcore.tiles.fade import fade_weights
 

@@ -3,67 +3,49 @@
 The names below are imported on first use, so that ``import tiledcore`` costs nothing.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
 
-_EXPORTS = {
-    "Execution": "tiledcore.config",
-    "Joint": "tiledcore.compose.connected",
-    "Motion": "tiledcore.config",
-    "Preview": "tiledcore.io.preview",
-    "Pull": "tiledcore.schedulers.pull",
-    "Region": "tiledcore.compose.regions",
-    "Stage": "tiledcore.compose.stage_plan",
-    "Staging": "tiledcore.compose.stage_plan",
-    "TileGrid": "tiledcore.geometry",
-    "TiledPipeline": "tiledcore.pipeline",
-    "TilingConfig": "tiledcore.config",
-    "apply_tiling": "tiledcore.hook",
-    "connected": "tiledcore.compose.connected",
-    "remove_tiling": "tiledcore.hook",
-    "sample": "tiledcore.function",
-    "tile": "tiledcore.function",
-}
-__all__ = [
-    "Execution",
-    "Joint",
-    "Motion",
-    "Preview",
-    "Pull",
-    "Region",
-    "Stage",
-    "Staging",
-    "TileGrid",
-    "TiledPipeline",
-    "TilingConfig",
-    "__version__",
-    "apply_tiling",
-    "connected",
-    "remove_tiling",
-    "sample",
-    "tile",
-]
+if TYPE_CHECKING:  # for type checkers and editors, which do not run ``__getattr__``
+    from tiledcore.compose.connected import Joint as Joint
+    from tiledcore.compose.connected import connected as connected
+    from tiledcore.compose.regions import Region as Region
+    from tiledcore.compose.stages import Stage as Stage
+    from tiledcore.compose.stages import Staging as Staging
+    from tiledcore.config import Execution as Execution
+    from tiledcore.config import Motion as Motion
+    from tiledcore.config import TilingConfig as TilingConfig
+    from tiledcore.function import sample as sample
+    from tiledcore.function import tile as tile
+    from tiledcore.geometry import TileGrid as TileGrid
+    from tiledcore.hook import apply_tiling as apply_tiling
+    from tiledcore.hook import remove_tiling as remove_tiling
+    from tiledcore.io.preview import Preview as Preview
+    from tiledcore.pipeline import TiledPipeline as TiledPipeline
+    from tiledcore.schedulers.pull import Pull as Pull
 
-if TYPE_CHECKING:
-    from tiledcore.compose.connected import Joint, connected
-    from tiledcore.compose.regions import Region
-    from tiledcore.compose.stage_plan import Stage, Staging
-    from tiledcore.config import Execution, Motion, TilingConfig
-    from tiledcore.function import sample, tile
-    from tiledcore.geometry import TileGrid
-    from tiledcore.hook import apply_tiling, remove_tiling
-    from tiledcore.io.preview import Preview
-    from tiledcore.pipeline import TiledPipeline
-    from tiledcore.schedulers.pull import Pull
+_NAMES = {
+    "compose.connected": ("Joint", "connected"),
+    "compose.regions": ("Region",),
+    "compose.stages": ("Stage", "Staging"),
+    "config": ("Execution", "Motion", "TilingConfig"),
+    "function": ("sample", "tile"),
+    "geometry": ("TileGrid",),
+    "hook": ("apply_tiling", "remove_tiling"),
+    "io.preview": ("Preview",),
+    "pipeline": ("TiledPipeline",),
+    "schedulers.pull": ("Pull",),
+}
+_MODULE_OF = {name: f"tiledcore.{module}" for module, names in _NAMES.items() for name in names}
+__all__ = ["__version__", *_MODULE_OF]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'tiledcore' has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(_EXPORTS[name]), name)
+    return getattr(import_module(_MODULE_OF[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -19,9 +19,8 @@ from tiledcore import validate
 from tiledcore._diffusers import device_of, is_hinted, share_settings
 from tiledcore.compose.pictures import resized, size_px
 from tiledcore.compose.regional import Regional, seeded_latents
-from tiledcore.compose.regions import Region, check_are_regions
-from tiledcore.compose.stage_plan import Stages
-from tiledcore.compose.stages import steps_left
+from tiledcore.compose.regions import Region
+from tiledcore.compose.stages import Stages, steps_left
 from tiledcore.compose.tile_prompts import PromptForTile, TilePrompts
 from tiledcore.config import Execution, TilingConfig
 from tiledcore.feature import Feature, Features
@@ -57,37 +56,43 @@ DEPRECATED = ("callback", "callback_steps")  # of Stable Diffusion, in its ``**k
 class Options:
     """Arguments of a TiledPipeline call that the wrapped pipeline does not have; None: the pipeline's default."""
 
-    tiling: TilingConfig | None = None
-    regions: Sequence[Region] = ()
-    rows: Rows | None = None
-    checkpoint: Checkpoint | None = None
-    pull: Pull | None = None
-    stages: Stages = None
-    keep_colour: bool = False
-    preview: Preview | None = None
-    prompt_for_tile: PromptForTile | None = None
+    tiling: TilingConfig
+    asked: bool
+    """Whether the caller chose the tiling; a plan then keeps it."""
+    execution: Execution
+    regions: Sequence[Region]
+    prompt_for_tile: PromptForTile | None
+    rows: Rows | None
+    checkpoint: Checkpoint | None
+    pull: Pull | None
+    stages: Stages
+    keep_colour: bool
+    preview: Preview | None
 
     @classmethod
-    def of(cls, checkpoint: Any, preview: Any, regions: Any, **others: Any) -> Options:
-        """Make options; paths become a :class:`Checkpoint` and a :class:`Preview`, which check them."""
-        if isinstance(checkpoint, str | PathLike):
-            checkpoint = Checkpoint(Path(checkpoint))
-        if isinstance(preview, str | PathLike):
-            preview = Preview(Path(preview))
+    def of(cls, regions: Any, **others: Any) -> Options:
+        """Check options; paths become a :class:`Checkpoint` and a :class:`Preview`, which check them."""
+        for name, kind in {"checkpoint": Checkpoint, "preview": Preview}.items():
+            if isinstance(others[name], str | PathLike):
+                others[name] = kind(Path(others[name]))
         if isinstance(regions, Region):
             raise TypeError("regions: must be a list of tiledcore.Region, and is one alone")
-        per_tile, pull = others.get("prompt_for_tile"), others.get("pull")
+        options = cls(regions=regions or (), **others)
+        for i, region in enumerate(options.regions):
+            if not isinstance(region, Region):
+                raise TypeError(f"regions[{i}]={region!r}: must be a tiledcore.Region")
+        per_tile, rows, pull = options.prompt_for_tile, options.rows, options.pull
         if not (per_tile is None or callable(per_tile) or isinstance(per_tile, list | tuple)):
             raise TypeError(f"prompt_for_tile={per_tile!r}: must be a function of a tile's box, or a list of prompts")
-        if (rows := others.get("rows")) is not None and not callable(rows):
+        if not (rows is None or callable(rows)):
             raise TypeError(f"rows={rows!r}: must be a function of an iterator of bands")
         if not (pull is None or isinstance(pull, Pull)):
             raise TypeError(f"pull={pull!r}: must be a tiledcore.Pull")
-        if per_tile is not None and regions:
+        if per_tile is not None and options.regions:
             raise ValueError("prompt_for_tile, regions: both say where prompts are; leave out one of them")
-        if callable(per_tile) and checkpoint is not None:
+        if callable(per_tile) and options.checkpoint is not None:
             raise ValueError("checkpoint: cannot compare a function when it goes on; give prompt_for_tile as a list")
-        return cls(checkpoint=checkpoint, preview=preview, regions=regions or (), **others)
+        return options
 
 
 def bind(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -128,32 +133,14 @@ class Call:
 
     @classmethod
     def resolve(
-        cls,
-        pipe: Any,
-        arguments: dict[str, Any],
-        options: Options,
-        tiling: TilingConfig,
-        execution: Execution,
-        budget: Budget | None,
-        asked: bool,
-        ranks: Ranks | None = None,
+        cls, pipe: Any, arguments: dict[str, Any], options: Options, budget: Budget | None, ranks: Ranks | None = None
     ) -> Call:
-        """Resolve pipeline, image, size, tiling and plan of a call.
-
-        Args:
-            pipe: the wrapped pipeline.
-            arguments: of the call, by name.
-            options: the additional arguments of a TiledPipeline.
-            tiling: of this call.
-            execution: of this call.
-            budget: the memory budget, or None.
-            asked: whether the caller chose the tiling; a plan then keeps it.
-            ranks: the processes that make the same call, or None.
+        """Resolve pipeline, image, size, tiling and plan of a call of ``pipe``; ``arguments`` are given by name.
 
         Raises:
             ValueError: names the argument that is not valid.
         """
-        check_are_regions(options.regions)
+        tiling, execution = options.tiling, options.execution
         if ranks is not None:
             more = settings_in(tiling, options) | vars(execution) | {"pull": str(options.pull)}
             same_call(ranks, pipe, arguments, more)
@@ -172,10 +159,10 @@ class Call:
         if budget is not None:
             # Canvas mode does not have all of these for every network.
             only_tiles = options.regions or options.prompt_for_tile is not None or is_hinted(runs)
-            plan = budget.plan(runs, arguments, size, tiling if asked or only_tiles else None, execution)
+            plan = budget.plan(runs, arguments, size, tiling if options.asked or only_tiles else None, execution)
             tiling, execution = plan.tiling if image is None else plan.tiling.refining(), plan.execution
         tiling = with_fade(runs, tiling, fades=True)
-        if any(getattr(region, "seed", None) is not None for region in options.regions):
+        if any(region.seed is not None for region in options.regions):
             arguments["latents"] = seeded_latents(runs, arguments, options.regions, tiling.wrap)
         if options.pull is not None and arguments.get("image") is None:
             raise ValueError("pull: needs an image to pull to; give image= too")

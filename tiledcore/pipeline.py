@@ -11,8 +11,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from tiledcore import validate
 from tiledcore.call import Call, Options, bind
 from tiledcore.compose.regions import Region
-from tiledcore.compose.stage_plan import Stages, staging
-from tiledcore.compose.stages import from_pictures
+from tiledcore.compose.stages import Stages, from_pictures, staging
 from tiledcore.compose.tile_prompts import PromptForTile
 from tiledcore.config import Execution, TilingConfig
 from tiledcore.geometry import TileGrid
@@ -55,13 +54,6 @@ class TiledPipeline:
         ValueError: names the argument, its value and what is valid.
     """
 
-    pipe: Any
-    execution: Execution
-    stages: Stages
-    memory_budget: int | str | None
-    cuda_graph: Mode
-    fused: bool
-    parallel: Literal["auto", False]
     report: Report | None
     """How the last call ran: fused or not and why, graph replays."""
 
@@ -77,8 +69,8 @@ class TiledPipeline:
         stages: Stages = None,
         parallel: Literal["auto", False] = "auto",
     ) -> None:
-        network_of(pipe)
-        self.__dict__.update(pipe=pipe, report=None, _running=None)
+        self.__dict__["_running"] = None
+        self.pipe, self.report = pipe, None
         self.tiling, self.execution, self.fused, self.cuda_graph = tiling, execution or Execution(), fused, cuda_graph
         self.memory_budget, self.stages, self.parallel = memory_budget, stages, parallel
 
@@ -186,21 +178,27 @@ class TiledPipeline:
         Raises:
             ValueError: names the argument, its value and what is valid.
         """
-        chosen = self.stages if stages == "default" else stages
-        more: dict[str, Any] = {"rows": rows, "pull": pull, "stages": chosen, "keep_colour": keep_colour}
-        more["prompt_for_tile"] = prompt_for_tile
         _checked("tiling", tiling), _checked("execution", execution)
-        options = Options.of(checkpoint, preview, regions, tiling=tiling or self.tiling, **more)
+        options = Options.of(
+            tiling=tiling or self.tiling,
+            asked=tiling is not None or self.__dict__["_tiling"] is not None,
+            execution=execution or self.execution,
+            regions=regions,
+            prompt_for_tile=prompt_for_tile,
+            rows=rows,
+            checkpoint=checkpoint,
+            pull=pull,
+            stages=self.stages if stages == "default" else stages,
+            keep_colour=keep_colour,
+            preview=preview,
+        )
         arguments = bind(self.pipe, args, kwargs)
         if options.preview is not None and self._budget is not None:
             raise ValueError("preview: its decode is not counted by the memory_budget; leave out one of them")
         if options.stages is not None or keep_colour:
-            return from_pictures(self, arguments, options, execution)
-        asked = tiling is not None or self.__dict__["_tiling"] is not None
-        execution = execution or self.execution
+            return from_pictures(self, arguments, options)
         ranks = current() if self.parallel == "auto" else None
-        given = (tiling or self.tiling, execution, self._budget, asked, ranks)
-        call = Call.resolve(self.pipe, arguments, options, *given)
+        call = Call.resolve(self.pipe, arguments, options, self._budget, ranks)
         self.__dict__["_running"] = call.pipe
         try:
             return call.run(self, self._graphs, self.fused)

@@ -12,14 +12,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from tilings import MOVING, ONE, RAMP, moving, still
 from tiny import tiny_sd
-from tiny_transformers import build, call, tiny_flux, tiny_pixart_sigma, tiny_qwen, tiny_sd3, tiny_z_image
+from tiny_transformers import build, call, tiny_flux, tiny_pixart_sigma, tiny_sd3
 
 from tiledcore import Motion, Region, TiledPipeline, TilingConfig
-from tiledcore.compose import stages as stages_module
 from tiledcore.compose.pictures import match_colour
 from tiledcore.compose.regions import scale_regions
-from tiledcore.compose.stage_plan import Stage, Staging, plan_stages, staging
-from tiledcore.compose.stages import StagePlan, _unpacked, enlarge, enlarge_latents, plan_call, stage_tiling
+from tiledcore.compose.stages import Stage, StagePlan, Staging, enlarge, plan_call, plan_stages, stage_tiling, staging
 from tiledcore.schedulers.pull import Pull
 from tiledcore.tiles.denoiser import TileDenoiser
 
@@ -145,68 +143,6 @@ def test_an_upscaler_of_the_users() -> None:
         make(tiny(), stages=Staging(upscale=lambda image, size: image))
 
 
-def test_latents_are_enlarged_without_the_autoencoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    pull = Pull(weight=0.5)
-    pipe = tiny()
-    monkeypatch.setattr(type(pipe.vae), "encode", lambda *_, **__: pytest.fail("encoded"))
-    decoded: list[tuple[int, ...]] = []
-    decode = type(pipe.vae).decode
-    monkeypatch.setattr(
-        type(pipe.vae), "decode", lambda v, z, *a, **k: decoded.append(z.shape) or decode(v, z, *a, **k)
-    )
-    staged = make(pipe, stages=Staging(strength=0.5, pull=pull, upscale="latent"))
-    assert [shape[-2:] for shape in decoded] == [(32, 32)]
-    generator = torch.Generator().manual_seed(0)
-    arguments: dict[str, Any] = {"num_inference_steps": 4, "generator": generator}
-    first = pipe("a coast", height=128, width=128, tiling=ONE, output_type="latent", **arguments)
-    latents = enlarge_latents(first.images, (32, 32))
-    second = pipe("a coast", image=latents, strength=0.5, pull=pull, output_type="pt", **arguments)
-    assert torch.equal(staged, second.images)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_enlarged_latents_keep_the_mean_and_variance_of_each_channel(dtype: torch.dtype) -> None:
-    shape, scale = (2, 4, 24, 16), torch.tensor([1.0, 2.0, 0.1, 0.0])[:, None, None]
-    latents = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * scale + 3 * scale - 1).to(dtype)
-    found = enlarge_latents(latents, (48, 40))
-    assert found.shape == (2, 4, 48, 40) and found.dtype == dtype
-    torch.testing.assert_close(found.float().mean((2, 3)), latents.float().mean((2, 3)), atol=2e-3, rtol=0)
-    torch.testing.assert_close(found.float().std((2, 3)), latents.float().std((2, 3)), atol=2e-3, rtol=2e-3)
-    # What was in a place still is.
-    back = torch.nn.functional.interpolate(found[:, :2].float(), (24, 16), mode="area")
-    assert torch.corrcoef(torch.stack([back.flatten(), latents[:, :2].float().flatten()]))[0, 1] > 0.9
-
-
-@pytest.mark.parametrize("family", [tiny_flux, tiny_sd3])
-def test_transformers_start_from_latents(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe = TiledPipeline.from_pipe(build(family), tiling=RAMP)
-    monkeypatch.setattr(type(pipe.vae), "encode", lambda *_, **__: pytest.fail("encoded"))
-    seen: list[torch.Tensor] = []
-    monkeypatch.setattr(stages_module, "enlarge_latents", lambda x, size: seen.append(x) or enlarge_latents(x, size))
-    result = call(pipe, family, (32, 48), output_type="pt", stages=Staging(upscale="latent"))
-    assert result.shape == (1, 3, 32 * pipe.vae_scale_factor, 48 * pipe.vae_scale_factor)
-    if family is tiny_flux:  # diffusers' own unpacking is the oracle
-        height, width = (n * pipe.vae_scale_factor for n in seen[0].shape[2:])
-        tokens = pipe.pipe._pack_latents(seen[0], *seen[0].shape)
-        assert torch.equal(pipe.pipe._unpack_latents(tokens, height, width, pipe.vae_scale_factor), seen[0])
-        assert torch.equal(_unpacked(pipe.pipe, tokens, *seen[0].shape[2:]), seen[0])
-
-
-def test_the_callers_picture_is_enlarged_as_pixels_before_latents_are() -> None:
-    photo = Image.effect_noise((128, 96), 60).convert("RGB")
-    arguments: dict[str, Any] = {"image": photo, "strength": 0.5, "height": 384, "width": 512}
-    result = make(tiny(), stages=Staging(upscale="latent"), **arguments)
-    assert result.shape == (1, 3, 384, 512)
-    assert not torch.equal(result, make(tiny(), stages=Staging(match=False), **arguments))
-
-
-@pytest.mark.parametrize("family", [tiny_z_image, tiny_qwen])
-def test_latents_are_refused_where_the_pipeline_would_encode_them(family: Any) -> None:
-    pipe = TiledPipeline.from_pipe(build(family), stages=Staging(upscale="latent"))
-    with pytest.raises(ValueError, match=f"upscale='latent' needs .* {type(pipe.pipe).__name__} does not"):
-        call(pipe, family, (32, 32))
-
-
 def test_batches_and_output_types() -> None:
     pipe = tiny("auto")
     out = pipe(
@@ -214,11 +150,6 @@ def test_batches_and_output_types() -> None:
     )
     assert isinstance(out, tuple) and [image.size for image in out[0]] == [(192, 256)] * 4
     assert make(pipe, output_type="latent", num_inference_steps=2).shape == (1, 4, 32, 32)
-    latent = pipe(
-        ["a coast", "ice"], height=256, width=192, num_inference_steps=2, num_images_per_prompt=2,
-        stages=Staging(upscale="latent"), output_type="pt",
-    ).images  # fmt: skip
-    assert latent.shape == (4, 3, 256, 192)
 
 
 def test_a_photo_is_enlarged_in_stages() -> None:
@@ -259,7 +190,7 @@ def test_transformers(family: Any) -> None:
         ({"match": "no"}, "match='no' must be True or False"),
         ({"sizes": [(1, 2, 3)]}, "must be Stages"),
         ({"strength": 0.0}, "strength=0.0 must be above 0 up to 1"),
-        ({"upscale": "lanczos"}, "upscale='lanczos' must be 'bicubic', 'latent' or a function"),
+        ({"upscale": "latent"}, "upscale='latent' must be 'bicubic' or a function"),
     ],
 )
 def test_bad_stagings(kwargs: dict[str, Any], message: str) -> None:

@@ -203,7 +203,7 @@ def call_arguments(args: argparse.Namespace, pipe: TiledPipeline, image: Image.I
     elif args.strength is not None:
         call["strength"] = args.strength
     if args.stages is not None:
-        from tiledcore.compose.stage_plan import Staging
+        from tiledcore.compose.stages import Staging
 
         call["stages"] = "auto" if args.stages == "auto" else Staging(factor=args.stages)
     if args.regions is not None:

@@ -89,13 +89,6 @@ class Region:
         return named | ({"box": list(self.box)} if self.box is not None else {})
 
 
-def check_are_regions(regions: Sequence[Any]) -> None:
-    """Raise TypeError if one of them is not a :class:`Region`."""
-    for i, region in enumerate(regions):
-        if not isinstance(region, Region):
-            raise TypeError(f"regions[{i}]={region!r}: must be a tiledcore.Region")
-
-
 def check_regions(regions: Sequence[Region], width: int, height: int, wrap: tuple[bool, bool]) -> None:
     """Check regions against a canvas in px; ``wrap`` is (y, x).
 

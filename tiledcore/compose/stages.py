@@ -7,30 +7,162 @@ image (``pull``). Progressive upscaling: DemoFusion (Du et al. 2024); here each 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from inspect import signature
 from typing import Any, Literal, cast
 
-import torch
 import torch.nn.functional as F
-from diffusers import (
-    AutoPipelineForImage2Image,
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
-)
+from diffusers import AutoPipelineForImage2Image, UNet2DConditionModel
 from torch import Tensor
 
+from tiledcore import validate
 from tiledcore._diffusers import is_hinted
 from tiledcore.compose.pictures import match_colour, size_px, to_tensor
-from tiledcore.compose.regions import check_are_regions, check_regions, scale_regions
-from tiledcore.compose.stage_plan import Stage, Staging, Upscaler, plan_stages, staging
-from tiledcore.config import Execution, TilingConfig
+from tiledcore.compose.regions import check_regions, scale_regions
+from tiledcore.config import TilingConfig
 from tiledcore.geometry import Pair, both
-from tiledcore.tiles.families import network_of, to_image
+from tiledcore.schedulers.pull import Pull
+from tiledcore.tiles.families import network_of
 
-STARTS_FROM_LATENTS = (UNet2DConditionModel, SD3Transformer2DModel, FluxTransformer2DModel)
-"""Networks whose image-to-image pipelines in diffusers also take latents as the image."""
+Upscaler = Callable[[Tensor, Pair], Tensor]
+"""``(image [B, 3, h, w] in 0..1, (H, W))`` -> ``[B, 3, H, W]`` in 0..1."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage makes an image of ``width`` by ``height`` px.
+
+    ``strength`` is the share of the steps that run on the enlarged image, above 0 up to 1; None, in the first stage
+    only: generate from noise.
+    """
+
+    width: int
+    height: int
+    strength: float | None
+
+    def __post_init__(self) -> None:
+        validate.integer("stages: width", self.width, 1)
+        validate.integer("stages: height", self.height, 1)
+        if self.strength is not None and not (isinstance(self.strength, int | float) and 0 < self.strength <= 1):
+            raise ValueError(f"stages: strength={self.strength!r} must be above 0 up to 1")
+
+
+@dataclass(frozen=True)
+class Staging:
+    """How stages are planned and refined.
+
+    Args:
+        factor: largest enlargement per stage and side, above 1 up to 4.
+        strength: of every stage but the first, above 0 up to 1.
+        pull: toward the low frequencies of the smaller image; None: no pull.
+        upscale: how an image is enlarged between stages: ``"bicubic"``, or a function of the image ``[B, 3, h, w]`` in
+            0..1 and the new (height, width).
+        match: give each refined image the lowest frequencies of the first one (``match_colour``).
+        sizes: the stages themselves; the last one has the size of the call.
+
+    Raises:
+        ValueError: names the argument, its value and what is valid.
+    """
+
+    factor: float = 2.0
+    strength: float = 0.6
+    pull: Pull | None = field(default_factory=Pull)
+    upscale: Literal["bicubic"] | Upscaler = "bicubic"
+    match: bool = True
+    sizes: tuple[Stage, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.factor, int | float) and 1 < self.factor <= 4):
+            raise ValueError(f"stages: factor={self.factor!r} must be above 1 and at most 4")
+        Stage(1, 1, self.strength)  # checks the strength
+        if self.upscale != "bicubic" and not callable(self.upscale):
+            raise ValueError(f"stages: upscale={self.upscale!r} must be 'bicubic' or a function")
+        validate.flag("stages: match", self.match)
+        if not all(isinstance(stage, Stage) for stage in self.sizes or ()):
+            raise ValueError(f"stages: sizes={self.sizes!r} must be Stages")
+
+
+Stages = Literal["auto"] | Staging | Sequence[Stage] | None
+"""What ``stages=`` takes: planned with defaults, planned as given, a list of stages, or no stages."""
+
+
+def staging(stages: Stages) -> Staging | None:
+    """``stages=`` as a :class:`Staging`.
+
+    Raises:
+        TypeError: it is not of :data:`Stages`.
+        ValueError: it is an empty list.
+    """
+    if stages is None or isinstance(stages, Staging):
+        return stages
+    if isinstance(stages, str) and stages == "auto":
+        return Staging()
+    if isinstance(stages, list | tuple) and all(isinstance(stage, Stage) for stage in stages):
+        if not stages:
+            raise ValueError("stages=[]: give at least one Stage, or None")
+        return Staging(sizes=tuple(stages))
+    raise TypeError(f"stages={stages!r}: must be None, 'auto', a Staging or a list of Stage")
+
+
+def plan_stages(size: Pair, native: Pair, multiple: int, config: Staging, start: Pair | None = None) -> list[Stage]:
+    """The stages from the ``native`` size, or from an image of size ``start``, to ``size``, all (height, width) in px.
+
+    The first stage has the native area and the aspect ratio of ``size``, but no side below half of the native one.
+    The others all enlarge by one ratio, and there are as few as ``config.factor`` allows. Every side is a multiple of
+    ``multiple``.
+
+    Raises:
+        ValueError: ``size`` is not a multiple, or the given stages do not lead to it.
+    """
+    height, width = size
+    if height < 1 or width < 1 or height % multiple or width % multiple:
+        raise ValueError(f"size {width}x{height}: each side must be a multiple of {multiple} px")
+    if config.sizes is not None:
+        return _check_given(config.sizes, size, multiple, start)
+
+    def rounded(side: float) -> int:
+        return max(multiple, round(side / multiple) * multiple)
+
+    begin = start
+    if begin is None:
+        area = math.sqrt(native[0] * native[1] / (height * width))
+        scale = min(1.0, max(area, min(native) / 2 / min(size)))
+        begin = (rounded(scale * height), rounded(scale * width))
+    total = max(height / begin[0], width / begin[1])
+    # The 0.02: rounding of the native size must not cost one more stage.
+    count = max(0 if start is None else 1, math.ceil(math.log(total) / math.log(config.factor) - 0.02))
+    stages = []
+    if start is None:
+        h, w = begin if count else size  # equal to the native size up to rounding
+        stages.append(Stage(w, h, None))
+    for index in range(1, count + 1):
+        # Each axis has its own ratio, because a given image may have another aspect ratio than the result.
+        axes = zip(begin, size, strict=True)
+        h, w = (rounded(first * (last / first) ** (index / count)) for first, last in axes)
+        stages.append(Stage(w, h, config.strength))
+    return stages
+
+
+def _check_given(stages: Sequence[Stage], size: Pair, multiple: int, start: Pair | None) -> list[Stage]:
+    last = stages[-1]
+    if (last.height, last.width) != size:
+        raise ValueError(
+            f"stages: the last one is {last.width}x{last.height} px, but the call's size is {size[1]}x{size[0]}"
+        )
+    for index, stage in enumerate(stages):
+        name = f"stage {index + 1} of {stage.width}x{stage.height} px"
+        generates = index == 0 and start is None
+        if generates and stage.strength is not None:
+            raise ValueError(f"{name}: strength={stage.strength} needs a picture; the first stage takes None")
+        if not generates and stage.strength is None:
+            raise ValueError(f"{name}: needs a strength; only a first stage without an image takes None")
+        if stage.width % multiple or stage.height % multiple:
+            raise ValueError(f"{name}: each side must be a multiple of {multiple} px")
+        if index and (stage.width < stages[index - 1].width or stage.height < stages[index - 1].height):
+            raise ValueError(f"{name}: is smaller than the stage before it")
+    return list(stages)
 
 
 @dataclass(frozen=True)
@@ -46,15 +178,15 @@ class Cost:
 
 def stage_tiling(stage: Stage, config: TilingConfig, native: Pair, factor: int, patch: int) -> TilingConfig:
     """The tiling of a stage: the caller's; but an image of ``native`` latent size is one tile unless it wraps."""
-    height, width = stage.height // factor, stage.width // factor
-    if stage.strength is None and not any(both(config.wrap)) and height * width <= 1.05 * native[0] * native[1]:
-        return replace(config, mode="tiles", overlap=None, motion="still", tile=(height, width), halo=None)
-    tile, wrap = config.tile_on((height, width), native), both(config.wrap)
+    size, wrap = (stage.height // factor, stage.width // factor), both(config.wrap)
+    if stage.strength is None and not any(wrap) and math.prod(size) <= 1.05 * math.prod(native):
+        return replace(config, mode="tiles", overlap=None, motion="still", tile=size, halo=None)
+    tile = config.tile_on(size, native)
     # A single tile on an axis that wraps would have a border there, so it is made smaller and several tiles meet.
     least = 8 * patch
     cut = tuple(
         max(least, min(t, n * 3 // 4) // least * least) if w and t >= n else t
-        for t, n, w in zip(tile, (height, width), wrap, strict=True)
+        for t, n, w in zip(tile, size, wrap, strict=True)
     )
     return config if cut == tile else replace(config, tile=cast(Pair, cut), overlap=None)
 
@@ -69,15 +201,13 @@ class StagePlan:
         network, family = network_of(pipe.pipe)
         self.native = both(family.native(pipe.pipe, network))
         self.factor, self.patch = int(pipe.vae_scale_factor), family.patch(network)
-        self.config, self.tiling = config, tiling
-        self.network = family.model
+        self.config, self.tiling, self.network = config, tiling, family.model
         native_px = (self.native[0] * self.factor, self.native[1] * self.factor)
         self.stages = plan_stages(size, native_px, self.factor * self.patch, config, start)
 
     def tilings(self) -> list[TilingConfig]:
         """The tiling of each stage. Only the last stage blends: later stages redraw the seams of earlier ones."""
-        config = self.tiling.refining()
-        moving = config
+        config = moving = self.tiling.refining()
         if config.moving is not None and config.moving.blend_last:
             moving = replace(config, motion=replace(config.moving, blend_last=0), overlap=None)
         return [
@@ -98,9 +228,8 @@ class StagePlan:
             count = steps if stage.strength is None else steps_left(self.network, steps, stage.strength)
             if count < 1:
                 raise ValueError(f"stages: strength={stage.strength} leaves none of {steps} steps")
-            area = tiling.area_factor(grid, count)
             share = stage.height * stage.width / final
-            costs.append(Cost(stage, count, len(grid), count * area * share))
+            costs.append(Cost(stage, count, len(grid), count * tiling.area_factor(grid, count) * share))
         return costs
 
 
@@ -116,19 +245,14 @@ def plan_call(pipe: Any, call: dict[str, Any]) -> StagePlan:
     Raises:
         ValueError: the stages do not lead to the size, or a strength leaves no step.
     """
-    image = call.get("image")
-    start = None if image is None else size_px(image, pipe.vae_scale_factor)
+    image, factor = call.get("image"), pipe.vae_scale_factor
+    start = None if image is None else size_px(image, factor)
     config = staging(call["stages"]) or Staging()
-    strength = call.get("strength")
-    config = replace(
-        config,
-        pull=call.get("pull") or config.pull,
-        strength=config.strength if strength is None else strength,
-    )
+    strength = config.strength if call.get("strength") is None else call["strength"]
+    config = replace(config, pull=call.get("pull") or config.pull, strength=strength)
     network, family = network_of(pipe.pipe)
-    native = both(family.native(pipe.pipe, network))
-    default = start or (native[0] * pipe.vae_scale_factor, native[1] * pipe.vae_scale_factor)
-    size = (call.get("height") or default[0], call.get("width") or default[1])
+    height, width = start or (factor * side for side in both(family.native(pipe.pipe, network)))
+    size = (call.get("height") or height, call.get("width") or width)
     plan = StagePlan(pipe, size, config, call.get("tiling") or pipe.tiling, start)
     steps = call.get("num_inference_steps")
     plan.costs(
@@ -137,7 +261,7 @@ def plan_call(pipe: Any, call: dict[str, Any]) -> StagePlan:
     return plan
 
 
-def from_pictures(pipe: Any, arguments: dict[str, Any], options: Any, execution: Execution | None) -> Any:
+def from_pictures(pipe: Any, arguments: dict[str, Any], options: Any) -> Any:
     """Run a call of a TiledPipeline that has stages, ``keep_colour``, or both.
 
     ``arguments`` are those of the call by name, ``options`` is its :class:`~tiledcore.call.Options`.
@@ -149,27 +273,25 @@ def from_pictures(pipe: Any, arguments: dict[str, Any], options: Any, execution:
         if getattr(options, name):
             raise ValueError(f"{name}: not with stages or keep_colour; leave it out, or give stages=None")
     image, config = arguments.pop("image", None), staging(options.stages)
-    texts = {"regions": options.regions, "prompt_for_tile": options.prompt_for_tile}
-    if config is not None and not (options.prompt_for_tile is None or callable(options.prompt_for_tile)):
+    if config is not None and isinstance(options.prompt_for_tile, list | tuple):
         raise ValueError("prompt_for_tile: each stage has its own tiles; give a function of a tile's box, not a list")
     if options.keep_colour and image is None:
         raise ValueError("keep_colour: needs an image whose colours to keep; give image= too")
     if options.keep_colour and arguments.get("output_type") == "latent":
         raise ValueError("keep_colour: works on pixels, and output_type='latent' has none")
     source = None if image is None else to_tensor(image)
-    call = arguments | {"execution": execution, "preview": options.preview}
+    more = ("execution", "preview", "regions", "prompt_for_tile")
+    call = arguments | {name: getattr(options, name) for name in more}
     if config is None:
-        result = pipe(image=image, tiling=options.tiling, pull=options.pull, stages=None, **texts, **call)
+        result = pipe(image=image, tiling=options.tiling, pull=options.pull, stages=None, **call)
     else:
-        if image is not None and any(getattr(region, "seed", None) is not None for region in options.regions):
+        if image is not None and any(region.seed is not None for region in options.regions):
             raise ValueError("regions: a seed is of initial noise, and a call with image= has none; leave one out")
-        _check_stages(pipe.pipe, config, arguments | {"image": image})
+        _check_stages(pipe.pipe, arguments | {"image": image})
         given = {"image": source, "tiling": options.tiling, "stages": config, "pull": options.pull}
-        rest = {name: value for name, value in call.items() if name not in ("height", "width", "strength")}
         plan = plan_call(pipe, arguments | given)
-        check_are_regions(options.regions)
         check_regions(options.regions, plan.stages[-1].width, plan.stages[-1].height, both(plan.tiling.wrap))
-        result = run(pipe, plan, rest | texts, source)
+        result = run(pipe, plan, call, source)
     if not options.keep_colour or source is None:
         return result
     images = match_colour(result[0], source)
@@ -179,16 +301,11 @@ def from_pictures(pipe: Any, arguments: dict[str, Any], options: Any, execution:
     return result
 
 
-def _check_stages(pipe: Any, config: Staging, call: dict[str, Any]) -> None:
+def _check_stages(pipe: Any, call: dict[str, Any]) -> None:
     """Check that the model has an image-to-image pipeline, and that this takes the arguments of the call."""
     for argument in ("latents", "mask_image", "sigmas", "timesteps"):
         if call.get(argument) is not None:
             raise ValueError(f"{argument}: not with stages; leave it out, or give stages=None")
-    if config.upscale == "latent" and network_of(pipe)[1].model not in STARTS_FROM_LATENTS:
-        raise ValueError(
-            f"stages: upscale='latent' needs a pipeline that starts from latents (Stable Diffusion, SDXL, SD3, FLUX), "
-            f"and {type(pipe).__name__} does not; give upscale='bicubic'"
-        )
     name, known = type(pipe).__name__, signature(type(pipe).__call__).parameters
     if is_hinted(pipe):
         raise ValueError(f"stages: {name} is not refined in stages; give stages=None")
@@ -209,31 +326,26 @@ def _check_stages(pipe: Any, config: Staging, call: dict[str, Any]) -> None:
 def run(pipe: Any, plan: StagePlan, call: dict[str, Any], image: Tensor | None = None) -> Any:
     """Make an image stage by stage; returns the result of the last stage's pipeline.
 
-    ``call`` has the arguments without size, image, tiling, strength and pull; ``image`` is ``[B, 3, H, W]`` in 0..1
+    ``call`` has the arguments by name; size and strength are those of the plan. ``image`` is ``[B, 3, H, W]`` in 0..1
     that the first stage enlarges, if the plan has one.
     """
     return_dict, output_type = call.get("return_dict", True), call.get("output_type", "pil")
-    call = {name: value for name, value in call.items() if name not in ("return_dict", "output_type")}
-    latent, held, first = plan.config.upscale == "latent", False, image
+    call = {name: value for name, value in call.items() if name not in ("strength", "return_dict", "output_type")}
     result: Any = None
+    final, first = plan.stages[-1], image
     for stage, tiling in zip(plan.stages, plan.tilings(), strict=True):
-        last, size = stage is plan.stages[-1], (stage.height, stage.width)
-        latent_size = (stage.height // plan.factor, stage.width // plan.factor)
-        kwargs = {**call, "tiling": tiling, "height": stage.height, "width": stage.width, "stages": None}
-        kwargs |= texts_of_stage(call, size, (plan.stages[-1].height, plan.stages[-1].width), first is not None)
-        if stage.strength is not None:
-            assert image is not None, "a stage with a strength comes after a picture"
-            larger = enlarge_latents(image, latent_size) if held else enlarge(image, size, plan.config.upscale)
-            kwargs |= {"image": larger, "strength": stage.strength, "pull": plan.config.pull}
-        kind = output_type if last else "latent" if latent else "pt"
-        result = pipe(output_type=kind, **kwargs)
-        if stage.strength is not None and plan.config.match and not latent and kind != "latent":
-            assert first is not None
+        size, kind = (stage.height, stage.width), output_type if stage is final else "pt"
+        more: dict[str, Any] = {"height": stage.height, "width": stage.width, "tiling": tiling}
+        more |= texts_of_stage(call, size, (final.height, final.width), image is not None)
+        if image is not None:
+            more |= {"image": enlarge(image, size, plan.config.upscale), "strength": stage.strength}
+            more["pull"] = plan.config.pull
+        result = pipe(stages=None, output_type=kind, **call | more)
+        if first is not None and plan.config.match and kind != "latent":
             result.images = match_colour(result.images, first, wrap=both(plan.tiling.wrap))
-        if last:
+        if stage is final:
             break
-        held = latent
-        image = _unpacked(pipe.pipe, result.images, *latent_size) if held else result.images.float().clamp(0, 1)
+        image = result.images.float().clamp(0, 1)
         first = image if first is None else first
     return result if return_dict else result.to_tuple()
 
@@ -243,21 +355,17 @@ def texts_of_stage(call: dict[str, Any], size: Pair, final: Pair, refines: bool)
 
     A stage that ``refines`` starts from the picture before it: its regions have no noise of their own.
     """
-    regions, prompt = scale_regions(call.get("regions") or (), final, size), call.get("prompt_for_tile")
-    if refines:
-        regions = [replace(region, seed=None) for region in regions]
-    if prompt is None:
-        return {"regions": regions}
-    y, x = final[0] / size[0], final[1] / size[1]
-    return {
-        "regions": regions,
-        "prompt_for_tile": lambda box: prompt(
+    regions, prompt = scale_regions(call["regions"], final, size), call["prompt_for_tile"]
+    texts: dict[str, Any] = {"regions": [replace(one, seed=None) for one in regions] if refines else regions}
+    if prompt is not None:
+        y, x = final[0] / size[0], final[1] / size[1]
+        texts["prompt_for_tile"] = lambda box: prompt(
             tuple(round(n * scale) for n, scale in zip(box, (x, y, x, y), strict=True))
-        ),
-    }
+        )
+    return texts
 
 
-def enlarge(image: Tensor, size: Pair, upscale: Literal["bicubic", "latent"] | Upscaler) -> Tensor:
+def enlarge(image: Tensor, size: Pair, upscale: Literal["bicubic"] | Upscaler) -> Tensor:
     """An image ``[B, 3, h, w]`` in 0..1 at another size (height, width), in 0..1: bicubic or by a function.
 
     Raises:
@@ -272,25 +380,3 @@ def enlarge(image: Tensor, size: Pair, upscale: Literal["bicubic", "latent"] | U
     else:
         enlarged = F.interpolate(image, size, mode="bicubic", antialias=True)
     return enlarged.clamp(0, 1)
-
-
-def enlarge_latents(latents: Tensor, size: Pair) -> Tensor:
-    """Latents ``[B, C, h, w]`` at another size (height, width): bicubic, with each channel's mean and variance.
-
-    Interpolation alone lowers the variance, which removes contrast and detail.
-    """
-    source = latents.float()
-    enlarged = F.interpolate(source, size, mode="bicubic", antialias=True)
-    mean, spread = (function(source, dim=(2, 3), keepdim=True) for function in (torch.mean, torch.std))
-    found = enlarged - enlarged.mean((2, 3), keepdim=True)
-    scale = spread / found.std((2, 3), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    return (found * scale + mean).to(latents.dtype)
-
-
-def _unpacked(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
-    """The latents that a pipeline returned, as ``[B, C, height, width]``; they may be tokens."""
-    network, family = network_of(pipe)
-    if not family.packed:
-        return latents
-    patch = family.patch(network)
-    return F.pixel_shuffle(to_image(latents, (height // patch, width // patch)), patch)
