@@ -1,10 +1,9 @@
-"""What a network gets beside the canvas, cut to tiles: values per image are repeated, images are cropped."""
+"""What a network gets beside the canvas, cut to tiles: tensors with an entry per image are repeated, images cropped."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +14,12 @@ from tiledcore import ops
 from tiledcore.geometry import Pair, Tiling
 from tiledcore.utils import to_device
 
-WHOLE = ("img_ids", "txt_ids", "position_ids", "image_rotary_emb", "visual_rope_pos", "text_rope_pos", "padding_mask")
-"""Positions: as they are, or replaced by the family. Other tensors as long as the batch have an entry per image."""
-OMNI = ("siglip_feats", "image_noise_mask", "reference_images")  # Z-Image's: a list per image of the canvas
-OF_FAMILY = ("x", "cap_feats", "encoder_hidden_states_llama3", "input_img_latents", *OMNI)
-"""What only the family can repeat: lists of images, and layers of them."""
+POSITIONS = ("img_ids", "txt_ids", "position_ids", "image_rotary_emb", "visual_rope_pos", "text_rope_pos")
+WHOLE = (*POSITIONS, "padding_mask", "input_img_latents")
+"""As they are, or replaced by the family."""
+LISTS = ("x", "cap_feats", "siglip_feats", "image_noise_mask", "reference_images", "img_shapes", "shape_list")
+"""Lists with an entry per image."""
+LAYERS = "encoder_hidden_states_llama3"  # ``[layers, B, L, D]``
 RESIDUALS = (
     "down_block_additional_residuals",
     "mid_block_additional_residual",
@@ -30,13 +30,10 @@ RESIDUALS = (
 """What a ControlNet adds, in the order in which it gives it: images at the sizes of a UNet's levels, or tokens."""
 ADAPTER = "down_intrablock_additional_residuals"
 """What a T2I-Adapter adds: images at the sizes of a UNet's levels, computed from the whole canvas before the steps."""
-HINTS = ("controlnet_cond", "control_context")
-"""Images of the whole canvas that a ControlNet sees, in any resolution or as tokens; several in a list."""
+CROPPED = (*RESIDUALS, ADAPTER, "controlnet_cond", "control_context", "prior_token_id", "prior_token_drop")
+"""Images or tokens of the whole canvas, in any resolution; several in a list. See :meth:`TileBatch.crop`."""
 ATTENTION = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 """Dicts for attention layers, see :func:`cut_attention_kwargs`."""
-PER_TOKEN = ("prior_token_id", "prior_token_drop")
-"""A value for each token of the canvas, ``[B, N]``."""
-_LISTS = ("x", "cap_feats", "img_shapes", "shape_list", *OMNI)
 
 
 class TileBatch(NamedTuple):
@@ -51,7 +48,7 @@ class TileBatch(NamedTuple):
     batch: int  # Images of the canvas, with their guidance branches
     pixels: int  # Image pixels per canvas pixel
     impl: ops.Impl | None = None
-    images: slice = slice(None)  # Which of the canvas' images these are
+    images: slice = slice(None)  # Of the canvas: which ones ``batch`` counts
 
     def repeat(self, value: Tensor) -> Tensor:
         """``[batch, ...]`` -> ``[batch * T, ...]``; a tensor that is not per image stays as it is."""
@@ -62,29 +59,25 @@ class TileBatch(NamedTuple):
         return self.crop(value) if value.ndim == 4 and value.shape[2:] == self.canvas else self.repeat(value)
 
     def crop(self, image: Tensor) -> Tensor:
-        """Each tile's part of an image ``[B, C, (1,) H, W]`` of any resolution, or of tokens ``[B, N, C]``."""
+        """Each tile's part of an image ``[B, C, (1,) H, W]`` of any resolution, or of tokens ``[B, N(, C)]``."""
         if image.ndim == 5:
             return self.crop(image.squeeze(2)).unsqueeze(2)
         if image.ndim == 3:
             size = self._tokens(image.shape[1])
             cut = self.crop(image.transpose(1, 2).unflatten(2, size).contiguous())
             return cut.flatten(2).transpose(1, 2).contiguous()
+        if image.ndim == 2:
+            return self.crop(image[..., None].float())[..., 0].to(image.dtype)
         image = image.expand(self.batch, *image.shape[1:])
+        sizes = list(zip(image.shape[2:], self.canvas, strict=True))
         if image.shape[2] < self.canvas[0]:
-            down = _level(image, self.canvas)
-            places, size = self._scaled(lambda n, f: n // f, down)
-        else:
-            up = (image.shape[2] // self.canvas[0], image.shape[3] // self.canvas[1])
-            if (up[0] * self.canvas[0], up[1] * self.canvas[1]) != image.shape[2:]:
-                raise ValueError(f"an image of {tuple(image.shape[2:])} is no multiple of the canvas of {self.canvas}")
-            places, size = self._scaled(lambda n, f: n * f, up)
-        tiles = ops.gather_tiles(image, places, size, impl=self.impl)
-        return swap_major(tiles, len(self.offsets), len(image))
-
-    def _scaled(self, scale: Callable[[Any, Any], Any], by: Pair) -> tuple[Tensor, Pair]:
-        """Offsets and size of the tiles in the pixels of another image."""
-        offsets = torch.stack([scale(start, n) for start, n in zip(self.offsets.unbind(1), by, strict=True)], 1)
-        return offsets, (scale(self.tile[0], by[0]), scale(self.tile[1], by[1]))
+            _level(image, self.canvas)
+        elif any(n % whole for n, whole in sizes):
+            raise ValueError(f"an image of {tuple(image.shape[2:])} is no multiple of the canvas of {self.canvas}")
+        up, down = ([max(1, n // whole) for n, whole in sizes], [max(1, whole // n) for n, whole in sizes])
+        places = torch.stack([self.offsets[:, i] * up[i] // down[i] for i in (0, 1)], 1)
+        tile = (self.tile[0] * up[0] // down[0], self.tile[1] * up[1] // down[1])
+        return swap_major(ops.gather_tiles(image, places, tile, impl=self.impl), len(self.offsets), len(image))
 
     def _tokens(self, count: int) -> Pair:
         """The grid of ``count`` tokens of the canvas."""
@@ -104,18 +97,17 @@ def conditions(arguments: dict[str, Any], part: TileBatch) -> dict[str, Any]:
     out = dict(arguments)
     later = out.pop("per_tile", ())
     for name, value in list(out.items()):
-        if value is None:
+        if value is None or name in WHOLE:
             continue
-        if name == ADAPTER or name in RESIDUALS or name in HINTS:
-            out[name] = tree_map_only(Tensor, part.crop, value)
-        elif name in PER_TOKEN:
-            out[name] = part.crop(value[..., None].float())[..., 0].to(value.dtype)
-        elif name == "args":
-            out[name] = tree_map_only(Tensor, part.fit, value)
+        if name in LISTS:
+            out[name] = [one for one in value for _ in range(len(part.offsets))]
+        elif name == LAYERS:
+            out[name] = value.repeat_interleave(len(part.offsets), 1)
         elif name in ATTENTION:
             out[name] = cut_attention_kwargs(value, part)
-        elif name not in (*WHOLE, *OF_FAMILY):
-            out[name] = tree_map_only(Tensor, part.repeat, value)
+        else:
+            cut = part.crop if name in CROPPED else part.fit if name == "args" else part.repeat
+            out[name] = tree_map_only(Tensor, cut, value)
     added = arguments.get("added_cond_kwargs") or {}
     if (time_ids := added.get("time_ids")) is not None and time_ids.shape[1] > 2:
         out["added_cond_kwargs"]["time_ids"] = _time_ids(time_ids, part)
@@ -132,17 +124,15 @@ def images_of(arguments: dict[str, Any], images: slice, batch: int) -> dict[str,
     def cut(value: Tensor) -> Tensor:
         return value[images] if value.ndim and value.shape[0] == batch else value
 
-    kept = (*WHOLE, *OF_FAMILY, "per_tile", "regions")
-    out = {name: value if name in kept else tree_map_only(Tensor, cut, value) for name, value in arguments.items()}
-    if (layers := arguments.get("encoder_hidden_states_llama3")) is not None:
-        out["encoder_hidden_states_llama3"] = layers[:, images]
-    if "per_tile" in arguments:
-        out["per_tile"] = [partial(_of_images, more, images) for more in arguments["per_tile"]]
-    return out | {name: arguments[name][images] for name in _LISTS if name in arguments}
-
-
-def _of_images(more: More, images: slice, part: TileBatch, given: dict[str, Any]) -> dict[str, Any]:
-    return more(part._replace(images=images), given)
+    out = dict(arguments)
+    for name, value in arguments.items():
+        if name in LISTS and value is not None:
+            out[name] = value[images]
+        elif name == LAYERS:
+            out[name] = value[:, images]
+        elif name not in (*WHOLE, "per_tile", "regions"):
+            out[name] = tree_map_only(Tensor, cut, value)
+    return out
 
 
 def swap_major(rows: Tensor, outer: int, inner: int) -> Tensor:
@@ -195,18 +185,18 @@ def _time_ids(time_ids: Tensor, part: TileBatch) -> Tensor:
 def cut_attention_kwargs(given: dict[str, Any], part: TileBatch) -> dict[str, Any]:
     """Arguments of attention layers for some tiles: image prompts are repeated, masks and boxes are cut.
 
-    ``given`` are the canvas': ``ip_adapter_image_embeds`` and ``ip_hidden_states``: tensors ``[B, ...]`` or a list;
+    ``given`` are the canvas': ``ip_adapter_image_embeds``, ``ip_hidden_states``: tensors ``[B, ...]`` or a list;
     ``ip_adapter_masks``: ``[1, images, H, W]`` in any resolution, or a list of such; ``gligen``: ``boxes [B, N, 4]``
     (left, top, right, bottom, 0 to 1), ``masks [B, N]`` and others.
     """
     changed = dict(given)  # a copy, because networks take entries out of it
-    for name in ("ip_adapter_image_embeds", "ip_hidden_states"):
+    for name in ("ip_adapter_image_embeds", "ip_hidden_states", "attention_mask"):
         if name in given:
             changed[name] = tree_map_only(Tensor, part.repeat, given[name])
-    if (masks := given.get("ip_adapter_masks")) is not None:
-        one = [masks] if isinstance(masks, Tensor) else masks
-        cut = [_cut_mask(mask, part).repeat(part.batch, 1, 1, 1) for mask in one]
-        changed["ip_adapter_masks"] = cut[0] if isinstance(masks, Tensor) else cut
+    if "ip_adapter_masks" in given:
+        changed["ip_adapter_masks"] = tree_map_only(
+            Tensor, lambda mask: _cut_mask(mask, part), given["ip_adapter_masks"]
+        )
     if (gligen := given.get("gligen")) is not None and "boxes" in gligen:
         parts = {name: value.repeat_interleave(len(part.offsets), 0) for name, value in gligen.items()}
         boxes, seen = _cut_boxes(parts["boxes"], part.offsets.repeat(part.batch, 1), part.tile, part.canvas)
@@ -215,14 +205,15 @@ def cut_attention_kwargs(given: dict[str, Any], part: TileBatch) -> dict[str, An
 
 
 def _cut_mask(mask: Tensor, part: TileBatch) -> Tensor:
-    """``[1, n, H, W]`` -> ``[T, n, h, w]``: what each tile sees of a mask of the canvas, at the mask's resolution."""
+    """``[1, n, H, W]`` -> ``[batch * T, n, h, w]``: what each tile sees of a mask of the canvas, at its resolution."""
     axes, device = [], part.offsets.device
     for start, side, whole, size in zip(part.offsets.T, part.tile, part.canvas, mask.shape[2:], strict=True):
         count = max(1, round(side * size / whole))
         at = start[:, None] + (torch.arange(count, device=device) + 0.5) * side / count
         axes.append((at * size / whole).long() % size)
     image = to_device(mask[0], device)
-    return torch.stack([image[:, rows[:, None], columns] for rows, columns in zip(*axes, strict=True)])
+    seen = torch.stack([image[:, rows[:, None], columns] for rows, columns in zip(*axes, strict=True)])
+    return seen.repeat(part.batch, 1, 1, 1)
 
 
 def _cut_boxes(boxes: Tensor, offsets: Tensor, tile: Pair, canvas: Pair) -> tuple[Tensor, Tensor]:

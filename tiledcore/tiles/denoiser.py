@@ -39,11 +39,7 @@ class Batch(NamedTuple):
     places: Sequence[Pair]  # the same numbers on the host
     first: int  # how many tiles of the step come before
     images: slice  # of the canvas' ``B``: one guidance branch, or all
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """``(N, h, w)`` of its predictions ``[N, C', h, w]``."""
-        return len(self.places) * (self.images.stop - self.images.start), *self.tile
+    shape: tuple[int, int, int]  # ``(N, h, w)`` of its predictions ``[N, C', h, w]``
 
 
 Deal = Callable[[Sequence[Any], Callable[[Any], Tensor], Tensor], Iterable[Tensor]]
@@ -215,8 +211,7 @@ class TileDenoiser:
         kwargs["timestep"] = timestep
 
         def run(part: Batch) -> Tensor:
-            some = kwargs if part.images == slice(0, batch) else images_of(kwargs, part.images, batch)
-            return self._tile_batch(forward, sample[part.images], part.offsets, part.tile, some)
+            return self._tile_batch(forward, sample, part.offsets, part.tile, kwargs, part.images)
 
         parts, buffer = self.batches(tiling, batch), None
         for part, out in zip(parts, self.deal(parts, run, sample), strict=True):
@@ -249,16 +244,17 @@ class TileDenoiser:
         for (tile, places), offsets in zip(tiling.groups.items(), each, strict=True):
             for start in range(0, len(places), self.tile_batch):
                 part = slice(start, start + self.tile_batch)
+                shape = (len(places[part]) * count, *tile)
                 for image in range(0, batch, count):
-                    images = slice(image, image + count)
-                    found.append(Batch(tile, offsets[part], places[part], before + start, images))
+                    images = slice(image, image + count) if count < batch else slice(None)
+                    found.append(Batch(tile, offsets[part], places[part], before + start, images, shape))
             before += len(places)
         return found
 
     def _evaluate_whole(self, forward: Forward, sample: Tensor, timestep: Time, kwargs: dict[str, Any]) -> Prediction:
         """The canvas in one call of the network, as it is."""
         batch, _, height, width = sample.shape
-        part = Batch((height, width), torch.zeros(1, 2), ((0, 0),), 0, slice(0, batch))
+        part = Batch((height, width), torch.zeros(1, 2), ((0, 0),), 0, slice(None), (batch, height, width))
         [out] = self.deal([part], lambda _: self._network(forward, sample, timestep=timestep, **kwargs), sample)
         return self.whole(out)
 
@@ -315,14 +311,22 @@ class TileDenoiser:
         return Prediction(prediction, self._origin, (prediction.shape[2], prediction.shape[3]), 1)
 
     def _tile_batch(
-        self, forward: Forward, sample: Tensor, offsets: Tensor, tile: Pair, kwargs: dict[str, Any]
+        self,
+        forward: Forward,
+        sample: Tensor,
+        offsets: Tensor,
+        tile: Pair,
+        kwargs: dict[str, Any],
+        images: slice = slice(None),
     ) -> Tensor:
-        """Predictions of some tiles, tile-major: all images of the first tile, then all of the next."""
+        """Predictions of some tiles, tile-major: all ``images`` of the first tile, then all of the next."""
+        if images != slice(None):
+            kwargs, sample = images_of(kwargs, images, len(sample)), sample[images]
         batch, count = len(sample), len(offsets)
         with label("gather"):
             inputs = swap_major(ops.gather_tiles(sample, offsets, tile, impl=self.execution.impl), count, batch)
         canvas = (sample.shape[2], sample.shape[3])
-        part = TileBatch(offsets, tile, canvas, batch, self.pixels, self.execution.impl)
+        part = TileBatch(offsets, tile, canvas, batch, self.pixels, self.execution.impl, images)
         return swap_major(self._network(forward, inputs, **conditions(kwargs, part)), batch, count)
 
     @staticmethod

@@ -1,66 +1,109 @@
 """The networks that can be tiled: how each one's forward maps to a canvas.
 
-Every tile is an image of its own size whose positions start at 0, so no position is outside of what the network was
-trained on. Where a pipeline passes positions (FLUX, Qwen-Image), the tile's replace the canvas'. Arguments that all
-families share are in :mod:`tiledcore.tiles.conditioning`; where canvas and tiles are in the arguments, in
-:mod:`tiledcore.tiles.layouts`. :data:`FAMILIES` are measured, predicted and known to canvas mode;
-:mod:`tiledcore.tiles.more_families` has those for tile mode alone.
+Arguments that all families share are in :mod:`tiledcore.tiles.conditioning`; where canvas and tiles are in the
+arguments, in :mod:`tiledcore.tiles.layouts`.
 """
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+from inspect import signature
 from typing import Any
 
 import diffusers
-import torch
+from diffusers.models.controlnets.controlnet_xs import ControlNetXSOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from torch import Tensor
 
 from tiledcore._diffusers import uncompiled
-from tiledcore.tiles.family import Family as Family
-from tiledcore.tiles.family import factor_of as factor_of
-from tiledcore.tiles.layouts import IDS, SHAPES, pixart_tiles, z_image_canvas, z_image_tiles
-from tiledcore.tiles.layouts import to_image as to_image
-from tiledcore.tiles.layouts import to_tokens as to_tokens
-from tiledcore.tiles.more_families import MORE, derived
-from tiledcore.tiles.rare_families import RARE
+from tiledcore.geometry import Pair
+from tiledcore.tiles import layouts
+from tiledcore.tiles.family import Arguments, Family, factor_of
+from tiledcore.tiles.layouts import IDS, SHAPES, to_image, to_tokens
+
+__all__ = ["FAMILIES", "Family", "factor_of", "network_of", "to_image", "to_tokens"]
+
+logger = logging.getLogger(__name__)
+
+
+def _cogview_shift(tokens: int, steps: int, config: Any) -> float:
+    root = (tokens / config.get("base_image_seq_len", 256)) ** 0.5
+    return float(root * config.get("max_shift", 0.75) + config.get("base_shift", 0.25))
+
+
+BRIA = IDS | {"patch": lambda network: 1, "clock": lambda timesteps: timesteps}  # tokens of one latent pixel
+BACKWARDS: dict[str, Any] = {"clock": lambda timesteps: 1 - timesteps / 1000}
+FRACTION: dict[str, Any] = {"clock": lambda timesteps: timesteps / 1000}
 
 FAMILIES: tuple[Family, ...] = (
-    Family(
-        diffusers.UNet2DConditionModel,
-        sample="sample",
-        canvas=lambda arguments: arguments["sample"],
-        tiles=lambda tiles, arguments, pixels: {"sample": tiles},
-        output=UNet2DConditionOutput,
-        shifts=True,
-    ),
+    Family(diffusers.UNet2DConditionModel, sample="sample", output=UNet2DConditionOutput, shifts=True),
     Family(diffusers.SD3Transformer2DModel, dynamic_shift=1.16),
-    Family(
-        diffusers.FluxTransformer2DModel,
-        shifts=True,
-        dynamic_shift=1.15,
-        **IDS,
-    ),
-    Family(diffusers.PixArtTransformer2DModel, tiles=pixart_tiles),
+    Family(diffusers.FluxTransformer2DModel, dynamic_shift=1.15, shifts=True, **IDS),
+    Family(diffusers.PixArtTransformer2DModel, also=layouts.pixart),
     Family(diffusers.SanaTransformer2DModel),
     Family(
         diffusers.ZImageTransformer2DModel,
         patch=lambda network: network.config.all_patch_size[0],
         dynamic_shift=1.15,
-        sample="x",
-        timestep="t",
         clock=lambda timesteps: (1000 - timesteps) / 1000,
-        canvas=z_image_canvas,
-        tiles=z_image_tiles,
-        prediction=lambda output, size: torch.stack(list(output)).squeeze(2),
-        result=lambda prediction, sample: list(prediction.unsqueeze(2).unbind(0)),
+        **layouts.LIST,
+    ),
+    Family(diffusers.QwenImageTransformer2DModel, dynamic_shift=1.15, **SHAPES),
+)
+"""Measured, predicted, and known to canvas mode."""
+
+MORE: tuple[Family, ...] = (
+    Family(
+        diffusers.HunyuanImageTransformer2DModel,
+        fits=lambda network: len(network.config.patch_size) == 3,  # the refiner's
+        **layouts.FRAME,
+    ),
+    Family(diffusers.HunyuanImageTransformer2DModel),
+    Family(
+        diffusers.CosmosTransformer3DModel,
+        clock=lambda timesteps: timesteps / (timesteps + 1000),
+        also=layouts.cosmos,
+        **layouts.FRAME,
     ),
     Family(
-        diffusers.QwenImageTransformer2DModel,
-        dynamic_shift=1.15,
-        **SHAPES,
+        diffusers.UNetControlNetXSModel, sample="sample", output=ControlNetXSOutput
+    ),  # its hint is cut with the tile
+    layouts.SideBySide(diffusers.DreamLiteUNetModel, dynamic_shift=1.16, output=UNet2DConditionOutput, **layouts.SIDES),
+    layouts.Patches(diffusers.JoyImageEditPlusTransformer3DModel, **layouts.PATCHES),
+    layouts.Row(diffusers.Ideogram4Transformer2DModel, **layouts.ROW),
+    Family(diffusers.OmniGenTransformer2DModel, also=layouts.omnigen),
+    layouts.GlmImage(diffusers.GlmImageTransformer2DModel, dynamic_shift=_cogview_shift, also=layouts.cogview),
+    Family(
+        diffusers.Flux2Transformer2DModel,
+        dynamic_shift=lambda tokens, steps, config: compute_empirical_mu(tokens, steps),
+        **IDS,
     ),
+    Family(diffusers.ChromaTransformer2DModel, dynamic_shift=1.15, **IDS),
+    Family(diffusers.LongCatImageTransformer2DModel, dynamic_shift=1.15, **IDS),
+    Family(diffusers.OvisImageTransformer2DModel, dynamic_shift=1.15, **IDS),
+    Family(diffusers.BriaTransformer2DModel, dynamic_shift=1.15, **BRIA),
+    Family(diffusers.BriaFiboTransformer2DModel, dynamic_shift=1.15, **BRIA),
+    Family(diffusers.BriaFibo2Transformer2DModel, dynamic_shift=1.15, **FRACTION),
+    Family(diffusers.NucleusMoEImageTransformer2DModel, dynamic_shift=1.15, **SHAPES),
+    Family(diffusers.QwenImage21Transformer2DModel, dynamic_shift=1.15, **layouts.QWEN21),
+    Family(diffusers.Krea2Transformer2DModel, dynamic_shift=1.15, **layouts.KREA),
+    Family(
+        diffusers.AuraFlowTransformer2DModel,
+        native=lambda pipe, network: getattr(network, "native_size", 1024 // factor_of(pipe)),
+        **FRACTION,
+    ),
+    Family(diffusers.CogView3PlusTransformer2DModel, also=layouts.cogview),
+    Family(diffusers.CogView4Transformer2DModel, dynamic_shift=_cogview_shift, also=layouts.cogview),
+    Family(diffusers.HiDreamImageTransformer2DModel, timestep="timesteps"),
+    Family(diffusers.HunyuanDiT2DModel, also=layouts.hunyuan),
+    Family(diffusers.Lumina2Transformer2DModel, **BACKWARDS),
+    Family(diffusers.LuminaNextDiT2DModel, also=layouts.lumina, **BACKWARDS),
+    Family(diffusers.PRXTransformer2DModel, **FRACTION),
+    Family(diffusers.Kandinsky5Transformer3DModel, **layouts.LAST),
 )
-
+"""For tile mode alone. A class derived from another one comes first, here before :data:`FAMILIES`."""
 
 REFUSED = {
     "VisualClozePipeline": "its canvas is a table of several pictures, of which each must see the others",
@@ -77,15 +120,72 @@ def network_of(pipe: Any) -> tuple[Any, Family]:
     Raises:
         TypeError: the pipeline has none, or cannot be tiled.
     """
-    if (why := REFUSED.get(type(pipe).__name__)) is not None:
-        raise TypeError(f"pipe={type(pipe).__name__}: cannot be tiled: {why}")
-    networks = [getattr(pipe, name) for name in ("unet", "transformer") if getattr(pipe, name, None) is not None]
-    for network in networks:
-        inner = uncompiled(network)
-        kind: Any = next(one for one in type(inner).__mro__ if "forward" in vars(one))  # not one of our subclasses
-        factor_of(pipe)
-        found = [
-            family for family in (*RARE, *FAMILIES, *MORE) if isinstance(inner, family.model) and family.fits(inner)
-        ]
-        return network, found[0] if found else derived(kind)
-    raise TypeError(f"pipe={type(pipe).__name__}: tiling needs a pipeline with a unet or a transformer; it has neither")
+    name = type(pipe).__name__
+    if name in REFUSED:
+        raise TypeError(f"pipe={name}: cannot be tiled: {REFUSED[name]}")
+    network = next((one for role in ("unet", "transformer") if (one := getattr(pipe, role, None)) is not None), None)
+    if network is None:
+        raise TypeError(f"pipe={name}: tiling needs a pipeline with a unet or a transformer; it has neither")
+    factor_of(pipe)
+    inner = uncompiled(network)
+    for family in (*MORE, *FAMILIES):
+        if isinstance(inner, family.model) and family.fits(inner):
+            return network, family
+    return network, derived(next(one for one in type(inner).__mro__ if "forward" in vars(one)))  # not our subclass
+
+
+# ----------------------------------------------------------------------------- a class that nobody has described
+
+OWN = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections", "timestep", "guidance")
+"""Arguments that mean the same in all networks: their sizes are not the canvas'."""
+
+
+@cache
+def derived(model: Any) -> Family:
+    """The family of a class by the arguments of its forward; warns once.
+
+    Raises:
+        TypeError: forward has no canvas or no timestep.
+    """
+    names = list(signature(model.forward).parameters)
+    sample = next((name for name in ("hidden_states", "sample") if name in names), None)
+    timestep = next((name for name in ("timestep", "timesteps", "t") if name in names), None)
+    if sample is None or timestep is None:
+        raise TypeError(f"network={model.__name__}: its forward{tuple(names[1:])} has no canvas or no timestep")
+    layout = IDS if "img_ids" in names else SHAPES if "img_shapes" in names else {}
+    logger.warning("%s is not a known network: tiles are taken as images of their own size", model.__name__)
+    return Derived(model, sample=sample, timestep=timestep, **layout)
+
+
+class Derived(Family):
+    """Checks that what forward takes and gives is what the names of its arguments say."""
+
+    def canvas(self, arguments: Arguments) -> Tensor:
+        found = super().canvas(arguments)
+        if found.ndim != 4:
+            raise ValueError(
+                f"{self.sample}: {tuple(found.shape)} is neither an image [B, C, H, W] nor tokens with positions"
+            )
+        return found
+
+    def tiles(self, tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
+        """Refuses further arguments that have a tensor of the canvas' size."""
+        changed = super().tiles(tiles, arguments, pixels)
+        if "canvas_size" not in arguments:  # in the fused loop, whose pipelines are known
+            return changed
+        height, width = arguments["canvas_size"]
+        counts = {height * width, (height // 2) * (width // 2)}  # latent pixels, tokens, and both behind the text
+        text = arguments["encoder_hidden_states"].shape[1] if "encoder_hidden_states" in arguments else 0
+        sizes = counts | {n + text for n in counts} | {n * side for n in (1, pixels) for side in (height, width)}
+        for name, value in arguments.items():
+            if name in changed or name in OWN or not isinstance(value, Tensor):
+                continue
+            if sizes & set(value.shape[1:-1] if value.ndim > 2 else value.shape[1:]) or "size" in name:
+                raise ValueError(f"{name}: {tuple(value.shape)} has the canvas' size, and how to cut it is not known")
+        return changed
+
+    def prediction(self, output: Any, size: Pair) -> Tensor:
+        found = super().prediction(output, size)
+        if found.ndim != 4 or tuple(found.shape[2:]) != tuple(size):
+            raise ValueError(f"{self.model.__name__}: gives {tuple(found.shape)} for a canvas of {size[0]}x{size[1]}")
+        return found

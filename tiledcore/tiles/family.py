@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
-from tiledcore.tiles.layouts import Arguments
+from tiledcore.geometry import Pair
 
+Arguments = dict[str, Any]
 Shift = float | Callable[[int, int, Any], float]
 
 
@@ -25,7 +27,7 @@ def factor_of(pipe: Any) -> int:
     raise TypeError(f"pipe={type(pipe).__name__}: has no autoencoder; tiling needs a latent pipeline")
 
 
-def native_size(pipe: Any, network: Any) -> int | tuple[int, int]:
+def native_size(pipe: Any, network: Any) -> int | Pair:
     """Side of the images that a network was trained on, in latent pixels.
 
     From who opened the network (``network.native_size``), its configuration, its pipeline, or 1024 image pixels.
@@ -53,8 +55,7 @@ class Family:
 
     model: type
     fits: Callable[[Any], bool] = lambda network: True  # Where networks of one class differ
-    native: Callable[[Any, Any], int | tuple[int, int]] = native_size
-    """``(pipe, network)`` -> side of the images that the network was trained on, in latent pixels."""
+    native: Callable[[Any, Any], int | Pair] = native_size  # Of ``(pipe, network)``
     patch: Callable[[Any], int] = patch_size
     packed: bool = False  # The pipeline passes tokens ``[B, H*W, C]``, row by row, in place of an image
     dynamic_shift: Shift | None = None
@@ -65,15 +66,14 @@ class Family:
     timestep: str = "timestep"
     clock: Callable[[Tensor], Tensor] = lambda timesteps: timesteps
     """The scheduler's timesteps -> what the pipeline passes as :attr:`timestep`."""
-    canvas: Callable[[Arguments], Tensor] = lambda arguments: arguments["hidden_states"]
-    """The canvas in these arguments, which stay as they are."""
-    tiles: Callable[[Tensor, Arguments, int], Arguments] = lambda tiles, arguments, pixels: {"hidden_states": tiles}
-    """``([N, C, h, w], arguments of the tile batch, image pixels per canvas pixel)`` -> the arguments that differ.
-    Among the arguments are ``references``, if there are any: tokens ``[N, R, C]`` of further images."""
-    prediction: Callable[[Any, tuple[int, int]], Tensor] = lambda output, size: output
-    """``(what forward predicted, (h, w))`` -> ``[N, C', h, w]``."""
-    result: Callable[[Tensor, Any], Any] = lambda prediction, sample: prediction
-    """``([B, C', H, W], the argument that held the canvas)`` -> the form in which forward gives it."""
+    size: Callable[[Arguments], Pair] = lambda arguments: (0, 0)
+    """(H, W) of the canvas in these arguments, where :attr:`read` needs it."""
+    read: Callable[[Any, Pair], Tensor] = lambda value, size: value
+    """``(the argument that holds the canvas or what forward predicted, (H, W))`` -> the image ``[B, C, H, W]``."""
+    write: Callable[[Tensor], Any] = lambda image: image
+    """An image ``[B, C, H, W]`` in the form in which forward takes and gives it."""
+    also: Callable[[Tensor, Arguments, int], Arguments] = lambda tiles, arguments, pixels: {}
+    """As :meth:`tiles`: arguments other than the canvas that differ."""
     output: type = Transformer2DModelOutput
     shifts: bool = False
     """Whether moving tiles are the default: ``bench/modes.py`` finds them nearly as good as overlap."""
@@ -81,3 +81,24 @@ class Family:
     def unit(self, network: Any) -> int:
         """Latent pixels per canvas pixel along an axis."""
         return self.patch(network) if self.packed else 1
+
+    def canvas(self, arguments: Arguments) -> Tensor:
+        """The canvas in these arguments, which stay as they are."""
+        return self.read(arguments[self.sample], self.size(arguments))
+
+    def tiles(self, tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
+        """``([N, C, h, w], arguments of the tile batch, image pixels per canvas pixel)`` -> the arguments that differ.
+
+        Among the arguments are ``references``, if there are any: tokens ``[N, R, C]`` of further images.
+        """
+        own, others = self.write(tiles), arguments.get("references")
+        sample = own if others is None else torch.cat([own, others], 1)
+        return {self.sample: sample} | self.also(tiles, arguments, pixels)
+
+    def prediction(self, output: Any, size: Pair) -> Tensor:
+        """``(what forward predicted, (h, w))`` -> ``[N, C', h, w]``."""
+        return self.read(output, size)
+
+    def result(self, prediction: Tensor, sample: Any) -> Any:
+        """``([B, C', H, W], the argument that held the canvas)`` -> the form in which forward gives it."""
+        return self.write(prediction)

@@ -1,7 +1,8 @@
-"""Where the canvas is in a network's arguments, and what replaces them for tiles.
+"""Where the canvas is in a network's arguments, and what else of them differs for tiles.
 
-A *layout* is a dict of :class:`~tiledcore.tiles.families.Family`'s fields: an image, tokens with positions, tokens with
-shapes. Reference images are tokens behind the canvas' own: each tile gets them whole, behind its own tokens.
+A *layout* is a dict of :class:`~tiledcore.tiles.family.Family`'s fields, or a subclass: an image, a frame, tokens with
+positions, tokens with shapes. A tile is an image of its own size, whose positions start at 0 or where the canvas' do.
+Reference images are tokens behind the canvas' own: each tile gets them whole, behind its own tokens.
 """
 
 from __future__ import annotations
@@ -9,10 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.models.embeddings import get_2d_rotary_pos_embed, get_2d_rotary_pos_embed_lumina
+from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.weak import WeakTensorKeyDictionary
 
-Arguments = dict[str, Any]
+from tiledcore.geometry import Pair
+from tiledcore.tiles.family import Arguments, Family
 
 
 def to_tokens(image: Tensor) -> Tensor:
@@ -20,24 +25,22 @@ def to_tokens(image: Tensor) -> Tensor:
     return image.flatten(2).transpose(1, 2).contiguous()
 
 
-def to_image(tokens: Tensor, size: tuple[int, int]) -> Tensor:
+def to_image(tokens: Tensor, size: Pair) -> Tensor:
     """``[B, H*W, C]`` -> ``[B, C, H, W]``; tokens behind these, which are of references, are left out."""
     return tokens[:, : size[0] * size[1]].transpose(1, 2).unflatten(2, size).contiguous()
 
 
-def with_references(tiles: Tensor, arguments: Arguments) -> Tensor:
-    """The tokens of tiles, and behind them those of the reference images."""
-    own, others = to_tokens(tiles), arguments.get("references")
-    return own if others is None else torch.cat([own, others], 1)
+def _last_image(tokens: Tensor, size: Pair) -> Tensor:
+    """:func:`to_image` where text comes before the canvas."""
+    return to_image(tokens[:, -size[0] * size[1] :], size)
 
 
 # ----------------------------------------------------------------------------- tokens with ids: FLUX
 
-
 _read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # ids -> tokens of the canvas, its width, ids out of place
 
 
-def raster(given: Tensor) -> tuple[int, int]:
+def raster(given: Tensor) -> Pair:
     """Size of the canvas, in tokens, whose ids ``[N, n]`` or ``[B, N, n]`` come first; columns 1 and 2 are y and x.
 
     Tokens of another image differ in column 0.
@@ -57,65 +60,69 @@ def raster(given: Tensor) -> tuple[int, int]:
     return total // width, width
 
 
-def _ids_canvas(arguments: Arguments) -> Tensor:
+def _positions(first: Tensor, tiles: Tensor) -> Tensor:
+    """Ids ``[..., h*w, n]`` of a tile's tokens, from the canvas' first ``[..., 1, n]`` on; columns 1, 2 are y and x."""
+    rows, columns = (torch.arange(n, device=tiles.device) for n in tiles.shape[2:])
+    ids = first.repeat_interleave(len(rows) * len(columns), -2)
+    ids[..., 1:3] += torch.cartesian_prod(rows, columns).to(ids.dtype)
+    return ids
+
+
+def _ids_size(arguments: Arguments) -> Pair:
     tokens, ids = arguments["hidden_states"], arguments["img_ids"]
     if tokens.shape[1] != ids.shape[-2]:
         raise ValueError(f"img_ids of {ids.shape[-2]} tokens for {tokens.shape[1]} tokens")
     if arguments.get("num_ref_tokens") or arguments.get("kv_cache") is not None:
         raise ValueError("kv_cache: keys of reference images are kept from step to step, which tiles cannot share")
-    return to_image(tokens, raster(ids))
+    return raster(ids)
 
 
-def _ids_tiles(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
-    ids, others = arguments["img_ids"], arguments.get("references")
+def _ids(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
+    ids, behind = arguments["img_ids"], _references(arguments)
     one = ids[0] if ids.ndim == 3 else ids
-    own = one[:1].repeat(tiles.shape[2] * tiles.shape[3], 1)  # from the canvas' first position on
-    for column, place in zip((1, 2), token_places(tiles), strict=True):
-        own[:, column] += place.to(ids.dtype)
-    if others is not None:
-        own = torch.cat([own, one[-others.shape[1] :]])
-    changed = {"img_ids": own.expand(len(tiles), -1, -1) if ids.ndim == 3 else own}
-    return changed | {"hidden_states": with_references(tiles, arguments)} | _masks(tiles, arguments)
+    own = torch.cat([_positions(one[:1], tiles), one[len(one) - behind :]])
+    text, extra = arguments["encoder_hidden_states"].shape[1], arguments.get("joint_attention_kwargs")
+
+    def cut(given: Arguments) -> Arguments:
+        """A mask ``[..., T + N]`` of the tokens of text and images, without those of other tiles."""
+        if (mask := given.get("attention_mask")) is None or mask.shape[-1] <= text:
+            return {}
+        kept = mask[..., : text + tiles.shape[2] * tiles.shape[3]]
+        return {"attention_mask": torch.cat([kept, mask[..., mask.shape[-1] - behind :]], -1)}
+
+    changed = {"img_ids": own.expand(len(tiles), -1, -1) if ids.ndim == 3 else own} | cut(arguments)
+    return changed | ({"joint_attention_kwargs": extra | cut(extra)} if extra else {})
 
 
-def token_places(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """(y, x) of each token of a tile, row by row."""
-    rows, columns = (torch.arange(n, device=tiles.device) for n in tiles.shape[2:])
-    y, x = torch.meshgrid(rows, columns, indexing="ij")
-    return y.flatten(), x.flatten()
-
-
-def _masks(tiles: Tensor, arguments: Arguments) -> Arguments:
-    """Masks of the text's and the images' tokens together, ``[..., T + N]``, without the tokens of other tiles."""
-    text, others = arguments["encoder_hidden_states"].shape[1], arguments.get("references")
-    kept = text + tiles.shape[2] * tiles.shape[3]
-
-    def cut(mask: Tensor) -> Tensor:
-        if mask.shape[-1] <= text:
-            return mask
-        behind = [] if others is None else [mask[..., -others.shape[1] :]]
-        mask = torch.cat([mask[..., :kept], *behind], -1)
-        return mask.repeat_interleave(len(tiles) // len(mask), 0)
-
-    changed: Arguments = {}
-    if arguments.get("attention_mask") is not None:
-        changed["attention_mask"] = cut(arguments["attention_mask"])
-    extra = arguments.get("joint_attention_kwargs") or {}
-    if extra.get("attention_mask") is not None:
-        changed["joint_attention_kwargs"] = {**extra, "attention_mask": cut(extra["attention_mask"])}
-    return changed
+def _references(arguments: Arguments) -> int:
+    """How many tokens are of reference images."""
+    return 0 if (others := arguments.get("references")) is None else others.shape[1]
 
 
 IDS: dict[str, Any] = {
     "packed": True,
     "patch": lambda network: 2,  # packed by the pipeline: the network's own patch_size is 1
     "clock": lambda timesteps: timesteps / 1000,
-    "canvas": _ids_canvas,
-    "tiles": _ids_tiles,
-    "prediction": to_image,
-    "result": lambda prediction, sample: to_tokens(prediction),
+    "size": _ids_size,
+    "read": to_image,
+    "write": to_tokens,
+    "also": _ids,
 }
 """Tokens of 2x2 latent pixels, and ``img_ids`` ``[N, n]``: (image, y, x, ...) of each."""
+
+
+def _behind_text(arguments: Arguments) -> Arguments:
+    text = arguments["encoder_hidden_states"].shape[1]
+    return {**arguments, "img_ids": arguments["position_ids"][text:]}
+
+
+def _krea(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
+    text = arguments["position_ids"][: arguments["encoder_hidden_states"].shape[1]]
+    return {"position_ids": torch.cat([text, _ids(tiles, _behind_text(arguments), pixels)["img_ids"]])}
+
+
+KREA: dict[str, Any] = {**IDS, "size": lambda arguments: _ids_size(_behind_text(arguments)), "also": _krea}
+"""As :data:`IDS`, with ``position_ids`` of the text before those of the canvas."""
 
 # ----------------------------------------------------------------------------- tokens with shapes: Qwen-Image
 
@@ -126,68 +133,226 @@ def _shapes_of(arguments: Arguments) -> list[tuple[int, int, int]]:
     return [shapes[0]] if isinstance(shapes[0][0], int) else list(shapes[0])
 
 
-def _shapes_canvas(arguments: Arguments) -> Tensor:
+def _shapes_size(arguments: Arguments) -> Pair:
     tokens, images = arguments["hidden_states"], _shapes_of(arguments)
     if arguments.get("additional_t_cond") is not None:
         raise ValueError("img_shapes: the layers of a picture (Qwen-Image Layered, up to 1024x1024) cannot be tiled")
     if images[0][0] != 1 or tokens.shape[1] != sum(t * h * w for t, h, w in images):
         raise ValueError(f"img_shapes={images} for {tokens.shape[1]} tokens: frames and layers cannot be tiled")
-    return to_image(tokens, images[0][1:])
+    return images[0][1:]
 
 
-def _shapes_tiles(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
+def _shapes(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
     own, given = (1, *tiles.shape[2:]), arguments["img_shapes"]
     nested = not isinstance(given[0][0], int)
-    shapes = [[own, *_shapes_of(arguments)[1:]] if nested else own] * len(tiles)
-    return {"hidden_states": with_references(tiles, arguments), "img_shapes": shapes}
+    return {"img_shapes": [[own, *_shapes_of(arguments)[1:]] if nested else own] * len(tiles)}
 
 
-SHAPES: dict[str, Any] = {
-    **IDS,
-    "canvas": _shapes_canvas,
-    "tiles": _shapes_tiles,
-}
+SHAPES: dict[str, Any] = {**IDS, "size": _shapes_size, "also": _shapes}
 """Tokens of 2x2 latent pixels, and ``img_shapes``: (frames, height, width) of each image."""
 
-# ----------------------------------------------------------------------------- images
+
+def _qwen21_size(arguments: Arguments) -> Pair:
+    if len(arguments["img_shapes"][0]) > 1:
+        raise ValueError("img_shapes: reference images before the canvas cannot be tiled; leave them out")
+    if arguments.get("kv_cache") is not None:
+        raise ValueError("kv_cache: tiles cannot share it; call the pipeline with use_kv_cache=False")
+    return _shapes_size(arguments)
 
 
-def pixart_tiles(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
-    changed: Arguments = {"hidden_states": tiles}
-    conditions = arguments.get("added_cond_kwargs") or {}
-    if conditions.get("resolution") is not None:
-        # PixArt-α's micro-conditions, in image pixels: a tile is an image of its own size.
-        height, width = (pixels * n for n in tiles.shape[2:])
-        column = (len(tiles), 1)
-        full = conditions["resolution"].new_full
-        changed["added_cond_kwargs"] = {
-            **conditions,
-            "resolution": torch.cat([full(column, height), full(column, width)], 1),
-            "aspect_ratio": full(column, height / width),
-        }
-    return changed
+def _qwen21(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
+    # A mask of the text's tokens and of each 2x2 of the canvas'.
+    text, kept = arguments["encoder_hidden_states"].shape[1], tiles.shape[2] * tiles.shape[3] // 4
+    return _shapes(tiles, arguments, pixels) | {"img_mask": arguments["img_mask"][:, : text + kept]}
 
 
-def z_image_canvas(arguments: Arguments) -> Tensor:
-    images = [one[-1] if isinstance(one, list) else one for one in arguments["x"]]  # Omni: behind its references
+QWEN21 = SHAPES | {"patch": lambda network: 1, "size": _qwen21_size, "read": _last_image, "also": _qwen21}
+"""As :data:`SHAPES`, with tokens of one latent pixel."""
+
+# ----------------------------------------------------------------------------- images: what depends on their size
+
+
+def _size_px(tiles: Tensor, pixels: int, like: Tensor) -> Tensor:
+    """``[N, 2]``: (height, width) of each tile, in image pixels."""
+    return torch.stack([like.new_full((len(tiles),), n * pixels) for n in tiles.shape[2:]], 1)
+
+
+def pixart(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
+    """PixArt-α's micro-conditions."""
+    given = arguments.get("added_cond_kwargs") or {}
+    if given.get("resolution") is None:
+        return {}
+    size = _size_px(tiles, pixels, given["resolution"])
+    ratio = size.new_full((len(tiles), 1), tiles.shape[2] / tiles.shape[3])
+    return {"added_cond_kwargs": {**given, "resolution": size, "aspect_ratio": ratio}}
+
+
+def cogview(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
+    """Size and crop, of CogView and GLM-Image."""
+    size = _size_px(tiles, pixels, arguments["target_size"])
+    changed = {"target_size": size, "crop_coords": torch.zeros_like(size)}
+    return changed | ({"original_size": size} if "original_size" in arguments else {})
+
+
+def hunyuan(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
+    height, width = tiles.shape[2:]
+    cosine = arguments["image_rotary_emb"][0]
+    grid, base = (height // 2, width // 2), 512 // 8 // 2  # tokens of 2x2; the size that positions are scaled to
+    region = get_resize_crop_region_for_grid(grid, base)
+    rotary = get_2d_rotary_pos_embed(cosine.shape[1], region, grid, device=cosine.device, output_type="pt")
+    size = arguments["image_meta_size"].clone()  # original, target, crop
+    size[:, 2:4] = _size_px(tiles, pixels, size)
+    return {"image_rotary_emb": rotary, "image_meta_size": size}
+
+
+def lumina(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
+    # Those of an image of the native size: the canvas' are scaled to its size.
+    rotary = get_2d_rotary_pos_embed_lumina(2 * arguments["image_rotary_emb"].shape[-1], 384, 384)
+    return {"image_rotary_emb": rotary.to(tiles.device)}
+
+
+def omnigen(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
+    """Positions are one count; images in the text are listed by row."""
+    height, width = arguments["canvas_size"]
+    positions, mask = arguments["position_ids"], arguments["attention_mask"]
+    kept = positions.shape[1] - height * width // 4 + tiles.shape[2] * tiles.shape[3] // 4
+    images, each = iter(arguments["input_img_latents"]), len(tiles) // len(positions)
+    places: dict[int, Any] = {}
+    latents: list[Any] = []
+    for row, found in arguments["input_image_sizes"].items():
+        own = [next(images) for _ in found]
+        places |= dict.fromkeys(range(row * each, (row + 1) * each), found)
+        latents += own * each
+    changed = {"position_ids": positions[:, :kept].repeat_interleave(each, 0), "attention_mask": mask[:, :kept, :kept]}
+    return changed | {"input_image_sizes": places, "input_img_latents": latents}
+
+
+class GlmImage(Family):
+    """An image; with reference images it is refused."""
+
+    def canvas(self, arguments: Arguments) -> Tensor:
+        caches = arguments.get("kv_caches")
+        if caches is not None and caches[0].mode in ("write", "read"):
+            raise ValueError(
+                "image: GLM-Image keeps keys of reference images from step to step, which tiles cannot share"
+            )
+        return super().canvas(arguments)
+
+
+# ----------------------------------------------------------------------------- frames, lists and pairs of images
+
+FRAME: dict[str, Any] = {"read": lambda value, size: value.squeeze(2), "write": lambda image: image.unsqueeze(2)}
+"""A video of one frame, ``[B, C, 1, H, W]``."""
+
+
+def cosmos(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
+    height, width = (pixels * n for n in tiles.shape[2:])  # nothing of the canvas is padding
+    return {"padding_mask": arguments["padding_mask"][..., :height, :width]}
+
+
+def _kandinsky(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
+    frame, rows, columns = arguments["visual_rope_pos"]
+    return {"visual_rope_pos": [frame, rows[: tiles.shape[2] // 2], columns[: tiles.shape[3] // 2]]}
+
+
+LAST: dict[str, Any] = {
+    "read": lambda value, size: value.squeeze(1).movedim(-1, 1),
+    "write": lambda image: image.movedim(1, -1).unsqueeze(1),
+    "also": _kandinsky,
+}
+"""A video of one frame, channels last, ``[B, 1, H, W, C]``."""
+
+
+def _z_image_read(value: Any, size: Pair) -> Tensor:
+    images = [one[-1] if isinstance(one, list) else one for one in value]  # Omni: behind its references
     if images[0].shape[1] != 1 or len({image.shape for image in images}) > 1:
         raise ValueError(f"x: images of {[tuple(image.shape) for image in images]}: all must be [C, 1, H, W], one size")
     return torch.stack(images).squeeze(2)
 
 
-def z_image_tiles(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
-    captions = arguments["cap_feats"]  # per image: a tensor [L, D], or in Omni a list of these
-    each, own = len(tiles) // len(captions), list[Any](tiles.unsqueeze(2).unbind(0))
-    names = [name for name in ("cap_feats", "siglip_feats", "image_noise_mask") if arguments.get(name) is not None]
-    changed = {name: [one for one in arguments[name] for _ in range(each)] for name in names}
-    if (others := arguments.get("reference_images")) is not None:
-        own = [[*others[i // each], tile] for i, tile in enumerate(own)]
-    return {"x": own, **changed}
+def _z_image(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
+    if (others := arguments.get("reference_images")) is None:
+        return {}
+    return {"x": [[*some, tile] for some, tile in zip(others, tiles.unsqueeze(2), strict=True)]}
 
 
-def sized(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
-    """CogView: size and crop in image pixels; a tile is an image of its own size."""
-    full = arguments["target_size"].new_full
-    size = torch.cat([full((len(tiles), 1), n * pixels) for n in tiles.shape[2:]], 1)
-    changed = {"hidden_states": tiles, "target_size": size, "crop_coords": torch.zeros_like(size)}
-    return changed | ({"original_size": size} if "original_size" in arguments else {})
+LIST: dict[str, Any] = {
+    "sample": "x",
+    "timestep": "t",
+    "read": _z_image_read,
+    "write": lambda image: list(image.unsqueeze(2)),
+    "also": _z_image,
+}
+"""A list of images ``[C, 1, H, W]``, or in Omni of lists: reference images, then this one."""
+
+
+def _pair(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
+    given = arguments["added_cond_kwargs"]
+    return {"added_cond_kwargs": {**given, "time_ids": _size_px(tiles, pixels, given["time_ids"]).flip(1)}}
+
+
+class SideBySide(Family):
+    """DreamLite: the canvas and, to its right, the image to edit; both are cut at the same places."""
+
+    def prediction(self, output: Any, size: Pair) -> Tensor:
+        return output[..., : size[1]]
+
+    def result(self, prediction: Tensor, sample: Any) -> Any:
+        return prediction
+
+
+SIDES: dict[str, Any] = {
+    "sample": "sample",
+    "patch": lambda network: 2,  # in which the pipeline counts tokens for the schedule
+    "read": lambda value, size: torch.cat(value.chunk(2, 3), 1),
+    "write": lambda image: torch.cat(image.chunk(2, 1), 3),
+    "also": _pair,
+}
+
+# ----------------------------------------------------------------------------- tokens with something before or behind
+
+
+class Patches(Family):
+    """JoyImage Edit Plus: the pipeline puts its references back in each step."""
+
+    def result(self, prediction: Tensor, sample: Any) -> Any:
+        own = self.write(prediction)
+        return torch.cat([own, torch.zeros_like(sample[:, own.shape[1] :])], 1)
+
+
+PATCHES = IDS | {
+    "clock": lambda timesteps: timesteps,
+    "size": lambda arguments: arguments["shape_list"][0][0][1:],
+    "read": lambda value, size: to_image(value.flatten(2), size),
+    "write": lambda image: to_tokens(image).unflatten(2, (-1, 1, 2, 2)),
+    "also": lambda tiles, arguments, pixels: {
+        "shape_list": [[(1, *tiles.shape[2:]), *one[1:]] for one in arguments["shape_list"]]
+    },
+}
+"""Tokens ``[B, N, C, 1, 2, 2]``, and ``shape_list``: (frames, height, width) of the canvas and of references."""
+
+
+def _row_size(arguments: Arguments) -> Pair:
+    # Tokens of the canvas come last; those before them are text, whose three positions are the same.
+    text = int((arguments["indicator"][0] != arguments["indicator"][0, -1]).sum())
+    return raster(arguments["position_ids"][0, text:])
+
+
+class Row(Family):
+    """Ideogram 4: one row of tokens, text, then the canvas, with ``position_ids [B, L, 3]``."""
+
+    def tiles(self, tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
+        height, width = arguments["canvas_size"]
+        ids, count = arguments["position_ids"], tiles.shape[2] * tiles.shape[3]
+        text, ids = ids.shape[1] - height * width, ids.repeat_interleave(len(tiles) // len(ids), 0)
+        cut = ("encoder_hidden_states", "segment_ids", "indicator")
+        changed: Arguments = {name: arguments[name][:, : text + count] for name in cut}
+        changed["position_ids"] = torch.cat([ids[:, :text], _positions(ids[:, text : text + 1], tiles)], 1)
+        return changed | {"hidden_states": pad(to_tokens(tiles), (0, 0, text, 0))}
+
+    def result(self, prediction: Tensor, sample: Any) -> Any:
+        tokens = to_tokens(prediction)
+        return pad(tokens, (0, 0, sample.shape[1] - tokens.shape[1], 0))
+
+
+ROW = IDS | {"clock": lambda timesteps: 1 - timesteps / 1000, "size": _row_size, "read": _last_image}
