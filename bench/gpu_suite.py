@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch.utils.benchmark.utils.common import select_unit
 
+from bench.measure import markdown
+
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {"start": 40, "ops": 90, "attention": 100, "blend": 50, "graph": 70, "sdxl": 170, "vae": 50}
 """Part -> seconds. 570 in all; the rest of ten minutes is for starting and copying."""
@@ -66,16 +68,12 @@ def read(path: Path) -> list[Row]:
     """The rows; the last line of a killed part may be incomplete."""
     found = []
     for line in path.read_text().splitlines():
-        try:
+        with suppress(json.JSONDecodeError):
             found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
     return found
 
 
 def predicted(row: Mapping[str, Any]) -> str:
-    if "predicted" in row:
-        return str(row["predicted"])
     known = (text for (case, way), text in PREDICTED.items() if row["case"].startswith(case) and row["name"] == way)
     return next(known, "–") if row.get("dtype") != "bfloat16" else "–"
 
@@ -94,7 +92,7 @@ def cells(row: Mapping[str, Any]) -> Iterator[str]:
     yield row.get("memory") or (f"+{row['peak_bytes'] / 2**20:.0f} MiB" if row.get("peak_bytes") else "–")
 
 
-def markdown(rows: Iterable[Row], dry: bool) -> str:
+def page(rows: Iterable[Row], dry: bool) -> str:
     """The page: first how the parts ended, then their rows."""
     rows = list(rows)
     parts, figures = [row for row in rows if "status" in row], [row for row in rows if "case" in row]
@@ -102,11 +100,11 @@ def markdown(rows: Iterable[Row], dry: bool) -> str:
     lines = ["# GPU suite", ""]
     lines += ["**Dry run on a CPU: the parts run, but no figure here is of a GPU.**", ""] * dry
     lines += [f"{len(figures)} rows, **{wrong} wrong**. Predictions: for an H100, from before anything had run.", ""]
-    lines += ["| part | status | s | limit |", "|---" * 4 + "|"]
-    lines += [f"| {row['part']} | {row['status']} | {row['took']} | {row['limit']} |" for row in parts]
+    head = ["part", "status", "s", "limit"]
+    lines += [markdown(head, ([row["part"], row["status"], f"{row['took']}", f"{row['limit']}"] for row in parts))]
+    head = ["case", "way", "dtype", "figure", "predicted", "error", "of the ceiling", "memory"]
     for part in dict.fromkeys(row["part"] for row in figures):
-        lines += ["", f"## {part}", "", "| case | way | dtype | figure | predicted | error | of the ceiling | memory |"]
-        lines += ["|---" * 8 + "|", *(f"| {' | '.join(cells(row))} |" for row in figures if row["part"] == part)]
+        lines += ["", f"## {part}", "", markdown(head, (cells(row) for row in figures if row["part"] == part))]
     return "\n".join(lines) + "\n"
 
 
@@ -127,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         command = ["-m", "bench.gpu_parts", name, str(rows), *["--dry-run"] * args.dry_run]
         row = run_part(name, command, LIMITS[name], rows, log)
         print(f"{name}: {row['status']} in {row['took']} s", flush=True)
-        (out / "gpu_suite.md").write_text(markdown(read(rows), args.dry_run))
+        (out / "gpu_suite.md").write_text(page(read(rows), args.dry_run))
     print((out / "gpu_suite.md").read_text())
     found = read(rows)
     return int(any(row.get("status") == "failed" or "wrong" in row for row in found))

@@ -1,47 +1,36 @@
 """Time, memory and machine: what every benchmark measures and writes down.
 
-Times come from ``torch.utils.benchmark`` on a CPU and from ``triton.testing.do_bench`` on a GPU, which clears the L2
+Times come from ``torch.utils.benchmark`` on a CPU, and on a GPU from ``triton.testing.do_bench``, which clears the L2
 cache before each call.
 """
 
 import ctypes
 import json
 import platform
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.benchmark import Measurement, TaskSpec, Timer
+from torch.utils.benchmark import Timer
 
 Run = Callable[[], Any]
 LONG = 0.05
 """Seconds. A longer call is timed as on a CPU, since ``do_bench`` makes eight calls or more."""
 
 
-def interleaved(runs: Mapping[str, Run], device: torch.device, seconds: float, rounds: int) -> dict[str, Measurement]:
+def interleaved(runs: Mapping[str, Run], device: torch.device, seconds: float, rounds: int) -> dict[str, list[float]]:
     """Time all providers in turns, so that a machine that slows down is slower for all of them.
 
-    Args:
-        runs: provider -> one call.
-        device: of the tensors.
-        seconds: for all providers and rounds together, about. A long call is made at least once a round.
-        rounds: turns of each provider.
+    ``seconds`` is for all providers and rounds together, about; a long call is made at least once a round.
 
     Returns:
-        A measurement for each provider. It has one sample a round: the median of the calls in that round.
+        Provider -> one sample a round, in seconds: the median of the calls in that round.
     """
     share = seconds / rounds / max(len(runs), 1)
-    medians: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            medians[name].append(median_seconds(run, device, share))
-    threads = torch.get_num_threads()
-    return {
-        name: Measurement(number_per_run=1, raw_times=values, task_spec=TaskSpec(name, "", num_threads=threads))
-        for name, values in medians.items()
-    }
+    turns = [{name: median_seconds(run, device, share) for name, run in runs.items()} for _ in range(rounds)]
+    return {name: [turn[name] for turn in turns] for name in runs}
 
 
 def median_seconds(run: Run, device: torch.device, seconds: float) -> float:
@@ -64,7 +53,7 @@ def ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> 
     target, side = torch.empty_like(source), 8192 if big else 1024
     square = torch.randn(side, side, device=device).to(dtype)
     runs: dict[str, Run] = {"copy": lambda: target.copy_(source), "matmul": lambda: torch.mm(square, square)}
-    best = {name: min(found.times) for name, found in interleaved(runs, device, seconds, rounds=5).items()}
+    best = {name: min(times) for name, times in interleaved(runs, device, seconds, rounds=5).items()}
     return {
         "copy_bytes_per_second": 2 * source.nbytes / best["copy"],
         "matmul_flops_per_second": 2 * side**3 / best["matmul"],
@@ -81,8 +70,7 @@ def peak_growth(run: Run, device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
 
     def high_water() -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+        return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) << 10
 
     ctypes.CDLL(None).malloc_trim(0)  # memory that was freed earlier would hide growth
     Path("/proc/self/clear_refs").write_text("5")  # the mark starts again at what is resident now
@@ -91,20 +79,14 @@ def peak_growth(run: Run, device: torch.device) -> int:
     return high_water() - before
 
 
-def quartiles(samples: list[float]) -> tuple[float, float, float]:
-    """First quartile, median and third quartile."""
-    low, middle, high = np.percentile(samples, (25, 50, 75)).tolist()
-    return low, middle, high
-
-
 def machine(device: torch.device) -> dict[str, str]:
     """Device and versions, without which figures cannot be compared."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
-        models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        name = f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
+        about = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
+        models = [*re.findall(r"model name\s*: (.*\S)", about), platform.processor()]
+        name = f"{models[0]}, {torch.get_num_threads()} threads"
     return {"device": name, "torch": torch.__version__, "python": platform.python_version()}
 
 
@@ -112,3 +94,9 @@ def save(path: Path | None, device: torch.device, **data: Any) -> None:
     """Write the machine and ``data`` as JSON, if there is a path."""
     if path is not None:
         path.write_text(json.dumps({"machine": machine(device)} | data, indent=1) + "\n")
+
+
+def markdown(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])

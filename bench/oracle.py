@@ -18,7 +18,6 @@ evaluating a pixel twice.
 """
 
 import argparse
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,12 +140,12 @@ def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    lines = ["| tiling | area factor | seam | low |", "|---" * 4 + "|"]
-    for row in found:
-        errors = {key: row.get(f"{key}_sd") for key in ("seam", "low")}
-        seam, low = (f"{row[key]:.2f}" + (f" ± {sd:.2f}" if sd is not None else "") for key, sd in errors.items())
-        lines.append(f"| {row['name']} | {row['area_factor']:.1f} | {seam} | {low} |")
-    return "\n".join(lines)
+    def cell(row: dict[str, Any], key: str) -> str:
+        spread = row[f"{key}_sd"]
+        return f"{row[key]:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
+
+    cells = ([row["name"], f"{row['area_factor']:.1f}", cell(row, "seam"), cell(row, "low")] for row in found)
+    return measure.markdown(["tiling", "area factor", "seam", "low"], cells)
 
 
 def main() -> None:
@@ -161,9 +160,6 @@ def main() -> None:
         print(f"{row.name} done", flush=True)
     about = {"fields": args.fields, "side": SIDE, "tile": TILE, "steps": STEPS, "shift": SHIFT, "seeds": args.seeds}
     print(f"{args.seeds} times {args.fields} fields of {SIDE}², tiles of {TILE}², {STEPS} steps\n{table(found)}")
-    if args.json and args.json.exists():  # rows of ways that are no longer measured stay
-        names = {row.name for row in rows()}
-        found += [row for row in json.loads(args.json.read_text())["rows"] if row["name"] not in names]
     measure.save(args.json, torch.device("cpu"), about=about, rows=found)
 
 

@@ -124,11 +124,11 @@ def simulated() -> list[dict[str, Any]]:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Bytes in MiB, shares in percent, the rest as it is."""
     shown = {"received": lambda v: f"{v / 2**20:.2f} MiB", "waiting": lambda v: f"{v:.0%}"}
-    lines = [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
-    for row in rows:
-        cells = [shown.get(key, lambda v: f"{v:.3g}" if isinstance(v, float) else str(v))(v) for key, v in row.items()]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+
+    def cell(key: str, value: Any) -> str:
+        return shown[key](value) if key in shown else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    return measure.markdown([*rows[0]], ([cell(*item) for item in row.items()] for row in rows))
 
 
 def main() -> None:
@@ -142,16 +142,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         return worker(args.size)
-    rows = simulated() if args.simulate else measured(args.counts, args.size, args.rounds)
     if args.simulate:
-        print(
-            f"{FLOPS / 1e12:.0f} TFLOP/s x {REACHED}, {MEMORY / 1e12} TB/s, {MESSAGE * 1e6:.0f} us a message, one way: "
-        )
-        print(", ".join(f"{link} {speed / 1e9:.0f} GB/s" for link, speed in LINKS.items()))
-    print(table(rows))
-    about = {"flops": FLOPS, "reached": REACHED, "memory": MEMORY, "message": MESSAGE, "links": LINKS}
-    if not args.simulate:
+        rows = simulated()
+        about = {"flops": FLOPS, "reached": REACHED, "memory": MEMORY, "message": MESSAGE, "links": LINKS}
+    else:
+        rows = measured(args.counts, args.size, args.rounds)
         about = {"size": args.size, "rounds": args.rounds}
+    print(", ".join(f"{name}: {value}" for name, value in about.items()), table(rows), sep="\n")
     measure.save(args.json, torch.device("cpu"), about=about, rows=rows)
 
 

@@ -3,17 +3,15 @@
 import json
 import re
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from bench import modes, oracle
+from bench import measure, modes, oracle
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "docs" / "benchmarks.md",)
 RESULTS = ROOT / "bench" / "results"
-
-NOT_SHOWN = ("75 % overlap", "canvas mode: core 16 sees 8", "coarse pass, then shifted tiles, pull and match")
-"""Beginnings of the oracle's rows that say little more than their neighbours: a page's table has at most 15 rows."""
 
 Data = dict[str, Any]
 
@@ -22,27 +20,26 @@ def _machine(data: Data) -> str:
     return f"{data['machine']['device']}, torch {data['machine']['torch']}"
 
 
-def _pairs(data: Data, op: str, baseline: str, own: str) -> list[tuple[Data, Data, str]]:
-    """The rows of the baseline and of ours for each case of an op, and the start of a row that has both times."""
+def _times(data: Data, op: str, baseline: str, own: str, head: list[str], last: Callable[[Data, Data], str]) -> str:
+    """A table of an op's cases: the baseline's time, ours, how many times as fast, and what ``last`` says of both."""
     timed = {(row["shapes"], row["name"]): row for row in data["results"] if row["op"] == op and "seconds" in row}
-    found = [(timed[shapes, baseline], timed[shapes, own]) for shapes, name in timed if name == own]
-    return [
-        (a, b, f"| {b['shapes']} | {a['seconds'] * 1e3:.2f} ms | {b['seconds'] * 1e3:.2f} ms | {b['speedup']:.1f}× |")
-        for a, b in found
-    ]
+    pairs = [(timed[shapes, baseline], row) for (shapes, name), row in timed.items() if name == own]
+    ms = ([f"{row['seconds'] * 1e3:.2f} ms" for row in pair] for pair in pairs)
+    rows = ([b["shapes"], *times, f"{b['speedup']:.1f}×", last(a, b)] for (a, b), times in zip(pairs, ms, strict=True))
+    return measure.markdown(head, rows)
 
 
 def _blend(data: Data) -> str:
-    lines = ["| `blend_tiles`, ramp | Python loop | native | | of the ceiling |", "|---" * 5 + "|"]
-    pairs = _pairs(data, "blend_tiles", "python loop", "native")
-    return "\n".join([*lines, *(f"{start} {own['of_ceiling']:.0%} |" for _, own, start in pairs)])
+    head = ["`blend_tiles`, ramp", "Python loop", "native", "", "of the ceiling"]
+    return _times(data, "blend_tiles", "python loop", "native", head, lambda _, own: f"{own['of_ceiling']:.0%}")
 
 
 def _step(data: Data) -> str:
-    lines = ["| a step outside the network | loop | fused, ramp | | MB moved, fused of loop |", "|---" * 5 + "|"]
-    for loop, own, start in _pairs(data, "fused_step", "loop", "ramp"):
-        lines.append(f"{start} {own['bytes'] / 1e6:.0f} of {loop['bytes'] / 1e6:.0f} |")
-    return "\n".join(lines)
+    def moved(loop: Data, own: Data) -> str:
+        return f"{own['bytes'] / 1e6:.0f} of {loop['bytes'] / 1e6:.0f}"
+
+    head = ["a step outside the network", "loop", "fused, ramp", "", "MB moved, fused of loop"]
+    return _times(data, "fused_step", "loop", "ramp", head, moved)
 
 
 def _modes(data: Data) -> str:
@@ -55,23 +52,20 @@ def _modes(data: Data) -> str:
 def _oracle(data: Data) -> str:
     about = data["about"]
     head = f"{about['seeds']} times {about['fields']} fields of {about['side']}², {about['steps']} steps"
-    shown = [row for row in data["rows"] if not row["name"].startswith(NOT_SHOWN)]
-    return "\n".join([head, "", oracle.table(shown)])
+    return "\n".join([head, "", oracle.table(data["rows"])])
 
 
 def _ranks(data: Data) -> str:
     about, rows = data["about"], data["rows"]
     links = ", ".join(f"{link} {speed / 1e9:.0f} GB/s" for link, speed in about["links"].items())
     head = f"{about['flops'] / 1e12:.0f} TFLOP/s, of which {about['reached']:.0%} are reached; {links}"
-    counts = sorted({row["gpus"] for row in rows} - {1})
-    columns = " | ".join(f"{count} GPUs" for count in counts)
-    lines = [head, "", f"| a step of | one GPU | received | {columns} |", "|---" * (3 + len(counts)) + "|"]
-    for one in (row for row in rows if row["gpus"] == 1):
-        more = [r for r in rows if (r["model"], r["size"]) == (one["model"], one["size"]) and r["gpus"] > 1]
-        start = f"| {one['model']} {one['size']}² | {one['NVLink']:.2f} s | {more[-1]['received'] / 2**20:.1f} MiB |"
-        cells = [f"{r['NVLink x']:.1f} / {r['PCIe 5 x']:.1f}" for r in more]
-        lines.append(f"{start} {' | '.join(cells)} |")
-    return "\n".join(lines)
+    columns = [f"{count} GPUs" for count in sorted({row["gpus"] for row in rows} - {1})]
+    cells = []
+    for _, group in groupby(rows, lambda row: (row["model"], row["size"])):
+        one, *more = group
+        start = [f"{one['model']} {one['size']}²", f"{one['NVLink']:.2f} s", f"{more[-1]['received'] / 2**20:.1f} MiB"]
+        cells.append([*start, *(f"{row['NVLink x']:.1f} / {row['PCIe 5 x']:.1f}" for row in more)])
+    return "\n".join([head, "", measure.markdown(["a step of", "one GPU", "received", *columns], cells)])
 
 
 TABLES: dict[str, tuple[str, Callable[[Data], str]]] = {

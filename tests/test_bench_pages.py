@@ -79,5 +79,5 @@ def test_rows_show_the_prediction_and_what_is_wrong() -> None:
         "name": "ramp",
     }
     rows = [fused | {"dtype": "float16", "seconds": 3e-5}, fused | {"wrong": "differs by 0.1"}]
-    page = gpu_suite.markdown(rows, dry=False)
+    page = gpu_suite.page(rows, dry=False)
     assert "| 30 µs | 20–30 µs |" in page and "**wrong**: differs by 0.1" in page and "**1 wrong**" in page
