@@ -7,10 +7,10 @@ element is written once. The loop moves much more.
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from bench.case import Case, Ready, implementations
 from bench.measure import Run
+from bench.windows import Corner, average, grid
 from tiledcore import ops
 from tiledcore.ops.reference import axis_weights
 
@@ -20,29 +20,7 @@ if torch.cuda.is_available():
     CASES.append((2048, 128, 96, 4))
 
 
-def starts(size: int, tile: int, stride: int) -> list[int]:
-    """Where tiles start along an axis. The last one ends with the canvas."""
-    return [*range(0, size - tile, stride), size - tile]
-
-
-def grid(size: int, tile: int, stride: int) -> list[tuple[int, int]]:
-    """Top left corners (y, x) of all tiles of a square canvas."""
-    line = starts(size, tile, stride)
-    return [(y, x) for y in line for x in line]
-
-
-def python_loop(tiles: Tensor, corners: list[tuple[int, int]], size: int, weight: Tensor) -> Tensor:
-    """Add up values and weights tile by tile, as diffusers' panorama pipeline does."""
-    value = tiles.new_zeros(1, tiles.shape[1], size, size)
-    count = torch.zeros_like(value)
-    h, w = weight.shape
-    for tile, (y, x) in zip(tiles, corners, strict=True):
-        value[:, :, y : y + h, x : x + w] += weight * tile
-        count[:, :, y : y + h, x : x + w] += weight
-    return value / count
-
-
-def elements_weighed(corners: list[tuple[int, int]], tile: int, size: int, channels: int, window: ops.Window) -> int:
+def elements_weighed(corners: list[Corner], tile: int, size: int, channels: int, window: ops.Window) -> int:
     """Elements of the tiles whose weight is not zero: what blending must read."""
     rows, columns = (
         int((axis_weights(sorted({corner[axis] for corner in corners}), tile, size, window) > 0).sum())
@@ -52,18 +30,15 @@ def elements_weighed(corners: list[tuple[int, int]], tile: int, size: int, chann
 
 
 def prepare(size: int, tile: int, stride: int, channels: int, device: torch.device, dtype: torch.dtype) -> Ready:
-    corners = grid(size, tile, stride)
+    corners = grid((size, size), tile, stride)
     offsets = torch.tensor(corners, dtype=torch.int32, device=device)
     tiles = torch.randn(len(corners), channels, tile, tile, device=device).to(dtype)
     weight = torch.rand(tile, tile, device=device).to(dtype) + 0.1
     blend = partial(ops.blend_tiles, offsets=offsets, canvas_size=(size, size), window="ramp")
     ours, missing = implementations("blend_tiles", partial(blend, tiles), device)
-    target = torch.empty_like(tiles)
-    runs: dict[str, Run] = {
-        "copy": partial(target.copy_, tiles),
-        "python loop": partial(python_loop, tiles, corners, size, weight),
-        **ours,
-    }
+    target, like = torch.empty_like(tiles), tiles.new_empty(1, channels, size, size)
+    loop = partial(average, tiles, corners, like, weight)
+    runs: dict[str, Run] = {"copy": partial(target.copy_, tiles), "python loop": loop, **ours}
     weighed = elements_weighed(corners, tile, size, channels, "ramp")
     moved = (weighed + channels * size * size) * dtype.itemsize
     return Ready(
@@ -72,7 +47,7 @@ def prepare(size: int, tile: int, stride: int, channels: int, device: torch.devi
         bytes=dict.fromkeys(runs, moved) | {"copy": 2 * tiles.nbytes},
         flops=2 * weighed,  # a product and a sum each
         expected=lambda: blend(tiles.double(), impl="reference"),
-        others={"python loop": lambda: python_loop(tiles.double(), corners, size, weight.double())},
+        others={"python loop": lambda: average(tiles.double(), corners, like.double(), weight.double())},
         not_run=missing,
     )
 
@@ -81,7 +56,7 @@ def cases() -> list[Case]:
     return [
         Case(
             "blend_tiles",
-            f"{len(grid(size, tile, stride))} tiles of {tile}x{tile}x{channels} on {size}x{size}",
+            f"{len(grid((size, size), tile, stride))} tiles of {tile}x{tile}x{channels} on {size}x{size}",
             "the reference in float64",
             partial(prepare, size, tile, stride, channels),
             quick=size == 512,

@@ -8,6 +8,7 @@ The fused step is charged with the least that it must move. Bytes of the loop ar
 reads and writes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,8 +19,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.bench_blend_tiles import elements_weighed, grid, python_loop
+from bench.bench_blend_tiles import elements_weighed
 from bench.case import Case, Ready
+from bench.windows import average, grid
 from tiledcore import ops
 from tiledcore.schedulers.solver import LinearSolver, linear_solver
 
@@ -52,18 +54,11 @@ class Eager:
     scheduler: Any
     sample: Tensor
     tiles: Tensor  # [T, 2, C, h, w]
-    corners: list[tuple[int, int]]
-    window: ops.Window = "mean"
+    blend: Callable[[Tensor], Tensor]
 
     def __call__(self, evaluation: int = WARM) -> Tensor:
         unconditional, conditional = self.tiles.unbind(1)
-        guided = unconditional + GUIDANCE * (conditional - unconditional)
-        size = self.sample.shape[-1]
-        if self.window == "mean":
-            prediction = python_loop(guided, self.corners, size, torch.ones_like(guided[0, 0]))
-        else:
-            offsets = torch.tensor(self.corners, dtype=torch.int32, device=guided.device)
-            prediction = ops.blend_tiles(guided, offsets, (size, size), window=self.window, impl="reference")
+        prediction = self.blend(unconditional + GUIDANCE * (conditional - unconditional))
         if hasattr(self.scheduler, "_step_index"):
             self.scheduler._step_index = evaluation  # timing repeats one step
         t = self.scheduler.timesteps[evaluation]
@@ -71,39 +66,25 @@ class Eager:
         return self.scheduler.scale_model_input(self.sample, self.scheduler.timesteps[evaluation + 1])
 
 
-@dataclass
 class Fused:
     """The same by :func:`ops.fused_step`."""
 
-    solver: LinearSolver
-    state: Tensor
-    tiles: Tensor  # [T*2, C, h, w]
-    offsets: Tensor
-    step: Tensor
-    guidance_scale: Tensor
-    model_input: Tensor
-    window: ops.Window
+    def __init__(
+        self, solver: LinearSolver, sample: Tensor, tiles: Tensor, offsets: Tensor, window: ops.Window
+    ) -> None:
+        self.state = sample.new_zeros(solver.slots, *sample.shape)
+        self.state[0] = sample
+        self.model_input = sample.to(tiles.dtype, copy=True)
+        # One for each evaluation: filling one anew would be timed too.
+        self.steps = [torch.tensor([i], device=tiles.device) for i in range(WARM + 1)]
+        inputs = (tiles.flatten(0, 1), offsets, self.state, solver.table, solver.input_scale)
+        guidance = torch.tensor([GUIDANCE], device=tiles.device)
+        more: dict[str, Any] = {"guidance_scale": guidance, "window": window}
+        self.run: Callable[..., None] = partial(ops.fused_step, *inputs, model_input=self.model_input, **more)
 
     def __call__(self, evaluation: int = WARM) -> Tensor:
-        if evaluation < WARM:
-            self.step.fill_(evaluation)
-        ops.fused_step(
-            *(self.tiles, self.offsets, self.state, self.solver.table, self.solver.input_scale, self.step),
-            model_input=self.model_input,
-            guidance_scale=self.guidance_scale,
-            window=self.window,
-        )
-        if evaluation < WARM:
-            self.step.fill_(WARM)
+        self.run(self.steps[evaluation])
         return self.model_input
-
-    def least_bytes(self, weighed: int) -> int:
-        """Tile elements with weight, the state that is read and written, and the model's input."""
-        rows, slots = self.solver.table[WARM].cpu(), written(self.solver)
-        read = {j for s in slots for j in range(self.solver.slots) if rows[s, j] != 0}
-        canvas = self.state[0].numel()
-        network = (2 * weighed + canvas) * self.tiles.element_size()
-        return network + (len(read) + len(slots)) * canvas * self.state.element_size()
 
 
 def written(solver: LinearSolver) -> list[int]:
@@ -120,48 +101,43 @@ def scheduler(name: str) -> Any:
     return result
 
 
-def fused_way(solver: LinearSolver, window: ops.Window, tile: int, stride: int, sample: Tensor, tiles: Tensor) -> Fused:
-    device = tiles.device
-    offsets = torch.tensor(grid(sample.shape[-1], tile, stride), dtype=torch.int32, device=device)
-    state = sample.new_zeros(solver.slots, *sample.shape)
-    state[0] = sample
-    step = torch.zeros(1, dtype=torch.int64, device=device)
-    guidance = torch.tensor([GUIDANCE], device=device)
-    return Fused(solver, state, tiles.flatten(0, 1), offsets, step, guidance, sample.to(tiles.dtype, copy=True), window)
-
-
 def prepare(name: str, size: int, tile: int, stride: int, device: torch.device, dtype: torch.dtype) -> Ready:
-    corners, canvas = grid(size, tile, stride), CHANNELS * size * size
+    corners, canvas = grid((size, size), tile, stride), CHANNELS * size * size
     tiles = torch.randn(len(corners), 2, CHANNELS, tile, tile, device=device).to(dtype)
     sample = torch.randn(1, CHANNELS, size, size, device=device)
     found = linear_solver(scheduler(name))
     assert isinstance(found, LinearSolver), found
     solver = found.to(device)
-    eager = Eager(scheduler(name), sample.to(dtype), tiles, corners)
-    exact = {w: Eager(scheduler(name), sample.double(), tiles.double(), corners, w) for w in WINDOWS}
-    fused: dict[str, Fused] = {window: fused_way(solver, window, tile, stride, sample, tiles) for window in WINDOWS}
-    moved = {"copy": 2 * tiles.nbytes}
+    offsets = torch.tensor(corners, dtype=torch.int32, device=device)
+    eager = Eager(scheduler(name), sample.to(dtype), tiles, partial(average, corners=corners, like=sample.to(dtype)))
+    fused: dict[str, Fused] = {window: Fused(solver, sample, tiles, offsets, window) for window in WINDOWS}
+    exact: dict[str, Eager] = {}
+    for window in WINDOWS:
+        blend = partial(ops.blend_tiles, offsets=offsets, canvas_size=(size, size), window=window, impl="reference")
+        exact[window] = Eager(scheduler(name), sample.double(), tiles.double(), blend)
+    ways: list[Callable[[int], Tensor]] = [*exact.values(), *fused.values()]
     for evaluation in range(WARM):
-        for reference in exact.values():
-            reference(evaluation)
-        for way in fused.values():
+        for way in ways:
             way(evaluation)
         with CountBytes() as counter:
             eager(evaluation)
-        moved["loop"] = counter.moved  # of the last one, in which all operators run
+    terms = solver.table[WARM][written(solver)] != 0  # of the sums that a step has to make
+    read = int(terms[:, : solver.slots].any(0).sum())  # slots of the state
     weighed = {window: elements_weighed(corners, tile, size, CHANNELS, window) for window in WINDOWS}
-    moved |= {window: fused[window].least_bytes(weighed[window]) for window in WINDOWS}
-    terms = int((solver.table[WARM][written(solver)] != 0).sum())
+    moved = {"copy": 2 * tiles.nbytes, "loop": counter.moved}  # of the last step, in which all operators run
+    for window in WINDOWS:
+        # Tile elements with weight and the model's input; the state that is read and written.
+        moved[window] = (2 * weighed[window] + canvas) * dtype.itemsize + (read + len(terms)) * sample.nbytes
     target = torch.empty_like(tiles)
     return Ready(
         {"copy": partial(target.copy_, tiles), "loop": eager, **fused},
         baseline="loop",
         bytes=moved,
-        # A product and a sum for each element with weight and branch; guidance; the rows of the table.
-        flops=4 * weighed["ramp"] + 3 * canvas + 2 * terms * canvas,
+        # A product and a sum for each element with weight and branch; guidance; the terms.
+        flops=4 * weighed["ramp"] + 3 * canvas + 2 * int(terms.sum()) * canvas,
         expected=exact["mean"],
         others={"ramp": exact["ramp"]},
-        buffers=[way.model_input for way in fused.values()],
+        buffers=[one.model_input for one in fused.values()],
     )
 
 
@@ -169,7 +145,8 @@ def cases() -> list[Case]:
     return [
         Case(
             "fused_step",
-            f"{name}, {len(grid(size, tile, stride))} tiles of {tile}x{tile}x{CHANNELS}, guidance, on {size}x{size}",
+            f"{name}, {len(grid((size, size), tile, stride))} tiles of {tile}x{tile}x{CHANNELS}, guidance, "
+            f"on {size}x{size}",
             f"the scheduler's own step after the loop in float64, step {WARM}",
             partial(prepare, name, size, tile, stride),
             quick=name == "DPM++ 2M" and size == 512,

@@ -3,27 +3,22 @@
 from functools import partial
 
 import torch
-from torch import Tensor
 
-from bench.bench_blend_tiles import CASES, grid
+from bench.bench_blend_tiles import CASES
 from bench.case import Case, Ready, implementations
 from bench.measure import Run
+from bench.windows import cut, grid
 from tiledcore import ops
 
 
-def python_loop(canvas: Tensor, corners: list[tuple[int, int]], tile: int) -> Tensor:
-    """One slice for each tile, as pipelines that loop over views do."""
-    return torch.cat([canvas[:, :, y : y + tile, x : x + tile] for y, x in corners])
-
-
 def prepare(size: int, tile: int, stride: int, channels: int, device: torch.device, dtype: torch.dtype) -> Ready:
-    corners = grid(size, tile, stride)
+    corners = grid((size, size), tile, stride)
     offsets = torch.tensor(corners, dtype=torch.int32, device=device)
     canvas = torch.randn(1, channels, size, size, device=device).to(dtype)
     tiles = torch.empty(len(corners), channels, tile, tile, device=device, dtype=dtype)
     gather = partial(ops.gather_tiles, canvas, offsets, (tile, tile))
     ours, missing = implementations("gather_tiles", gather, device)
-    loop = partial(python_loop, canvas, corners, tile)
+    loop = partial(cut, canvas, corners, tile)
     runs: dict[str, Run] = {"copy": tiles.clone, "python loop": loop, **ours}
     # The canvas is read once from memory and then from the cache; the tiles are written once.
     moved = dict.fromkeys(runs, canvas.nbytes + tiles.nbytes) | {"copy": 2 * tiles.nbytes}
@@ -34,7 +29,7 @@ def cases() -> list[Case]:
     return [
         Case(
             "gather_tiles",
-            f"{len(grid(size, tile, stride))} tiles of {tile}x{tile}x{channels} from {size}x{size}",
+            f"{len(grid((size, size), tile, stride))} tiles of {tile}x{tile}x{channels} from {size}x{size}",
             "slices",
             partial(prepare, size, tile, stride, channels),
             quick=size == 512,

@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.peers.model import Corner, Model, average, cut, starts
+from bench.peers.model import Model
+from bench.windows import average, cut, grid
 
 
 def dense(model: Model, noise: Tensor) -> Tensor:
     """The whole canvas at once, without tiles."""
-    sample = noise
     for t in model.timesteps:
-        sample = model.step(model.predict(sample, t), t, sample)
-    return sample
+        noise = model.step(model.predict(noise, t), t, noise)
+    return noise
 
 
 def multidiffusion(model: Model, noise: Tensor, stride: int | None = None) -> Tensor:
@@ -28,11 +28,11 @@ def multidiffusion(model: Model, noise: Tensor, stride: int | None = None) -> Te
     The stride is an eighth of the window by default: theirs is 8 of 64 latent pixels.
     """
     window = model.native
-    corners = _grid(noise, window, window // 8 if stride is None else stride)
+    corners = grid(noise.shape[2:], window, stride or window // 8)
     sample = noise
     for t in model.timesteps:
         windows = cut(sample, corners, window)
-        sample = average(model.step(model.predict(windows, t), t, windows), corners, sample, noise.new_ones(1, 1))
+        sample = average(model.step(model.predict(windows, t), t, windows), corners, sample)
     return sample
 
 
@@ -42,7 +42,7 @@ def mixture_of_diffusers(model: Model, noise: Tensor) -> Tensor:
     The Gaussian has variance 0.01 in units of the window. Windows share 3/8 of their side (256 of 640 px in the paper).
     """
     window = model.native
-    corners = _grid(noise, window, window - window * 3 // 8)
+    corners = grid(noise.shape[2:], window, window - window * 3 // 8)
     at = (torch.arange(window, device=noise.device) + 0.5) / window - 0.5
     line = torch.exp(-(at**2) / (2 * 0.01)).to(noise)
     sample = noise
@@ -60,13 +60,13 @@ def spotdiffusion(model: Model, noise: Tensor, seed: int = 0) -> Tensor:
     window, (height, width) = model.native, noise.shape[2:]
     if height % window or width % window:
         raise ValueError(f"a canvas of {height}x{width} latent pixels is no multiple of the window, {window}")
-    corners = _grid(noise, window, window)
+    corners = grid(noise.shape[2:], window, window)
     generator = torch.Generator().manual_seed(seed)
     sample = noise
     for t in model.timesteps:
         shift = tuple(torch.randint(0, window, (2,), generator=generator).tolist())
         moved = sample.roll(shift, (2, 3))
-        prediction = average(model.predict(cut(moved, corners, window), t), corners, moved, noise.new_ones(1, 1))
+        prediction = average(model.predict(cut(moved, corners, window), t), corners, moved)
         sample = model.step(prediction.roll((-shift[0], -shift[1]), (2, 3)), t, sample)
     return sample
 
@@ -98,8 +98,8 @@ def demofusion(model: Model, noise: Tensor, seed: int = 0) -> Tensor:
         for t in model.timesteps:
             cosine = (1 + math.cos(math.pi * (1 - float(t) / model.pipe.scheduler.config.num_train_timesteps))) / 2
             mixed = cosine**3 * model.noised(guide, added, t) + (1 - cosine**3) * sample
-            local = _local(model, mixed, t, generator)
-            sample = cosine * _dilated(model, mixed, t, s, 0.01 + 0.99 * cosine) + (1 - cosine) * local
+            dilated = _dilated(model, mixed, t, s, 0.01 + 0.99 * cosine)
+            sample = cosine * dilated + (1 - cosine) * _local(model, mixed, t, generator)
     return sample
 
 
@@ -108,13 +108,12 @@ def _local(model: Model, sample: Tensor, t: Tensor, generator: torch.Generator) 
     window, corners = model.native, []
     reach = window // 4
     limits = [size - window for size in sample.shape[2:]]
-    for corner in _grid(sample, window, window // 2):
+    for corner in grid(sample.shape[2:], window, window // 2):
         moves = torch.randint(-reach, reach + 1, (2,), generator=generator, device=generator.device).tolist()
         inner = [min(max(a + m, 0), n) if 0 < a < n else a for a, m, n in zip(corner, moves, limits, strict=True)]
         corners.append((inner[0], inner[1]))
     windows = cut(sample, corners, window)
-    moved = model.step(model.predict(windows, t), t, windows)
-    return average(moved, corners, sample, sample.new_ones(1, 1))
+    return average(model.step(model.predict(windows, t), t, windows), corners, sample)
 
 
 def _dilated(model: Model, sample: Tensor, t: Tensor, s: int, sigma: float) -> Tensor:
@@ -133,13 +132,6 @@ def _gaussian(canvas: Tensor, sigma: float) -> Tensor:
     """A Gaussian filter cut off at 3 pixels, the canvas continued by its border's reflection."""
     at = torch.arange(-3, 4, device=canvas.device, dtype=canvas.dtype)
     line = torch.exp(-(at**2) / (2 * sigma**2))
-    line = line / line.sum()
-    channels = canvas.shape[1]
+    kernel = (line[:, None] * line / line.sum() ** 2)[None, None]
     padded = F.pad(canvas, (3, 3, 3, 3), mode="reflect")
-    down = F.conv2d(padded, line.view(1, 1, -1, 1).repeat(channels, 1, 1, 1), groups=channels)
-    return F.conv2d(down, line.view(1, 1, 1, -1).repeat(channels, 1, 1, 1), groups=channels)
-
-
-def _grid(canvas: Tensor, window: int, stride: int) -> list[Corner]:
-    rows, columns = (starts(size, window, stride) for size in canvas.shape[2:])
-    return [(y, x) for y in rows for x in columns]
+    return F.conv2d(padded.transpose(0, 1), kernel).transpose(0, 1)

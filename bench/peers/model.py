@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Corner = tuple[int, int]
-
 
 @dataclass
 class Spent:
@@ -80,23 +78,3 @@ class Model:
     def noised(self, sample: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         result: Tensor = self.pipe.scheduler.add_noise(sample, noise, t[None])
         return result
-
-
-def starts(size: int, window: int, stride: int) -> list[int]:
-    """Offsets of windows along an axis, ``stride`` apart, the last flush with the end."""
-    return [0] if size <= window else [*range(0, size - window, stride), size - window]
-
-
-def cut(canvas: Tensor, corners: list[Corner], window: int) -> Tensor:
-    """``[N, C, h, w]``: windows of a canvas ``[1, C, H, W]``."""
-    return torch.cat([canvas[:, :, y : y + window, x : x + window] for y, x in corners])
-
-
-def average(windows: Tensor, corners: list[Corner], like: Tensor, weight: Tensor) -> Tensor:
-    """The canvas whose pixels are weighted means of the windows that cover them."""
-    total, weights = torch.zeros_like(like), torch.zeros_like(like[:1, :1])
-    h, w = windows.shape[2:]
-    for window, (y, x) in zip(windows, corners, strict=True):
-        total[:, :, y : y + h, x : x + w] += weight * window
-        weights[:, :, y : y + h, x : x + w] += weight
-    return total / weights
