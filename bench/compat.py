@@ -3,7 +3,7 @@
     python -m bench.compat [WORD ...] [--write]
 
 Every image pipeline of the installed diffusers that can be built from tiny configurations (``tests/zoo.py``) runs
-tiled. WORD: only classes with it in their names. ``--write``: write the page.
+tiled. The page says what each check means.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,74 +26,15 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import diffusers
 import zoo  # type: ignore[import-not-found]
 
+from bench import measure
 from tiledcore import Execution, TiledPipeline, TilingConfig, apply_tiling, remove_tiling
 
 PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
 TILE, ONE, SIZE = zoo.NATIVE, (zoo.NATIVE, zoo.NATIVE), (zoo.NATIVE * 3 // 2, zoo.NATIVE * 2)
-GROW = (
-    "BriaFiboEdit",
-    "KontextInpaint",
-    "KleinInpaint",
-    "EditInpaint",
-    "LongCatImageEdit",
-)  # references as large as the canvas
-SQUARE = (
-    "KandinskyImg2ImgPipeline",
-    "KandinskyV22Img2ImgPipeline",
-    "KandinskyV22ControlnetImg2ImgPipeline",
-)  # diffusers mixes up their sides
-CHECKS: dict[str, str] = {
-    "one tile": "a canvas of one tile gives the bits of the pipeline without tiling",
-    "arguments": "what the network gets for a tile has the shapes and values that an image of that size has",
-    "2x2 tiles": "a canvas of 2x2 tiles is finite, and tile batches of 1 and 4 agree",
-    "default": "a TiledPipeline with its default tiling runs on that canvas",
-    "canvas mode": "one network call with neighbour attention; not needed for tiling",
-    "removed": "after `remove_tiling` the bits are those of before",
-}
-
-NOTES = """
-Reference images (Kontext, FLUX.2, Qwen-Image Edit) are seen whole by every tile; an image to edit that lies beside the
-canvas (DreamLite) is cut with it. Some pipelines choose the size of their image themselves: a call that asks for
-another one is refused in one line that says what to give or set:
-
-- HiDreamImagePipeline: `pipe.default_sample_size` = square root of the area in px / 8
-- Kandinsky5T2IPipeline, Kandinsky5I2IPipeline: `pipe.resolutions = [(width, height)]`
-- FluxKontextPipeline: `max_area=height * width, _auto_resize=False` in the call
-- PixArt, Sana, HunyuanDiT: `use_resolution_binning=False` in the call (a TiledPipeline gives it)
-- QwenImage21Pipeline: `use_kv_cache=False` in the call, because tiles cannot share a cache
-- Ideogram4Pipeline: its noise levels follow the size; for those of a tile lower `mu` by half the logarithm of
-  (area of the canvas / area of a tile)
-
-## A pipeline as it is set up
-
-| what | in tile mode | test |
-|---|---|---|
-| torchao int8, optimum-quanto int8, GGUF, bitsandbytes 8 and 4 bit | as without tiling; run on a CPU, bitsandbytes \
-with its own layers because diffusers' loader of it asks for a GPU | `tests/pipeline/test_quantised.py` |
-| layers in float8, group, model and sequential offload, `compile_repeated_blocks`, fused projections, LoRA swapped,\
- an attention backend | as without tiling, each with every other feature | `python tests/pair_matrix.py` |
-| FirstBlockCache, MagCache, TaylorSeer | a state for each tile batch, kept as long as the call; tiles must stay in \
-place (`motion="still"`) | `tests/tiles/test_transformers_refused.py` |
-| PyramidAttentionBroadcast, FasterCache, TextKVCache, SeaCache | refused in one line: tiles would share their state\
- | the same |
-| guidance objects (`diffusers.guiders`) | as without tiling: they see the blended predictions | \
-`tests/pipeline/test_modular.py` |
-| ModularPipeline | `apply_tiling` on it, see below | the same |
-| base and refiner (`denoising_end`, `denoising_start`) | each is tiled by itself | `tests/pipeline/test_pairs.py` |
-
-A ModularPipeline is tiled like any other; its blocks stay as they are:
-
-```python
-from diffusers import FluxAutoBlocks
-from tiledcore import TiledPipeline, TilingConfig, apply_tiling
-
-parts = TiledPipeline.from_pretrained("earth-flux").components
-pipe = FluxAutoBlocks().init_pipeline()
-pipe.update_components(**{name: part for name, part in parts.items() if name in pipe.components})
-apply_tiling(pipe, TilingConfig(tile=64))
-image = pipe(prompt="satellite image of dunes", height=1024, width=1536, num_inference_steps=4, output="images")[0]
-```
-"""
+GROW = ("BriaFiboEdit", "KontextInpaint", "KleinInpaint", "EditInpaint", "LongCatImageEdit")
+"""Parts of names of classes whose references are as large as the canvas."""
+SQUARE = [f"Kandinsky{name}Pipeline" for name in ("Img2Img", "V22Img2Img", "V22ControlnetImg2Img")]
+"""Classes whose sides diffusers mixes up."""
 
 
 @dataclass
@@ -109,12 +50,12 @@ class Row:
     @property
     def refused(self) -> str:
         """Why the class is refused in tile mode, whatever it is asked; empty if it runs."""
-        found = [self.found.get(name, "") for name in CHECKS if name not in ("canvas mode", "removed")]
-        return found[0].partition(": ")[2] if self.found and len(set(found)) == 1 and found[0] != "yes" else ""
+        marks = {self.found.get(name, "yes") for name in CHECKS if name not in ("canvas mode", "removed")}
+        return "" if "yes" in marks or len(marks) > 1 else marks.pop().partition(": ")[2]
 
     @property
-    def wrong(self) -> list[str]:
-        return [f"{name}: {mark}" for name, mark in self.found.items() if mark.startswith("WRONG")]
+    def wrong(self) -> bool:
+        return any(mark.startswith("WRONG") for mark in self.found.values())
 
 
 def check(cls: type) -> Row:
@@ -128,8 +69,7 @@ def check(cls: type) -> Row:
     except Exception as error:  # the table says what is missing
         row.not_built = first_line(error)
         return row
-    checks: list[Callable[..., str]] = [_one_tile, _arguments, _several, _default, _canvas, _removed]
-    for name, one in zip(CHECKS, checks, strict=True):
+    for name, one in CHECKS.items():
         try:
             row.found[name] = one(pipe, cls, before)
         except (TypeError, ValueError, NotImplementedError) as error:
@@ -149,10 +89,6 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].replace("|", "/")
 
 
-def _one_tile(pipe: Any, cls: type, before: Tensor) -> str:
-    return "yes" if torch.equal(zoo.run(apply_tiling(pipe, TilingConfig(tile=TILE)), cls, ONE), before) else "WRONG"
-
-
 def seen(pipe: Any, call: Callable[[], Any]) -> list[dict[str, Any]]:
     """The arguments of each call of a pipeline's network, by name, during ``call``."""
     network: Any = getattr(pipe, "transformer", None) or pipe.unet
@@ -170,32 +106,38 @@ def seen(pipe: Any, call: Callable[[], Any]) -> list[dict[str, Any]]:
     return calls
 
 
-def _arguments(pipe: Any, cls: type, before: Tensor) -> str:
+def _same(result: Tensor, before: Tensor) -> str:
+    return "yes" if torch.equal(result, before) else "WRONG"
+
+
+def _finite(result: Tensor) -> str:
+    return "yes" if result.isfinite().all() else "WRONG not finite"
+
+
+def _tiled(pipe: Any, cls: type, size: tuple[int, int], tile_batch: int = 4, **tiling: Any) -> Tensor:
+    result: Tensor = zoo.run(apply_tiling(pipe, TilingConfig(tile=TILE, **tiling), Execution(tile_batch)), cls, size)
+    return result
+
+
+def _arguments(pipe: Any, cls: type, _: Tensor) -> str:
     image = seen(pipe, lambda: zoo.run(pipe, cls, ONE))[0]
-    tiling = TilingConfig(tile=TILE, overlap=TILE // 4)
-    apply_tiling(pipe, tiling, Execution(tile_batch=1))
-    tile = seen(pipe, lambda: zoo.run(pipe, cls, size_of(cls)))[0]
-    differs = []
-    for name, given in image.items():
-        if name == "return_dict":
-            continue
-        for one, other in zip(tree_leaves(given), tree_leaves(tile[name]), strict=True):
+    tile = seen(pipe, lambda: _tiled(pipe, cls, size_of(cls), 1, overlap=TILE // 4))[0]
+    grows, differs = any(word in cls.__name__ for word in GROW), set()
+    for name in sorted(image.keys() - {"return_dict"}):
+        for one, other in zip(tree_leaves(image[name]), tree_leaves(tile[name]), strict=True):
             if not isinstance(one, Tensor):
-                known = isinstance(one, int | float | str | tuple)
-                if known and one != other and not any(word in cls.__name__ for word in GROW):
+                if isinstance(one, int | float | str | tuple) and one != other and not grows:
                     return f"WRONG {name}: {other} in place of {one}"
-            elif one.shape != other.shape and not any(word in cls.__name__ for word in GROW):
+            elif one.shape != other.shape and not grows:
                 return f"WRONG {name}: {tuple(other.shape)} in place of {tuple(one.shape)}"
-            elif one.shape != other.shape or not torch.equal(one, other):
-                differs.append(name)
-    # The first argument is the canvas.
-    named = sorted({name for name in differs if name not in ("sample", "hidden_states", "x", "args")})
+            elif not torch.equal(one, other):
+                differs.add(name)
+    named = sorted(differs - {"sample", "hidden_states", "x", "args"})  # these are the canvas
     return f"but {', '.join(named)}" if named else "yes"
 
 
-def _several(pipe: Any, cls: type, before: Tensor) -> str:
-    tiling = TilingConfig(tile=TILE, overlap=TILE // 4)
-    one, four = (zoo.run(apply_tiling(pipe, tiling, Execution(tile_batch=n)), cls, size_of(cls)) for n in (1, 4))
+def _several(pipe: Any, cls: type, _: Tensor) -> str:
+    one, four = (_tiled(pipe, cls, size_of(cls), count, overlap=TILE // 4) for count in (1, 4))
     if not one.isfinite().all():
         return "WRONG not finite"
     whole = zoo.run(remove_tiling(pipe), cls, size_of(cls))
@@ -205,25 +147,22 @@ def _several(pipe: Any, cls: type, before: Tensor) -> str:
     return "yes" if error < 1e-4 else f"WRONG tile_batch 1 and 4 differ by {error:.1e}"
 
 
-def _default(pipe: Any, cls: type, before: Tensor) -> str:
-    result = zoo.run(TiledPipeline.from_pipe(pipe), cls, size_of(cls))
-    return "yes" if result.isfinite().all() else "WRONG not finite"
-
-
-def _canvas(pipe: Any, cls: type, before: Tensor) -> str:
-    result = zoo.run(apply_tiling(pipe, TilingConfig(tile=TILE, mode="canvas")), cls, size_of(cls))
-    return "yes" if result.isfinite().all() else "WRONG not finite"
-
-
-def _removed(pipe: Any, cls: type, before: Tensor) -> str:
-    return "yes" if torch.equal(zoo.run(pipe, cls, ONE), before) else "WRONG"
+CHECKS: dict[str, Callable[[Any, type, Tensor], str]] = {
+    "one tile": lambda pipe, cls, before: _same(_tiled(pipe, cls, ONE), before),
+    "arguments": _arguments,
+    "2x2 tiles": _several,
+    "default": lambda pipe, cls, _: _finite(zoo.run(TiledPipeline.from_pipe(pipe), cls, size_of(cls))),
+    "canvas mode": lambda pipe, cls, _: _finite(_tiled(pipe, cls, size_of(cls), mode="canvas")),
+    "removed": lambda pipe, cls, before: _same(zoo.run(pipe, cls, ONE), before),
+}
+"""What is tried of a pipeline, in this order. The third argument is its image of one tile without tiling."""
 
 
 def table(rows: list[Row]) -> str:
-    """The page."""
+    """The part of the page between its markers."""
     tried = [row for row in rows if row.found and not row.refused]
     now, former = ([row for row in tried if row.deprecated == old] for old in (False, True))
-    works = [row for row in now if row.found["one tile"] == "yes" and row.found["2x2 tiles"] == "yes"]
+    works = [row for row in now if row.found["one tile"] == row.found["2x2 tiles"] == "yes"]
     reasons: dict[str, int] = {}
 
     def mark(text: str) -> str:
@@ -232,45 +171,41 @@ def table(rows: list[Row]) -> str:
         text = re.sub(r"^(network|pipe)=\w+: |^[\w.]+\.(?=attn|attentions)\S*: ", "", text)
         return f"[{reasons.setdefault(text, len(reasons) + 1)}]"
 
-    def cells(some: list[Row]) -> list[str]:
-        return [
-            f"\n| pipeline | network | {' | '.join(CHECKS)} |",
-            f"|---|---|{'---|' * len(CHECKS)}",
-            *(f"| {r.name} | {r.network} | {' | '.join(mark(r.found[name]) for name in CHECKS)} |" for r in some),
-        ]
+    def cells(some: list[Row]) -> str:
+        marks = [[row.name, row.network, *(mark(row.found[name]) for name in CHECKS)] for row in some]
+        return measure.markdown(["pipeline", "network", *CHECKS], marks)
 
-    def why(some: list[Row]) -> list[str]:
+    def why(some: list[Row]) -> Iterator[str]:
         groups: dict[str, list[str]] = {}
         for row in some:
             groups.setdefault(row.refused or row.not_built, []).append(row.name)
-        return [f"- {', '.join(names)}: {reason}" for reason, names in groups.items()]
+        return (f"- {', '.join(names)}: {reason}" for reason, names in groups.items())
 
-    lines = [
-        "# Compatibility\n",
-        f"Written by `python -m bench.compat --write` with diffusers {diffusers.__version__}: every image pipeline, "
-        "built from tiny random networks\nwithout a download. "
-        f"{len(works)} of {len(now)} classes run in tile mode, {sum(bool(r.refused) for r in rows)} more are refused. "
-        "A number is a reason below the table.\n",
-        *(f"- **{name}**: {text}" for name, text in CHECKS.items()),
-        *cells(now),
-        "\nRefused in one line, before anything runs:\n",
-        *why([row for row in rows if row.refused]),
-        "\nDeprecated by diffusers:",
-        *cells(former),
-        NOTES,
-        "Reasons:\n",
-        *(f"{number}. {text}" for text, number in reasons.items()),
-        "\nNot built, so not known:\n",
-        *why([row for row in rows if row.not_built]),
-    ]
-    return "\n".join(lines) + "\n"
+    refused = [row for row in rows if row.refused]
+    return "\n".join(
+        [
+            f"With diffusers {diffusers.__version__}, {len(works)} of {len(now)} classes run in tile mode, "
+            f"{len(refused)} more are refused. A number is a reason below the table.\n",
+            cells(now),
+            "\nRefused in one line, before anything runs:\n",
+            *why(refused),
+            "\nDeprecated by diffusers:\n",
+            cells(former),
+            "\nReasons:\n",
+            *(f"{number}. {text}" for text, number in reasons.items()),
+            "\nNot built, so not known:\n",
+            *why([row for row in rows if row.not_built]),
+        ]
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compat", description=__doc__)
-    parser.add_argument("words", nargs="*")
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("words", nargs="*", help="only classes with one of these in their names")
+    parser.add_argument("--write", action="store_true", help="write the table into the page")
     args = parser.parse_args(argv)
+    if args.write and args.words:
+        parser.error("--write: the table has all classes; must be without WORD")
     warnings.filterwarnings("ignore")
     diffusers.logging.set_verbosity_error()
     logging.disable(logging.WARNING)
@@ -282,7 +217,10 @@ def main(argv: list[str] | None = None) -> int:
             marks = row.not_built or " | ".join(mark[:90] for mark in row.found.values())
             print(f"{row.name}: {marks} ({time.perf_counter() - started:.1f} s)", flush=True)
     if args.write:
-        PAGE.write_text(table(rows))
+        before, _, after = re.split(
+            "(?<=<!-- classes -->\n)(.*)(?=\n<!-- /classes -->)", PAGE.read_text(), flags=re.DOTALL
+        )
+        PAGE.write_text(before + table(rows) + after)
     return int(any(row.wrong for row in rows))
 
 
