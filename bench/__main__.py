@@ -20,26 +20,9 @@ from bench import bench_neighbor_attention as attention
 from bench import compare, suite
 
 
-def parsed(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__, formatter_class=formatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="names of the cases")
-    run = commands.add_parser("run", help="check and time cases")
-    run.add_argument("cases", nargs="*", help="parts of names; default: all")
-    run.add_argument("--quick", action="store_true", help="the small cases, few rounds")
-    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    run.add_argument("--dtype", help="default: float16 on CUDA, float32 on a CPU")
-    run.add_argument("--seconds", type=float, help="of timing for each case; default 10, with --quick 1")
-    run.add_argument("--rounds", type=int, help="turns of each provider; default 10, with --quick 5")
-    run.add_argument("--json", type=Path)
-    two = commands.add_parser("compare", help="two files of `run --json`")
-    two.add_argument("before", type=Path)
-    two.add_argument("after", type=Path)
-    commands.add_parser("tune", help="neighbour attention on this GPU: write which implementation is the fastest")
-    write = commands.add_parser("tables", help="write the tables from bench/results")
-    write.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table differs")
-    return parser, parser.parse_args(argv)
+def list_cases(_: argparse.Namespace) -> None:
+    for case in suite.all_cases():
+        print(f"{'quick' if case.quick else '':6}{case.name}")
 
 
 def run_cases(args: argparse.Namespace) -> int:
@@ -53,13 +36,7 @@ def run_cases(args: argparse.Namespace) -> int:
     return int(any("wrong" in row for row in results["results"]))
 
 
-def compare_runs(args: argparse.Namespace) -> int:
-    changes, only = compare.compare(compare.load(args.before), compare.load(args.after))
-    print(compare.HEADER, *changes, *only, sep="\n")
-    return int(any(change.verdict == "slower" for change in changes))
-
-
-def tune() -> int:
+def tune(_: argparse.Namespace) -> None:
     """Time neighbour attention at the shapes of SDXL and FLUX, and write the table; a wrong result is not timed."""
     if not torch.cuda.is_available():
         raise ValueError("tune: needs a CUDA device")
@@ -70,27 +47,41 @@ def tune() -> int:
         print(case.name, *map(suite.text, rows[shape]), sep="\n")
     major, minor = torch.cuda.get_device_capability()
     attention.TABLE.write_text(attention.tuned(attention.TABLE.read_text(), 10 * major + minor, rows))
-    return 0
+
+
+def write_tables(args: argparse.Namespace) -> int:
+    from bench import tables  # imports the studies and their pipelines
+
+    return tables.main(args.check)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser, args = parsed(argv)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__, formatter_class=formatter)
+    commands = parser.add_subparsers(required=True)
+    run = commands.add_parser("run", help="check and time cases")
+    run.add_argument("cases", nargs="*", help="parts of names; default: all")
+    run.add_argument("--quick", action="store_true", help="the small cases, few rounds")
+    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    run.add_argument("--dtype", help="default: float16 on CUDA, float32 on a CPU")
+    run.add_argument("--seconds", type=float, help="of timing for each case; default 10, with --quick 1")
+    run.add_argument("--rounds", type=int, help="turns of each provider; default 10, with --quick 5")
+    run.add_argument("--json", type=Path)
+    run.set_defaults(act=run_cases)
+    two = commands.add_parser("compare", help="two files of `run --json`")
+    two.add_argument("before", type=Path)
+    two.add_argument("after", type=Path)
+    two.set_defaults(act=lambda args: compare.compare(args.before, args.after))
+    write = commands.add_parser("tables", help="write the tables from bench/results")
+    write.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table differs")
+    write.set_defaults(act=write_tables)
+    commands.add_parser("tune", help="write which attention is the fastest here").set_defaults(act=tune)
+    commands.add_parser("list", help="names of the cases").set_defaults(act=list_cases)
+    args = parser.parse_args(argv)
     try:
-        if args.command == "run":
-            return run_cases(args)
-        if args.command == "compare":
-            return compare_runs(args)
-        if args.command == "tune":
-            return tune()
+        return int(args.act(args) or 0)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    if args.command == "tables":
-        from bench import tables  # imports the studies and their pipelines
-
-        return tables.main(args.check)
-    for case in suite.all_cases():
-        print(f"{'quick' if case.quick else '':6}{case.name}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -34,8 +34,6 @@ class Ready:
     """Provider -> its result in the order, or the part of it, that is compared."""
     buffers: Sequence[Tensor] = ()
     """Results that are written in place: filled with NaN before each check."""
-    deep: bool = False
-    """Whole networks: rounding adds up, so twice the baseline's own error is allowed too."""
     not_run: dict[str, str] = field(default_factory=dict)
     """Provider -> why it cannot run here."""
 
@@ -61,16 +59,11 @@ def implementations(
     op: str, call: Callable[..., Tensor], device: torch.device, names: Sequence[ops.Impl] = IMPLS
 ) -> tuple[dict[str, Run], dict[str, str]]:
     """Our implementations that can run on the device as ``call(impl=name)``, and why the others cannot."""
-    runs: dict[str, Run] = {}
-    missing: dict[str, str] = {}
-    for name in names:
-        interpreted = name == "triton" and device.type == "cpu"
-        reason = "interpreted, its time would mean nothing" if interpreted else ops.unavailable(op, name, device)
-        if reason is None:
-            runs[name] = partial(call, impl=name)
-        else:
-            missing[name] = reason
-    return runs, missing
+    reasons = {name: ops.unavailable(op, name, device) for name in names}
+    if "triton" in reasons and device.type == "cpu":
+        reasons["triton"] = "interpreted, its time would mean nothing"
+    runs: dict[str, Run] = {name: partial(call, impl=name) for name, reason in reasons.items() if reason is None}
+    return runs, {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

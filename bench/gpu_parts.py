@@ -71,7 +71,7 @@ class Where:
         for dtype in dtypes[-1:] if self.dry else dtypes:
             ceiling = measure.ceilings(self.device, torch.float32 if self.dry else dtype, 0.3)
             for case in cases:
-                for row in suite.guarded(case, self.device, dtype, seconds / 10 if self.dry else seconds, 3):
+                for row in suite.run_case(case, self.device, dtype, seconds / 10 if self.dry else seconds, 3):
                     row["of_ceiling"] = suite.of_ceiling(row, ceiling)
                     yield row | {"dtype": str(dtype).removeprefix("torch.")}
 

@@ -2,24 +2,18 @@
 
     python -m bench.modes --model earth --size 1024 --seeds 2 --json bench/results/modes_earth_1024.json
 
-Images are kept on disk and not made again, so a study that was stopped goes on where it was. Each row is a mean over
-one image for each prompt and seed, and the columns are:
+Images are kept in the folder ``--work`` and not made again, so a study that was stopped goes on where it was; with
+other weights, give another folder. docs/benchmarks.md says what the columns are. More about them:
 
-- s: seconds of an image, text encoding and decoding included; the median.
-- work: latent pixels given to the network over those of the canvas, a step. It is counted while running. 1: every
-  pixel is evaluated once in each step. Stages can have less, because their first images are small.
-- seam, worst / limit: mean seam ratio of the lines on which tiles meet (1 is an ordinary line), and the worst line
-  over the limit, the 99.9th percentile of all other lines (bench/quality.py). The lines are those of the last step
-  where they move. For a method whose windows are not placed on a grid, they are those of the plain grid.
-- low: power at one to two cycles per native side, in 128 windows of the native size at random places, over that of the
-  model's native samples with the same prompt. patches: sliced Wasserstein distance of the same windows to the same
-  samples. Both are also given for one half of the native samples against the other: the noise floor. With fewer windows
-  and samples, chance alone moved the patch distance of single images by up to 0.02.
-- alike: likeness of distant tiles (bench/quality.py). One large picture has less than tiles that each draw a picture.
+- s is the median over the images; all else are means, except for the worst seam.
+- work is counted while running. Stages can have less than 1, because their first images are small.
+- Seams are looked for on the lines of the last step where tiles move, and for a method whose windows are not placed on
+  a grid, on those of the plain grid. The limit is the 99.9th percentile of all other lines (bench/quality.py).
+- low and patches are of 128 windows at random places and of 32 native samples with the same prompt, in two sets; the
+  noise floor is one set against the other. With fewer, chance alone moved the patch distance by up to 0.02.
 
 "staged" starts with a small image (``stages="auto"``). Below the table each way is compared with the default way on the
-images that both have: mean differences and their standard errors. Only what differs by more than two standard errors
-counts as better or worse.
+images that both have. Only what differs by more than two standard errors counts as better or worse.
 """
 
 import argparse
@@ -27,6 +21,7 @@ import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
@@ -38,9 +33,10 @@ from torch import Tensor
 
 from bench import measure
 from bench.peers import methods
-from bench.peers.model import Model, counted, starts
+from bench.peers.model import Model, counted
 from bench.peers.scalediff import scalediff
 from bench.quality import Pixels, cut_windows, likeness, low_frequency_power, seam_check
+from bench.windows import starts
 from tiledcore import TiledPipeline, TileGrid, TilingConfig
 from tiledcore.compose.stages import StagePlan, Staging
 from tiledcore.models import NATIVE, call_defaults
@@ -75,7 +71,7 @@ IDEAL = {"seam_mean": 1.0, "low_frequency_kept": 1.0, "patches": 0.0, "likeness"
 
 @dataclass(frozen=True)
 class Way:
-    """A row of the table: one of our tilings, or another method and how far apart its windows start."""
+    """A row of the table: one of our tilings, or another method, its windows and how far apart they start."""
 
     tiling: TilingConfig | None = None
     staged: bool = False
@@ -96,7 +92,7 @@ def ways(tile: int = NATIVE) -> dict[str, Way]:
         "25 % ramp, staged": Way(ramp, staged=True),
         "moving tiles, staged": Way(moving, staged=True),
         "canvas, native windows, staged": Way(canvas, staged=True),
-        "MultiDiffusion, stride 1/2": Way(method=methods.multidiffusion, stride=tile // 2),
+        "MultiDiffusion, stride 1/2": Way(method=partial(methods.multidiffusion, stride=tile // 2), stride=tile // 2),
         "Mixture of Diffusers": Way(method=methods.mixture_of_diffusers, stride=tile - tile * 3 // 8),
         "SpotDiffusion": Way(method=methods.spotdiffusion),
         "DemoFusion": Way(method=methods.demofusion, stride=tile // 2),
@@ -147,30 +143,14 @@ def generate(way: Way, pipe: Any, prompt: str, size: int, seed: int, call: dict[
     model = Model(plain, prompt, call["num_inference_steps"], call["guidance_scale"])
     shape = (1, plain.unet.config.in_channels, size // PX, size // PX)
     with torch.inference_mode():
-        latents = way.method(model, torch.randn(shape, generator=generator).to(plain.unet.dtype), **windows(way))
+        latents = way.method(model, torch.randn(shape, generator=generator).to(plain.unet.dtype))
         decoded = plain.vae.decode(latents / plain.vae.config.scaling_factor).sample
     return (decoded[0].permute(1, 2, 0).float().numpy() / 2 + 0.5).clip(0, 1)
 
 
-def windows(way: Way) -> dict[str, int]:
-    """The stride, for the one method that has a choice."""
-    return {"stride": way.stride} if way.method is methods.multidiffusion else {}
-
-
-def kept(path: Path, make: Callable[[], Any]) -> Pixels:
-    """The image at ``path``, 0 to 1. If there is none, the images of ``make`` are stored there one below the other."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = np.concatenate(make())
-        Image.fromarray((pixels * 255).round().astype(np.uint8)).save(path.with_suffix(".tmp.png"))
-        path.with_suffix(".tmp.png").rename(path)
-    return np.asarray(Image.open(path), dtype=np.float32) / 255
-
-
 def made(path: Path, way: Way, pipe: Any, prompt: str, size: int, seed: int, call: dict[str, Any]) -> Pixels:
-    """The image stored at ``path``. It is made if it is not there, and its cost is stored beside it."""
-
-    def make() -> list[Pixels]:
+    """The image at ``path``, 0 to 1. It is made if it is not there, and its cost is stored beside it."""
+    if not path.exists():
         network, family = network_of(pipe.pipe)
         begin = time.perf_counter()
         with counted(network, family.patch(network)) as spent:
@@ -179,9 +159,9 @@ def made(path: Path, way: Way, pipe: Any, prompt: str, size: int, seed: int, cal
         cost = {"seconds": time.perf_counter() - begin, "work": spent.pixels / branches}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".json").write_text(json.dumps(cost))  # first: an image without its cost would stay so
-        return [image]
-
-    return kept(path, make)
+        Image.fromarray((image * 255).round().astype(np.uint8)).save(path.with_suffix(".tmp.png"))
+        path.with_suffix(".tmp.png").rename(path)
+    return np.asarray(Image.open(path), dtype=np.float32) / 255
 
 
 def native_samples(pipe: Any, work: Path, prompt: str, call: dict[str, Any]) -> tuple[Pixels, Pixels]:
@@ -189,19 +169,10 @@ def native_samples(pipe: Any, work: Path, prompt: str, call: dict[str, Any]) -> 
     side, whole = NATIVE * PX, Way(TilingConfig(tile=NATIVE))
 
     def samples(first: int) -> Pixels:
-        def make() -> list[Pixels]:
-            seeds = range(first, first + SAMPLES)
-            return [generate(whole, pipe, prompt, side, seed, call) for seed in seeds]
-
-        return kept(work / f"native {prompt} {first}.png", make).reshape(SAMPLES, side, side, 3)
+        paths = {seed: work / f"{side} native {prompt} {seed}.png" for seed in range(first, first + SAMPLES)}
+        return np.stack([made(path, whole, pipe, prompt, side, seed, call) for seed, path in paths.items()])
 
     return samples(1000), samples(2000)
-
-
-def noise_floor(natives: tuple[Pixels, Pixels]) -> Figures:
-    one, other = natives
-    low = low_frequency_power(other) / low_frequency_power(one)
-    return {"low_frequency_kept": low, "patches": patch_distance(other, one)}
 
 
 def judge(image: Pixels, native: Pixels, lines: tuple[list[int], list[int]], period: int) -> Figures:
@@ -233,7 +204,8 @@ def judged(pipe: Any, chosen: dict[str, Way], args: argparse.Namespace) -> tuple
     floors, work = [], args.work / args.model
     for prompt in args.prompts:
         natives = native_samples(pipe, work, prompt, call)
-        floors.append(noise_floor(natives))
+        low = low_frequency_power(natives[1]) / low_frequency_power(natives[0])
+        floors.append({"low_frequency_kept": low, "patches": patch_distance(natives[1], natives[0])})
         native = np.concatenate(natives)
         for seed in range(args.seeds):
             for name, way in chosen.items():
@@ -272,18 +244,15 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def table(rows: list[dict[str, Any]], columns: dict[str, str] = COLUMNS, digits: dict[str, int] = DIGITS) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table. Columns that no row has are left out, and missing figures are dashes."""
-    shown = [key for key in columns if any(row.get(key) is not None for row in rows)]
-    lines = [f"| way | {' | '.join(columns[key] for key in shown)} |", "|---" * (1 + len(shown)) + "|"]
-    for row in rows:
-        values = [row.get(key) for key in shown]
-        cells = [
-            f"{value:.{digits.get(key, 2)}f}" if value is not None and np.isfinite(value) else "–"
-            for key, value in zip(shown, values, strict=True)
-        ]
-        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    shown = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
+
+    def cell(key: str, value: float | None) -> str:
+        return "–" if value is None or not np.isfinite(value) else f"{value:.{DIGITS.get(key, 2)}f}"
+
+    cells = ([row["name"], *(cell(key, row.get(key)) for key in shown)] for row in rows)
+    return measure.markdown(["way", *(COLUMNS[key] for key in shown)], cells)
 
 
 def main() -> None:

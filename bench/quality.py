@@ -11,6 +11,7 @@ than other lines, with tiles or without. Tile lines are on that grid, so they mu
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -24,39 +25,28 @@ Pixels = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
-class AxisSeams:
-    """The tile lines of one axis. Without tile lines, ratios are NaN."""
-
-    lines: int
-    mean: float
-    """Mean ratio of the tile lines; 1 is what an ordinary line has."""
-    worst: float
-    """Largest ratio of a tile line."""
-    worst_line: int | None
-    """Where, in pixels."""
-
-
-@dataclass(frozen=True)
 class SeamCheck:
     """What :func:`seam_check` found."""
 
     limit: float
     """The 99.9th percentile of the ordinary lines' ratios, both axes together."""
-    y: AxisSeams
-    """Lines along which y is constant: horizontal seams."""
-    x: AxisSeams
+    y: dict[int, float]
+    """Tile line in pixels -> its ratio, for the lines along which y is constant: horizontal seams."""
+    x: dict[int, float]
+
+    @property
+    def ratios(self) -> list[float]:
+        return [*self.y.values(), *self.x.values()]
 
     @property
     def worst(self) -> float:
         """Largest ratio of any tile line, 0 if there are none."""
-        return max((axis.worst for axis in (self.y, self.x) if axis.lines), default=0.0)
+        return max(self.ratios, default=0.0)
 
     @property
     def mean(self) -> float:
-        """Mean ratio of all tile lines, NaN if there are none."""
-        found = [axis for axis in (self.y, self.x) if axis.lines]
-        count = sum(axis.lines for axis in found)
-        return sum(axis.mean * axis.lines for axis in found) / count if count else float("nan")
+        """Mean ratio of all tile lines, 1 being that of an ordinary line; NaN if there are none."""
+        return fmean(self.ratios) if self.ratios else math.nan
 
     @property
     def passes(self) -> bool:
@@ -109,7 +99,8 @@ def seam_check(
         wrap: line 0 only counts on an axis that wraps.
         period: of the network's own grid.
     """
-    axes, ordinary, near = [], [], NEIGHBOURS // 2
+    axes: list[dict[int, float]] = []
+    ordinary, near = [], NEIGHBOURS // 2
     profiles = zip("yx", seam_profile(image, wrap, period), (lines_y, lines_x), wrap, strict=True)
     for axis, ratios, given, wraps in profiles:
         lines, others = set(given), np.ones(len(ratios), bool)
@@ -118,12 +109,9 @@ def seam_check(
         if not wraps:
             lines -= {0}
             others[: near + 1] = others[-near:] = False
-        found = sorted(lines)
-        others[found] = False
+        others[list(lines)] = False
         ordinary.append(ratios[others])
-        worst = max(found, key=lambda line, ratios=ratios: ratios[line], default=None)  # type: ignore[misc]
-        mean, most = (float(ratios[found].mean()), float(ratios[worst])) if found else (math.nan, math.nan)
-        axes.append(AxisSeams(len(found), mean, most, worst))
+        axes.append({line: float(ratios[line]) for line in sorted(lines)})
     if not (compared := np.concatenate(ordinary)).size:
         raise ValueError("every line is a tile line: there is nothing to compare them with")
     return SeamCheck(float(np.percentile(compared, PERCENTILE)), *axes)
@@ -173,10 +161,9 @@ def likeness(image: Pixels, tile: int, bins: int = 16) -> float:
     tiles = image[: rows * tile, : cols * tile].reshape(rows, tile, cols, tile, 3).swapaxes(1, 2)
     level = np.clip(tiles.reshape(rows * cols, tile * tile, 3) * bins, 0, bins - 1).astype(np.int64)
     colour = (level[..., 0] * bins + level[..., 1]) * bins + level[..., 2]
+    smooth = 2 * np.eye(bins) + np.eye(bins, k=1) + np.eye(bins, k=-1)
     count = np.stack([np.bincount(c, minlength=bins**3) for c in colour]).reshape(-1, bins, bins, bins)
-    for axis in (1, 2, 3):
-        padded = np.moveaxis(np.pad(count, [(0, 0)] + [(1, 1) if a == axis else (0, 0) for a in (1, 2, 3)]), axis, 0)
-        count = np.moveaxis(padded[:-2] + 2 * padded[1:-1] + padded[2:], 0, axis)
+    count = np.einsum("nrgb,ri,gj,bk->nijk", count, smooth, smooth, smooth, optimize=True)
     share = count.reshape(rows * cols, -1) / count.sum((1, 2, 3))[:, None]
     y, x = np.divmod(np.arange(rows * cols), max(cols, 1))
     distant = np.maximum(np.abs(y[:, None] - y), np.abs(x[:, None] - x)) > 1

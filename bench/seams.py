@@ -12,6 +12,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -43,11 +44,11 @@ def read(path: Path) -> tuple[Pixels, dict[str, Any]]:
 def table(check: SeamCheck) -> str:
     """One row for each axis."""
     text = [f"seam ratio: 1 is an ordinary line; limit: the {PERCENTILE}th percentile of ordinary lines", HEADER]
-    for label, axis in (("y", check.y), ("x", check.x)):
-        shown = "VISIBLE" if axis.lines and axis.worst > check.limit else "none"
-        where = "-" if axis.worst_line is None else axis.worst_line
-        figures = f"{axis.mean:>8.3f}{axis.worst:>8.3f}{where:>8}{check.limit:>8.3f}"
-        text.append(f"{label:<6}{axis.lines:>5}{figures}  {shown}")
+    for label, ratios in (("y", check.y), ("x", check.x)):
+        worst, where = max(((ratio, line) for line, ratio in ratios.items()), default=(math.nan, "-"))
+        mean = fmean(ratios.values()) if ratios else math.nan
+        figures = f"{len(ratios):>5}{mean:>8.3f}{worst:>8.3f}{where:>8}{check.limit:>8.3f}"
+        text.append(f"{label:<6}{figures}  {'VISIBLE' if worst > check.limit else 'none'}")
     return "\n".join(text)
 
 

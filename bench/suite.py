@@ -4,11 +4,11 @@ import importlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from bench import measure
 from bench.case import Case, Ready, relative_error
@@ -36,9 +36,8 @@ def chosen(names: Iterable[str], quick: bool) -> list[Case]:
     for name in names:
         if not any(name in case.name for case in cases):
             raise ValueError(f"case={name!r}: in no name of {', '.join(dict.fromkeys(case.op for case in cases))}")
-    return [
-        case for case in cases if (case.quick or not quick) and (not names or any(name in case.name for name in names))
-    ]
+    named = [case for case in cases if not names or any(name in case.name for name in names)]
+    return [case for case in named if case.quick or not quick]
 
 
 def run_case(case: Case, device: torch.device, dtype: torch.dtype, seconds: float, rounds: int) -> list[Row]:
@@ -47,68 +46,53 @@ def run_case(case: Case, device: torch.device, dtype: torch.dtype, seconds: floa
     Returns:
         Rows with ``seconds`` (median), ``low`` and ``high`` (quartiles), ``samples`` (one a round), ``bytes``,
         ``flops``, ``peak_bytes`` and ``error``. A provider with too large an error has ``wrong`` and no time; one
-        that cannot run has ``not_run``.
+        that cannot run has ``not_run``. A broken case must not lose the others: it gives one row, which is wrong.
     """
-    with torch.inference_mode():
-        ready = case.prepare(device, dtype)
-        runs, errors, missing = _checked(ready)
-        limit = max(LIMITS[dtype], 2 * errors.get(ready.baseline, 0.0) if ready.deep else 0.0)
-        wrong = {name: error for name, error in errors.items() if not error <= limit}
-        runs = {name: run for name, run in runs.items() if name not in wrong}
-        peaks = {name: measure.peak_growth(run, device) for name, run in runs.items()}
-        found = measure.interleaved(runs, device, seconds, rounds)
+    about = {"case": case.name, "op": case.op, "shapes": case.shapes}
+    try:
+        with torch.inference_mode():
+            ready = case.prepare(device, dtype)
+            errors, missing = checked(ready)
+            good = {n: run for n, run in ready.runs.items() if n not in missing and errors.get(n, 0.0) <= LIMITS[dtype]}
+            peaks = {name: measure.peak_growth(run, device) for name, run in good.items()}
+            found = measure.interleaved(good, device, seconds, rounds)
+    except Exception as error:
+        return [about | {"name": "all", "wrong": f"could not be run: {reason(error)}"}]
     rows: list[Row] = []
-    for name, measured in found.items():
-        low, middle, high = measure.quartiles(measured.times)
+    for name, samples in found.items():
+        low, middle, high = np.percentile(samples, (25, 50, 75)).tolist()
         row: Row = {"name": name, "seconds": middle, "low": low, "high": high, "peak_bytes": peaks[name]}
-        row |= {"samples": [float(f"{value:.4g}") for value in measured.times]}
+        row |= {"samples": [float(f"{value:.4g}") for value in samples]}
         row |= {"bytes": ready.bytes.get(name, 0), "flops": 0 if name == "copy" else ready.flops}
         if ready.baseline in found:
-            row["speedup"] = found[ready.baseline].median / measured.median
+            row["speedup"] = float(np.median(found[ready.baseline])) / middle
         rows.append(row | ({"error": errors[name]} if name in errors else {}))
-    for name, error in wrong.items():
-        rows.append({"name": name, "error": error, "wrong": f"differs by {error:.2g} from {case.oracle}"})
-    rows += [{"name": name, "not_run": reason} for name, reason in missing.items()]
-    return [_about(case) | row for row in rows]
+    for name in errors.keys() - found.keys():
+        wrong = f"differs by {errors[name]:.2g} from {case.oracle}"
+        rows.append({"name": name, "error": errors[name], "wrong": wrong})
+    return [about | row for row in (*rows, *({"name": name, "not_run": why} for name, why in missing.items()))]
 
 
-def guarded(case: Case, device: torch.device, dtype: torch.dtype, seconds: float, rounds: int) -> list[Row]:
-    """As :func:`run_case`. A broken case must not lose the others, but it counts as wrong."""
-    try:
-        return run_case(case, device, dtype, seconds, rounds)
-    except Exception as error:
-        return [_about(case) | {"name": "all", "wrong": f"could not be run: {reason(error)}"}]
-
-
-def _checked(ready: Ready) -> tuple[dict[str, measure.Run], dict[str, float], dict[str, str]]:
-    """The providers that run, the error of each except ``copy``, and why the others do not run."""
+def checked(ready: Ready) -> tuple[dict[str, float], dict[str, str]]:
+    """The error of each provider except ``copy``, and why some do not run."""
     expected = ready.expected() if ready.expected else None
-    runs, errors, missing = {}, {}, dict(ready.not_run)
+    errors, missing = {}, dict(ready.not_run)
     for name, run in ready.runs.items():
         wanted = ready.others[name]() if name in ready.others else expected
+        # What a provider leaves unwritten is NaN: in its buffers, and in freed memory of the result's size.
+        for buffer in ready.buffers:
+            buffer.fill_(torch.nan)
+        if wanted is not None:
+            for dtype in LIMITS:
+                torch.full_like(wanted, torch.nan, dtype=dtype)
         try:
-            _poison(ready.buffers, wanted)
             result = run()
         except Exception as error:  # one provider that fails must not stop the others
             missing[name] = reason(error)
             continue
-        runs[name] = run
         if wanted is not None and name != "copy":
             errors[name] = relative_error(ready.shown.get(name, lambda tensor: tensor)(result), wanted)
-    return runs, errors, missing
-
-
-def _poison(buffers: Sequence[Tensor], like: Tensor | None) -> None:
-    """NaN in buffers, and in freed memory of the result's size, so that what is left unwritten is found out."""
-    for buffer in buffers:
-        buffer.fill_(torch.nan)
-    if like is not None:
-        for dtype in LIMITS:
-            torch.full_like(like, torch.nan, dtype=dtype)
-
-
-def _about(case: Case) -> Row:
-    return {"case": case.name, "op": case.op, "shapes": case.shapes}
+    return errors, missing
 
 
 def reason(error: Exception) -> str:
@@ -129,7 +113,7 @@ def run(
     results: dict[str, Any] = {"machine": measure.machine(device), "dtype": str(dtype), "ceilings": ceiling}
     say(head(results))
     for case in cases:
-        found = guarded(case, device, dtype, seconds, rounds)
+        found = run_case(case, device, dtype, seconds, rounds)
         for row in found:
             row["of_ceiling"] = of_ceiling(row, ceiling)
         rows += found
@@ -155,26 +139,17 @@ def head(results: dict[str, Any]) -> str:
     )
 
 
-def cells(row: Row) -> list[str]:
-    """Median, quartiles, speed-up and share of the ceiling; or why there is no time."""
-    if "seconds" not in row:
-        return [f"wrong: {row['wrong']}" if "wrong" in row else f"not run: {row['not_run']}", "", "", ""]
-    return [
-        f"{row['seconds'] * 1e3:.3g}",
-        f"{row['low'] * 1e3:.3g}–{row['high'] * 1e3:.3g}",
-        f"{row['speedup']:.2f}×" if "speedup" in row else "–",
-        f"{row['of_ceiling']:.0%}" if row["bytes"] or row["flops"] else "–",
-    ]
-
-
 def text(row: Row) -> str:
-    """One row for the terminal."""
+    """One row for the terminal: median, quartiles, speed-up, share of the ceiling, memory, error; or why not."""
     if "seconds" not in row:
-        return f"  {row['name']:16}{cells(row)[0]}"
-    median, spread, speed, share = cells(row)
+        why = f"wrong: {row['wrong']}" if "wrong" in row else f"not run: {row['not_run']}"
+        return f"  {row['name']:16}{why}"
+    spread = f"{row['low'] * 1e3:.3g}–{row['high'] * 1e3:.3g}"
+    speed = f"{row['speedup']:.2f}×" if "speedup" in row else "–"
+    share = f"{row['of_ceiling']:.0%}" if row["bytes"] or row["flops"] else "–"
     error = f"error {row['error']:.1e}" if "error" in row else ""
     peak = f"+{row['peak_bytes'] / 2**20:.0f} MiB"
-    return f"  {row['name']:16}{median:>8} ms {spread:>15} {speed:>8} {share:>6} {peak:>10}  {error}"
+    return f"  {row['name']:16}{row['seconds'] * 1e3:>8.3g} ms {spread:>15} {speed:>8} {share:>6} {peak:>10}  {error}"
 
 
 def dumps(results: dict[str, Any]) -> str:

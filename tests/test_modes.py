@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tilings import canvas_mode, moving, still
+from tiny import tiny_sd
 
 from bench import modes
 from tiledcore import TiledPipeline, TilingConfig
@@ -72,27 +74,31 @@ def test_every_way_makes_an_image_and_counts_its_work(tmp_path: Path) -> None:
     assert work == {"tiles, no overlap": 1, "canvas, native windows": 1, "SpotDiffusion": 1, "ScaleDiff": 0.75}
 
 
-def test_images_are_kept_and_figures_are_means_but_for_the_worst_seam(tmp_path: Path) -> None:
+def test_images_are_kept_and_figures_are_means_but_for_the_worst_seam(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = []
 
-    def make() -> list[np.ndarray]:
+    def generate(*_: object) -> np.ndarray:
         made.append(1)
-        return [np.full((8, 8, 3), 0.2)] * 2
+        return np.full((8, 8, 3), 0.2)
 
+    monkeypatch.setattr(modes, "generate", generate)
+    pipe = SimpleNamespace(pipe=tiny_sd())
     for _ in range(2):
-        assert modes.kept(tmp_path / "folder" / "a.png", make) == pytest.approx(np.full((16, 8, 3), 0.2))
+        path, call = tmp_path / "folder" / "a.png", {"num_inference_steps": 2}
+        image = modes.made(path, modes.Way(), pipe, "desert", 64, 0, call)
+        assert image == pytest.approx(np.full((8, 8, 3), 0.2)) and path.with_suffix(".json").exists()
     assert len(made) == 1
     found = modes.mean([{"seam_worst_over_limit": 1.0, "patches": 0.1}, {"seam_worst_over_limit": 1.2, "patches": 0.3}])
     assert found == {"seam_worst_over_limit": 1.2, "patches": pytest.approx(0.2)}
 
 
 def test_columns_without_any_figure_are_left_out() -> None:
-    rows = [{"name": "a", "x": 1.234, "y": None}, {"name": "b", "z": float("nan")}, {"name": "c", "x": 2.0}]
-    text = modes.table(rows, {"x": "X", "y": "Y", "z": "Z"}, {"x": 1})
-    assert text.splitlines() == [
-        "| way | X | Z |",
+    rows = [{"name": "a", "seconds": 1.234, "work": None}, {"name": "b", "patches": float("nan")}]
+    assert modes.table(rows).splitlines() == [
+        "| way | s | patches |",
         "|---|---|---|",
         "| a | 1.2 | – |",
         "| b | – | – |",
-        "| c | 2.0 | – |",
     ]
