@@ -12,6 +12,7 @@ import torch
 from diffusers.hooks.hooks import CacheContext, StateManager
 from diffusers.models import attention_processor as processors
 from diffusers.models.embeddings import PatchEmbed as PatchEmbed
+from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor as FluxAttnProcessor
 from diffusers.models.transformers.transformer_qwenimage import (
     QwenDoubleStreamAttnProcessor2_0 as QwenDoubleStreamAttnProcessor2_0,
@@ -30,6 +31,8 @@ SELF = (
     processors.XFormersAttnProcessor,
 )
 """Processors of attention among image tokens."""
+CROSS = (*SELF, SanaAttnProcessor2_0)
+"""Processors of attention of image tokens to text alone."""
 JOINT = (processors.JointAttnProcessor2_0, processors.FusedJointAttnProcessor2_0, processors.XFormersJointAttnProcessor)
 """Processors of joint attention of image and text."""
 ADDED = (

@@ -38,7 +38,7 @@ def test_one_tile_is_the_plain_network(family: str) -> None:
     network, inputs = make(family, NATIVE, NATIVE)
     plain = run(network, inputs)
     hook = install(network, tile=NATIVE)
-    assert bool(hook.layers) == (family != "sana")
+    assert hook.layers
     same(run(network, inputs), plain)
 
 
@@ -164,7 +164,7 @@ def test_sd3_runs_beyond_its_largest_position() -> None:
 def test_sana_keeps_its_linear_attention() -> None:
     network, inputs = make("sana", 12, 16)
     plain = run(network, inputs)
-    assert install(network, tile=4).layers == ()
+    assert all(name.endswith("attn2") for name in install(network, tile=4).layers)  # attention to text alone
     assert torch.equal(run(network, inputs), plain)
 
 

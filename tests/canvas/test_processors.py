@@ -10,7 +10,7 @@ from networks import DIM, HEADS, TEXT, build, flux, normal, same
 from torch import Tensor
 
 from tiledcore.canvas import processors
-from tiledcore.canvas.windows import QKV, Canvas, Rotary, Windows
+from tiledcore.canvas.windows import QKV, Canvas, Prompt, Rotary, Windows
 
 
 def visible(canvas: tuple[int, int], tile: tuple[int, int], halo: tuple[int, int], wrap: tuple[bool, bool]) -> Tensor:
@@ -97,6 +97,44 @@ def test_wrapped_canvases_can_be_rolled(family: str) -> None:
     for halo in ((1, 1), (1, 2), (0, 5)):
         rolled = attended(QKV(*(roll(t) for t in image)), halo)
         same(rolled, attended(image, halo).roll((2, 4), (1, 2)))
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_each_text_is_attended_alone_and_mixed_by_the_shares(family: str, wrap: bool) -> None:
+    """Three texts of different lengths, one of them masked; regions that are no whole tiles; soft edges."""
+    rotary = None if family == "sd3" else Rotary((2, 2, 4), 10000.0)
+    size, lengths = (10, 13), (5, 3, 4)
+    image = QKV(*(3 * normal(2, 130, HEADS, DIM, seed=i) for i in range(3)))
+    text = QKV(*(3 * normal(2, sum(lengths), HEADS, DIM, seed=9 + i) for i in range(3)))
+    shares = torch.zeros(3, *size)
+    shares[1, 4:7, 3:8], shares[2, :2, 11:], shares[1, 5, 8] = 1, 1, 0.25
+    shares[0] = 1 - shares.sum(0)
+    kept = [None, None, [torch.tensor([0, 2]), torch.tensor([1, 2, 3])]]
+    state = Canvas(None)
+    state.enter([Windows(size, (3, 4), (2, 1), (wrap, wrap), (4, 4))])
+    alone = [
+        processors.attend_jointly(state, image, QKV(*(t.split(lengths, 1)[i] for t in text)), rotary, [kept[i]])
+        for i in range(3)
+    ]
+    state.prompts = [Prompt(n, share) for n, share in zip(lengths, shares, strict=True)]
+    image_out, text_out = processors.attend_jointly(state, image, text, rotary, kept)
+    mixed = sum(share.flatten()[:, None, None] * out for share, (out, _) in zip(shares, alone, strict=True))
+    same(image_out, torch.as_tensor(mixed))
+    assert text_out is not None
+    same(text_out, torch.cat([out for _, out in alone if out is not None], 1))
+    other = QKV(*(torch.cat([t[:, :5], 7 * normal(2, 7, HEADS, DIM)], 1) for t in text))
+    changed = processors.attend_jointly(state, image, other, rotary, kept)[0]
+    untouched = shares[0].flatten() == 1
+    assert torch.equal(changed[:, untouched], image_out[:, untouched])
+
+
+def test_shares_sum_to_one_at_each_level_of_a_unet() -> None:
+    shares = torch.rand(3, 13, 18)
+    prompts = [Prompt(4, share) for share in shares / shares.sum(0)]
+    for size in ((13, 18), (7, 9), (4, 5)):
+        found = [Canvas(None).share(prompt, size, torch.device("cpu"))[1] for prompt in prompts]
+        torch.testing.assert_close(torch.stack(found).sum(0), torch.ones(size))
 
 
 def test_unrolling_continues_the_canvas_by_what_its_windows_reach() -> None:

@@ -2,14 +2,17 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
+from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from PIL import Image
-from tilings import CANVAS, MOVING, still
-from tiny import tiny_sd, tiny_sdxl
-from tiny_transformers import build, call, tiny_flux, tiny_pixart_sigma, tiny_sd3, tiny_z_image
+from tilings import CANVAS, MOVING, canvas_mode, still
+from tiny import TEXT_WIDTH, tiny_sd, tiny_sdxl
+from tiny_transformers import build, call, tiny_flux, tiny_pixart_sigma, tiny_qwen, tiny_sana, tiny_sd3, tiny_z_image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tiledcore import Execution, Region, TiledPipeline, TilingConfig
 from tiledcore.compose.regional import Regional
@@ -220,23 +223,135 @@ def test_what_is_no_region_is_named() -> None:
 # ----------------------------------------------------------------------------- canvas mode
 
 
-@pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
+def qwen() -> Any:
+    """Qwen-Image with random texts of different lengths in place of its text encoder's."""
+    pipe = build(tiny_qwen)
+
+    def embed(prompts: list[str], device: Any) -> tuple[Tensor, Tensor]:
+        texts = [torch.randn(len(p), TEXT_WIDTH, generator=torch.Generator().manual_seed(len(p))) for p in prompts]
+        masks = [torch.ones(len(p), dtype=torch.long) for p in prompts]
+        return pad_sequence(texts, batch_first=True), pad_sequence(masks, batch_first=True)
+
+    pipe._get_qwen_prompt_embeds = embed
+    return pipe
+
+
+def flux() -> Any:
+    return build(tiny_flux)
+
+
+def sd3() -> Any:
+    return build(tiny_sd3)
+
+
+LEFT, RIGHT = (0, 0, 256, 128), (256, 0, 512, 128)
+WIDE: dict[str, Any] = {"height": 128, "width": 512}
+JOINT = [flux, sd3, qwen]
+
+
+def one_text(pipe: Any) -> Any:
+    """Without what a network takes from the pooled text, which stays the global prompt's."""
+    if hasattr(embed := getattr(getattr(pipe, "transformer", None), "time_text_embed", None), "text_embedder"):
+        for parameter in embed.text_embedder.parameters():
+            parameter.data.zero_()
+    return pipe
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl, tiny_pixart_sigma, *JOINT])
 @pytest.mark.parametrize(("guidance_batch", "fused"), [(True, True), (False, False)])
-def test_canvas_mode_masks_cross_attention(make: Any, guidance_batch: bool, fused: bool) -> None:
-    pipe, tiling = make(), CANVAS
-    options: dict[str, Any] = {"fused": fused, "guidance_batch": guidance_batch, "height": 216}
+def test_canvas_mode_has_regions(make: Any, guidance_batch: bool, fused: bool) -> None:
+    pipe, tiling = one_text(make()), CANVAS
+    options: dict[str, Any] = {"fused": fused, "guidance_batch": guidance_batch, "height": 224}
     plain = generate(pipe, tiling, **options)
     assert_close(generate(pipe, tiling, [Region("a cat", box=BOX)], **options), plain)
-    assert not torch.allclose(generate(pipe, tiling, [Region("the ocean", box=BOX)], **options), plain, atol=1e-2)
-    whole = generate(pipe, tiling, [Region("the ocean", box=(0, 0, SIDE, 216))], **options)
-    if make is tiny_sd:  # SDXL's pooled text stays the global prompt's
+    assert not torch.allclose(generate(pipe, tiling, [Region("the ocean", box=BOX)], **options), plain, atol=1e-3)
+    whole = generate(pipe, tiling, [Region("the ocean", box=(0, 0, SIDE, 224))], **options)
+    if make is not tiny_sdxl:  # its pooled text stays the global prompt's
         assert_close(whole, generate(pipe, tiling, prompt="the ocean", **options))
     assert torch.equal(generate(pipe, tiling, **options), plain)
 
 
-def test_canvas_mode_is_refused_where_attention_is_joint() -> None:
-    with pytest.raises(ValueError, match=r"FluxTransformer2DModel joins text and image .* use mode='tiles'"):
-        generate(tiny_flux(), CANVAS, [Region("the ocean", box=BOX)])
+def test_canvas_mode_masks_the_texts_of_sana() -> None:
+    """Random texts with masks in place of its text encoder's."""
+    pipe = build(tiny_sana)
+
+    def embed(prompt: Any, max_sequence_length: int, **_: Any) -> tuple[Tensor, Tensor]:
+        prompt = [prompt] if isinstance(prompt, str) else prompt
+        generators = [torch.Generator().manual_seed(len(p)) for p in prompt]
+        texts = [torch.randn(max_sequence_length, TEXT_WIDTH, generator=generator) for generator in generators]
+        lengths = torch.tensor([[len(p)] for p in prompt])
+        return torch.stack(texts), (torch.arange(max_sequence_length) < lengths).long()
+
+    pipe._get_gemma_prompt_embeds = embed
+    size: dict[str, Any] = {"height": 256, "width": 320, "max_sequence_length": 12}
+    plain = generate(pipe, canvas_mode(4), **size)
+    assert_close(generate(pipe, canvas_mode(4), [Region("a cat", box=BOX)], **size), plain)
+    other = generate(pipe, canvas_mode(4), prompt="the ocean", **size)
+    assert_close(generate(pipe, canvas_mode(4), [Region("the ocean", box=(0, 0, 320, 256))], **size), other)
+    assert not torch.allclose(plain, other, atol=1e-2)
+
+
+@pytest.mark.parametrize("make", JOINT)
+def test_a_region_in_canvas_mode_does_not_know_a_far_ones_prompt(make: Any) -> None:
+    """After one step of two layers: tiles of 16, and the second one's halo of 8 is in the other region."""
+
+    def columns(right: str) -> Tensor:
+        regions = [Region("a cat", box=LEFT, feather=0), Region(right, box=RIGHT, feather=0)]
+        out = generate(pipe, CANVAS, regions, num_inference_steps=1, **WIDE)
+        return out if out.ndim == 4 else out.unflatten(1, (8, 32)).permute(0, 3, 1, 2).repeat_interleave(2, 3)
+
+    pipe = make()
+    ice, ocean = columns("ice"), columns("the ocean")
+    assert torch.equal(ice[..., :16], ocean[..., :16])
+    assert torch.equal(ice[..., 16:32], ocean[..., 16:32]) == (make is qwen)  # which has one layer here
+    assert not torch.allclose(ice[..., 32:], ocean[..., 32:], atol=1e-3)
+    whole = generate(pipe, CANVAS, None, num_inference_steps=1, **WIDE)
+    whole = whole if whole.ndim == 4 else whole.unflatten(1, (8, 32)).permute(0, 3, 1, 2).repeat_interleave(2, 3)
+    assert_close(ice[..., :16], whole[..., :16])
+
+
+@pytest.mark.parametrize("make", JOINT)
+def test_guidance_and_several_images_in_canvas_mode(make: Any) -> None:
+    """The negative prompt stays the global one's, in a call of its own or in the same; texts differ in length."""
+    pipe, guided = one_text(make()), {"negative_prompt": "a dog", "height": 224}
+    guided |= {} if make is sd3 else {"true_cfg_scale": 3.0}
+    boxes = [(0, 0, 96, 224), (96, 0, SIDE, 224)]  # whole tokens
+    whole = [Region("the ocean", box=box, feather=0) for box in boxes]
+    assert_close(generate(pipe, CANVAS, whole, **guided), generate(pipe, CANVAS, prompt="the ocean", **guided))
+    prompts, regions = ["a cat", "a long coast"], [Region("the ocean", box=BOX)]
+    count = 1 if make is qwen else 2  # diffusers 0.42 repeats Qwen-Image's masks in another order than its texts
+    several = {"prompt": prompts, "num_images_per_prompt": count, "num_inference_steps": 1, "height": 224}
+    latents = torch.randn(generate(pipe, CANVAS, **several).shape, generator=torch.Generator().manual_seed(1))
+    made = generate(pipe, CANVAS, regions, latents=latents, **several)
+    for i, prompt in enumerate(prompts):
+        one = slice(count * i, count * i + 1)
+        alone = {"prompt": prompt, "num_inference_steps": 1, "height": 224, "latents": latents[one]}
+        assert_close(made[one], generate(pipe, CANVAS, regions, **alone))
+
+
+def test_canvas_mode_names_the_adapter_that_knows_one_text() -> None:
+    pipe = tiny_sd()
+    name, layer = next((n, m) for n, m in pipe.unet.named_modules() if n.endswith("attn2"))
+    layer.set_processor(IPAdapterAttnProcessor2_0(16, TEXT_WIDTH))
+    with pytest.raises(TypeError, match=f"regions: {name}: IPAdapterAttnProcessor2_0 knows one text; remove its"):
+        generate(pipe, CANVAS, [Region("the ocean", box=BOX)])
+
+
+@pytest.mark.parametrize("texts", [["ice", "the ocean", None, "ice"], lambda box: "a long coast"])
+def test_tiles_and_regions_of_texts_of_different_lengths(texts: Any) -> None:
+    """Qwen-Image pads nothing: shorter texts are masked, and count as they do alone."""
+    pipe, size = qwen(), {"height": 256, "width": 256, "num_inference_steps": 1}
+
+    def grid(**more: Any) -> Tensor:
+        return generate(pipe, still(overlap=0), **size, **more).unflatten(1, (16, 16))
+
+    made = grid(prompt_for_tile=texts)
+    for i in range(4):
+        at = np.s_[:, 8 * (i // 2) : 8 * (i // 2) + 8, 8 * (i % 2) : 8 * (i % 2) + 8]
+        text = texts(()) if callable(texts) else texts[i]
+        assert_close(made[at], grid(prompt=text or "a cat")[at])
+    region = grid(regions=[Region("ice", box=(0, 0, 128, 128), feather=0)])
+    assert_close(region[:, :8, :8], grid(prompt="ice")[:, :8, :8])
 
 
 # ----------------------------------------------------------------------------- the embedded model

@@ -18,9 +18,15 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tiledcore import _diffusers
-from tiledcore._diffusers import ADDED, JOINT, TEXT_MULTIPLE, PatchEmbed, uncompiled
-from tiledcore._diffusers import SELF as SELF
-from tiledcore.canvas.processors import FluxProcessor, JointProcessor, QwenProcessor, SelfProcessor, ZImageProcessor
+from tiledcore._diffusers import ADDED, CROSS, JOINT, SELF, TEXT_MULTIPLE, PatchEmbed, uncompiled
+from tiledcore.canvas.processors import (
+    CrossProcessor,
+    FluxProcessor,
+    JointProcessor,
+    QwenProcessor,
+    SelfProcessor,
+    ZImageProcessor,
+)
 from tiledcore.canvas.windows import Canvas, Rotary, Windows
 from tiledcore.config import Execution, TilingConfig
 from tiledcore.geometry import Pair, both
@@ -74,10 +80,15 @@ class CanvasAttention:
         self.canvas.enter(list(self._levels(grid, pixels)))
         if (mask := kwargs.get("encoder_hidden_states_mask")) is not None:
             if mask not in self._masks:  # a pipeline passes the same one in every step
-                self._masks[mask] = None if mask.all() else [row.nonzero()[:, 0] for row in mask.bool()]
+                self._masks[mask] = [
+                    None if part.all() else [row.nonzero()[:, 0] for row in part.bool()]
+                    for part in self.canvas.texts(mask)
+                ]
             self.canvas.text_kept = self._masks[mask]
-        if "cap_feats" in kwargs:
-            self.canvas.text_lengths = [-(-len(text) // TEXT_MULTIPLE) * TEXT_MULTIPLE for text in kwargs["cap_feats"]]
+        if "cap_feats" in kwargs:  # behind the padding of the image; a batch has that of the longest
+            padded = [-(-len(text) // TEXT_MULTIPLE) * TEXT_MULTIPLE for text in kwargs["cap_feats"]]
+            first, device = -grid[0] * grid[1] % TEXT_MULTIPLE, kwargs["cap_feats"][0].device
+            self.canvas.text_kept = [[torch.arange(first + n, device=device) for n in padded]]
         return call(**kwargs)
 
     def _grid(self, kwargs: dict[str, Any]) -> tuple[Pair, int]:
@@ -209,9 +220,9 @@ def _layers(network: Any) -> Iterator[tuple[str, Any]]:
 def _processor(network: Any, canvas: Canvas, name: str, layer: Any) -> Any:
     """What stands in for a layer's processor; None where the layer stays as it is."""
     kind = type(layer.processor)
-    if isinstance(network, diffusers.SanaTransformer2DModel):
-        return None
     if kind not in ADDED and getattr(layer, "is_cross_attention", False):
+        return CrossProcessor(canvas, layer.processor) if kind in CROSS else None
+    if isinstance(network, diffusers.SanaTransformer2DModel):
         return None
     if kind in JOINT and layer.added_kv_proj_dim is not None:
         return JointProcessor(canvas)

@@ -5,6 +5,7 @@ Each keeps the layer's projections, norms and output; only the attention itself 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiledcore import ops
-from tiledcore.canvas.windows import QKV, Canvas, Placed, Rotary, Windows, place, rotate
+from tiledcore.canvas.windows import QKV, Box, Canvas, Placed, Rotary, Windows, place, rotate
+from tiledcore.geometry import Pair
 from tiledcore.utils import label
 
 
@@ -35,40 +37,60 @@ def attend_jointly(
     image: QKV,
     text: QKV | None,
     rotary: Rotary | None = None,
-    kept: list[Tensor] | None = None,
+    kept: list[list[Tensor] | None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """What image and text tokens attend to: the image sees its window and all text, the text sees everything.
+
+    With several prompts, an image token attends to its window and each text in turn, and the results are mixed by the
+    prompts' shares in that token; a text sees itself and the whole image.
 
     Args:
         canvas: whose :meth:`Canvas.image` the image tokens are.
         image: ``[B, N, heads, D]``, not rotated yet.
         text: ``[B, T, heads, D]``, rotated relative to the image's frame.
         rotary: how positions turn image tokens, or None.
-        kept: per image, the indices of the text tokens that count as keys; None means all.
+        kept: per prompt and image, the indices of the text tokens that count as keys; None means all.
     """
     placed = place(canvas, image, rotary)
-    if text is None or kept is None:
-        out = _attend_image(canvas, placed, None if text is None else (text.k, text.v))
-    else:  # the op knows no mask: leave out, image by image, the text that does not count
-        rows = []
-        for b, use in enumerate(kept):
-            one = slice(b, b + 1)
-            seen = (text.k[one].index_select(1, use), text.v[one].index_select(1, use))
-            far_q = None if placed.far_q is None else placed.far_q[one]
-            row = placed._replace(near=QKV(*(t[one] for t in placed.near)), far_q=far_q)
-            rows.append(_attend_image(canvas, row, seen))
-        out = torch.cat(rows)
     if text is None:
-        return out, None
-    return out, _attend_text(text, placed.far_k, image.v, kept)
+        return _attend_image(canvas, placed, placed.inside, None, None), None
+    texts = [QKV(*parts) for parts in zip(*map(canvas.texts, text), strict=True)]
+    uses = kept or [None] * len(texts)
+    seen = [_attend_text(one, placed.far_k, image.v, use) for one, use in zip(texts, uses, strict=True)]
+    text_out = torch.cat(seen, 1)
+    if not canvas.prompts:
+        return _attend_image(canvas, placed, placed.inside, texts[0], uses[0]), text_out
+    out = torch.zeros_like(image.q).unflatten(1, size := canvas.image().canvas)
+    for prompt, one, use in zip(canvas.prompts, texts, uses, strict=True):
+        _, share, (rows, columns) = canvas.share(prompt, size, out.device)
+        if rows.stop:
+            y, x = (inside.start for inside in placed.inside)
+            part = (slice(y + rows.start, y + rows.stop), slice(x + columns.start, x + columns.stop))
+            own = _attend_image(canvas, placed, part, one, use).unflatten(1, (rows.stop - rows.start, -1))
+            out[:, rows, columns] += own * share[rows, columns, None, None].to(out)
+    return out.flatten(1, 2), text_out
 
 
-def _attend_image(canvas: Canvas, placed: Placed, text: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Neighbour attention of placed image tokens, which all see the text's keys and values too."""
-    given = {} if text is None else {"global_q": placed.far_q, "global_k": text[0], "global_v": text[1]}
-    out = attend(canvas, placed.windows, placed.near, **given)
-    rows, columns = placed.inside
-    return out.unflatten(1, placed.windows.canvas)[:, rows, columns].flatten(1, 2)
+def _attend_image(canvas: Canvas, placed: Placed, part: Box, text: QKV | None, kept: list[Tensor] | None) -> Tensor:
+    """Neighbour attention of the placed image tokens of a box, which all see the text's keys and values too."""
+    if text is not None and kept is not None:
+        # The op knows no mask: leave out, image by image, the text that does not count.
+        texts = [QKV(*(t[b : b + 1].index_select(1, use) for t in text)) for b, use in enumerate(kept)]
+        return torch.cat([_attend_image(canvas, placed.image(b), part, one, None) for b, one in enumerate(texts)])
+    around = placed.windows.around(part)
+
+    def cut(tokens: Tensor, size: Pair, box: Box) -> Tensor:
+        return tokens.unflatten(1, size)[:, box[0], box[1]].flatten(1, 2)
+
+    size = (around[0].stop - around[0].start, around[1].stop - around[1].start)
+    near = QKV(*(cut(t, placed.windows.canvas, around) for t in placed.near))
+    given: dict[str, Tensor | None] = {}
+    if text is not None:
+        far_q = None if placed.far_q is None else cut(placed.far_q, placed.windows.canvas, around)
+        given = {"global_q": far_q, "global_k": text.k, "global_v": text.v}
+    out = attend(canvas, replace(placed.windows, canvas=size), near, **given)
+    rows, columns = (slice(p.start - a.start, p.stop - a.start) for p, a in zip(part, around, strict=True))
+    return cut(out, size, (rows, columns))
 
 
 def _attend_text(text: QKV, image_k: Tensor, image_v: Tensor, kept: list[Tensor] | None) -> Tensor:
@@ -159,6 +181,33 @@ class SelfProcessor:
         return x / attn.rescale_output_factor
 
 
+class CrossProcessor:
+    """Cross-attention: with several prompts, the layer's own processor runs once per prompt, where that has a share."""
+
+    def __init__(self, canvas: Canvas, inner: Any) -> None:
+        self.canvas, self.inner = canvas, inner
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        canvas = self.canvas
+        if encoder_hidden_states is None or not canvas.prompts:
+            return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask)
+        texts, size = canvas.texts(encoder_hidden_states), canvas.level(hidden_states.shape[1]).canvas
+        masks = [None] * len(texts) if attention_mask is None else canvas.texts(attention_mask, -1)
+        out = torch.zeros_like(hidden_states)
+        for prompt, text, mask in zip(canvas.prompts, texts, masks, strict=True):
+            at, share, _ = canvas.share(prompt, size, out.device)
+            if len(at):
+                part = self.inner(attn, hidden_states.index_select(1, at), text, mask)
+                out.index_add_(1, at, part * share.flatten()[at, None].to(out))
+        return out
+
+
 class JointProcessor:
     """Joint attention of two streams, image and text, without rotations, in place of ``JointAttnProcessor2_0``."""
 
@@ -172,7 +221,7 @@ class JointProcessor:
         return self.two_streams(attn, hidden_states, _project_text(attn, encoder_hidden_states))
 
     def two_streams(
-        self, attn: Any, hidden_states: Tensor, text: QKV, kept: list[Tensor] | None = None
+        self, attn: Any, hidden_states: Tensor, text: QKV, kept: list[list[Tensor] | None] | None = None
     ) -> tuple[Tensor, Tensor]:
         """The layer's outputs of image and text; ``text`` is rotated already."""
         image, out = attend_jointly(self.canvas, _project(attn, hidden_states), text, self.rotary, kept)
@@ -225,9 +274,11 @@ class QwenProcessor(JointProcessor):
     ) -> tuple[Tensor, Tensor]:
         _no_mask(attention_mask)
         text = _project_text(attn, encoder_hidden_states)
-        count, device = text.k.shape[1], text.k.device
-        # The network's own table starts behind the canvas; the text must stand behind the picture.
-        turns = self.canvas.table((device, "text", count), lambda: self.rotary.text(self.canvas.image(), count, device))
+        counts, device = tuple(part.shape[1] for part in self.canvas.texts(text.k)), text.k.device
+        # The network's own table starts behind the canvas; each text must stand behind the picture.
+        turns = self.canvas.table(
+            (device, "text", counts), lambda: self.rotary.text(self.canvas.image(), counts, device)
+        )
         return self.two_streams(attn, hidden_states, _rotated(text, turns), self.canvas.text_kept)
 
 
@@ -248,16 +299,12 @@ class ZImageProcessor:
         assert freqs_cis is not None
         h, w = self.canvas.image().canvas
         image, text = _split(_project(attn, hidden_states), h * w)
-        kept = None
-        if (others := text.k.shape[1]) > 0:
+        if text.k.shape[1]:
             # Relative to the image's frame, which comes after the text and so depends on its length.
             frame = freqs_cis[:, :1, : self.rotary.axes[0] // 2]
             turns = freqs_cis[:, h * w :].clone()
             turns[..., : frame.shape[-1]] *= frame.conj()
             text = _rotated(text, turns)
-            if attention_mask is not None:  # each has the padding of the image, and its own text, not the batch's
-                lengths = self.canvas.text_lengths
-                assert lengths is not None
-                kept = [torch.arange(others - max(lengths) + n, device=hidden_states.device) for n in lengths]
-        image_out, text_out = attend_jointly(self.canvas, image, text if others else None, self.rotary, kept)
+        kept = None if attention_mask is None else self.canvas.text_kept
+        image_out, text_out = attend_jointly(self.canvas, image, text if text.k.shape[1] else None, self.rotary, kept)
         return _output(attn, image_out if text_out is None else torch.cat([image_out, text_out], 1))

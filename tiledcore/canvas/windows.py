@@ -8,15 +8,19 @@ every distance is one of training. So image queries and keys are rotated twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tiledcore import ops
 from tiledcore.geometry import Pair
+
+Box = tuple[slice, slice]
+"""Rows and columns of a canvas, with their ends."""
 
 
 class QKV(NamedTuple):
@@ -53,6 +57,17 @@ class Windows:
         open_canvas = (len(rows), len(columns))
         return Windows(open_canvas, self.tile, (hy, hx), (False, False), self.native), (rows, columns)
 
+    def around(self, part: Box) -> Box:
+        """What the windows of some rows and columns need: from a whole tile on, and all of an axis that wraps."""
+        axes = zip(part, self.canvas, self.tile, self.halo, self.wrap, strict=True)
+        rows, columns = (
+            slice(0, size)
+            if wrap
+            else slice(max(0, s.start // tile - -(-halo // tile)) * tile, min(-(-s.stop // tile) * tile + halo, size))
+            for s, size, tile, halo, wrap in axes
+        )
+        return rows, columns
+
 
 def _unroll(size: int, tile: int, halo: int, wrap: bool) -> tuple[range, int]:
     """The positions of one axis, continued on both sides if it wraps, and the halo."""
@@ -64,16 +79,25 @@ def _unroll(size: int, tile: int, halo: int, wrap: bool) -> tuple[range, int]:
     return range(-front, last + tile + reach), reach
 
 
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """One of several prompts of a canvas, whose texts come one after the other."""
+
+    tokens: int  # Of its text
+    share: Tensor  # ``[H, W]`` float32 on the CPU: its share in each canvas pixel
+
+
 @dataclass
 class Canvas:
     """What all layers share: the settings, and the canvas of the evaluation that is running."""
 
     impl: ops.Impl | None
     windows: dict[int, Windows] = field(default_factory=dict)  # Per level, by the number of its tokens
-    text_lengths: list[int] | None = None  # Per image, how many of the padded text tokens count, where this differs
-    text_kept: list[Tensor] | None = None  # Per image, the indices of the text tokens that count, where not all do
-    tables: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
-    """Rotations of this canvas' tokens, shared by all layers and steps."""
+    text_kept: list[list[Tensor] | None] | None = None
+    """Per prompt and image, the indices of the text tokens that count; None where all do."""
+    prompts: Sequence[Prompt] = ()  # Where parts of the canvas have their own
+    tables: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    """Rotations and shares of this canvas' tokens, for all layers and steps."""
 
     def enter(self, windows: list[Windows]) -> None:
         """Start an evaluation on these levels, the finest first."""
@@ -81,7 +105,7 @@ class Canvas:
         if levels != self.windows:
             self.windows = levels
             self.tables = {}
-        self.text_lengths = self.text_kept = None
+        self.text_kept = None
 
     def level(self, tokens: int) -> Windows:
         """The level with so many tokens; each has fewer than the one above it."""
@@ -98,7 +122,23 @@ class Canvas:
             raise RuntimeError("the layer was called outside of its network's forward, so that its canvas is unknown")
         return next(iter(self.windows.values()))
 
-    def table(self, key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
+    def texts(self, text: Tensor, dim: int = 1) -> tuple[Tensor, ...]:
+        """The part of each prompt in a tensor of all text tokens along ``dim``."""
+        return text.split([prompt.tokens for prompt in self.prompts] or text.shape[dim], dim)
+
+    def share(self, prompt: Prompt, size: Pair, device: torch.device) -> tuple[Tensor, Tensor, Box]:
+        """Of a prompt at a level of ``size``: the tokens with a share, the shares ``[h, w]``, the box around them."""
+
+        def make() -> tuple[Tensor, Tensor, Box]:
+            share = F.interpolate(prompt.share[None, None], size, mode="area")[0, 0]
+            at = share.nonzero()
+            low, high = (at.amin(0).tolist(), (at.amax(0) + 1).tolist()) if len(at) else ([0, 0], [0, 0])
+            box = (slice(low[0], high[0]), slice(low[1], high[1]))
+            return (at[:, 0] * size[1] + at[:, 1]).to(device), share.to(device), box
+
+        return self.table((prompt, size, device), make)
+
+    def table(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         if key not in self.tables:
             self.tables[key] = make()
         return self.tables[key]
@@ -138,10 +178,10 @@ class Rotary:
         _, (top, left) = self.origin(windows)
         return self.grid(top + ys * windows.shrink, left + xs * windows.shrink)
 
-    def text(self, windows: Windows, count: int, device: torch.device) -> Tensor:
-        """``[count, D/2]`` of text tokens that stand on the diagonal behind the picture (Qwen-Image)."""
+    def text(self, windows: Windows, counts: Sequence[int], device: torch.device) -> Tensor:
+        """``[sum(counts), D/2]`` of texts that each stand on the diagonal behind the picture (Qwen-Image)."""
         size, _ = self.origin(windows)
-        positions = torch.arange(count, device=device) + max(n // 2 for n in size)
+        positions = torch.cat([torch.arange(n, device=device) for n in counts]) + max(n // 2 for n in size)
         return torch.cat([self.turns(axis, positions) for axis in range(3)], -1)
 
 
@@ -158,13 +198,18 @@ class Placed(NamedTuple):
     near: QKV  # Rotated by their positions on the canvas; unrolled where that wraps
     far_q: Tensor | None  # Rotated and unrolled queries for the global keys; None where those of ``near`` are the same
     far_k: Tensor  # Keys for the text's queries, ``[B, N, heads, D]``
-    inside: tuple[slice, slice]  # Rows and columns of the canvas itself on ``windows.canvas``
+    inside: Box  # The canvas itself on ``windows.canvas``
+
+    def image(self, b: int) -> Placed:
+        """One image of the batch."""
+        near, far_q = QKV(*(t[b : b + 1] for t in self.near)), self.far_q
+        return self._replace(near=near, far_q=None if far_q is None else far_q[b : b + 1])
 
 
 def place(canvas: Canvas, image: QKV, rotary: Rotary | None) -> Placed:
     """Rotate image tokens, if their network does, for each kind of key that they meet."""
     windows = canvas.image()
-    whole = (slice(None), slice(None))
+    whole = (slice(0, windows.canvas[0]), slice(0, windows.canvas[1]))
     if rotary is None:
         return Placed(windows, image, None, image.k, whole)
     device = image.q.device

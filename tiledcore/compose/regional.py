@@ -15,6 +15,7 @@ import torch
 from diffusers import (
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -23,7 +24,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from tiledcore._diffusers import device_of, pack, uncompiled
-from tiledcore.compose.regional_canvas import CanvasRegions
+from tiledcore.canvas.processors import CrossProcessor
+from tiledcore.canvas.windows import Prompt
 from tiledcore.compose.regional_tiles import evaluate, grid_of, split
 from tiledcore.compose.regions import Region, check_regions, region_weights, seed_noise
 from tiledcore.feature import Feature
@@ -43,6 +45,7 @@ TEXT: dict[type, dict[str, int]] = {
     FluxTransformer2DModel: {"encoder_hidden_states": 0, "pooled_projections": 1},
     PixArtTransformer2DModel: {"encoder_hidden_states": 0, "encoder_attention_mask": 1},
     SanaTransformer2DModel: {"encoder_hidden_states": 0, "encoder_attention_mask": 1},
+    QwenImageTransformer2DModel: {"encoder_hidden_states": 0, "encoder_hidden_states_mask": 1},
 }
 
 
@@ -50,8 +53,7 @@ class Regional(Feature):
     """The regions of one call. While entered, ``encode_prompt`` encodes the regions' prompts too.
 
     Raises:
-        TypeError: the network's prompts cannot be replaced.
-        ValueError: the network has no regions in canvas mode.
+        TypeError: the network's prompts cannot be replaced; in canvas mode also an adapter that knows one text.
     """
 
     def __init__(self, pipe: Any, network: Any, regions: Sequence[Region], hook: Any) -> None:
@@ -67,13 +69,15 @@ class Regional(Feature):
         self._used = False
         self.weights = lru_cache(maxsize=1)(self._weights)  # checked once, and kept for all steps
         self._split = lru_cache(maxsize=1)(split)
-        self._hook, self._network = hook, network
-        self._canvas: CanvasRegions | None = None
+        self._places = lru_cache(maxsize=1)(self._prompts)
+        self._hook, self._network = hook, inner
 
     def enter(self, stack: ExitStack) -> None:
         if self._hook.denoiser.config.mode == "canvas":
-            self._canvas = CanvasRegions(self._network)
-            stack.callback(self._canvas.restore)
+            for name, layer in self._network.named_modules():
+                if getattr(layer, "is_cross_attention", False) and not isinstance(layer.processor, CrossProcessor):
+                    kind = type(layer.processor).__name__
+                    raise TypeError(f"regions: {name}: {kind} knows one text; remove its adapter, or use mode='tiles'")
         stack.enter_context(replaced(self._hook, regions=self))
         original = self.pipe.encode_prompt
         parameters = signature(original)
@@ -122,10 +126,14 @@ class Regional(Feature):
         for name, place in self._text.items():
             name, _, entry = name.partition(".")
             value = conditions.get(name)
+            if not kept and name.endswith("_mask"):
+                changed[name] = encoded[place]  # of the region, or None, whatever the global prompt's is
+                continue
             if value is None or (entry and entry not in value):
                 continue
             old = value[entry] if entry else value
-            new = torch.cat([old[:kept], encoded[place].to(old)])
+            own = encoded[place].to(old)
+            new = torch.cat([old[:kept], own]) if kept else own  # which may be longer or shorter
             changed[name] = {**value, entry: new} if entry else new
         return changed
 
@@ -137,9 +145,32 @@ class Regional(Feature):
     def joined(
         self, denoiser: TileDenoiser, prompts: list[dict[str, Any]], size: Pair, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """The arguments of one evaluation of the whole canvas, for canvas mode."""
-        assert self._canvas is not None
-        return self._canvas.joined(prompts, self.weights(size, denoiser.pixels, both(denoiser.config.wrap)), kwargs)
+        """The arguments of one evaluation of the whole canvas, for canvas mode: all texts one after the other.
+
+        What a call has once stays the global prompt's: a pooled text, and with it the modulation.
+        """
+        texts = [{**kwargs, **changes} for changes in prompts]
+        lengths = tuple(text["encoder_hidden_states"].shape[1] for text in texts)
+        places = self._places(lengths, size, denoiser.pixels, both(denoiser.config.wrap))
+        denoiser.attention.canvas.prompts = tuple(places.values())
+        used = [texts[p] for p in places]
+        joined = {**kwargs, "encoder_hidden_states": torch.cat([text["encoder_hidden_states"] for text in used], 1)}
+        # A mask may be None, where all of a text counts.
+        for name in self._text:
+            if name.endswith("_mask"):
+                full = [
+                    text["encoder_hidden_states"].new_ones(text["encoder_hidden_states"].shape[:2]) for text in used
+                ]
+                masks = [text.get(name) for text in used]
+                joined[name] = torch.cat([one if m is None else m for m, one in zip(masks, full, strict=True)], 1)
+        if (ids := kwargs.get("txt_ids")) is not None:  # FLUX' are all 0
+            joined["txt_ids"] = ids.new_zeros(*ids.shape[:-2], sum(p.tokens for p in places.values()), ids.shape[-1])
+        return joined
+
+    def _prompts(self, lengths: tuple[int, ...], size: Pair, pixels: int, wrap: tuple[bool, bool]) -> dict[int, Prompt]:
+        """The prompts that have a share in the canvas; ``lengths`` are of all texts."""
+        shares = zip(lengths, self.weights(size, pixels, wrap), strict=True)
+        return {p: Prompt(tokens, share) for p, (tokens, share) in enumerate(shares) if share.any()}
 
     def evaluate(
         self,

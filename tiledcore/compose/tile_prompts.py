@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tiledcore.compose.regional import Regional
 from tiledcore.geometry import Pair
@@ -90,16 +91,22 @@ class TilePrompts(Regional):
             some = texts[start : start + BATCH]
             encoded = self.encode(some)
             for i, text in enumerate(some):
-                self._rows[text] = [value[i] if isinstance(value, Tensor) else value for value in encoded]
+                full = encoded[0].new_ones(encoded[0].shape[1], dtype=torch.bool)  # in place of a mask that is None
+                self._rows[text] = [full if value is None else value[i] for value in encoded]
 
     def _changes(self, kwargs: dict[str, Any], given: dict[str, Any], kept: int, part: TileBatch) -> dict[str, Any]:
-        """The arguments of a tile batch that depend on the prompt; ``kept`` rows are of a negative prompt."""
+        """The arguments of a tile batch that depend on the prompt; ``kept`` rows are of a negative prompt.
+
+        Texts of several lengths are padded, where the network takes a mask of them.
+        """
         places = [(y, x) for y, x in part.offsets.tolist()]
         texts = [self._known[place, part.tile] for place in places]
         changed: dict[str, Any] = {}
         for name, place in self._text.items():
             name, _, entry = name.partition(".")
             value = kwargs.get(name)
+            if value is None and name == "encoder_hidden_states_mask":
+                value = kwargs["encoder_hidden_states"].new_ones(kwargs["encoder_hidden_states"].shape[:2])
             if value is None or (entry and entry not in value):
                 continue
             old = value[entry] if entry else value
@@ -108,6 +115,6 @@ class TilePrompts(Regional):
                 for i, row in enumerate(old)
                 for text in texts
             ]
-            new = torch.stack(rows).unflatten(0, (len(old), len(texts)))[part.images].flatten(0, 1)
+            new = pad_sequence(rows, batch_first=True).unflatten(0, (len(old), len(texts)))[part.images].flatten(0, 1)
             changed[name] = {**given[name], entry: new} if entry else new
         return changed

@@ -196,10 +196,11 @@ class TileDenoiser:
         regions = kwargs.pop("regions", None)
         prompts = regions.prompts(kwargs) if regions is not None else None
         if self.config.mode == "canvas":
+            if self.attention is not None:
+                self.attention.canvas.prompts = ()
+                self.attention.grid = (size, self.unit) if self.unit > 1 else None
             if prompts is not None:
                 kwargs = regions.joined(self, prompts, size, kwargs)
-            if self.attention is not None and self.unit > 1:
-                self.attention.grid = (size, self.unit)
             return self._evaluate_whole(forward, sample, timestep, kwargs)
         tiling = self.placed
         assert tiling is not None, "place() comes first"
