@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tiledcore.io.files import check_target
+from tiledcore.io.writers import check_target
 
 
 def test_a_device_or_a_pipe_is_never_replaced(tmp_path: Path) -> None:

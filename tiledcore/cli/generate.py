@@ -26,9 +26,8 @@ from tiledcore.cli.model import check_size, check_tile
 from tiledcore.cli.opening import open_pipeline
 from tiledcore.cli.request import check
 from tiledcore.geometry import TileGrid, both
-from tiledcore.io.files import FORMATS
 from tiledcore.io.images import save_image
-from tiledcore.io.writers import write_rows
+from tiledcore.io.writers import FORMATS, write_rows
 from tiledcore.models import call_defaults
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from tiledcore.cli.choices import SIZE
 from tiledcore.cli.console import CommandError
 from tiledcore.cli.model import INPAINTED_CHANNELS, check_size, check_tile, read_model
 from tiledcore.geometry import TileGrid
-from tiledcore.io.files import check_regular, check_target
-from tiledcore.io.images import PictureError, is_transparent, load_image, opened, to_rgb
+from tiledcore.io.images import PictureError, check_regular, is_transparent, load_image, opened, to_rgb
 from tiledcore.io.preview import EVERY, Preview
+from tiledcore.io.writers import check_target
 
 if TYPE_CHECKING:
     from tiledcore.compose.regions import Region

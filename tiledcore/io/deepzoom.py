@@ -8,19 +8,15 @@ from __future__ import annotations
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 import numpy as np
 import tifffile
-from numpy.typing import NDArray
 from PIL import Image
 
-from tiledcore.io.files import check_regular
-from tiledcore.io.images import load_image
-from tiledcore.io.writers import TILE
-
-Pixels = NDArray[np.uint8]
+from tiledcore.io.images import check_regular, load_image
+from tiledcore.io.writers import TILE, Band
 
 
 class Levels:
@@ -38,16 +34,17 @@ class Levels:
 
     def __init__(self, path: Path) -> None:
         check_regular(path)
-        self._lock = Lock()
+        self._lock = RLock()
         self._images: list[Image.Image] = []
-        self._tiff: tifffile.TiffFile | None = None
+        self.pages: list[Any] = []  # Of a TIFF whose tiles are read from its own pages
         with suppress(tifffile.TiffFileError):  # another format
-            self._tiff = tifffile.TiffFile(path)
-        #: Of a TIFF whose tiles are read from its own pages.
-        self.pages: list[Any] = [] if self._tiff is None else list(self._tiff.pages)
-        if not _is_pyramid(self.pages):
-            self.__exit__()
-            self.pages, self._images = [], [load_image(path)]
+            tiff = tifffile.TiffFile(path)
+            self.pages = list(tiff.pages)
+            if not _is_pyramid(self.pages):
+                tiff.close()
+                self.pages = []
+        if not self.pages:
+            self._images = [load_image(path)]
             while max(self._images[-1].size) > TILE:
                 self._images.append(self._images[-1].reduce(2))
         #: (width, height) of each level.
@@ -57,10 +54,10 @@ class Levels:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._tiff is not None:
-            self._tiff.close()
+        if self.pages:
+            self.pages[0].parent.close()
 
-    def tile(self, level: int, x: int, y: int) -> Pixels:
+    def tile(self, level: int, x: int, y: int) -> Band:
         """The tile in column ``x`` and row ``y``: uint8 ``[h, w, 3]``, smaller than 256x256 at the last row and column.
 
         Raises:
@@ -73,28 +70,27 @@ class Levels:
         columns, rows = -(-width // TILE), -(-height // TILE)
         if not (0 <= x < columns and 0 <= y < rows):
             raise IndexError(f"tile ({x}, {y}) of {columns}x{rows}")
-        right, bottom = min(width, (x + 1) * TILE), min(height, (y + 1) * TILE)
+        left, top = x * TILE, y * TILE
         if self._images:
-            return np.asarray(self._images[level].crop((x * TILE, y * TILE, right, bottom)))
-        page, index = self.pages[level], y * columns + x
-        with self._lock:
-            file = page.parent.filehandle
-            file.seek(page.dataoffsets[index])
-            data = file.read(page.databytecounts[index])
-        try:
-            pixels: Pixels = page.decode(data, index)[0][0, : bottom - y * TILE, : right - x * TILE]
-        except Exception as error:  # each decompressor has its own
-            raise ValueError(f"tile ({x}, {y}) of level {level}: {error}") from error
-        return pixels
+            whole = np.asarray(self._images[level].crop((left, top, left + TILE, top + TILE)))
+        else:
+            page, index = self.pages[level], y * columns + x
+            place = [page.dataoffsets[index]], [page.databytecounts[index]]
+            data, _ = next(page.parent.filehandle.read_segments(*place, lock=self._lock))
+            try:
+                whole = page.decode(data, index)[0][0]
+            except Exception as error:  # each decompressor has its own
+                raise ValueError(f"tile ({x}, {y}) of level {level}: {error}") from error
+        return whole[: height - top, : width - left]
 
 
 def _is_pyramid(pages: list[Any]) -> bool:
     """Whether each page is RGB in tiles of 256x256 and half the size of the page before, down to one tile."""
     sizes = [(page.imagewidth, page.imagelength) for page in pages]
     halved = all(below == (-(-width // 2), -(-height // 2)) for (width, height), below in pairwise(sizes))
-    return bool(pages) and halved and max(sizes[-1]) <= TILE and all(map(_is_plain, pages))
-
-
-def _is_plain(page: Any) -> bool:
-    colours = (page.dtype, page.samplesperpixel, page.planarconfig, page.photometric)
-    return colours == (np.uint8, 3, 1, 2) and page.is_tiled and (page.tilewidth, page.tilelength) == (TILE, TILE)
+    plain = all(
+        (page.dtype, page.samplesperpixel, page.planarconfig, page.photometric) == (np.uint8, 3, 1, 2)
+        and (page.is_tiled, page.tilewidth, page.tilelength) == (True, TILE, TILE)
+        for page in pages
+    )
+    return bool(pages) and halved and plain and max(sizes[-1]) <= TILE

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from tiledcore.io.files import check_regular
-from tiledcore.io.writers import CHUNK, write_rows
+from tiledcore.io.writers import CHUNK, TILE, write_rows
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,13 @@ def load_image(path: Path) -> Image.Image:
     """Read the first frame or page of a picture as RGB, rotated as its EXIF data says; errors as in :func:`opened`."""
     with opened(path) as image:
         return to_rgb(image, str(path))
+
+
+def check_regular(path: Path) -> None:
+    """Raise OSError if ``path`` is not an ordinary file: to read a pipe or a device may never end."""
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a folder fails with a message of its own
+        raise OSError(None, "Is a device or a pipe, not an ordinary file", str(path))
 
 
 @contextmanager
@@ -61,7 +68,7 @@ def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
     Raises:
         PictureError: integers or floats outside of these ranges, so that white is not known.
     """
-    if image.mode.startswith("I") or image.mode == "F":
+    if image.mode.startswith(("I", "F")):
         return Image.fromarray(_eight_bits(image, name)).convert("RGB")
     if is_transparent(image):
         logger.warning("%s: has transparent pixels, which are drawn on white", name)
@@ -71,19 +78,15 @@ def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
         from PIL import ImageCms
 
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
-        assert converted is not None  # None only in place
-        return converted
+        return cast(Image.Image, ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB"))
     return _plain(image).convert("RGB")
 
 
 def is_transparent(image: Image.Image) -> bool:
     """Whether a picture of any mode has pixels that are not opaque."""
-    if image.mode not in ("LA", "La", "PA", "RGBA", "RGBa") and "transparency" not in image.info:
-        return False
-    if image.mode.startswith("I") or image.mode == "F":  # Pillow cannot apply their transparent value
-        return False
-    return bool(np.asarray(_plain(image).convert("RGBA"))[..., 3].min() < 255)
+    # Pillow cannot apply the transparent value of modes I and F.
+    possible = image.has_transparency_data and not image.mode.startswith(("I", "F"))
+    return possible and bool(np.asarray(_plain(image).convert("RGBA"))[..., 3].min() < 255)
 
 
 def _plain(image: Image.Image) -> Image.Image:
@@ -107,7 +110,8 @@ def _eight_bits(image: Image.Image, name: str) -> np.ndarray[Any, np.dtype[np.ui
 
 def save_image(image: Image.Image, path: Path, metadata: dict[str, Any]) -> None:
     """:func:`~tiledcore.io.writers.write_rows` for a picture that is there whole."""
-    write_rows(path, image.size, iter([np.asarray(image.convert("RGB"))]), metadata)
+    pixels = np.asarray(image.convert("RGB"))
+    write_rows(path, image.size, np.split(pixels, range(TILE, len(pixels), TILE)), metadata)
 
 
 def read_metadata(path: Path) -> dict[str, Any] | None:
@@ -118,17 +122,12 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
     """
     check_regular(path)
     with _any_size(), Image.open(path) as image:
-        tagged = image.format == "TIFF"
-        if tagged:
-            text = getattr(image, "tag_v2", {}).get(ExifTags.Base.ImageDescription)
-        else:
-            text = image.info.get(CHUNK)
+        tags = getattr(image, "tag_v2", None)  # of a TIFF
+        text: Any = image.info.get(CHUNK) if tags is None else tags.get(ExifTags.Base.ImageDescription)
     try:
-        metadata = json.loads(text) if isinstance(text, str) else None
-    except ValueError:
+        metadata = json.loads(text) if tags is None else json.loads(text)[CHUNK]
+    except (TypeError, ValueError, LookupError):
         return None
-    if tagged and isinstance(metadata, dict):
-        metadata = metadata.get(CHUNK)
     return metadata if isinstance(metadata, dict) else None
 
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from tiledcore import validate
 from tiledcore.feature import Feature, Start
-from tiledcore.io.files import check_target
 from tiledcore.io.images import save_image
+from tiledcore.io.writers import check_target
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a command's path is checked before that
     from torch import Tensor
@@ -38,7 +38,7 @@ class Preview:
     cannot be written, or memory does not suffice for it, a warning says so and the call goes on without previews.
 
     Args:
-        path: of the file; its extension is one of :data:`tiledcore.io.files.FORMATS`.
+        path: of the file; its extension is one of :data:`tiledcore.io.writers.FORMATS`.
         every: evaluations of the network between two previews. The last one is always shown.
 
     Raises:
@@ -67,10 +67,8 @@ class Previewing(Feature):
     every_step = True
 
     def __init__(self, preview: Preview, pipe: Any, native: Pair, unit: int) -> None:
-        self.preview = preview
-        self.pipe, self.native, self.unit = pipe, native, unit
-        self._decode = pipe.vae.decode
-        self._broken = False
+        self.preview, self.pipe, self.native, self.unit = preview, pipe, native, unit
+        self._decode, self._broken = pipe.vae.decode, False
 
     def begin(self, start: Start) -> None:
         self._start = start
@@ -79,11 +77,14 @@ class Previewing(Feature):
         """Show the canvas, if it is time."""
         import torch
 
-        timesteps = self._start.timesteps
+        from tiledcore.schedulers.noise_levels import noise_level
+
+        timesteps, scheduler = self._start.timesteps, self._start.scheduler
         last = index >= len(timesteps)
         if self._broken or (index % self.preview.every and not last):
             return
-        level = (1.0, 0.0) if last else _level(self._start.scheduler, timesteps[index])
+        noised = not last and (hasattr(scheduler, "scale_noise") or hasattr(scheduler, "add_noise"))
+        level = noise_level(scheduler, timesteps[index]) if noised else (1.0, 0.0)
         try:
             save_image(self._decoded(self.estimate(sample, level)), self.preview.path, {})
         except (OSError, torch.OutOfMemoryError) as error:
@@ -115,19 +116,17 @@ class Previewing(Feature):
 
         from tiledcore._diffusers import device_of, is_offloaded
 
-        vae = self.pipe.vae
-        config = vae.config
+        vae, config = self.pipe.vae, self.pipe.vae.config
         # An offloaded autoencoder comes to where the pipeline runs when it is called.
         latents = latents.to(device_of(self.pipe) if is_offloaded(vae) else vae.device)
-        scale, shift = (getattr(config, name, None) for name in ("scaling_factor", "shift_factor"))
-        mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
-        latents = latents / (scale or 1.0) + (shift or 0.0)
+        latents = latents / (config.get("scaling_factor") or 1.0) + (config.get("shift_factor") or 0.0)
+        mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is not None and std is not None:
             latents = latents * latents.new_tensor(std).view(1, -1, 1, 1) + latents.new_tensor(mean).view(1, -1, 1, 1)
         if isinstance(vae, AutoencoderKLQwenImage):  # one of videos: here of one frame
             latents = latents.unsqueeze(2)
         # SDXL's first autoencoder overflows in float16; there and back again changes no weight.
-        upcast = vae.dtype == torch.float16 and getattr(config, "force_upcast", False)
+        upcast = vae.dtype == torch.float16 and config.get("force_upcast")
         if upcast:
             vae.to(dtype=torch.float32)
         try:
@@ -137,11 +136,3 @@ class Previewing(Feature):
                 vae.to(dtype=torch.float16)
         image = image[:, :, 0] if image.ndim == 5 else image
         return self.pipe.image_processor.postprocess(image, output_type="pil")[0]
-
-
-def _level(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
-    """α and σ at a timestep; those of a clean canvas where the scheduler has no noising to read them off."""
-    from tiledcore.schedulers.noise_levels import noise_level
-
-    known = hasattr(scheduler, "scale_noise") or hasattr(scheduler, "add_noise")
-    return noise_level(scheduler, timestep) if known else (1.0, 0.0)

@@ -13,31 +13,26 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.models.autoencoders.vae import DecoderOutput
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tiledcore.feature import Feature
+from tiledcore.io.writers import Band
 from tiledcore.utils import replaced
 from tiledcore.vae.exact import joined_rows
 from tiledcore.vae.wrap import Continuation
 
-Band = NDArray[np.uint8]
 Rows = Callable[[Iterator[Band]], None]
 """Takes the image from top to bottom as bands ``[rows, W, 3]`` uint8."""
 
 BAND_PX = 256
 CPU_BUDGET = 3 << 29
 """Bytes of activations that the decoder may keep on a CPU, 1.5 GiB: rows are asked for to save memory."""
-# What looks at, or changes, the decoded image as a whole. The pipeline's own names.
-WHOLE = ("safety_checker", "watermark")
 
 
 def why_not_streamed(pipe: Any) -> str | None:
     """Why the image must be whole at once, or None where it may leave as rows."""
-    for name in WHOLE:
-        if getattr(pipe, name, None) is not None:
-            return f"the pipeline's {name} needs the whole image"
-    return None
+    found = [name for name in ("safety_checker", "watermark") if getattr(pipe, name, None) is not None]
+    return f"the pipeline's {found[0]} needs the whole image" if found else None
 
 
 class Streamed(Feature):
@@ -89,10 +84,6 @@ class Streamed(Feature):
     def _take(self, bands: Iterator[Tensor]) -> None:
         self._decoded = True
         assert self.rows is not None
-        self.rows(_bands(self.pipe, self.around.crop_rows(bands, self._height)))
-
-
-def _bands(pipe: Any, parts: Iterator[Tensor]) -> Iterator[Band]:
-    for part in parts:
-        image = pipe.image_processor.postprocess(part, output_type="np")[0]
-        yield (image * 255).round().astype(np.uint8)  # as diffusers' numpy_to_pil
+        parts, convert = self.around.crop_rows(bands, self._height), self.pipe.image_processor.postprocess
+        images = (convert(part, output_type="np")[0] for part in parts)
+        self.rows((image * 255).round().astype(np.uint8) for image in images)  # as diffusers' numpy_to_pil

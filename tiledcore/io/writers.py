@@ -1,4 +1,4 @@
-"""Write PNG and TIFF from bands of rows, so that the whole image is never in memory.
+"""Write image files from bands of rows, completely or not at all, without the whole image in memory.
 
 PNG is encoded here, because Pillow and imagecodecs need the whole image and pypng is slow. TIFF is written by tifffile.
 """
@@ -6,10 +6,12 @@ PNG is encoded here, because Pillow and imagecodecs need the whole image and pyp
 from __future__ import annotations
 
 import json
+import os
+import platform
 import struct
 import zlib
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
@@ -17,30 +19,57 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngInfo, putchunk
 
 from tiledcore import __version__
-from tiledcore.io.files import FORMATS, replacing
 
 Band = NDArray[np.uint8]
 
+# Pillow's JPEG and WebP encoders need the whole image, at 4 bytes per pixel: up to 256 MiB.
+WHOLE_PIXELS = 8192 * 8192
+# By extension: Pillow's format, and the longest side that the format can hold.
+FORMATS = {
+    ".png": ("PNG", 2**31 - 1),
+    ".jpg": ("JPEG", 65_535),
+    ".jpeg": ("JPEG", 65_535),
+    ".webp": ("WEBP", 16_383),
+    ".tif": ("TIFF", 2**31 - 1),
+    ".tiff": ("TIFF", 2**31 - 1),
+}
 CHUNK = "tiledcore"
 """Keyword of the settings, which are JSON: of a PNG's text chunk, and in the JSON of a TIFF's description."""
 TILE = 256
-"""Side of a TIFF's tiles. Its last level is not larger than one."""
+"""Rows that are written at a time, and side of a TIFF's tiles. Its last level is not larger than one."""
 BUFFER = 1 << 24
 """Bytes of tiles that tifffile may collect to compress them in threads; its default is 256 MiB."""
 LEVEL = 6  # zlib's default: a higher level takes twice the time and saves one per cent
 
 
-def write_rows(path: Path, size: tuple[int, int], bands: Iterator[Band], metadata: dict[str, Any]) -> None:
+def check_target(path: Path, size: tuple[int, int]) -> None:
+    """Raise ValueError if an image of ``size`` (width, height) cannot be written to ``path``."""
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"{path}: the extension must be one of {', '.join(FORMATS)}")
+    kind, longest = FORMATS[path.suffix.lower()]
+    if max(size) > longest:
+        raise ValueError(f"{path}: {kind} holds at most {longest} px a side, PNG and TIFF any size")
+    if kind not in ("PNG", "TIFF") and size[0] * size[1] > WHOLE_PIXELS:
+        raise ValueError(f"{path}: {kind} is only for up to 8192x8192 px, PNG and TIFF for any size")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{path}: cannot be written, it is a folder or lies in a protected one")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: is a device or a pipe; give the name of an ordinary file")
+
+
+def write_rows(path: Path, size: tuple[int, int], bands: Iterable[Band], metadata: dict[str, Any]) -> None:
     """Write an image from bands of rows; after an error ``path`` is as it was.
 
     PNG and TIFF need a few hundred rows in memory at a time; JPEG and WebP the whole image, 4 bytes per pixel. A TIFF
     is a BigTIFF of deflated RGB tiles of ``TILE`` px with a pyramid of reduced pages, each half of the one before.
 
     Args:
-        path: its extension is one of :data:`tiledcore.io.files.FORMATS`.
+        path: its extension is one of :data:`FORMATS`.
         size: width and height.
         bands: ``[rows, width, 3]`` uint8, any number of rows each, from top to bottom.
         metadata: stored in a PNG or TIFF as JSON; of a PNG, its ``prompt`` is the standard description too.
@@ -49,85 +78,89 @@ def write_rows(path: Path, size: tuple[int, int], bands: Iterator[Band], metadat
         OSError: it could not be written.
         ValueError: the bands do not add up to the size.
     """
-    kind, options, _ = FORMATS[path.suffix.lower()]
-    bands = _checked(bands, size)
+    kind, _ = FORMATS[path.suffix.lower()]
+    bands = _rebanded(bands, size)
     with replacing(path) as file:
         if kind == "PNG":
             _write_png(file, size, bands, metadata)
         elif kind == "TIFF":
             _write_tiff(file, size, bands, metadata, path.parent)
         else:
-            image, top = Image.new("RGB", size), 0
-            for band in bands:
-                image.paste(Image.fromarray(band), (0, top))
-                top += len(band)
-            image.save(file, format=kind, **options)
+            image = Image.new("RGB", size)
+            for index, band in enumerate(bands):
+                image.paste(Image.fromarray(band), (0, index * TILE))
+            image.save(file, format=kind, quality=95)
 
 
-def _checked(bands: Iterator[Band], size: tuple[int, int]) -> Iterator[Band]:
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Open a new file for reading and writing; it replaces ``path`` when the block ends without an error.
+
+    Raises:
+        OSError: it could not be written. After any error ``path`` is as it was, and nothing else is left.
+    """
+    # In the same folder, because a rename is atomic only within one file system. Not made by tempfile, whose
+    # files only their owner may read.
+    start = f".tiledcore-{zlib.crc32(f'{platform.node()}/{path.name}'.encode(errors='surrogateescape')):08x}-"
+    if os.name == "posix":  # on Windows os.kill(pid, 0) ends the process
+        for stale in path.parent.glob(f"{start}*.tmp"):
+            with suppress(ValueError, OverflowError, PermissionError):  # no number, or another user's process
+                try:
+                    os.kill(int(stale.stem.removeprefix(start)), 0)
+                except ProcessLookupError:
+                    stale.unlink(missing_ok=True)
+    temporary = path.with_name(f"{start}{os.getpid()}.tmp")
+    try:
+        with temporary.open("w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _rebanded(bands: Iterable[Band], size: tuple[int, int]) -> Iterator[Band]:
+    """The same rows, checked, in bands of ``TILE``; the last one may have fewer."""
     width, height = size
-    rows = 0
+    rows, held = 0, np.empty((0, width, 3), np.uint8)
     for band in bands:
         rows += len(band)
         if band.shape[1:] != (width, 3) or band.dtype != np.uint8 or rows > height:
             raise ValueError(f"bands: {band.dtype} {list(band.shape)} up to row {rows} of an RGB image of {size}")
-        yield band
+        held = np.concatenate([held, band])
+        while len(held) >= TILE:
+            yield held[:TILE]
+            held = held[TILE:]
     if rows != height:
         raise ValueError(f"bands: {rows} rows, but the image has {height}")
-
-
-def _rebanded(bands: Iterator[Band], rows: int) -> Iterator[Band]:
-    """The same rows in bands of ``rows``; the last one may have fewer."""
-    held: list[Band] = []
-    count = 0
-    for band in bands:
-        while len(band):
-            part, band = band[: rows - count], band[rows - count :]
-            held.append(part)
-            count += len(part)
-            if count == rows:
-                yield np.concatenate(held)
-                held, count = [], 0
-    if held:
-        yield np.concatenate(held)
-
-
-# ----------------------------------------------------------------------------- PNG
+    if len(held):
+        yield held
 
 
 def _write_png(file: IO[bytes], size: tuple[int, int], bands: Iterator[Band], metadata: dict[str, Any]) -> None:
     """PNG (ISO/IEC 15948): signature, header, texts, then one zlib stream over any number of IDAT chunks."""
-
-    def chunk(name: bytes, data: bytes) -> None:
-        file.write(struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)))
-
     file.write(b"\x89PNG\r\n\x1a\n")
-    chunk(b"IHDR", struct.pack(">2I5B", *size, 8, 2, 0, 0, 0))  # 8 bits, RGB
+    putchunk(file, b"IHDR", struct.pack(">2I5B", *size, 8, 2, 0, 0, 0))  # 8 bits, RGB
     if metadata:
         texts = PngInfo()
         texts.add_text(CHUNK, json.dumps(metadata))
         texts.add_text("Description", metadata["prompt"])
         for name, data, *_ in texts.chunks:
-            chunk(name, data)
+            putchunk(file, name, data)
     packer = zlib.compressobj(LEVEL)
     above = np.zeros((1, 3 * size[0]), np.uint8)
-    for band in _rebanded(bands, 64):  # 64 rows of 16384 px are 3 MiB
+    for band in bands:
         lines = band.reshape(len(band), -1)
         # Filter 2: each line minus the one above, modulo 256. On the embedded model's images the files are smaller
         # than with a filter chosen for each line.
-        packed = np.empty((len(lines), 1 + lines.shape[1]), np.uint8)
-        packed[:, 0] = 2
-        np.subtract(lines[:1], above, out=packed[:1, 1:])
-        np.subtract(lines[1:], lines[:-1], out=packed[1:, 1:])
-        above = lines[-1:].copy()
-        data = packer.compress(packed.data)
-        if data:
-            chunk(b"IDAT", data)
-    chunk(b"IDAT", packer.flush())
-    chunk(b"IEND", b"")
-
-
-# ----------------------------------------------------------------------------- TIFF
+        packed = np.full((len(lines), 1 + lines.shape[1]), 2, np.uint8)
+        np.subtract(lines, np.concatenate([above, lines[:-1]]), out=packed[:, 1:])
+        above = lines[-1:]
+        if data := packer.compress(packed.data):
+            putchunk(file, b"IDAT", data)
+    putchunk(file, b"IDAT", packer.flush())
+    putchunk(file, b"IEND")
 
 
 def _write_tiff(
@@ -140,7 +173,9 @@ def _write_tiff(
     """
     import tifffile
 
-    (width, height), first = size, True
+    width, height = size
+    more: dict[str, Any] = {"subfiletype": 0, "description": json.dumps({CHUNK: metadata})}
+    more["software"] = f"tiledcore {__version__}"
     with tifffile.TiffWriter(file, bigtiff=True) as tiff, ExitStack() as spools:
         while True:
             below = spools.enter_context(TemporaryFile(dir=folder)) if max(width, height) > TILE else None
@@ -153,29 +188,27 @@ def _write_tiff(
                 compression="adobe_deflate",
                 compressionargs={"level": LEVEL},
                 predictor=True,
-                subfiletype=0 if first else 1,  # 1: a reduced version of another page
-                description=json.dumps({CHUNK: metadata}) if first else None,
-                software=f"tiledcore {__version__}" if first else None,
                 metadata=None,
                 buffersize=BUFFER,
+                **more,
             )
             if below is None:
                 return
-            width, height, first = -(-width // 2), -(-height // 2), False
-            bands = _spooled(below, width, height)
+            width, height = -(-width // 2), -(-height // 2)
+            more = {"subfiletype": 1}  # a reduced version of another page
+            bands = _spooled(below, width)
 
 
 def _tiles(bands: Iterator[Band], below: IO[bytes] | None) -> Iterator[Band]:
     """Tiles row by row; also writes the halved image to ``below``: means of 2x2 pixels, rounded half up."""
-    for band in _rebanded(bands, TILE):
+    for band in bands:
         if below is not None:
             below.write(Image.fromarray(band).reduce(2).tobytes())
         for left in range(0, band.shape[1], TILE):
             yield np.ascontiguousarray(band[:, left : left + TILE])
 
 
-def _spooled(spool: IO[bytes], width: int, height: int) -> Iterator[Band]:
+def _spooled(spool: IO[bytes], width: int) -> Iterator[Band]:
     spool.seek(0)
-    for top in range(0, height, TILE):
-        rows = min(TILE, height - top)
-        yield np.frombuffer(spool.read(rows * width * 3), np.uint8).reshape(rows, width, 3)
+    while data := spool.read(TILE * width * 3):
+        yield np.frombuffer(data, np.uint8).reshape(-1, width, 3)
