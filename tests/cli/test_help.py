@@ -14,7 +14,7 @@ import torch
 from tiny_command import FAST, generate
 
 from tiledcore import __version__, ops
-from tiledcore.cli import choices
+from tiledcore.cli import console
 from tiledcore.cli import main as cli
 from tiledcore.cli.main import main
 
@@ -92,7 +92,7 @@ def test_nothing_but_the_commands_own_lines_is_shown(model: str) -> None:
 
 def test_the_choices_are_the_librarys() -> None:
     assert set(cli.WINDOWS) == set(ops.WINDOWS)
-    assert all(hasattr(torch, name) for name in choices.DTYPES.values())
+    assert all(hasattr(torch, name) for name in console.DTYPES.values())
 
 
 def test_without_a_command_there_are_examples(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,7 @@ from tiny_command import error, fail
 
 from tiledcore import TiledPipeline
 from tiledcore.cli.main import main, parser
-from tiledcore.cli.model import read_model, unit_of
-from tiledcore.cli.opening import default_dtype
+from tiledcore.cli.model import default_dtype, read_model, unit_of
 from tiledcore.cli.request import check
 from tiledcore.tiles.families import FAMILIES
 

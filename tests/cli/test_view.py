@@ -142,14 +142,14 @@ def test_the_page_is_told_what_the_settings_say(tmp_path: Path) -> None:
 
 
 def test_areas_around_a_torus() -> None:
-    assert areas_of([90, 40, 110, 60], (100, 50), (True, True)) == [
+    assert areas_of([90, 40, 110, 60], (100, 50), [True, True]) == [
         [90, 40, 100, 50],
         [0, 40, 10, 50],
         [90, 0, 100, 10],
         [0, 0, 10, 10],
     ]
-    assert areas_of([90, 40, 110, 60], (100, 50), (False, False)) == [[90, 40, 100, 50]]
-    assert areas_of([200, 40, 210, 60], (100, 50), (False, False)) == []
+    assert areas_of([90, 40, 110, 60], (100, 50), [False, False]) == [[90, 40, 100, 50]]
+    assert areas_of([200, 40, 210, 60], (100, 50), [False, False]) == []
 
 
 @pytest.mark.parametrize(

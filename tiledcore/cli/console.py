@@ -1,13 +1,34 @@
-"""What the commands share: messages on stderr, quiet libraries, and output whose reader may be gone."""
+"""What the commands share: option values, messages on stderr, quiet libraries, output whose reader may be gone.
+
+It imports nothing large, so that ``--help`` is quick.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
+
+SIZE = (1024, 1024)
+STRENGTH = 0.6
+DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "deis": "DEISMultistepScheduler",
+    "dpm++2m": "DPMSolverMultistepScheduler",
+    "dpm++2s": "DPMSolverSinglestepScheduler",
+    "dpm2": "KDPM2DiscreteScheduler",
+    "dpm2-a": "KDPM2AncestralDiscreteScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "lcm": "LCMScheduler",
+    "pndm": "PNDMScheduler",
+    "tcd": "TCDScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
 
 
 class CommandError(Exception):
@@ -34,8 +55,7 @@ def quiet() -> None:
 
     A RuntimeWarning concerns the image and stays. The environment is set first, for what they say while imported.
     """
-    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
-        os.environ.setdefault(name, "error")
+    os.environ.update(DIFFUSERS_VERBOSITY="error", TRANSFORMERS_VERBOSITY="error")
     for category in (FutureWarning, DeprecationWarning, UserWarning):
         warnings.simplefilter("ignore", category)
     from diffusers.utils import logging as diffusers_logging
@@ -48,38 +68,25 @@ def quiet() -> None:
     enable_progress_bars()  # of downloads, which transformers has just switched off as well
 
 
-class _Lasting:
-    """A text stream that is silent once its reader is gone (``tiledcore ... | head -1``)."""
+class Lasting:
+    """A text stream that is silent once its reader is gone: there may be an image to write (``... | head -1``)."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except BrokenPipeError:
-            self._discard()
-            return len(text)
+        self._try(self._stream.write, text)
+        return len(text)
 
     def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except BrokenPipeError:
-            self._discard()
+        self._try(self._stream.flush)
 
-    def _discard(self) -> None:
-        """Send all that is still written to this stream, buffered text too, to nowhere."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())
-        os.close(nowhere)
+    def _try(self, method: Any, *args: str) -> None:
+        try:
+            method(*args)
+        except BrokenPipeError:  # all that is still written, buffered text too, goes nowhere
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
-
-
-@contextmanager
-def lasting_output() -> Iterator[None]:
-    """A closed stdout or stderr does not end the command, which may have an image to write."""
-    out, err = (cast(TextIO, _Lasting(stream)) for stream in (sys.stdout, sys.stderr))
-    with redirect_stdout(out), redirect_stderr(err):
-        yield

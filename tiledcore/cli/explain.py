@@ -1,19 +1,25 @@
-"""What ``generate --explain`` prints: what would be done, and why."""
+"""What would be done, before it is done: ``generate --explain``, and the memory that ``plan`` predicts."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from tiledcore.cli.console import DTYPES, CommandError, quiet, say
+from tiledcore.cli.model import check_size, default_dtype
 from tiledcore.geometry import both
-from tiledcore.tiles.families import network_of
 
 if TYPE_CHECKING:
+    from tiledcore.memory.planner import Plan
     from tiledcore.pipeline import TiledPipeline
 
 LARGE = 2048 * 2048
 """Pixels. To decode more of them whole takes gigabytes."""
+MANY = 10_000
+"""Tiles of one step. To simulate more of them takes minutes."""
 HINT = "tiles alone repeat the subject, because none of them sees the whole; --stages auto makes one composition"
 # That decide how tiles meet.
 OPTIONS = ("mode", "tile", "overlap", "window", "ramp", "motion", "halo")
@@ -24,6 +30,8 @@ def explain(args: argparse.Namespace, pipe: TiledPipeline, metadata: dict[str, A
 
     ``metadata`` is what would be stored in the file.
     """
+    from tiledcore.tiles.families import network_of
+
     network, family = network_of(pipe.pipe)
     native = [pipe.vae_scale_factor * side for side in both(family.native(pipe.pipe, network))]
     tiling, given = metadata["tiling"], [name for name in OPTIONS if getattr(args, name) is not None]
@@ -45,7 +53,7 @@ def explain(args: argparse.Namespace, pipe: TiledPipeline, metadata: dict[str, A
         ("steps", f"{metadata['steps']} of {metadata['scheduler']}, guidance {metadata['guidance']}; {steps}"),
         *(("stage", line) for line in metadata.get("stages", [])),
         ("decode", f"whole: {whole}" if whole else "row by row into the file; the whole image is not needed"),
-        ("memory", memory(args, pipe, whole is not None)),
+        ("memory", memory(args, pipe, tiling["tiles"], whole is not None)),
         ("seed", f"{metadata['seed']}" + ("" if args.seed is not None else "; random, because there is no --seed")),
         *((("hint", HINT),) if tiling["tiles"] > 1 and args.stages is None and args.init_image is None else ()),
         ("then", f"tiledcore view {shlex.quote(str(args.out))}"),
@@ -53,8 +61,10 @@ def explain(args: argparse.Namespace, pipe: TiledPipeline, metadata: dict[str, A
     return "\n".join(f"{name:<8}{text}" for name, text in lines)
 
 
-def memory(args: argparse.Namespace, pipe: TiledPipeline, whole: bool) -> str:
+def memory(args: argparse.Namespace, pipe: TiledPipeline, tiles: int, whole: bool) -> str:
     """The predicted peak of tensors on the device, in words; takes seconds, because one step is simulated."""
+    if tiles > MANY:
+        return f"not predicted: to simulate a step of {tiles} tiles would take minutes"
     from tiledcore.io.stream import CPU_BUDGET
     from tiledcore.memory.architectures import architecture
     from tiledcore.memory.planner import COUNTED_BYTES, Planner
@@ -72,3 +82,64 @@ def memory(args: argparse.Namespace, pipe: TiledPipeline, whole: bool) -> str:
         more = f"; the decode takes {room}, in bands of rows"
     each = ", ".join(f"{name} {show_bytes(peak)}" for name, peak in peaks.items())
     return f"{show_bytes(max(peaks.values()))} predicted ({each}){more}; {COUNTED_BYTES}"
+
+
+def plan(args: argparse.Namespace) -> None:
+    """Print the memory that an image is predicted to need, and the choices that make it fit a budget."""
+    if isinstance(args.size, int):
+        raise CommandError(f"--size {args.size}x: give WIDTHxHEIGHT, such as 2048x1024")
+    say(f"planning {args.model} at {args.size[0]}x{args.size[1]} px: one step is simulated, up to a minute")
+    quiet()
+    import torch
+
+    from tiledcore.config import TilingConfig
+    from tiledcore.memory.architectures import architecture
+    from tiledcore.memory.planner import DoesNotFit, Planner
+    from tiledcore.memory.prediction import Predictor, parse_bytes
+    from tiledcore.parallel.forecast import forecast_of
+
+    dtype = getattr(torch, DTYPES[args.dtype or default_dtype(args.device)])
+    # With several GPUs tiles: canvas mode is one call of the network, which one GPU makes.
+    tiling = TilingConfig(mode=args.mode or "tiles") if args.mode or args.gpus > 1 else None
+    problem = shared = None
+    try:
+        predictor = Predictor(architecture(args.model, dtype), args.device)
+        planner = Planner(predictor, parse_bytes(args.budget), args.images)
+        check_size(args.size, predictor.unit)
+        found = planner.plan(args.size, tiling)
+    except DoesNotFit as error:
+        found, problem = error.leanest, error
+    except TypeError as error:
+        raise CommandError(str(error)) from error
+    if args.gpus > 1:
+        shared = forecast_of(predictor, found, args.images, args.gpus)
+    if args.json:
+        content = asdict(found) | {"peak": found.peak, "needs": found.needs, "fits": found.fits}
+        print(json.dumps(content | ({} if shared is None else {"gpus": asdict(shared)}), indent=2))
+    else:
+        print(table(found) if shared is None else f"{table(found)}\n{shared}")
+    if problem is not None:
+        raise CommandError(str(problem))
+
+
+def table(found: Plan) -> str:
+    """A plan as text: each phase, its peak with and without the safety factor, and the choice made for it."""
+    from tiledcore.memory.planner import COUNTED_BYTES
+    from tiledcore.memory.prediction import show_bytes
+
+    width, height = found.size
+    lines = [
+        f"{found.model}, {width}x{height} px, {found.dtype} on {found.device}, budget {show_bytes(found.budget)}",
+        f"{'phase':<15}{'predicted peak':>15}{f'x {found.safety}':>12}{'area factor':>13}{'TFLOP':>14}  choice",
+    ]
+    for phase in found.phases:
+        network, peak = phase.name == "network", phase.peak * found.safety
+        flops = "-" if not phase.flops else f"{phase.flops / 1e12:.2f}" + ("/step" if network else "")
+        factor = f"{found.area_factor:.2f}" if network else "-"
+        choice = phase.choice if peak <= found.budget else f"{phase.choice}  (does not fit)"
+        start = f"{phase.name:<15}{show_bytes(phase.peak):>15}{show_bytes(peak):>12}"
+        lines.append(f"{start}{factor:>13}{flops:>14}  {choice}")
+    where = "come and go, one on the device at a time" if found.offload else "all stay on the device"
+    tiles = f"{found.tiles} tile{'s' * (found.tiles != 1)} a step"
+    lines.append(f"{tiles}; modules: {where}; the plan needs {show_bytes(found.needs)}")
+    return "\n".join([*lines, COUNTED_BYTES])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
 import re
 import signal
@@ -12,15 +10,19 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO, TypeVar, cast
 
 from tiledcore import __version__
-from tiledcore.cli.choices import DTYPES, SCHEDULERS, STRENGTH
-from tiledcore.cli.console import CommandError, lasting_output, launched, leads, say
+from tiledcore.cli.console import DTYPES, SCHEDULERS, STRENGTH, CommandError, Lasting, launched, leads, say
+
+T = TypeVar("T")
 
 WINDOWS = ("ramp", "core", "mean", "gaussian")
+# The module of a command, where it has another name. It is only imported when the command runs.
+MODULES = {"profile": "generate", "plan": "explain", "info": "view"}
 EXAMPLES = """\
 tiledcore generate "relief map of a rugged coast" --size 2048x2048 --out coast.png
 tiledcore generate "a river delta" --size 1024x512 --wrap x --seed 7 --out delta.png
@@ -32,7 +34,9 @@ tiledcore view coast.png      (all options: tiledcore generate --help)"""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code. ``TILEDCORE_DEBUG=1`` adds an error's traceback."""
     given = sys.argv[1:] if argv is None else list(argv)
-    with lasting_output():
+    # A closed stdout or stderr does not end the command, which may have an image to write.
+    out, err = (cast(TextIO, Lasting(stream)) for stream in (sys.stdout, sys.stderr))
+    with redirect_stdout(out), redirect_stderr(err):
         if not given:
             print(EXAMPLES)
             return 0
@@ -40,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if empty := [arg for arg in given if re.fullmatch(r"--?[\w-]+=--", arg)]:  # argparse fails on it
                 raise CommandError(f"{empty[0][:-3]}: '--' is no value (see tiledcore --help)")
             args = parser("--help-all" in given).parse_args(given)
-            args.command(args)
+            module = import_module(f"tiledcore.cli.{MODULES.get(args.command, args.command)}")
+            getattr(module, args.command)(args)
         except (Exception, KeyboardInterrupt) as error:
             if launched():
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it when another process ends too
@@ -60,32 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _command(module: str, name: str) -> Callable[[argparse.Namespace], None]:
-    """A command whose module is only imported when it runs."""
-
-    def run(args: argparse.Namespace) -> None:
-        getattr(import_module(f"tiledcore.cli.{module}"), name)(args)
-
-    return run
-
-
-def info(args: argparse.Namespace) -> None:
-    """Print the settings that are stored in a file."""
-    from tiledcore.cli.request import read_image
-    from tiledcore.io.images import read_metadata, readable
-
-    metadata = read_image(read_metadata, args.file)
-    if metadata is None:
-        raise CommandError(f"{args.file}: holds no tiledcore settings (only PNG and TIFF files can)")
-    if args.json:
-        print(json.dumps(metadata, indent=2))
-        return
-    for key, value in (metadata | metadata.pop("tiling", {})).items():
-        line = f"{key.replace('_', ' '):<18}{readable(key, value)}"
-        # The file may come from anywhere: no control characters for the terminal.
-        print("".join(c if c.isprintable() else " " for c in line))
-
-
 # ----------------------------------------------------------------------------- arguments
 
 
@@ -98,27 +77,22 @@ def parser(everything: bool = False) -> argparse.ArgumentParser:
     """The parser of all commands; ``everything``: the help also lists the less common options."""
     top = _Parser(prog="tiledcore", description="One coherent image of any size from many tiles.")
     top.add_argument("--version", action="version", version=f"tiledcore {__version__}")
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
-    # help= here is a line in the list of commands.
-    usage = "tiledcore generate PROMPT --out FILE [options]"
-    making = commands.add_parser("generate", help="make an image", usage=usage, add_help=False)
-    making.set_defaults(command=_command("generate", "generate"))
-    _add_generate(making, everything, writes=True)
-    usage = "tiledcore profile PROMPT [options]"
-    timing = commands.add_parser("profile", help="where the time of generate goes", usage=usage, add_help=False)
-    timing.set_defaults(command=_command("profile", "profile"), out=None, checkpoint=None, preview=None)
-    timing.set_defaults(checkpoint_every=None, preview_every=None)
-    _add_generate(timing, everything, writes=False)
+    commands = top.add_subparsers(required=True, dest="command", metavar="COMMAND")
+    for name, usage, text in (  # text: a line in the list of commands
+        ("generate", "PROMPT --out FILE", "make an image"),
+        ("profile", "PROMPT", "where the time of generate goes"),
+    ):
+        usage = f"tiledcore {name} {usage} [options]"
+        making = commands.add_parser(name, help=text, usage=usage, add_help=False)
+        _add_generate(making, everything, writes=name == "generate")
     _add_plan(commands.add_parser("plan", help="how an image would fit a memory budget"))
     viewing = commands.add_parser("view", help="show a picture of any size, its tiles and regions in a browser")
     viewing.add_argument("file", type=Path, help="a picture: a TIFF of any size, or what fits into memory")
     viewing.add_argument("--port", type=_integer(0, 65535), default=0, metavar="N", help="default: any that is free")
     viewing.add_argument("--no-browser", action="store_true", help="only print the address")
-    viewing.set_defaults(command=_command("view", "view"))
     about = commands.add_parser("info", help="print the settings that a PNG or TIFF was made with")
     about.add_argument("file", type=Path)
     about.add_argument("--json", action="store_true", help="as JSON, as they are stored")
-    about.set_defaults(command=info)
     return top
 
 
@@ -167,6 +141,8 @@ def _add_generate(parser: argparse.ArgumentParser, everything: bool, writes: boo
         add("--checkpoint-every", **every, help="evaluations between two saves; default 1")
         add("--preview", type=Path, metavar="FILE", help="show a small picture there meanwhile")
         add("--preview-every", **every, help="evaluations between two previews; default 5")
+    else:
+        parser.set_defaults(out=None, checkpoint=None, preview=None, checkpoint_every=None, preview_every=None)
     add("--budget", metavar="BYTES", help="of tensors, such as 24GiB: run within it or refuse")
     add("--device", rare=True, type=_device, metavar="NAME", help="default cuda where there is one, else cpu")
     add("--dtype", rare=True, choices=DTYPES, help="default fp16 on cuda; bf16 on a CPU that computes in it; else fp32")
@@ -204,58 +180,55 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("cuda", "cpu"), default="cuda", help="to plan for; it need not be there. Default cuda")
     add("--dtype", choices=DTYPES, help="default as for generate")
     add("--json", action="store_true", help="as JSON")
-    parser.set_defaults(command=_command("plan", "plan_command"))
 
 
-def _size(text: str) -> tuple[int, int] | int:
-    if re.fullmatch(r"[1-9]\d?x", text):
-        return int(text[:-1])
-    match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, such as 2048x1024")
-    return int(match[1]), int(match[2])
+def _typed(pattern: str, convert: Callable[[re.Match[str]], T | None], valid: str) -> Callable[[str], T]:
+    """The type of an option: ``convert`` of a text that matches; None is not ``valid`` either."""
+
+    def parse(text: str) -> T:
+        match = re.fullmatch(pattern, text, re.ASCII)
+        if match is None or (value := convert(match)) is None:
+            raise argparse.ArgumentTypeError(f"{text!r} {valid}")
+        return value
+
+    return parse
+
+
+_device = _typed(r"cpu|cuda(:\d{1,3})?", lambda match: match[0], "must be cpu, cuda or cuda:N")
+_size = _typed(
+    r"([1-9]\d?)x|([1-9]\d{0,5})x([1-9]\d{0,5})",
+    lambda match: int(match[1]) if match[1] else (int(match[2]), int(match[3])),
+    "is not WIDTHxHEIGHT, such as 2048x1024",
+)
 
 
 def _pair(low: int) -> Callable[[str], tuple[int, int]]:
-    def parse(text: str) -> tuple[int, int]:
-        match = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", text)
-        pair = (int(match[1]), int(match[2] or match[1])) if match else (-1, -1)
-        if min(pair) < low:
-            raise argparse.ArgumentTypeError(f"{text!r} is not N or HxW from {low}, as in 32 or 32x64")
-        return pair
+    def convert(match: re.Match[str]) -> tuple[int, int] | None:
+        pair = int(match[1]), int(match[2] or match[1])
+        return pair if min(pair) >= low else None
 
-    return parse
-
-
-def _device(text: str) -> str:
-    if re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", text) is None:
-        raise argparse.ArgumentTypeError(f"{text!r} must be cpu, cuda or cuda:N")
-    return text
+    return _typed(r"(\d{1,6})(?:x(\d{1,6}))?", convert, f"is not N or HxW from {low}, as in 32 or 32x64")
 
 
 def _integer(low: int, high: int = 10**6) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if re.fullmatch(r"[0-9]{1,20}", text) is None or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {low} to {high}")
-        return int(text)
+    def convert(match: re.Match[str]) -> int | None:
+        return value if low <= (value := int(match[0])) <= high else None
 
-    return parse
+    return _typed(r"\d{1,20}", convert, f"is not an integer from {low} to {high}")
 
 
 def _number(low: float, high: float, above: bool = False, word: str | None = None) -> Callable[[str], float | str]:
     """A number from ``low``, or ``above`` it, to ``high``; or else ``word``."""
+
+    def convert(match: re.Match[str]) -> float | str | None:
+        if match[0] == word:
+            return word
+        value = float(match[0])
+        return value if low < value <= high or (value == low and not above) else None
+
     valid = f"a number above {low:g} up to {high:g}" if above else f"a number from {low:g} to {high:g}"
-
-    def parse(text: str) -> float | str:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if text != word and not (low < value <= high or (value == low and not above)):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {f'{word} or ' if word else ''}{valid}")
-        return text if text == word else value
-
-    return parse
+    pattern = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?" + (f"|{word}" if word else "")
+    return _typed(pattern, convert, f"is not {f'{word} or ' if word else ''}{valid}")
 
 
 # ----------------------------------------------------------------------------- messages

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
-from tiledcore.cli.choices import SIZE
-from tiledcore.cli.console import CommandError
+from tiledcore.cli.console import SIZE, CommandError
 from tiledcore.cli.model import INPAINTED_CHANNELS, check_size, check_tile, read_model
 from tiledcore.geometry import TileGrid
 from tiledcore.io.images import PictureError, check_regular, is_transparent, load_image, opened, to_rgb
 from tiledcore.io.preview import EVERY, Preview
 from tiledcore.io.writers import check_target
 
-if TYPE_CHECKING:
-    from tiledcore.compose.regions import Region
-
 
 def check(args: argparse.Namespace) -> Image.Image | None:
-    """Check all that can be known before loading. Sets ``args.size`` and ``args.known``; returns the init image.
+    """Check all that can be known before loading; returns the init image.
+
+    Sets ``args.size``, ``args.known``, ``args.mask``, ``args.preview`` and ``args.scene`` to what is meant by them.
 
     Raises:
         CommandError, ValueError: names the option, its value and what is valid.
@@ -56,9 +55,10 @@ def check(args: argparse.Namespace) -> Image.Image | None:
             f"--mask: the network of --model {args.model} takes {model.channels} channels, and can only be "
             f"inpainted with {' or '.join(map(str, INPAINTED_CHANNELS))}; --model earth-flux can be"
         )
-    image = None
+    image, unit = None, model.unit
     if args.init_image is not None:
-        image, unit = read_image(load_image, args.init_image), model.unit
+        with reading(args.init_image):
+            image = load_image(args.init_image)
         if args.size is None or isinstance(args.size, int):
             args.size = tuple(max(unit, side * (args.size or 1) // unit * unit) for side in image.size)
     if isinstance(args.size, int):
@@ -66,61 +66,52 @@ def check(args: argparse.Namespace) -> Image.Image | None:
     args.size = args.size or SIZE
     if args.mask is not None and image is not None:
         args.mask = _mask(args.mask, image.size)
-    check_size(args.size, model.unit)
+    check_size(args.size, unit)
     if args.out is not None:
         check_target(args.out, args.size)
-        _check_preview(args)
-    if args.regions is not None:
-        args.scene = _scene(args)
-    return image
-
-
-def _check_preview(args: argparse.Namespace) -> None:
     if args.preview is not None:
         if args.budget is not None:
             raise CommandError("--preview: its decode is not counted by --budget; give only one of them")
-        args.preview = Preview(args.preview, args.preview_every or EVERY)
         for option, path in (("--out", args.out), ("--init-image", args.init_image)):
-            if path is not None and args.preview.path.resolve() == path.resolve():
-                raise CommandError(f"--preview {args.preview.path}: is {option}; give it another name")
+            if path is not None and args.preview.resolve() == path.resolve():
+                raise CommandError(f"--preview {args.preview}: is {option}; give it another name")
+        args.preview = Preview(args.preview, args.preview_every or EVERY)
+    args.scene = [] if args.regions is None else _scene(args)
+    return image
 
 
 def _mask(path: Path, size: tuple[int, int]) -> Image.Image:
-    def read(path: Path) -> Image.Image:
-        with opened(path) as image:
-            if is_transparent(image):
-                raise PictureError(f"--mask {path}: has transparent pixels; make it white where to change, else black")
-            return to_rgb(image, f"--mask {path}").convert("L")
-
-    mask = read_image(read, path)
+    with reading(path), opened(path) as image:
+        if is_transparent(image):
+            raise PictureError(f"--mask {path}: has transparent pixels; make it white where to change, else black")
+        mask = to_rgb(image, f"--mask {path}").convert("L")
     if mask.size != size:
         raise CommandError(f"--mask {path}: is {mask.width}x{mask.height} px, --init-image {size[0]}x{size[1]} px")
-    if mask.getextrema()[1] < 128:
+    if not any(mask.histogram()[128:]):
         raise CommandError(f"--mask {path}: nothing in it is white, so there is nothing to change")
     return mask
 
 
-def _scene(args: argparse.Namespace) -> list[Region]:
+def _scene(args: argparse.Namespace) -> list[Any]:
     from tiledcore.compose.regions import load_scene
 
+    width, height = args.size
     try:
-        width, height = args.size
         check_regular(args.regions)
         scene = load_scene(args.regions, width, height, ("y" in args.wrap, "x" in args.wrap))
     except OSError as error:
         raise CommandError(f"{args.regions}: cannot be read: {error.strerror or error}") from error
-    seeds = [region for region in scene if region.seed is not None]
+    seeds = [region.seed for region in scene if region.seed is not None]
     if seeds and args.init_image is not None:
-        raise CommandError(
-            f"{args.regions}: seed={seeds[0].seed}: regions have no noise of their own with --init-image"
-        )
+        raise CommandError(f"{args.regions}: seed={seeds[0]}: regions have no noise of their own with --init-image")
     return scene
 
 
-def read_image(reader: Callable[[Path], Any], path: Path) -> Any:
-    """What ``reader`` makes of a picture file; its errors as a CommandError."""
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Errors of reading a picture file as a CommandError."""
     try:
-        return reader(path)
+        yield
     except PictureError as error:
         raise CommandError(str(error)) from error
     except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises on broken files

@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from tiledcore.io.writers import CHUNK, TILE, write_rows
+from tiledcore.io.writers import CHUNK, write_rows
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,18 @@ def check_regular(path: Path) -> None:
 
 
 @contextmanager
+def _unlimited(path: Path) -> Iterator[Image.Image]:
+    """The picture in a file, without Pillow's limit of pixels: to it 16384x16384 is an attack."""
+    check_regular(path)
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with Image.open(path) as image:
+            yield image
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+@contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
     """The picture in a file as Pillow opens it, rotated as its EXIF data says.
 
@@ -46,8 +58,7 @@ def opened(path: Path) -> Iterator[Image.Image]:
         OSError: not there, not an ordinary file, not a picture, or damaged.
         PictureError: more than :data:`MOST_PIXELS`, or see :func:`to_rgb`.
     """
-    check_regular(path)
-    with _any_size(), Image.open(path) as image:
+    with _unlimited(path) as image:
         if image.width * image.height > MOST_PIXELS:
             raise PictureError(
                 f"{path}: is {image.width}x{image.height} px; pictures are read up to {MOST_PIXELS:,} px (32768x32768)"
@@ -84,9 +95,9 @@ def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
 
 def is_transparent(image: Image.Image) -> bool:
     """Whether a picture of any mode has pixels that are not opaque."""
-    # Pillow cannot apply the transparent value of modes I and F.
-    possible = image.has_transparency_data and not image.mode.startswith(("I", "F"))
-    return possible and bool(np.asarray(_plain(image).convert("RGBA"))[..., 3].min() < 255)
+    if not image.has_transparency_data or image.mode.startswith(("I", "F")):  # Pillow cannot apply theirs
+        return False
+    return bool(np.asarray(_plain(image).convert("RGBA"))[..., 3].min() < 255)
 
 
 def _plain(image: Image.Image) -> Image.Image:
@@ -110,8 +121,7 @@ def _eight_bits(image: Image.Image, name: str) -> np.ndarray[Any, np.dtype[np.ui
 
 def save_image(image: Image.Image, path: Path, metadata: dict[str, Any]) -> None:
     """:func:`~tiledcore.io.writers.write_rows` for a picture that is there whole."""
-    pixels = np.asarray(image.convert("RGB"))
-    write_rows(path, image.size, np.split(pixels, range(TILE, len(pixels), TILE)), metadata)
+    write_rows(path, image.size, [np.asarray(image.convert("RGB"))], metadata)
 
 
 def read_metadata(path: Path) -> dict[str, Any] | None:
@@ -120,8 +130,7 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
     Raises:
         OSError: not there, not an ordinary file, or not a picture.
     """
-    check_regular(path)
-    with _any_size(), Image.open(path) as image:
+    with _unlimited(path) as image:
         tags = getattr(image, "tag_v2", None)  # of a TIFF
         text: Any = image.info.get(CHUNK) if tags is None else tags.get(ExifTags.Base.ImageDescription)
     try:
@@ -144,13 +153,3 @@ def readable(key: str, value: Any) -> str:
     if isinstance(value, list):
         return ("x" if key in ("size", "tile", "overlap", "halo") else " ").join(map(str, value)) or "-"
     return str(value)
-
-
-@contextmanager
-def _any_size() -> Iterator[None]:
-    """Switch Pillow's limit of pixels off: to it 16384x16384 is an attack."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit

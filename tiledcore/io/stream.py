@@ -6,7 +6,7 @@ device. Where it then decodes, the rows go to their consumer instead, and the pi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,7 +16,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor
 
 from tiledcore.feature import Feature
-from tiledcore.io.writers import Band
+from tiledcore.io.writers import TILE, Band
 from tiledcore.utils import replaced
 from tiledcore.vae.exact import joined_rows
 from tiledcore.vae.wrap import Continuation
@@ -24,7 +24,6 @@ from tiledcore.vae.wrap import Continuation
 Rows = Callable[[Iterator[Band]], None]
 """Takes the image from top to bottom as bands ``[rows, W, 3]`` uint8."""
 
-BAND_PX = 256
 CPU_BUDGET = 3 << 29
 """Bytes of activations that the decoder may keep on a CPU, 1.5 GiB: rows are asked for to save memory."""
 
@@ -70,7 +69,7 @@ class Streamed(Feature):
         self._height = latents.shape[-2] * self.around.factor - 2 * y
         image = self._decode(latents, return_dict=False)[0]
         if not self._decoded:  # it came whole; Qwen-Image's autoencoder is one of videos
-            self._take(iter((image[:, :, 0] if image.ndim == 5 else image).split(BAND_PX, dim=2)))
+            self._take((image[:, :, 0] if image.ndim == 5 else image).split(TILE, dim=2))
         small = latents.new_zeros(1, 3, *[1] * (latents.ndim - 4), 1 + 2 * y, 1 + 2 * x)
         return DecoderOutput(sample=small) if return_dict else (small,)
 
@@ -81,7 +80,7 @@ class Streamed(Feature):
         self._take(bands)
         return torch.zeros(1, 3, 1, 1, device=self.pipe.vae.device)
 
-    def _take(self, bands: Iterator[Tensor]) -> None:
+    def _take(self, bands: Iterable[Tensor]) -> None:
         self._decoded = True
         assert self.rows is not None
         parts, convert = self.around.crop_rows(bands, self._height), self.pipe.image_processor.postprocess

@@ -128,7 +128,7 @@ def _rebanded(bands: Iterable[Band], size: tuple[int, int]) -> Iterator[Band]:
         rows += len(band)
         if band.shape[1:] != (width, 3) or band.dtype != np.uint8 or rows > height:
             raise ValueError(f"bands: {band.dtype} {list(band.shape)} up to row {rows} of an RGB image of {size}")
-        held = np.concatenate([held, band])
+        held = np.concatenate([held, band]) if len(held) else band
         while len(held) >= TILE:
             yield held[:TILE]
             held = held[TILE:]
