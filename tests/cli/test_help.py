@@ -14,7 +14,7 @@ import torch
 from tiny_command import FAST, generate
 
 from tiledcore import __version__, ops
-from tiledcore.cli import console
+from tiledcore.cli import console, explain
 from tiledcore.cli import main as cli
 from tiledcore.cli.main import main
 
@@ -61,6 +61,15 @@ def test_explain_says_what_would_be_done_and_why(model: str, capsys: pytest.Capt
     assert lines[4].startswith("decode  row by row") and re.match(r"memory  [\d.]+ MiB predicted \(", lines[5])
     assert lines[6] == "seed    5" and "--stages auto" in lines[7] and lines[8:] == ["then    tiledcore view a.png"]
     assert "denoising" not in err and os.listdir() == []
+
+
+def test_a_step_of_too_many_tiles_is_not_simulated(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(explain, "MANY", 3)
+    assert generate(model, "--explain", "--tile", "16", "--overlap", "4") == 0
+    line = "memory  not predicted: to simulate a step of 4 tiles would take minutes"
+    assert line in capsys.readouterr().out.splitlines()
 
 
 def test_nothing_but_the_commands_own_lines_is_shown(model: str) -> None:

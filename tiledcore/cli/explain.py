@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from tiledcore.cli.console import DTYPES, CommandError, quiet, say
-from tiledcore.cli.model import check_size, default_dtype
+from tiledcore.cli.model import MEET, check_size, default_dtype
 from tiledcore.geometry import both
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ LARGE = 2048 * 2048
 MANY = 10_000
 """Tiles of one step. To simulate more of them takes minutes."""
 HINT = "tiles alone repeat the subject, because none of them sees the whole; --stages auto makes one composition"
-# That decide how tiles meet.
-OPTIONS = ("mode", "tile", "overlap", "window", "ramp", "motion", "halo")
 
 
 def explain(args: argparse.Namespace, pipe: TiledPipeline, metadata: dict[str, Any], whole: str | None) -> str:
@@ -34,7 +32,7 @@ def explain(args: argparse.Namespace, pipe: TiledPipeline, metadata: dict[str, A
 
     network, family = network_of(pipe.pipe)
     native = [pipe.vae_scale_factor * side for side in both(family.native(pipe.pipe, network))]
-    tiling, given = metadata["tiling"], [name for name in OPTIONS if getattr(args, name) is not None]
+    tiling, given = metadata["tiling"], [name for name in ("tile", *MEET) if getattr(args, name) is not None]
     height, width = (pipe.vae_scale_factor * side for side in tiling["tile"])
     chosen = f"asked for by --{', --'.join(given)}" if given else f"the default for {type(network).__name__}"
     if tiling["tiles"] == 1:

@@ -102,10 +102,7 @@ def profile(args: argparse.Namespace) -> None:
 
 
 def _times(events: Any, on_cuda: bool) -> str:
-    """Time of each labelled part as text, and the shares of the engine and the network.
-
-    ``events`` is ``torch.profiler.profile(...).key_averages()``; ``on_cuda``: the time of the device.
-    """
+    """Time of each labelled part of ``key_averages()`` as text, and the shares of the engine and the network."""
     from tiledcore.utils import LABELS, PREFIX
 
     found = {e.key.removeprefix(PREFIX): e for e in events if e.key.startswith(PREFIX)}

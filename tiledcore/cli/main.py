@@ -65,9 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-# ----------------------------------------------------------------------------- arguments
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise CommandError(f"{message} (see {self.prog} --help)")
@@ -229,9 +226,6 @@ def _number(low: float, high: float, above: bool = False, word: str | None = Non
     valid = f"a number above {low:g} up to {high:g}" if above else f"a number from {low:g} to {high:g}"
     pattern = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?" + (f"|{word}" if word else "")
     return _typed(pattern, convert, f"is not {f'{word} or ' if word else ''}{valid}")
-
-
-# ----------------------------------------------------------------------------- messages
 
 
 def _explain(error: BaseException) -> str:

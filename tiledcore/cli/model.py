@@ -26,6 +26,8 @@ VAE_FACTOR = 8  # of nearly all autoencoders
 PACKED = ("FluxTransformer2DModel", "QwenImageTransformer2DModel")
 INPAINTED_CHANNELS = (4, 9)
 """Of the UNets that diffusers' inpainting pipelines take."""
+# Options that decide how tiles meet, named as in TilingConfig.
+MEET = ("mode", "overlap", "window", "ramp", "motion", "halo")
 # What a model was trained with, so that its scheduler must support it.
 CONVENTIONS = ("prediction_type", "timestep_spacing", "rescale_betas_zero_snr")
 
@@ -43,11 +45,7 @@ class Model:
 
 
 def read_model(name: str) -> Model:
-    """Read the configuration files of an embedded model, a folder, or a model on the hub.
-
-    Raises:
-        CommandError: it is none, or cannot be tiled.
-    """
+    """Read the configuration files of an embedded model, a folder, or a model on the hub; refuse what is not tiled."""
     folder = _folder(name)
     if folder is None:
         return Model(name)
@@ -163,11 +161,7 @@ def _json(path: Path) -> dict[str, Any] | None:
 
 
 def open_pipeline(args: argparse.Namespace, seed: int) -> TiledPipeline:
-    """The model on its device, with the tiling and scheduler that were asked for.
-
-    Raises:
-        CommandError, ValueError: names the option, its value and what is valid.
-    """
+    """The model on its device, with the tiling and scheduler that were asked for."""
     import diffusers
     import torch
 
@@ -206,8 +200,7 @@ def _config(args: argparse.Namespace, seed: int, default: TilingConfig) -> Tilin
     """The tiling that was asked for; without any option of how tiles meet, ``default`` says how."""
     from tiledcore.config import Motion, TilingConfig
 
-    meet = ("mode", "overlap", "window", "ramp", "motion", "halo")
-    given = {name: value for name in meet if (value := getattr(args, name)) is not None}
+    given = {name: value for name in MEET if (value := getattr(args, name)) is not None}
     wrap = ("y" in args.wrap, "x" in args.wrap)
     base = TilingConfig() if given else default
     config = replace(base, tile=args.tile, wrap=wrap, **given)

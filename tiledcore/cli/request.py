@@ -14,30 +14,28 @@ from tiledcore.cli.console import SIZE, CommandError
 from tiledcore.cli.model import INPAINTED_CHANNELS, check_size, check_tile, read_model
 from tiledcore.geometry import TileGrid
 from tiledcore.io.images import PictureError, check_regular, is_transparent, load_image, opened, to_rgb
-from tiledcore.io.preview import EVERY, Preview
+from tiledcore.io.preview import Preview
 from tiledcore.io.writers import check_target
 
 
 def check(args: argparse.Namespace) -> Image.Image | None:
     """Check all that can be known before loading; returns the init image.
 
-    Sets ``args.size``, ``args.known``, ``args.mask``, ``args.preview`` and ``args.scene`` to what is meant by them.
-
-    Raises:
-        CommandError, ValueError: names the option, its value and what is valid.
+    ``args`` gets the settled ``size``, ``mask``, ``preview`` and ``scene``, and a :class:`Model` as ``known``.
+    An error (CommandError, ValueError) names the option, its value and what is valid.
     """
     for option, text in (("PROMPT", args.prompt), ("--negative-prompt", args.negative_prompt)):
         if text is not None and not text.isascii() and text != text.encode(errors="ignore").decode():
             raise CommandError(f"{option}: is not valid UTF-8")
-    for option, given, other, needed in (
+    for option, given, other, there in (
         ("--strength", args.strength, "--init-image or --stages", args.init_image or args.stages),
         ("--mask", args.mask, "--init-image", args.init_image),
-        ("--keep-colour", args.keep_colour or None, "--init-image", args.init_image),
-        ("--halo", args.halo, "--mode canvas", True if args.mode == "canvas" else None),
+        ("--keep-colour", args.keep_colour, "--init-image", args.init_image),
+        ("--halo", args.halo, "--mode canvas", args.mode == "canvas"),
         ("--checkpoint-every", args.checkpoint_every, "--checkpoint", args.checkpoint),
         ("--preview-every", args.preview_every, "--preview", args.preview),
     ):
-        if given is not None and needed is None:
+        if given and not there:
             raise CommandError(f"{option}: only used with {other}")
     if args.mask is not None and args.stages is not None:
         raise CommandError("--stages: not used with --mask, whose surroundings are there already")
@@ -75,7 +73,7 @@ def check(args: argparse.Namespace) -> Image.Image | None:
         for option, path in (("--out", args.out), ("--init-image", args.init_image)):
             if path is not None and args.preview.resolve() == path.resolve():
                 raise CommandError(f"--preview {args.preview}: is {option}; give it another name")
-        args.preview = Preview(args.preview, args.preview_every or EVERY)
+        args.preview = Preview(args.preview, args.preview_every or Preview.every)
     args.scene = [] if args.regions is None else _scene(args)
     return image
 

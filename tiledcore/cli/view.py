@@ -142,11 +142,7 @@ def _integers(value: Any) -> list[int]:
 
 
 class Server(ThreadingHTTPServer):
-    """Serves one picture, on the loopback interface only; ``port`` 0 is any that is free.
-
-    Raises:
-        OSError: the port cannot be had.
-    """
+    """Serves one picture, on the loopback interface only; ``port`` 0 is any that is free, an OSError if it is not."""
 
     daemon_threads = True
 

@@ -23,10 +23,7 @@ class Levels:
     """The tiles of one picture, for several threads; a context manager that closes the file.
 
     A TIFF with these levels as its pages (:func:`tiledcore.io.writers.write_rows`) is never read whole. Any other
-    picture is decoded once and needs 5.3 bytes of memory per pixel.
-
-    Args:
-        path: any picture that Pillow opens.
+    picture that Pillow opens is decoded once and needs 5.3 bytes of memory per pixel.
 
     Raises:
         OSError, ValueError, SyntaxError: it cannot be read, or is not a picture.

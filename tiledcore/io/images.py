@@ -56,7 +56,7 @@ def opened(path: Path) -> Iterator[Image.Image]:
 
     Raises:
         OSError: not there, not an ordinary file, not a picture, or damaged.
-        PictureError: more than :data:`MOST_PIXELS`, or see :func:`to_rgb`.
+        PictureError: more than :data:`MOST_PIXELS`.
     """
     with _unlimited(path) as image:
         if image.width * image.height > MOST_PIXELS:
@@ -125,11 +125,7 @@ def save_image(image: Image.Image, path: Path, metadata: dict[str, Any]) -> None
 
 
 def read_metadata(path: Path) -> dict[str, Any] | None:
-    """The settings that :func:`save_image` stored, or None where there are none.
-
-    Raises:
-        OSError: not there, not an ordinary file, or not a picture.
-    """
+    """The settings that :func:`save_image` stored, or None; an OSError where there is no picture."""
     with _unlimited(path) as image:
         tags = getattr(image, "tag_v2", None)  # of a TIFF
         text: Any = image.info.get(CHUNK) if tags is None else tags.get(ExifTags.Base.ImageDescription)

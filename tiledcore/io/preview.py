@@ -27,15 +27,13 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a command's path is chec
 
 logger = logging.getLogger(__name__)
 
-EVERY = 5
-
 
 @dataclass(frozen=True)
 class Preview:
     """Where a call of a :class:`~tiledcore.TiledPipeline` shows how far it is, and how often.
 
-    Of several images the first one is shown. The file is always complete, and stays when the call is finished. If it
-    cannot be written, or memory does not suffice for it, a warning says so and the call goes on without previews.
+    Of several images the first one is shown. The file is always complete, and stays. If it cannot be written, or memory
+    does not suffice for it, a warning says so and the call goes on without previews.
 
     Args:
         path: of the file; its extension is one of :data:`tiledcore.io.writers.FORMATS`.
@@ -46,7 +44,7 @@ class Preview:
     """
 
     path: Path
-    every: int = EVERY
+    every: int = 5
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))
@@ -60,8 +58,7 @@ class Preview:
 class Previewing(Feature):
     """The previews of one call. It has to be made before anything replaces the autoencoder's ``decode``.
 
-    ``native`` is (height, width) of the network's training images in latent pixels, ``unit`` latent pixels per canvas
-    pixel along each axis.
+    ``native`` is the (height, width) that the network was trained at, ``unit`` a token's side, both in latent pixels.
     """
 
     every_step = True

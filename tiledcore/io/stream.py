@@ -37,8 +37,8 @@ def why_not_streamed(pipe: Any) -> str | None:
 class Streamed(Feature):
     """Gives what the pipeline decodes to ``rows``, in the 8 bits that ``output_type="pil"`` would have.
 
-    ``rows`` is called once, in the place of the decode; None: nothing changes. ``around`` is what
-    :func:`tiledcore.vae.wrap.wrapped` has added to the latents, and is cut off the rows.
+    ``rows`` is called once, in the place of the decode; None: nothing changes. ``around``, which
+    :func:`tiledcore.vae.wrap.wrapped` has added to the latents, is cut off.
 
     Raises:
         ValueError: the pipeline must see the whole image, or decodes several or none.

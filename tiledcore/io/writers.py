@@ -67,12 +67,8 @@ def write_rows(path: Path, size: tuple[int, int], bands: Iterable[Band], metadat
 
     PNG and TIFF need a few hundred rows in memory at a time; JPEG and WebP the whole image, 4 bytes per pixel. A TIFF
     is a BigTIFF of deflated RGB tiles of ``TILE`` px with a pyramid of reduced pages, each half of the one before.
-
-    Args:
-        path: its extension is one of :data:`FORMATS`.
-        size: width and height.
-        bands: ``[rows, width, 3]`` uint8, any number of rows each, from top to bottom.
-        metadata: stored in a PNG or TIFF as JSON; of a PNG, its ``prompt`` is the standard description too.
+    ``size`` is (width, height). ``bands`` are ``[rows, width, 3]`` uint8, any number of rows each, from top to bottom.
+    ``metadata`` is stored in a PNG or TIFF as JSON; of a PNG, its ``prompt`` is the standard description too.
 
     Raises:
         OSError: it could not be written.
@@ -96,8 +92,7 @@ def write_rows(path: Path, size: tuple[int, int], bands: Iterable[Band], metadat
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Open a new file for reading and writing; it replaces ``path`` when the block ends without an error.
 
-    Raises:
-        OSError: it could not be written. After any error ``path`` is as it was, and nothing else is left.
+    After an error ``path`` is as it was, and nothing else is left.
     """
     # In the same folder, because a rename is atomic only within one file system. Not made by tempfile, whose
     # files only their owner may read.
