@@ -61,7 +61,7 @@ def explain(args: argparse.Namespace, pipe: TiledPipeline, metadata: dict[str, A
 
 def memory(args: argparse.Namespace, pipe: TiledPipeline, tiles: int, whole: bool) -> str:
     """The predicted peak of tensors on the device, in words; takes seconds, because one step is simulated."""
-    if tiles > MANY:
+    if tiles > MANY and pipe.tiling.mode == "tiles":
         return f"not predicted: to simulate a step of {tiles} tiles would take minutes"
     from tiledcore.io.stream import CPU_BUDGET
     from tiledcore.memory.architectures import architecture

@@ -138,15 +138,15 @@ def _make(
     """Make the image and write it."""
     import torch
 
-    def write(bands: Iterable[Band]) -> None:
+    def write(bands: Iterable[Band], size: tuple[int, int]) -> None:
         try:
-            write_rows(args.out, args.size, bands, metadata)
+            write_rows(args.out, size, bands, metadata)
         except OSError as error:
             raise CommandError(f"{args.out} was not written: {error.strerror or error}") from error
 
     def rows(bands: Iterator[Band]) -> None:
         say("decoding")
-        write(bands)
+        write(bands, args.size)
 
     # Drawn on the CPU, so that a seed means the same noise on every device.
     output = pipe(**call, generator=torch.Generator().manual_seed(metadata["seed"]), rows=None if whole else rows)
@@ -158,7 +158,7 @@ def _make(
     if "mask_image" in call:  # what is outside of it went through the autoencoder all the same
         picture = Image.composite(picture, call["image"].resize(picture.size), call["mask_image"])
     if leads():
-        write([np.asarray(picture.convert("RGB"))])
+        write([np.asarray(picture.convert("RGB"))], picture.size)
 
 
 def call_arguments(args: argparse.Namespace, pipe: TiledPipeline, image: Image.Image | None) -> dict[str, Any]:
