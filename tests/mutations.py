@@ -42,7 +42,8 @@ FAULTS = {
     "h": ("ops/dispatch.py", "    if torch.version.hip:\n", "    if False:\n", CHOICE),
     "i": ("ops/dispatch.py", "if major < 8 and (", "if False and (", CHOICE),
     "lists": ("loop/graph.py", "(body, keeps, used)", "(body, keeps)", GRAPH + "lists_that_a_graph_reads_live"),
-    "tiles": ("tiles/denoiser.py", "return alike and", "return uniform and", REPLAY + "tiles_of_one_size_in_some"),
+    "tiles": ("tiles/denoiser.py", "return alike and", "return len(tiling.groups) == 1 and",
+              REPLAY + "tiles_of_one_size_in_some"),
     "budget": ("call.py", "            graphs.release()", "            pass", REPLAY + "with_a_budget_no_graph"),
 }  # fmt: skip
 """Name -> file, what is there, the fault, the start of the test's name."""

@@ -71,11 +71,10 @@ class NetworkHook:
 
     engine: Engine | None = None  # What moves the canvas during a call of a :class:`~tiledcore.TiledPipeline`
     control: ControlHook | None = None  # Of the pipeline's ControlNet
-    looks_at: Callable[[int, int], None] = staticmethod(lambda height, width: None)  # Told the canvas' size, px
     regions: Any = None  # Prompts of parts of the canvas, a :class:`~tiledcore.compose.regional.Regional`
 
-    def __init__(self, denoiser: TileDenoiser, family: Family, network: Any, scheduler: Any) -> None:
-        self.denoiser, self.family, self.network, self.scheduler = denoiser, family, network, scheduler
+    def __init__(self, denoiser: TileDenoiser, family: Family, network: Any, pipe: Any, given: dict[str, Any]) -> None:
+        self.denoiser, self.family, self.network, self.pipe, self.given = denoiser, family, network, pipe, given
         self._stateful: list[Any] | None = None
         self._parameters = signature(type(uncompiled(network)).forward)
 
@@ -84,10 +83,10 @@ class NetworkHook:
 
         Told by the scheduler, which counts its steps, or by where the timestep lies in the schedule.
         """
-        denoiser, schedule = self.denoiser, getattr(self.scheduler, "timesteps", None)
+        denoiser, scheduler = self.denoiser, self.pipe.scheduler
         if denoiser.config.moving is None or denoiser.timesteps is None:
             return timestep
-        place = getattr(self.scheduler, "step_index", None)
+        place, schedule = getattr(scheduler, "step_index", None), getattr(scheduler, "timesteps", None)
         if place is None and isinstance(timestep, torch.Tensor) and isinstance(schedule, torch.Tensor):
             ahead, rest = divmod(timestep.data_ptr() - schedule.data_ptr(), schedule.itemsize)
             place = ahead if rest == 0 and 0 <= ahead < len(schedule) else None
@@ -109,8 +108,7 @@ class NetworkHook:
         engine = self.engine
         if engine is not None and not engine.runs(arguments[family.timestep]):
             engine = None
-        canvas = None if engine else family.canvas(arguments)
-
+        canvas: Any = None if engine else family.canvas(arguments)
         batches = count()
 
         def forward(tiles: torch.Tensor, timestep: Any, **conditions: Any) -> tuple[torch.Tensor]:
@@ -118,8 +116,8 @@ class NetworkHook:
             if tiles is canvas:  # one tile: the call as it came, so that no bit changes
                 inputs = arguments | conditions
             else:
-                whole = engine.buffers.model_input if canvas is None and engine is not None else canvas
-                if whole is None or tiles.shape[2:] != whole.shape[2:]:
+                whole = canvas if engine is None else engine.buffers.model_input
+                if tiles.shape[2:] != whole.shape[2:]:
                     kept = self._kept()
                 inputs = {**conditions, family.timestep: timestep}
                 inputs |= family.tiles(tiles, inputs, self.denoiser.pixels)
@@ -131,20 +129,21 @@ class NetworkHook:
 
         conditions = {name: v for name, v in arguments.items() if name not in (family.sample, family.timestep)}
         conditions["regions"] = self.regions
-        if canvas is not None:
+        if engine is None:
             if canvas.ndim != 4:
                 raise ValueError(
                     f"{family.sample}: {tuple(canvas.shape)} is no image [B, C, H, W], and cannot be tiled"
                 )
             conditions |= self._for_family(canvas, arguments[family.sample])
-            self.looks_at(canvas.shape[2] * self.denoiser.pixels, canvas.shape[3] * self.denoiser.pixels)
+            check_size(
+                self.pipe, self.given, (canvas.shape[2] * self.denoiser.pixels, canvas.shape[3] * self.denoiser.pixels)
+            )
         if self.control is not None:
             conditions = self.control.take(conditions)
         if engine is not None:
             engine.look(arguments, family, self.denoiser)
             prediction = engine.run_step(self.denoiser, forward, arguments[family.timestep], conditions)
         else:
-            assert canvas is not None
             if self.engine is not None:
                 self.engine.denoiser = self.engine.own.denoiser = self.denoiser
                 self.engine.own.canvas_size = (canvas.shape[2], canvas.shape[3])
@@ -190,12 +189,10 @@ def tiled(
             stack.callback(attention.remove, network)
         tokens = _tokens_seen(config, native, family.patch(network))
         stack.enter_context(_limited_shift(pipe.scheduler, tokens, family.dynamic_shift))
-        hook = NetworkHook(denoiser, family, network, pipe.scheduler)
-        takes, factor = signature(type(pipe).__call__).parameters, factor_of(pipe)
-        hook.looks_at = lambda height, width: check_size(pipe, given or {}, takes, factor, (height, width))
+        hook = NetworkHook(denoiser, family, network, pipe, given or {})
         around: list[tuple[Any, Any]] = [(network, hook)]
         if (other := getattr(pipe, "unconditional_transformer", None)) is not None:  # Ideogram 4's
-            around.append((other, NetworkHook(denoiser, family, other, pipe.scheduler)))
+            around.append((other, NetworkHook(denoiser, family, other, pipe, {})))
         if isinstance(controlnet := getattr(pipe, "controlnet", None), torch.nn.Module):
             if config.mode == "canvas" and set(network.modules()) & set(controlnet.modules()):  # Z-Image's
                 raise ValueError("controlnet: shares layers with the network; use mode='tiles' in place of 'canvas'")
@@ -212,26 +209,21 @@ def _denoiser(pipe: Any, config: TilingConfig, execution: Execution, kind: Calla
     network, family = network_of(pipe)
     native = family.native(pipe, network)
     unit = family.unit(network)
-    denoiser = kind(config, execution, native, factor_of(pipe), family.patch(network), unit, snap_of(pipe))
+    # With a ControlNet or an adapter, tiles begin where all levels of the network have pixels.
+    levels = len(getattr(uncompiled(network).config, "block_out_channels", (1,))) if is_hinted(pipe) else 1
+    denoiser = kind(config, execution, native, factor_of(pipe), family.patch(network), unit, 2 ** (levels - 1))
     height, width = both(config.tile or native)
     denoiser.tiling(2 * height // unit, 2 * width // unit, 0)
-    scheduler, clock = pipe.scheduler, family.clock
-    read: dict[str, Any] = {"timesteps": None}
+    scheduler, read = pipe.scheduler, dict[str, Any](timesteps=None)
 
     def timesteps() -> list[float]:  # asks the device once per schedule
         if scheduler.timesteps is not read["timesteps"]:
             read["timesteps"] = scheduler.timesteps
-            read["times"] = clock(torch.as_tensor(scheduler.timesteps).float()).tolist()
+            read["times"] = family.clock(torch.as_tensor(scheduler.timesteps).float()).tolist()
         return read["times"]
 
     denoiser.timesteps = timesteps
     return denoiser
-
-
-def snap_of(pipe: Any) -> int:
-    """Tiles must begin at multiples of this, latent pixels. It is above 1 with a ControlNet or an adapter."""
-    levels = len(getattr(uncompiled(network_of(pipe)[0]).config, "block_out_channels", (1,)))
-    return 2 ** (levels - 1) if is_hinted(pipe) else 1
 
 
 class TiledCalls:

@@ -7,15 +7,13 @@ anything of ours. Instead the object gets a subclass of its class whose ``__call
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from threading import Lock, get_ident
 from typing import Any
 
 Around = Callable[..., Any]  # ``around(call, *args, **kwargs)``; ``call`` takes the arguments of the object's own call
 
-_Entry = tuple[Around, int | None]  # and the thread whose calls it is for; None: all
-
-_NAME = "_tiledcore_around"
+_NAME = "_tiledcore_around"  # attribute -> pairs of a function and the thread whose calls it is for; None: all
 _lock = Lock()
 
 
@@ -25,7 +23,7 @@ def intercept(owner: Any, around: Around, this_thread: bool = False) -> None:
     ``this_thread``: only for calls from this thread; another one may have a pipeline that shares the network.
     """
     with _lock:
-        stack: tuple[_Entry, ...] = vars(owner).get(_NAME, ())
+        stack = vars(owner).get(_NAME, ())
         if not stack:
             owner.__class__ = _intercepted(type(owner))
         vars(owner)[_NAME] = (*stack, (around, get_ident() if this_thread else None))
@@ -54,17 +52,9 @@ def _here(owner: Any) -> tuple[Around, ...]:
 def _intercepted(kind: type) -> type:
     @wraps(kind.__call__)  # whoever reads the signature sees the object's own
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _run(self, kind, _here(self), args, kwargs)
+        inner = partial(kind.__call__, self)
+        for around in _here(self):
+            inner = partial(around, inner)
+        return inner(*args, **kwargs)
 
     return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__, "__doc__": kind.__doc__})
-
-
-def _run(owner: Any, kind: type, stack: tuple[Around, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call through the functions of ``stack``, the last one first."""
-    if not stack:
-        return kind.__call__(owner, *args, **kwargs)
-
-    def inner(*args: Any, **kwargs: Any) -> Any:
-        return _run(owner, kind, stack[:-1], args, kwargs)
-
-    return stack[-1](inner, *args, **kwargs)

@@ -61,7 +61,7 @@ def test_in_guess_mode_each_tile_gets_its_own_part_of_the_residuals(pipe: Any, m
     evaluate, network = TileDenoiser.evaluate, TileDenoiser._network
 
     def spy(self: Any, forward: Any, sample: Any, timestep: Any, **kwargs: Any) -> Any:
-        whole.append((self._offsets.tolist(), kwargs))
+        whole.append((self._parts[0].tolist(), kwargs))
         return evaluate(self, forward, sample, timestep, **kwargs)
 
     def look(forward: Any, inputs: torch.Tensor, **kwargs: Any) -> torch.Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 from tiledcore.geometry import Pair
+from tiledcore.tiles.family import factor_of
 
 ROUNDED = 64  # px: pipelines may round a size by less than this
 KEPT_BY = {
@@ -21,14 +23,8 @@ SET_BY = {
 """Pipelines -> what must be set on them before the call."""
 
 
-def check_size(pipe: Any, given: dict[str, Any], takes: Any, factor: int, made: Pair) -> None:
-    """Compare ``height`` and ``width`` of a call with the canvas ``made``, both px.
-
-    Args:
-        pipe: the pipeline.
-        given: the arguments that the caller gave, by name.
-        takes: names of all arguments of its call.
-        factor: image px per latent pixel.
+def check_size(pipe: Any, given: dict[str, Any], made: Pair) -> None:
+    """Compare ``height`` and ``width`` that the caller gave, by name in ``given``, with the canvas ``made``, both px.
 
     Raises:
         ValueError: they differ by more than a rounding, and the caller did not ask for that.
@@ -38,11 +34,11 @@ def check_size(pipe: Any, given: dict[str, Any], takes: Any, factor: int, made: 
         return
     if abs(height - made[0]) < ROUNDED and abs(width - made[1]) < ROUNDED:
         return
-    name = type(pipe).__name__
+    name, takes = type(pipe).__name__, signature(type(pipe).__call__).parameters
     ways = [way for argument, way in KEPT_BY.items() if argument in takes]
     ways += [SET_BY[name]] if name in SET_BY else []
     area = height * width
-    way = ", ".join(ways).format(area=area, side=round(area**0.5 / factor), height=height, width=width)
+    way = ", ".join(ways).format(area=area, side=round(area**0.5 / factor_of(pipe)), height=height, width=width)
     raise ValueError(
         f"height={height}, width={width}: {name} denoises an image of {made[1]}x{made[0]} px (width x height) instead; "
         + (f"give {way}" if way else "leave height and width out")

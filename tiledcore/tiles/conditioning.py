@@ -58,6 +58,11 @@ class TileBatch(NamedTuple):
         """An argument of unknown meaning: an image of the canvas' size is cropped, another tensor repeated."""
         return self.crop(value) if value.ndim == 4 and value.shape[2:] == self.canvas else self.repeat(value)
 
+    def gather(self, canvas: Tensor) -> Tensor:
+        """The tiles ``[batch * T, C, h, w]`` of a canvas."""
+        tiles = ops.gather_tiles(canvas, self.offsets, self.tile, impl=self.impl)
+        return swap_major(tiles, len(self.offsets), self.batch)
+
     def crop(self, image: Tensor) -> Tensor:
         """Each tile's part of an image ``[B, C, (1,) H, W]`` of any resolution, or of tokens ``[B, N(, C)]``."""
         if image.ndim == 5:

@@ -4,30 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from inspect import signature
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from tiledcore import ops
 from tiledcore._diffusers import uncompiled
-from tiledcore.tiles.conditioning import RESIDUALS, TileBatch, conditions, images_of, swap_major
-from tiledcore.tiles.denoiser import TileDenoiser
-from tiledcore.tiles.families import Family
+from tiledcore.tiles.conditioning import RESIDUALS, TileBatch, conditions, images_of
 
 LATER = (torch.zeros(1),)
 """What a pipeline gets and passes on for the residuals of the canvas, which nobody computes."""
 TEXTS = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections", "added_cond_kwargs")
 """What depends on the prompt."""
-
-
-class Tiled(Protocol):
-    """What stands around the network."""
-
-    denoiser: TileDenoiser
-    family: Family
-
-    def time(self, timestep: Any) -> Any:
-        """The timestep as the host knows it."""
 
 
 class ControlHook:
@@ -39,8 +26,8 @@ class ControlHook:
     residuals the pipeline changes, it runs on the canvas as in diffusers.
     """
 
-    def __init__(self, hook: Tiled, network: Any) -> None:
-        self.hook, self.family = hook, hook.family
+    def __init__(self, hook: Any, network: Any) -> None:
+        self.hook, self.family = hook, hook.family  # a NetworkHook
         self._network, self._parameters = network, signature(type(uncompiled(network)).forward)
         self._waiting: tuple[Callable[..., Any], dict[str, Any]] | None = None
 
@@ -61,36 +48,23 @@ class ControlHook:
         names = [name for name in RESIDUALS if arguments.get(name) is not None]
         if self._waiting is None or not names:
             return arguments
-        call, given = self._waiting
-        kept = {name: value for name, value in arguments.items() if name not in names}
+        call, waiting = self._waiting
+        family, whole = self.family, self.family.canvas(waiting)
         # Text that the pipeline gave to both: the network's may be that of a region or of a tile.
-        texts = [name for name in TEXTS if given.get(name) is not None and given[name] is arguments.get(name)]
+        texts = [name for name in TEXTS if waiting.get(name) is not None and waiting[name] is arguments.get(name)]
 
         def residuals(part: TileBatch, inputs: dict[str, Any]) -> dict[str, Any]:
-            return self._residuals(call, given, names, part, {name: inputs[name] for name in texts})
+            given, canvas = waiting, whole
+            if part.images != slice(None):
+                given, canvas = images_of(given, part.images, len(canvas)), canvas[part.images]
+            if canvas.shape[2:] != part.canvas or len(canvas) != part.batch:
+                raise ValueError(
+                    f"controlnet: was given a canvas of {tuple(canvas.shape)}, and the network one of {part.batch} "
+                    f"images of {part.canvas}; they must be the same"
+                )
+            own = conditions({name: given[name] for name in given if name != family.sample}, part)
+            own |= {name: inputs[name] for name in texts}
+            result = call(**own | family.tiles(part.gather(canvas), own, part.pixels))
+            return dict(zip(names, result, strict=False)) if isinstance(result, tuple) else {names[0]: result}
 
-        return kept | {"per_tile": (residuals,)}
-
-    def _residuals(
-        self,
-        call: Callable[..., Any],
-        given: dict[str, Any],
-        names: list[str],
-        part: TileBatch,
-        texts: dict[str, Any],
-    ) -> dict[str, Any]:
-        """The residuals of some tiles, by the names that the network has for them; ``texts``: their prompts."""
-        family = self.family
-        canvas = family.canvas(given)
-        if part.images != slice(None):
-            given, canvas = images_of(given, part.images, len(canvas)), canvas[part.images]
-        if canvas.shape[2:] != part.canvas or len(canvas) != part.batch:
-            raise ValueError(
-                f"controlnet: was given a canvas of {tuple(canvas.shape)}, and the network one of {part.batch} images "
-                f"of {part.canvas}; they must be the same"
-            )
-        tiles = ops.gather_tiles(canvas, part.offsets, part.tile, impl=part.impl)
-        tiles = swap_major(tiles, len(part.offsets), part.batch)
-        inputs = conditions({name: value for name, value in given.items() if name != family.sample}, part) | texts
-        result = call(**inputs | family.tiles(tiles, inputs, part.pixels))
-        return dict(zip(names, result, strict=False)) if isinstance(result, tuple) else {names[0]: result}
+        return {name: arguments[name] for name in arguments if name not in names} | {"per_tile": (residuals,)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from random import Random
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tiledcore import ops
-from tiledcore.config import Execution, Motion, TilingConfig
+from tiledcore.config import Execution, TilingConfig
 from tiledcore.geometry import Pair, TileGrid, Tiling
 from tiledcore.tiles.conditioning import TileBatch, check_residuals, conditions, images_of, swap_major
 from tiledcore.utils import label, to_device
@@ -54,70 +55,63 @@ def run_all(batches: Sequence[Any], run: Callable[[Any], Tensor], sample: Tensor
     return map(run, batches)
 
 
+@dataclass(eq=False)
 class TileDenoiser:
-    """A denoiser's forward over a canvas of any size, evaluated on overlapping tiles.
+    """A denoiser's forward over a canvas of any size, evaluated on overlapping tiles."""
 
-    Args:
-        config: the tiling.
-        execution: how it is computed.
-        native: tile size (latent pixels) where the config has none.
-        pixels: image pixels per latent pixel, for SDXL's crop coordinates.
-        patch: latent pixels per token along an axis, of which a tile must be a multiple.
-        unit: latent pixels per canvas pixel along an axis: ``patch`` for packed latents, else 1.
-        snap: tiles begin at multiples of so many latent pixels, where tile and canvas are such multiples.
-    """
+    config: TilingConfig
+    execution: Execution
+    native: int | Pair  # Tile size (latent pixels) where the config has none
+    pixels: int  # Given: image pixels per latent pixel; kept: per canvas pixel
+    patch: int = 1  # Latent pixels per token along an axis, of which a tile must be a multiple
+    unit: int = 1  # Latent pixels per canvas pixel along an axis: ``patch`` for packed latents
+    snap: int = 1  # Tiles begin at multiples of so many latent pixels, where tile and canvas are such multiples
 
-    def __init__(
-        self,
-        config: TilingConfig,
-        execution: Execution,
-        native: int | Pair,
-        pixels: int,
-        patch: int = 1,
-        unit: int = 1,
-        snap: int = 1,
-    ) -> None:
-        self.snap = snap
-        self.config, self.execution, self.native, self.patch, self.unit = config, execution, native, patch, unit
-        self.pixels = pixels * unit  # per canvas pixel
-        self.tile_batch = execution.tile_batch  # as long as it fits
-        self.attention: Any = None  # of canvas mode: its guidance_batch is what can be lowered
-        self.branches = 1  # of guidance, where the network's rows are known to be independent
-        self.deal: Deal = run_all
+    attention: Any = None  # Of canvas mode: its guidance_batch is what can be lowered
+    branches: int = 1  # Of guidance, where the network's rows are known to be independent
+    deal: Deal = run_all
+    timesteps: Callable[[], Sequence[float]] | None = None
+    """Those of the running schedule, as the network gets them; what shifts and blended steps count."""
+
+    def __post_init__(self) -> None:
+        self.pixels *= self.unit
+        self.tile_batch = self.execution.tile_batch  # as long as it fits
         self.reductions: list[str] = []
-        self._grid: TileGrid | None = None
         self.placed: Tiling | None = None  # The tiles of the step that is running
-        self._offsets: Tensor | None = None  # Of the running step, where all its tiles have one size
-        self._parts: tuple[Tensor, ...] = ()  # Of the running step, for each size of tiles
-        self._there: dict[Tiling, tuple[Tensor, ...]] = {}  # Of all steps of the schedule
+        self._grid: TileGrid | None = None
+        self._parts: tuple[Tensor, ...] = ()  # Their offsets, for each size of tiles
+        self._there: dict[Tiling, tuple[Tensor, ...]] = {}  # Those of all steps of the schedule
         self._tiles: Tensor | None = None
-        self._origin: Tensor | None = None
-        self.timesteps: Callable[[], Sequence[float]] | None = None
-        """Those of the running schedule, as the network gets them; what shifts and blended steps count."""
 
     def tiling(self, height: int, width: int, timestep: Time) -> Tiling:
         """The tiles of this step: always the same ones, or shifted from step to step."""
         if self._grid is None or (self._grid.height, self._grid.width) != (height, width):
-            grid = self.config.grid(height * self.unit, width * self.unit, self.native, self.unit, self.snap)
-            tile = (grid.tile_size[0] * self.unit, grid.tile_size[1] * self.unit)
-            size = (height * self.unit, width * self.unit)
-            # Lines that move do so by eighths of a tile, and what is left at the canvas' end is a tile too.
-            moves = self.config.moving is not None and self.unit == 1
-            asked = self.config.tile_on(size, self.native)
-            whole = tile != asked  # the canvas is smaller than a tile: nothing moves
-            least = 8 * self.patch if moves and self.patch > 1 and not whole else self.patch
-            if any(n % least for n in tile) or (moves and any(n % self.patch for n in size)):
-                raise ValueError(
-                    f"tile={tile} on a canvas of {size[0]}x{size[1]} latent pixels: a token has "
-                    f"{self.patch}x{self.patch} of them, so that a tile's sides must be multiples of {least}"
-                )
-            self._grid = grid
+            self._grid = self._checked_grid((height * self.unit, width * self.unit))
         grid, motion = self._grid, self.config.moving
-        if motion is None or self._blends(motion, timestep):
+        if motion is None:
             return grid
         if motion.blended:
+            if self.timesteps is not None:
+                index, steps = self.step(timestep)
+                if index < motion.blend_first or index >= steps - motion.blend_last:
+                    return grid
             grid = TileGrid(grid.height, grid.width, grid.tile_size, wrap=grid.wrap)
         return grid.shifted(self.step(timestep)[0], motion.seed)
+
+    def _checked_grid(self, size: Pair) -> TileGrid:
+        """The grid of a canvas of latent pixels, whose tiles must be whole tokens."""
+        grid = self.config.grid(*size, self.native, self.unit, self.snap)
+        tile = (grid.tile_size[0] * self.unit, grid.tile_size[1] * self.unit)
+        moves = self.config.moving is not None and self.unit == 1
+        # Lines that move do so by eighths of a tile, and what is left at the canvas' end is a tile too.
+        eighths = moves and self.patch > 1 and tile == self.config.tile_on(size, self.native)  # else nothing moves
+        least = 8 * self.patch if eighths else self.patch
+        if any(n % least for n in tile) or (moves and any(n % self.patch for n in size)):
+            raise ValueError(
+                f"tile={tile} on a canvas of {size[0]}x{size[1]} latent pixels: a token has "
+                f"{self.patch}x{self.patch} of them, so that a tile's sides must be multiples of {least}"
+            )
+        return grid
 
     def step(self, timestep: Time) -> tuple[int, int]:
         """Which step of the running schedule this is, and of how many; of an unknown schedule, some step of many.
@@ -130,13 +124,6 @@ class TileDenoiser:
         # By the nearest one: pipelines round timesteps to the network's precision.
         steps = list(dict.fromkeys(self.timesteps()))
         return min(range(len(steps)), key=lambda i: abs(steps[i] - time)), len(steps)
-
-    def _blends(self, motion: Motion, timestep: Time) -> bool:
-        """Whether this is one of the first or last steps, in which tiles overlap in place."""
-        if not motion.blended or self.timesteps is None:
-            return False
-        index, steps = self.step(timestep)
-        return index < motion.blend_first or index >= steps - motion.blend_last
 
     def __call__(
         self, forward: Forward, sample: Tensor, timestep: Time, *, time: float | None = None, **kwargs: Any
@@ -155,15 +142,14 @@ class TileDenoiser:
     def place(self, size: Pair, timestep: Time, device: torch.device) -> bool:
         """Put a step's tile offsets where its kernels read them; returns whether one CUDA graph fits all steps."""
         tiling = self.tiling(*size, timestep)
-        uniform = len(tiling.groups) == 1
         if tiling != self.placed or self._parts[0].device != device:
-            self._parts = self._uploaded(tiling, device)
-            if not uniform:
-                self._offsets = None
-            elif self._offsets is None or self._offsets.device != device or len(self._offsets) != len(tiling):
-                self._offsets = self._parts[0].clone()
-            else:  # a graph reads this tensor
-                self._offsets.copy_(self._parts[0])
+            parts, before = self._uploaded(tiling, device), self._parts
+            if len(parts) > 1:
+                self._parts = parts
+            elif len(before) == 1 and before[0].device == device and len(before[0]) == len(tiling):
+                before[0].copy_(parts[0])  # a graph reads this tensor
+            else:
+                self._parts = (parts[0].clone(),)
         self.placed = tiling
         alike = all(len(one.groups) == 1 and len(one) == len(tiling) for one in self._there)  # of all steps
         return alike and not (self.config.moving and self.config.moving.blended)
@@ -214,17 +200,17 @@ class TileDenoiser:
         def run(part: Batch) -> Tensor:
             return self._tile_batch(forward, sample, part.offsets, part.tile, kwargs, part.images)
 
-        parts, buffer = self.batches(tiling, batch), None
+        parts, buffer, uniform = self.batches(tiling, batch), None, len(self._parts) == 1
         for part, out in zip(parts, self.deal(parts, run, sample), strict=True):
             tiles = out.unflatten(0, (len(part.places), -1))
-            if buffer is None and self._offsets is not None:
+            if buffer is None and uniform:
                 buffer = self._buffer((len(tiling) * batch, *out.shape[1:]), out)
             elif buffer is None:  # is the result: schedulers keep those of earlier steps
                 buffer = out.new_empty(batch, out.shape[1], height, width)
             if (out.shape[1], out.dtype) != (buffer.shape[1], buffer.dtype):
                 got, first = (f"{x.shape[1]} channels of {x.dtype}" for x in (out, buffer))
                 raise ValueError(f"the network gave {got} for some tiles, and {first} for others")
-            if self._offsets is not None:
+            if uniform:
                 stop = part.first + len(tiles)
                 buffer.unflatten(0, (-1, batch))[part.first : stop, part.images] = tiles
                 continue
@@ -233,16 +219,15 @@ class TileDenoiser:
                     for into_x, from_x in _span(x, part.tile[1], width):
                         buffer[part.images, :, into_y, into_x] = tile[:, :, from_y, from_x]
         assert buffer is not None
-        if self._offsets is None:  # tiles of several sizes do not overlap: each is in its place
+        if not uniform:  # tiles of several sizes do not overlap: each is in its place
             return self.whole(buffer)
-        return Prediction(buffer, self._offsets, size, self.ramp(tiling))
+        return Prediction(buffer, self._parts[0], size, self.ramp(tiling))
 
     def batches(self, tiling: Tiling, batch: int) -> list[Batch]:
         """The tile batches of a step, in order; with ``guidance_batch=False`` each has one guidance branch."""
         count = batch // (1 if self.execution.guidance_batch else self.branches)
         found, before = [], 0
-        each = self._parts if self._offsets is None else (self._offsets,)
-        for (tile, places), offsets in zip(tiling.groups.items(), each, strict=True):
+        for (tile, places), offsets in zip(tiling.groups.items(), self._parts, strict=True):
             for start in range(0, len(places), self.tile_batch):
                 part = slice(start, start + self.tile_batch)
                 shape = (len(places[part]) * count, *tile)
@@ -307,9 +292,8 @@ class TileDenoiser:
 
     def whole(self, prediction: Tensor) -> Prediction:
         """A prediction of the canvas as one tile."""
-        if self._origin is None or self._origin.device != prediction.device:
-            self._origin = torch.zeros(1, 2, dtype=torch.int32, device=prediction.device)
-        return Prediction(prediction, self._origin, (prediction.shape[2], prediction.shape[3]), 1)
+        origin = torch.zeros(1, 2, dtype=torch.int32, device=prediction.device)
+        return Prediction(prediction, origin, (prediction.shape[2], prediction.shape[3]), 1)
 
     def _tile_batch(
         self,
@@ -323,12 +307,11 @@ class TileDenoiser:
         """Predictions of some tiles, tile-major: all ``images`` of the first tile, then all of the next."""
         if images != slice(None):
             kwargs, sample = images_of(kwargs, images, len(sample)), sample[images]
-        batch, count = len(sample), len(offsets)
+        batch, _, height, width = sample.shape
+        part = TileBatch(offsets, tile, (height, width), batch, self.pixels, self.execution.impl, images)
         with label("gather"):
-            inputs = swap_major(ops.gather_tiles(sample, offsets, tile, impl=self.execution.impl), count, batch)
-        canvas = (sample.shape[2], sample.shape[3])
-        part = TileBatch(offsets, tile, canvas, batch, self.pixels, self.execution.impl, images)
-        return swap_major(self._network(forward, inputs, **conditions(kwargs, part)), batch, count)
+            inputs = part.gather(sample)
+        return swap_major(self._network(forward, inputs, **conditions(kwargs, part)), batch, len(offsets))
 
     @staticmethod
     def _network(forward: Forward, inputs: Tensor, **kwargs: Any) -> Tensor:
