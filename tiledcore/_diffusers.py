@@ -50,9 +50,6 @@ FUSABLE = tuple(
 )
 """Classes of pipelines whose loop is: [repeat, scale], predict, [guide], step. Others change the canvas in between."""
 
-SETTINGS = ("_progress_bar_config", "_interrupt", "default_sample_size")
-"""Attributes of a pipeline object, beside its components, that a user may have set."""
-
 
 def uncompiled(network: Any) -> Any:
     """The module inside of a compiled one; any other as it is."""
@@ -69,11 +66,6 @@ def is_offloaded(module: Any) -> bool:
     return hasattr(module, "_hf_hook") or hasattr(uncompiled(module), "_hf_hook")
 
 
-def is_hooked(module: Any) -> bool:
-    """Whether accelerate or diffusers replaced the module's forward."""
-    return hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
-
-
 def acts_within(network: Any) -> str | None:
     """What acts between a network's layers and cannot be part of a CUDA graph, or None."""
     for module in network.modules():
@@ -87,8 +79,7 @@ def acts_within(network: Any) -> str | None:
     return None
 
 
-PER_CONTEXT = ("first_block_cache", "mag_cache", "taylorseer_cache")
-"""Caches of diffusers whose whole state is in a ``StateManager``, by context."""
+PER_CONTEXT = ("first_block_cache", "mag_cache", "taylorseer_cache")  # whose state is in a StateManager, by context
 
 
 def stateful(network: Any) -> list[Any]:
@@ -128,22 +119,16 @@ def context_of(hooks: list[Any], part: str) -> Iterator[None]:
             one.set_context(context)
 
 
-def pack(pipe: Any, noise: Tensor) -> Tensor:
+def pack(pipe: Any, noise: Tensor) -> Any:
     """``[B, C, H, W]`` as the tokens that a pipeline of packed latents takes."""
-    packed: Tensor = pipe._pack_latents(noise, *noise.shape)
-    return packed
+    return pipe._pack_latents(noise, *noise.shape)
 
 
 def share_settings(pipe: Any, other: Any) -> None:
-    """Give a pipeline made from another one what the user has set on that."""
-    for name in SETTINGS:
+    """Give a pipeline made from another one what the user has set on that, beside its components."""
+    for name in ("_progress_bar_config", "_interrupt", "default_sample_size"):
         if name in vars(pipe):
             setattr(other, name, vars(pipe)[name])
-
-
-def takes_eta(pipe: Any) -> bool:
-    """Whether a pipeline passes ``eta`` on to its scheduler's step."""
-    return hasattr(pipe, "prepare_extra_step_kwargs")
 
 
 def float32_parts(module: Any) -> tuple[str, ...]:
@@ -183,15 +168,11 @@ def scales_predictions(scheduler: Any) -> bool:
 
 def has_hooks(module: Any) -> bool:
     """Whether anything runs before or after the module's forward, or replaced it."""
-    return bool(module._forward_hooks or module._forward_pre_hooks) or is_hooked(module)
+    replaced = hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
+    return replaced or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def offload_state(pipe: Any) -> dict[str, Any]:
     """The attributes of a pipeline that ``enable_model_cpu_offload`` changes, with their values now."""
     unset = {"_all_hooks": [], "_offload_gpu_id": 0, "_offload_device": None}
     return {name: getattr(pipe, name, value) for name, value in unset.items()}
-
-
-def pipeline_class(index: dict[str, Any]) -> str:
-    """The pipeline's class name in the content of a ``model_index.json``."""
-    return str(index.get("_class_name"))

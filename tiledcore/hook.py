@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from functools import wraps
+from functools import cached_property, wraps
 from inspect import signature
 from itertools import count
 from threading import RLock
@@ -21,10 +21,9 @@ from tiledcore.config import Execution, Motion, TilingConfig
 from tiledcore.geometry import Pair, both
 from tiledcore.intercept import around_of, intercept, release
 from tiledcore.loop.engine import Engine
-from tiledcore.tiles.asked_size import check_size
 from tiledcore.tiles.control import ControlHook
 from tiledcore.tiles.denoiser import TileDenoiser
-from tiledcore.tiles.families import Family, factor_of, network_of
+from tiledcore.tiles.families import Family, check_size, factor_of, network_of
 from tiledcore.tiles.family import Shift
 from tiledcore.utils import replaced
 
@@ -75,7 +74,6 @@ class NetworkHook:
 
     def __init__(self, denoiser: TileDenoiser, family: Family, network: Any, pipe: Any, given: dict[str, Any]) -> None:
         self.denoiser, self.family, self.network, self.pipe, self.given = denoiser, family, network, pipe, given
-        self._stateful: list[Any] | None = None
         self._parameters = signature(type(uncompiled(network)).forward)
 
     def time(self, timestep: Any) -> Any:
@@ -92,13 +90,13 @@ class NetworkHook:
             place = ahead if rest == 0 and 0 <= ahead < len(schedule) else None
         return timestep if place is None else denoiser.timesteps()[place]
 
-    def _kept(self) -> list[Any]:
-        """What the network keeps from step to step, looked for once in a call; each tile batch has its own."""
-        if self._stateful is None:
-            self._stateful = stateful(self.network)
-        if self._stateful and self.denoiser.config.moving is not None:
+    @cached_property
+    def _stateful(self) -> list[Any]:
+        """What the network keeps from step to step; each tile batch has its own."""
+        found = stateful(self.network)
+        if found and self.denoiser.config.moving is not None:
             raise ValueError("enable_cache: tiles that move see another part in each step; give motion='still'")
-        return self._stateful
+        return found
 
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         family = self.family
@@ -118,7 +116,7 @@ class NetworkHook:
             else:
                 whole = canvas if engine is None else engine.buffers.model_input
                 if tiles.shape[2:] != whole.shape[2:]:
-                    kept = self._kept()
+                    kept = self._stateful
                 inputs = {**conditions, family.timestep: timestep}
                 inputs |= family.tiles(tiles, inputs, self.denoiser.pixels)
             inputs = {name: inputs[name] for name in inputs if name not in FOR_FAMILY}
@@ -130,14 +128,9 @@ class NetworkHook:
         conditions = {name: v for name, v in arguments.items() if name not in (family.sample, family.timestep)}
         conditions["regions"] = self.regions
         if engine is None:
-            if canvas.ndim != 4:
-                raise ValueError(
-                    f"{family.sample}: {tuple(canvas.shape)} is no image [B, C, H, W], and cannot be tiled"
-                )
-            conditions |= self._for_family(canvas, arguments[family.sample])
-            check_size(
-                self.pipe, self.given, (canvas.shape[2] * self.denoiser.pixels, canvas.shape[3] * self.denoiser.pixels)
-            )
+            size, pixels = (canvas.shape[2], canvas.shape[3]), self.denoiser.pixels
+            conditions |= self._for_family(size, arguments[family.sample])
+            check_size(self.pipe, self.given, (size[0] * pixels, size[1] * pixels))
         if self.control is not None:
             conditions = self.control.take(conditions)
         if engine is not None:
@@ -146,15 +139,14 @@ class NetworkHook:
         else:
             if self.engine is not None:
                 self.engine.denoiser = self.engine.own.denoiser = self.denoiser
-                self.engine.own.canvas_size = (canvas.shape[2], canvas.shape[3])
+                self.engine.own.canvas_size = size
             sample, timestep = arguments[family.sample], arguments[family.timestep]
             predicted = self.denoiser(forward, canvas, timestep, time=self.time(timestep), **conditions)
             prediction = family.result(predicted, sample)
         return family.output(sample=prediction) if return_dict else (prediction,)
 
-    def _for_family(self, canvas: torch.Tensor, sample: Any) -> dict[str, Any]:
+    def _for_family(self, size: Pair, sample: Any) -> dict[str, Any]:
         """What the family is told beside the network's arguments: the canvas' size, tokens of reference images."""
-        size = (canvas.shape[2], canvas.shape[3])
         omni = isinstance(sample, list) and isinstance(sample[0], list)  # of Z-Image
         if not omni and (not self.family.packed or sample.shape[1] == size[0] * size[1]):
             return {"canvas_size": size}
@@ -277,9 +269,7 @@ def apply_tiling(pipe: Any, config: TilingConfig | None = None, execution: Execu
 
 def remove_tiling(pipe: Any) -> Any:
     """Undo :func:`apply_tiling`: results are bit-identical to before. Does nothing without tiling."""
-    calls = around_of(pipe, TiledCalls)
-    if calls is not None:
-        release(pipe, calls)
+    release(pipe, around_of(pipe, TiledCalls))
     return pipe
 
 

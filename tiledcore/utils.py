@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import lru_cache, wraps
 from typing import Any, TypeVar
@@ -73,15 +73,9 @@ def using() -> Iterator[list[Any]]:
 @contextmanager
 def label(name: str) -> Iterator[None]:
     """Name what runs inside in profiles, as one of :data:`LABELS`. Costs about a microsecond when nobody profiles."""
-    nvtx = torch.cuda.is_available()
-    if nvtx:
-        torch.cuda.nvtx.range_push(PREFIX + name)
-    try:
-        with torch.profiler.record_function(PREFIX + name):
-            yield
-    finally:
-        if nvtx:
-            torch.cuda.nvtx.range_pop()
+    nvtx = torch.cuda.nvtx.range(PREFIX + name) if torch.cuda.is_available() else nullcontext()
+    with nvtx, torch.profiler.record_function(PREFIX + name):
+        yield
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from tiledcore._diffusers import FUSABLE, is_flux, places_of, takes_eta
+from tiledcore._diffusers import FUSABLE, is_flux, places_of
 from tiledcore.ops.fused_step import MAX_SLOTS
 from tiledcore.schedulers.solver import LinearSolver, NotLinear, linear_solver
 
@@ -31,7 +31,7 @@ def why_not(pipe: Any, call: dict[str, Any]) -> str | None:
 def fusable(pipe: Any, scheduler: Any, timestep: float, eta: float) -> LinearSolver | NotLinear:
     """Coefficients of a call's steps for the fused step, or why the scheduler's own ``step`` must be called."""
     name = type(scheduler).__name__
-    eta_too = "eta" in inspect.signature(scheduler.step).parameters and takes_eta(pipe)
+    eta_too = "eta" in inspect.signature(scheduler.step).parameters and hasattr(pipe, "prepare_extra_step_kwargs")
     places = places_of(scheduler, timestep)
     if len(places) != 1:
         return NotLinear(f"{name}: timestep {timestep:g} is none, or several, of its timesteps")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tiledcore._diffusers import pipeline_class, uncompiled
+from tiledcore._diffusers import uncompiled
 from tiledcore.models import EARTH, EARTH_FLUX, EMBEDDED
 
 NETWORKS = ("UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel")
@@ -103,7 +103,7 @@ def _of_folder(name: str, folder: Path, dtype: torch.dtype) -> Architecture:
             # The embedded transformer shares the other model's autoencoder.
             home = EARTH if folder == EARTH_FLUX and role == "vae" else folder
             parts[role] = (entry[1], _json(home / role / "config.json"))
-    return _assemble(name, pipeline_class(index), _parts(parts, dtype))
+    return _assemble(name, str(index.get("_class_name")), _parts(parts, dtype))
 
 
 def _json(path: Path) -> dict[str, Any]:

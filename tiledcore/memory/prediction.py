@@ -187,7 +187,7 @@ class Predictor:
         tiling, motion = denoiser.tiling(*size, time), denoiser.config.moving
         fade = Fade(1.0, both(denoiser.config.wrap))
         if motion is not None and motion.fade != 0 and not isinstance(tiling, TileGrid):
-            fade.begin_at([(1.0, 0.0)] * 2)
+            fade.coefficients = [(1.0, 0.0)] * 2
         latents = torch.empty(images, network.config.in_channels, *size, dtype=dtype)
         conditions = _conditions(self.model, network, size, images * branches)
         parts = {self.model.network.role: network, "scheduler": None, "vae_scale_factor": self.model.factor}

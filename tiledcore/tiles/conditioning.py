@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tiledcore import ops
 from tiledcore.geometry import Pair, Tiling
@@ -149,9 +149,8 @@ def swap_major(rows: Tensor, outer: int, inner: int) -> Tensor:
 
 def check_residuals(kwargs: dict[str, Any], tiling: Tiling, canvas: Pair) -> None:
     """ValueError unless tiles begin and end between a residual's pixels at every level; names the nearest canvas."""
-    levels: list[Pair] = []
-    for name in (*RESIDUALS[:2], ADAPTER):
-        tree_map_only(Tensor, lambda one: levels.append(_level(one, canvas)), kwargs.get(name))
+    images = tree_leaves([kwargs.get(name) for name in (*RESIDUALS[:2], ADAPTER)])
+    levels = {_level(one, canvas) for one in images if isinstance(one, Tensor)}
     for size, places in tiling.groups.items():
         for fy, fx in levels:
             if size[0] % fy or size[1] % fx or any(y % fy or x % fx for y, x in places):

@@ -155,19 +155,13 @@ class TileDenoiser:
         return alike and not (self.config.moving and self.config.moving.blended)
 
     def _uploaded(self, tiling: Tiling, device: torch.device) -> tuple[Tensor, ...]:
-        """The offsets ``[n, 2]`` of each size of tiles on the device. All tilings of a schedule go there at once."""
+        """The offsets ``[n, 2]`` of each size of tiles on the device, where those of all steps go at once."""
         if tiling not in self._there or self._there[tiling][0].device != device:
-            tilings = {tiling: None}
-            if self.config.moving and self.timesteps is not None:
-                tilings |= {self.tiling(tiling.height, tiling.width, time): None for time in self.timesteps()}
-            groups = [places for one in tilings for places in one.groups.values()]
-            # Each begins at a multiple of 16 bytes, for which kernels are compiled.
-            flat = [place for places in groups for place in (*places, *places[: len(places) % 2])]
-            parts = to_device(torch.tensor(flat, dtype=torch.int32), device).split(
-                [n + n % 2 for n in map(len, groups)]
-            )
-            cut = iter([part[: len(places)] for part, places in zip(parts, groups, strict=True)])
-            self._there = {one: tuple(next(cut) for _ in one.groups) for one in tilings}
+            times = self.timesteps() if self.config.moving and self.timesteps is not None else ()
+            self._there = {
+                one: tuple(to_device(torch.tensor(at, dtype=torch.int32), device) for at in one.groups.values())
+                for one in {tiling, *(self.tiling(tiling.height, tiling.width, time) for time in times)}
+            }
         return self._there[tiling]
 
     def evaluate(self, forward: Forward, sample: Tensor, timestep: Time, **kwargs: Any) -> Prediction:

@@ -38,31 +38,27 @@ class Fade(Feature):
         self.width, self.wrap, self.asked = width, wrap, asked
         self._clean: Tensor | None = None  # [B, C, H, W], what the prediction before stood for
         self._tiles: Tiling | None = None  # where its tiles lay
-        self._coefficients: list[tuple[float, float]] = []
+        self.coefficients: list[tuple[float, float]] = []  # of each evaluation, see clean_and_noisy
         self._weights: tuple[Tiling, Tensor] | None = None
 
     def begin(self, start: Start) -> None:
         try:
-            self.begin_at([clean_and_noisy(start.scheduler, timestep) for timestep in start.timesteps])
+            self.coefficients = [clean_and_noisy(start.scheduler, timestep) for timestep in start.timesteps]
         except ValueError as error:
             if self.asked:
                 raise ValueError(f"fade: {error}; give fade=0") from error
             logger.warning("tiles do not fade: %s", error)
 
-    def begin_at(self, coefficients: list[tuple[float, float]]) -> None:
-        """What a prediction of each evaluation stands for, see :func:`clean_and_noisy`."""
-        self._coefficients = coefficients
-
     def active(self, index: int) -> bool:
         """Whether an evaluation fades, or is the one before, whose clean image is needed."""
-        return bool(self._coefficients) and index + 1 >= FIRST * len(self._coefficients)
+        return bool(self.coefficients) and index + 1 >= FIRST * len(self.coefficients)
 
     def after_prediction(self, step: Step, prediction: Tensor) -> Tensor:
-        clean, noisy = self._coefficients[step.index]
+        clean, noisy = self.coefficients[step.index]
         canvas = noisy * step.sample.to(prediction.dtype)
         moved, self._tiles = self._tiles is not None and step.tiles != self._tiles, step.tiles
         # Tiles that have not moved do not fade: the step before has its lines in the same places.
-        if moved and self._clean is not None and step.index >= FIRST * len(self._coefficients):
+        if moved and self._clean is not None and step.index >= FIRST * len(self.coefficients):
             before = torch.add(canvas, self._clean, alpha=clean)
             prediction = torch.lerp(prediction, before, self._beside_lines(step.tiles, prediction))
         if self._clean is None:

@@ -23,7 +23,7 @@ from tiledcore.tiles import layouts
 from tiledcore.tiles.family import Arguments, Family, factor_of
 from tiledcore.tiles.layouts import IDS, SHAPES, to_image, to_tokens
 
-__all__ = ["FAMILIES", "Family", "factor_of", "network_of", "to_image", "to_tokens"]
+__all__ = ["FAMILIES", "Family", "check_size", "factor_of", "network_of", "to_image", "to_tokens"]
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +134,45 @@ def network_of(pipe: Any) -> tuple[Any, Family]:
     return network, derived(next(one for one in type(inner).__mro__ if "forward" in vars(one)))  # not our subclass
 
 
+# ----------------------------------------------------------------------------- pipelines that choose another size
+
+ROUNDED = 64  # px: pipelines may round a size by less than this
+KEPT_BY = {
+    "use_resolution_binning": "use_resolution_binning=False",
+    "_auto_resize": "_auto_resize=False",
+    "max_area": "max_area={area}",
+}
+"""Arguments of calls -> what keeps the size that was asked for."""
+SET_BY = {
+    "HiDreamImagePipeline": "pipe.default_sample_size={side}",
+    "Kandinsky5T2IPipeline": "pipe.resolutions=[({width}, {height})]",
+    "Kandinsky5I2IPipeline": "pipe.resolutions=[({width}, {height})]",
+}
+"""Pipelines -> what must be set on them before the call."""
+
+
+def check_size(pipe: Any, given: dict[str, Any], made: Pair) -> None:
+    """Compare ``height`` and ``width`` that the caller gave, by name in ``given``, with the canvas ``made``, both px.
+
+    Raises:
+        ValueError: they differ by more than a rounding, and the caller did not ask for that.
+    """
+    height, width = given.get("height"), given.get("width")
+    if height is None or width is None or given.get("use_resolution_binning"):
+        return
+    if abs(height - made[0]) < ROUNDED and abs(width - made[1]) < ROUNDED:
+        return
+    name, takes = type(pipe).__name__, signature(type(pipe).__call__).parameters
+    ways = [way for argument, way in KEPT_BY.items() if argument in takes]
+    ways += [SET_BY[name]] if name in SET_BY else []
+    area = height * width
+    way = ", ".join(ways).format(area=area, side=round(area**0.5 / factor_of(pipe)), height=height, width=width)
+    raise ValueError(
+        f"height={height}, width={width}: {name} denoises an image of {made[1]}x{made[0]} px (width x height) instead; "
+        + (f"give {way}" if way else "leave height and width out")
+    )
+
+
 # ----------------------------------------------------------------------------- a class that nobody has described
 
 OWN = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections", "timestep", "guidance")
@@ -159,14 +198,6 @@ def derived(model: Any) -> Family:
 
 class Derived(Family):
     """Checks that what forward takes and gives is what the names of its arguments say."""
-
-    def canvas(self, arguments: Arguments) -> Tensor:
-        found = super().canvas(arguments)
-        if found.ndim != 4:
-            raise ValueError(
-                f"{self.sample}: {tuple(found.shape)} is neither an image [B, C, H, W] nor tokens with positions"
-            )
-        return found
 
     def tiles(self, tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
         """Refuses further arguments that have a tensor of the canvas' size."""

@@ -84,7 +84,13 @@ class Family:
 
     def canvas(self, arguments: Arguments) -> Tensor:
         """The canvas in these arguments, which stay as they are."""
-        return self.read(arguments[self.sample], self.size(arguments))
+        found = self.read(arguments[self.sample], self.size(arguments))
+        if found.ndim != 4:
+            raise ValueError(
+                f"{self.sample}: {tuple(found.shape)} is neither an image [B, C, H, W] nor tokens with positions, and "
+                "cannot be tiled"
+            )
+        return found
 
     def tiles(self, tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
         """``([N, C, h, w], arguments of the tile batch, image pixels per canvas pixel)`` -> the arguments that differ.

@@ -78,7 +78,8 @@ def _ids_size(arguments: Arguments) -> Pair:
 
 
 def _ids(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
-    ids, behind = arguments["img_ids"], _references(arguments)
+    ids, others = arguments["img_ids"], arguments.get("references")
+    behind = 0 if others is None else others.shape[1]
     one = ids[0] if ids.ndim == 3 else ids
     own = torch.cat([_positions(one[:1], tiles), one[len(one) - behind :]])
     text, extra = arguments["encoder_hidden_states"].shape[1], arguments.get("joint_attention_kwargs")
@@ -92,11 +93,6 @@ def _ids(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
 
     changed = {"img_ids": own.expand(len(tiles), -1, -1) if ids.ndim == 3 else own} | cut(arguments)
     return changed | ({"joint_attention_kwargs": extra | cut(extra)} if extra else {})
-
-
-def _references(arguments: Arguments) -> int:
-    """How many tokens are of reference images."""
-    return 0 if (others := arguments.get("references")) is None else others.shape[1]
 
 
 IDS: dict[str, Any] = {
