@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tiledcore.intercept import around_of, intercept
-from tiledcore.utils import replaced
+from tiledcore.utils import around_of, intercept, replaced
 
 
 class Owner:

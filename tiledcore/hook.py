@@ -19,13 +19,11 @@ from tiledcore._diffusers import context_of, is_hinted, scales_predictions, stat
 from tiledcore.canvas import attention
 from tiledcore.config import Execution, Motion, TilingConfig
 from tiledcore.geometry import Pair, both
-from tiledcore.intercept import around_of, intercept, release
 from tiledcore.loop.engine import Engine
-from tiledcore.tiles.control import ControlHook
+from tiledcore.tiles.conditioning import ControlHook
 from tiledcore.tiles.denoiser import TileDenoiser
-from tiledcore.tiles.families import Family, check_size, factor_of, network_of
-from tiledcore.tiles.family import Shift
-from tiledcore.utils import replaced
+from tiledcore.tiles.families import Family, Shift, check_size, factor_of, network_of
+from tiledcore.utils import around_of, intercept, release, replaced
 
 FOR_FAMILY = ("canvas_size", "references", "reference_images")  # told to the family, not to the network
 STEPWISE = Motion(blend_first=0, blend_last=3, fade=0)  # how tiles move where nothing can fade

@@ -1,11 +1,12 @@
-"""Small helpers: attributes of an object for a while, names in profiles, copies to a device and what is kept there."""
+"""Small helpers: attributes of one object and functions around its calls, names in profiles, copies to a device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
+from threading import Lock, get_ident
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,9 @@ PREFIX = "tiledcore::"
 LABELS = ("gather", "network", "attention", "blend", "pull", "step", "decode")
 
 R = TypeVar("R")
+Around = Callable[..., Any]  # ``around(call, *args, **kwargs)``; ``call`` takes the arguments of the object's own call
+_AROUND = "_tiledcore_around"  # attribute: pairs of an Around and the thread whose calls it is for; None: all
+_lock = Lock()
 _used: ContextVar[list[Any] | None] = ContextVar("used", default=None)
 
 
@@ -33,6 +37,50 @@ def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
         for name in attributes:
             own.pop(name, None)
         own.update(before)
+
+
+def intercept(owner: Any, around: Around, this_thread: bool = False) -> None:
+    """From now on ``owner(...)`` is ``around(call, ...)``. The last one added is the outermost.
+
+    The object gets a subclass of its class. Not another ``forward``: accelerate and diffusers put their own on a module
+    and restore older ones. ``this_thread``: only for calls from this thread; another pipeline may share the network.
+    """
+    with _lock:
+        stack = vars(owner).get(_AROUND, ())
+        if not stack:
+            owner.__class__ = _intercepted(type(owner))
+        vars(owner)[_AROUND] = (*stack, (around, get_ident() if this_thread else None))
+
+
+def release(owner: Any, around: Around) -> None:
+    """Undo :func:`intercept`; does nothing if it was not done."""
+    with _lock:
+        stack = tuple(entry for entry in vars(owner).get(_AROUND, ()) if entry[0] is not around)
+        if stack:
+            vars(owner)[_AROUND] = stack
+        elif vars(owner).pop(_AROUND, None) is not None:
+            owner.__class__ = type(owner).__mro__[1]
+
+
+def around_of(owner: Any, kind: type) -> Any:
+    """The outermost function of that class around an object's calls from this thread, or None."""
+    return next((around for around in reversed(_here(owner)) if isinstance(around, kind)), None)
+
+
+def _here(owner: Any) -> tuple[Around, ...]:
+    """The functions around calls from this thread, the outermost last."""
+    return tuple(around for around, thread in vars(owner).get(_AROUND, ()) if thread in (None, get_ident()))
+
+
+def _intercepted(kind: type) -> type:
+    @wraps(kind.__call__)  # whoever reads the signature sees the object's own
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        inner = partial(kind.__call__, self)
+        for around in _here(self):
+            inner = partial(around, inner)
+        return inner(*args, **kwargs)
+
+    return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

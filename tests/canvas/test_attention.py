@@ -13,7 +13,7 @@ from tiledcore.canvas import attention, processors
 from tiledcore.canvas.attention import CanvasAttention, remove
 from tiledcore.config import Execution, TilingConfig
 from tiledcore.geometry import Pair, both
-from tiledcore.intercept import around_of
+from tiledcore.utils import around_of
 
 EVERY = pytest.mark.parametrize("family", FAMILIES)
 NEIGHBOUR = pytest.mark.parametrize("family", [name for name in FAMILIES if name != "sana"])

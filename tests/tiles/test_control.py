@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tiledcore import Execution, Region, TiledPipeline, TilingConfig, apply_tiling, remove_tiling
 from tiledcore.memory.simulation import build as fake
 from tiledcore.memory.simulation import simulated
-from tiledcore.tiles.control import LATER, ControlHook
+from tiledcore.tiles.conditioning import LATER, ControlHook
 from tiledcore.tiles.denoiser import TileDenoiser
 from tiledcore.tiles.families import FAMILIES
 

@@ -30,9 +30,9 @@ from tiledcore.canvas.processors import (
 from tiledcore.canvas.windows import Canvas, Rotary, Windows
 from tiledcore.config import Execution, TilingConfig
 from tiledcore.geometry import Pair, both
-from tiledcore.intercept import around_of, intercept, release
 from tiledcore.tiles.conditioning import images_of
 from tiledcore.tiles.families import FAMILIES
+from tiledcore.utils import around_of, intercept, release
 
 
 class CanvasAttention:

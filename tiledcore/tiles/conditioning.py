@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tiledcore import ops
+from tiledcore._diffusers import uncompiled
 from tiledcore.geometry import Pair, Tiling
 from tiledcore.utils import to_device
 
@@ -34,6 +36,11 @@ CROPPED = (*RESIDUALS, ADAPTER, "controlnet_cond", "control_context", "prior_tok
 """Images or tokens of the whole canvas, in any resolution; several in a list. See :meth:`TileBatch.crop`."""
 ATTENTION = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 """Dicts for attention layers, see :func:`cut_attention_kwargs`."""
+
+LATER = (torch.zeros(1),)
+"""What a pipeline gets and passes on for the residuals of the canvas, which nobody computes."""
+TEXTS = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections", "added_cond_kwargs")
+"""What depends on the prompt."""
 
 
 class TileBatch(NamedTuple):
@@ -59,7 +66,7 @@ class TileBatch(NamedTuple):
         return self.crop(value) if value.ndim == 4 and value.shape[2:] == self.canvas else self.repeat(value)
 
     def gather(self, canvas: Tensor) -> Tensor:
-        """The tiles ``[batch * T, C, h, w]`` of a canvas."""
+        """The tiles ``[batch * T, C, h, w]`` of a canvas ``[batch, C, H, W]``."""
         tiles = ops.gather_tiles(canvas, self.offsets, self.tile, impl=self.impl)
         return swap_major(tiles, len(self.offsets), self.batch)
 
@@ -82,7 +89,7 @@ class TileBatch(NamedTuple):
         up, down = ([max(1, n // whole) for n, whole in sizes], [max(1, whole // n) for n, whole in sizes])
         places = torch.stack([self.offsets[:, i] * up[i] // down[i] for i in (0, 1)], 1)
         tile = (self.tile[0] * up[0] // down[0], self.tile[1] * up[1] // down[1])
-        return swap_major(ops.gather_tiles(image, places, tile, impl=self.impl), len(self.offsets), len(image))
+        return self._replace(offsets=places, tile=tile).gather(image)
 
     def _tokens(self, count: int) -> Pair:
         """The grid of ``count`` tokens of the canvas."""
@@ -140,10 +147,61 @@ def images_of(arguments: dict[str, Any], images: slice, batch: int) -> dict[str,
     return out
 
 
+class ControlHook:
+    """Around the calls of a pipeline's ControlNet, or several in one module: it runs on each tile batch.
+
+    A call only keeps its arguments. The network's call that follows asks for the residuals of its tile batches: so the
+    memory that a ControlNet takes is that of a tile batch, and it sees positions that it was trained on. A second
+    guidance branch in a call of its own evaluates it again. In canvas mode, on one tile, and in guess mode, whose
+    residuals the pipeline changes, it runs on the canvas as in diffusers.
+    """
+
+    def __init__(self, hook: Any, network: Any) -> None:
+        self.hook, self.family = hook, hook.family  # a NetworkHook
+        self._network, self._parameters = network, signature(type(uncompiled(network)).forward)
+        self._waiting: tuple[Callable[..., Any], dict[str, Any]] | None = None
+
+    def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        arguments = dict(self._parameters.bind(self._network, *args, **kwargs).arguments)
+        arguments.pop("self")
+        denoiser, canvas = self.hook.denoiser, self.family.canvas(arguments)
+        time = self.hook.time(arguments[self.family.timestep])
+        tiling = denoiser.tiling(canvas.shape[2], canvas.shape[3], time)
+        self._waiting = None
+        if denoiser.config.mode == "canvas" or arguments.get("guess_mode") or len(tiling) == 1:
+            return call(*args, **kwargs)
+        self._waiting = (call, arguments)
+        return LATER, LATER
+
+    def take(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """A network's arguments, in which residuals that wait are computed with each tile batch."""
+        names = [name for name in RESIDUALS if arguments.get(name) is not None]
+        if self._waiting is None or not names:
+            return arguments
+        call, waiting = self._waiting
+        family, whole = self.family, self.family.canvas(waiting)
+        # Text that the pipeline gave to both: the network's may be that of a region or of a tile.
+        texts = [name for name in TEXTS if waiting.get(name) is not None and waiting[name] is arguments.get(name)]
+
+        def residuals(part: TileBatch, inputs: dict[str, Any]) -> dict[str, Any]:
+            given, canvas = waiting, whole
+            if part.images != slice(None):
+                given, canvas = images_of(given, part.images, len(canvas)), canvas[part.images]
+            if canvas.shape[2:] != part.canvas or len(canvas) != part.batch:
+                raise ValueError(
+                    f"controlnet: was given a canvas of {tuple(canvas.shape)}, and the network one of {part.batch} "
+                    f"images of {part.canvas}; they must be the same"
+                )
+            own = conditions({name: given[name] for name in given if name != family.sample}, part)
+            own |= {name: inputs[name] for name in texts}
+            result = call(**own | family.tiles(part.gather(canvas), own, part.pixels))
+            return dict(zip(names, result, strict=False)) if isinstance(result, tuple) else {names[0]: result}
+
+        return {name: arguments[name] for name in arguments if name not in names} | {"per_tile": (residuals,)}
+
+
 def swap_major(rows: Tensor, outer: int, inner: int) -> Tensor:
     """``[outer * inner, ...]`` -> ``[inner * outer, ...]``: tile-major to branch-major, or back."""
-    if outer == 1 or inner == 1:
-        return rows
     return rows.unflatten(0, (outer, inner)).transpose(0, 1).flatten(0, 1)
 
 

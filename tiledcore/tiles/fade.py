@@ -39,7 +39,6 @@ class Fade(Feature):
         self._clean: Tensor | None = None  # [B, C, H, W], what the prediction before stood for
         self._tiles: Tiling | None = None  # where its tiles lay
         self.coefficients: list[tuple[float, float]] = []  # of each evaluation, see clean_and_noisy
-        self._weights: tuple[Tiling, Tensor] | None = None
 
     def begin(self, start: Start) -> None:
         try:
@@ -75,14 +74,12 @@ class Fade(Feature):
 
     def _beside_lines(self, tiles: Tiling, like: Tensor) -> Tensor:
         """The weights ``[H, W]`` of the step before."""
-        if self._weights is None or self._weights[0] != tiles:
-            axes = zip((tiles.height, tiles.width), (tiles.core_rows, tiles.core_cols), self.wrap, strict=True)
-            y, x = (
-                fade_weights(size, [start for start, _ in parts], self.width, wrap, like.device)
-                for size, parts, wrap in axes
-            )
-            self._weights = (tiles, (1 - (1 - y[:, None]) * (1 - x)).to(like.dtype))
-        return self._weights[1]
+        axes = zip((tiles.height, tiles.width), (tiles.core_rows, tiles.core_cols), self.wrap, strict=True)
+        y, x = (
+            fade_weights(size, [start for start, _ in parts], self.width, wrap, like.device)
+            for size, parts, wrap in axes
+        )
+        return (1 - (1 - y[:, None]) * (1 - x)).to(like.dtype)
 
 
 def fade_weights(size: int, starts: list[int], width: float, wrap: bool, device: torch.device | str = "cpu") -> Tensor:

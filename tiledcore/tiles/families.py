@@ -7,25 +7,194 @@ arguments, in :mod:`tiledcore.tiles.layouts`.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from inspect import signature
 from typing import Any
 
 import diffusers
+import torch
 from diffusers.models.controlnets.controlnet_xs import ControlNetXSOutput
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tiledcore._diffusers import uncompiled
 from tiledcore.geometry import Pair
 from tiledcore.tiles import layouts
-from tiledcore.tiles.family import Arguments, Family, factor_of
-from tiledcore.tiles.layouts import IDS, SHAPES, to_image, to_tokens
-
-__all__ = ["FAMILIES", "Family", "check_size", "factor_of", "network_of", "to_image", "to_tokens"]
+from tiledcore.tiles.layouts import IDS, SHAPES, Arguments
+from tiledcore.tiles.layouts import to_image as to_image
+from tiledcore.tiles.layouts import to_tokens as to_tokens
 
 logger = logging.getLogger(__name__)
+
+Shift = float | Callable[[int, int, Any], float]
+
+
+def factor_of(pipe: Any) -> int:
+    """Image pixels per latent pixel along an axis; TypeError for a pipeline that is not latent."""
+    for name in ("vae_scale_factor", "vae_scale_factor_spatial", "movq_scale_factor"):
+        if hasattr(pipe, name):
+            return int(getattr(pipe, name))
+    config = getattr(getattr(pipe, "vae", None) or getattr(pipe, "movq", None), "config", {})
+    if "block_out_channels" in config:
+        return int(2 ** (len(config["block_out_channels"]) - 1))
+    raise TypeError(f"pipe={type(pipe).__name__}: has no autoencoder; tiling needs a latent pipeline")
+
+
+def native_size(pipe: Any, network: Any) -> int | Pair:
+    """Side of the images that a network was trained on, in latent pixels.
+
+    From who opened the network (``network.native_size``), its configuration, its pipeline, or 1024 image pixels.
+    """
+    size = getattr(network, "native_size", None) or getattr(pipe, "default_sample_size", 1024 // factor_of(pipe))
+    if "sample_size" in network.config and not hasattr(network, "native_size"):
+        size = network.config.sample_size
+    if size is None:
+        raise ValueError(f"{type(network).__name__} names no native size (sample_size=None): it cannot be tiled")
+    return size if isinstance(size, int) else (size[0], size[1])
+
+
+def patch_size(network: Any) -> int:
+    """Latent pixels per token along an axis; 1 for a UNet."""
+    size = getattr(network.config, "patch_size", 1)
+    return int(size if isinstance(size, int) else size[-1])
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one class of networks maps to a canvas ``[B, C, H, W]``.
+
+    A *canvas pixel* is a latent pixel, or a token of ``patch`` x ``patch`` latent pixels where ``packed``.
+    """
+
+    model: type
+    fits: Callable[[Any], bool] = lambda network: True  # Where networks of one class differ
+    native: Callable[[Any, Any], int | Pair] = native_size  # Of ``(pipe, network)``
+    patch: Callable[[Any], int] = patch_size
+    packed: bool = False  # The pipeline passes tokens ``[B, H*W, C]``, row by row, in place of an image
+    dynamic_shift: Shift | None = None
+    """The shift ``mu`` that the pipeline gives the scheduler and that grows with the number of tokens: ``max_shift`` of
+    the line where the scheduler's configuration has none, or ``(tokens, steps, configuration)`` -> ``mu``. None: the
+    pipeline gives no ``mu``."""
+    sample: str = "hidden_states"  # Name of the argument that holds the canvas
+    timestep: str = "timestep"
+    clock: Callable[[Tensor], Tensor] = lambda timesteps: timesteps
+    """The scheduler's timesteps -> what the pipeline passes as :attr:`timestep`."""
+    size: Callable[[Arguments], Pair] = lambda arguments: (0, 0)
+    """(H, W) of the canvas in these arguments, where :attr:`read` needs it."""
+    read: Callable[[Any, Pair], Tensor] = lambda value, size: value
+    """``(the argument that holds the canvas or what forward predicted, (H, W))`` -> the image ``[B, C, H, W]``."""
+    write: Callable[[Tensor], Any] = lambda image: image
+    """An image ``[B, C, H, W]`` in the form in which forward takes and gives it."""
+    also: Callable[[Tensor, Arguments, int], Arguments] = lambda tiles, arguments, pixels: {}
+    """As :meth:`tiles`: arguments other than the canvas that differ."""
+    output: type = Transformer2DModelOutput
+    shifts: bool = False
+    """Whether moving tiles are the default: ``bench/modes.py`` finds them nearly as good as overlap."""
+
+    def unit(self, network: Any) -> int:
+        """Latent pixels per canvas pixel along an axis."""
+        return self.patch(network) if self.packed else 1
+
+    def canvas(self, arguments: Arguments) -> Tensor:
+        """The canvas in these arguments, which stay as they are."""
+        found = self.read(arguments[self.sample], self.size(arguments))
+        if found.ndim != 4:
+            raise ValueError(
+                f"{self.sample}: {tuple(found.shape)} is neither an image [B, C, H, W] nor tokens with positions, and "
+                "cannot be tiled"
+            )
+        return found
+
+    def tiles(self, tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
+        """``([N, C, h, w], arguments of the tile batch, image pixels per canvas pixel)`` -> the arguments that differ.
+
+        Among the arguments are ``references``, if there are any: tokens ``[N, R, C]`` of further images.
+        """
+        own, others = self.write(tiles), arguments.get("references")
+        sample = own if others is None else torch.cat([own, others], 1)
+        return {self.sample: sample} | self.also(tiles, arguments, pixels)
+
+    def prediction(self, output: Any, size: Pair) -> Tensor:
+        """``(what forward predicted, (h, w))`` -> ``[N, C', h, w]``."""
+        found = self.read(output, size)
+        if found.ndim != 4 or found.shape[2:] != size:
+            raise ValueError(f"{self.model.__name__}: gives {tuple(found.shape)} for a canvas of {size[0]}x{size[1]}")
+        return found
+
+    def result(self, prediction: Tensor, sample: Any) -> Any:
+        """``([B, C', H, W], the argument that held the canvas)`` -> the form in which forward gives it."""
+        return self.write(prediction)
+
+
+class SideBySide(Family):
+    """DreamLite: the canvas and, to its right, the image to edit; both are cut at the same places."""
+
+    def prediction(self, output: Any, size: Pair) -> Tensor:
+        return output[..., : size[1]]
+
+    def result(self, prediction: Tensor, sample: Any) -> Any:
+        return prediction
+
+
+class Patches(Family):
+    """JoyImage Edit Plus: the pipeline puts its references back in each step."""
+
+    def result(self, prediction: Tensor, sample: Any) -> Any:
+        own = self.write(prediction)
+        return torch.cat([own, torch.zeros_like(sample[:, own.shape[1] :])], 1)
+
+
+class Row(Family):
+    """Ideogram 4: one row of tokens, text, then the canvas, with ``position_ids [B, L, 3]``."""
+
+    def tiles(self, tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
+        height, width = arguments["canvas_size"]
+        ids, count = arguments["position_ids"], tiles.shape[2] * tiles.shape[3]
+        text, ids = ids.shape[1] - height * width, ids.repeat_interleave(len(tiles) // len(ids), 0)
+        cut = ("encoder_hidden_states", "segment_ids", "indicator")
+        changed: Arguments = {name: arguments[name][:, : text + count] for name in cut}
+        changed["position_ids"] = torch.cat([ids[:, :text], layouts.positions(ids[:, text : text + 1], tiles)], 1)
+        return changed | {"hidden_states": pad(to_tokens(tiles), (0, 0, text, 0))}
+
+    def result(self, prediction: Tensor, sample: Any) -> Any:
+        tokens = to_tokens(prediction)
+        return pad(tokens, (0, 0, sample.shape[1] - tokens.shape[1], 0))
+
+
+class GlmImage(Family):
+    """An image; with reference images it is refused."""
+
+    def canvas(self, arguments: Arguments) -> Tensor:
+        caches = arguments.get("kv_caches")
+        if caches is not None and caches[0].mode in ("write", "read"):
+            raise ValueError(
+                "image: GLM-Image keeps keys of reference images from step to step, which tiles cannot share"
+            )
+        return super().canvas(arguments)
+
+
+class Derived(Family):
+    """Of a class that nobody has described: refuses further arguments that have a tensor of the canvas' size."""
+
+    def tiles(self, tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
+        changed = super().tiles(tiles, arguments, pixels)
+        if "canvas_size" not in arguments:  # in the fused loop, whose pipelines are known
+            return changed
+        height, width = arguments["canvas_size"]
+        counts = {height * width, (height // 2) * (width // 2)}  # latent pixels, tokens, and both behind the text
+        text = arguments["encoder_hidden_states"].shape[1] if "encoder_hidden_states" in arguments else 0
+        sizes = counts | {n + text for n in counts} | {n * side for n in (1, pixels) for side in (height, width)}
+        for name, value in arguments.items():
+            if name in changed or name in OWN or not isinstance(value, Tensor):
+                continue
+            if sizes & set(value.shape[1:-1] if value.ndim > 2 else value.shape[1:]) or "size" in name:
+                raise ValueError(f"{name}: {tuple(value.shape)} has the canvas' size, and how to cut it is not known")
+        return changed
 
 
 def _cogview_shift(tokens: int, steps: int, config: Any) -> float:
@@ -43,13 +212,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(diffusers.FluxTransformer2DModel, dynamic_shift=1.15, shifts=True, **IDS),
     Family(diffusers.PixArtTransformer2DModel, also=layouts.pixart),
     Family(diffusers.SanaTransformer2DModel),
-    Family(
-        diffusers.ZImageTransformer2DModel,
-        patch=lambda network: network.config.all_patch_size[0],
-        dynamic_shift=1.15,
-        clock=lambda timesteps: (1000 - timesteps) / 1000,
-        **layouts.LIST,
-    ),
+    Family(diffusers.ZImageTransformer2DModel, dynamic_shift=1.15, **layouts.LIST),
     Family(diffusers.QwenImageTransformer2DModel, dynamic_shift=1.15, **SHAPES),
 )
 """Measured, predicted, and known to canvas mode."""
@@ -67,14 +230,12 @@ MORE: tuple[Family, ...] = (
         also=layouts.cosmos,
         **layouts.FRAME,
     ),
-    Family(
-        diffusers.UNetControlNetXSModel, sample="sample", output=ControlNetXSOutput
-    ),  # its hint is cut with the tile
-    layouts.SideBySide(diffusers.DreamLiteUNetModel, dynamic_shift=1.16, output=UNet2DConditionOutput, **layouts.SIDES),
-    layouts.Patches(diffusers.JoyImageEditPlusTransformer3DModel, **layouts.PATCHES),
-    layouts.Row(diffusers.Ideogram4Transformer2DModel, **layouts.ROW),
+    Family(diffusers.UNetControlNetXSModel, sample="sample", output=ControlNetXSOutput),
+    SideBySide(diffusers.DreamLiteUNetModel, dynamic_shift=1.16, output=UNet2DConditionOutput, **layouts.SIDES),
+    Patches(diffusers.JoyImageEditPlusTransformer3DModel, **layouts.PATCHES),
+    Row(diffusers.Ideogram4Transformer2DModel, **layouts.ROW),
     Family(diffusers.OmniGenTransformer2DModel, also=layouts.omnigen),
-    layouts.GlmImage(diffusers.GlmImageTransformer2DModel, dynamic_shift=_cogview_shift, also=layouts.cogview),
+    GlmImage(diffusers.GlmImageTransformer2DModel, dynamic_shift=_cogview_shift, also=layouts.cogview),
     Family(
         diffusers.Flux2Transformer2DModel,
         dynamic_shift=lambda tokens, steps, config: compute_empirical_mu(tokens, steps),
@@ -137,12 +298,8 @@ def network_of(pipe: Any) -> tuple[Any, Family]:
 # ----------------------------------------------------------------------------- pipelines that choose another size
 
 ROUNDED = 64  # px: pipelines may round a size by less than this
-KEPT_BY = {
-    "use_resolution_binning": "use_resolution_binning=False",
-    "_auto_resize": "_auto_resize=False",
-    "max_area": "max_area={area}",
-}
-"""Arguments of calls -> what keeps the size that was asked for."""
+KEPT_BY = ("use_resolution_binning=False", "_auto_resize=False", "max_area={area}")
+"""What keeps the size that was asked for, where a call has such an argument."""
 SET_BY = {
     "HiDreamImagePipeline": "pipe.default_sample_size={side}",
     "Kandinsky5T2IPipeline": "pipe.resolutions=[({width}, {height})]",
@@ -163,7 +320,7 @@ def check_size(pipe: Any, given: dict[str, Any], made: Pair) -> None:
     if abs(height - made[0]) < ROUNDED and abs(width - made[1]) < ROUNDED:
         return
     name, takes = type(pipe).__name__, signature(type(pipe).__call__).parameters
-    ways = [way for argument, way in KEPT_BY.items() if argument in takes]
+    ways = [way for way in KEPT_BY if way.partition("=")[0] in takes]
     ways += [SET_BY[name]] if name in SET_BY else []
     area = height * width
     way = ", ".join(ways).format(area=area, side=round(area**0.5 / factor_of(pipe)), height=height, width=width)
@@ -194,29 +351,3 @@ def derived(model: Any) -> Family:
     layout = IDS if "img_ids" in names else SHAPES if "img_shapes" in names else {}
     logger.warning("%s is not a known network: tiles are taken as images of their own size", model.__name__)
     return Derived(model, sample=sample, timestep=timestep, **layout)
-
-
-class Derived(Family):
-    """Checks that what forward takes and gives is what the names of its arguments say."""
-
-    def tiles(self, tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
-        """Refuses further arguments that have a tensor of the canvas' size."""
-        changed = super().tiles(tiles, arguments, pixels)
-        if "canvas_size" not in arguments:  # in the fused loop, whose pipelines are known
-            return changed
-        height, width = arguments["canvas_size"]
-        counts = {height * width, (height // 2) * (width // 2)}  # latent pixels, tokens, and both behind the text
-        text = arguments["encoder_hidden_states"].shape[1] if "encoder_hidden_states" in arguments else 0
-        sizes = counts | {n + text for n in counts} | {n * side for n in (1, pixels) for side in (height, width)}
-        for name, value in arguments.items():
-            if name in changed or name in OWN or not isinstance(value, Tensor):
-                continue
-            if sizes & set(value.shape[1:-1] if value.ndim > 2 else value.shape[1:]) or "size" in name:
-                raise ValueError(f"{name}: {tuple(value.shape)} has the canvas' size, and how to cut it is not known")
-        return changed
-
-    def prediction(self, output: Any, size: Pair) -> Tensor:
-        found = super().prediction(output, size)
-        if found.ndim != 4 or tuple(found.shape[2:]) != tuple(size):
-            raise ValueError(f"{self.model.__name__}: gives {tuple(found.shape)} for a canvas of {size[0]}x{size[1]}")
-        return found

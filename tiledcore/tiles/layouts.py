@@ -1,6 +1,6 @@
 """Where the canvas is in a network's arguments, and what else of them differs for tiles.
 
-A *layout* is a dict of :class:`~tiledcore.tiles.family.Family`'s fields, or a subclass: an image, a frame, tokens with
+A *layout* is a dict of :class:`~tiledcore.tiles.families.Family`'s fields: an image, a frame, tokens with
 positions, tokens with shapes. A tile is an image of its own size, whose positions start at 0 or where the canvas' do.
 Reference images are tokens behind the canvas' own: each tile gets them whole, behind its own tokens.
 """
@@ -13,11 +13,11 @@ import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed, get_2d_rotary_pos_embed_lumina
 from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tiledcore.geometry import Pair
-from tiledcore.tiles.family import Arguments, Family
+
+Arguments = dict[str, Any]
 
 
 def to_tokens(image: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def raster(given: Tensor) -> Pair:
     return total // width, width
 
 
-def _positions(first: Tensor, tiles: Tensor) -> Tensor:
+def positions(first: Tensor, tiles: Tensor) -> Tensor:
     """Ids ``[..., h*w, n]`` of a tile's tokens, from the canvas' first ``[..., 1, n]`` on; columns 1, 2 are y and x."""
     rows, columns = (torch.arange(n, device=tiles.device) for n in tiles.shape[2:])
     ids = first.repeat_interleave(len(rows) * len(columns), -2)
@@ -81,7 +81,7 @@ def _ids(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
     ids, others = arguments["img_ids"], arguments.get("references")
     behind = 0 if others is None else others.shape[1]
     one = ids[0] if ids.ndim == 3 else ids
-    own = torch.cat([_positions(one[:1], tiles), one[len(one) - behind :]])
+    own = torch.cat([positions(one[:1], tiles), one[len(one) - behind :]])
     text, extra = arguments["encoder_hidden_states"].shape[1], arguments.get("joint_attention_kwargs")
 
     def cut(given: Arguments) -> Arguments:
@@ -223,18 +223,6 @@ def omnigen(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
     return changed | {"input_image_sizes": places, "input_img_latents": latents}
 
 
-class GlmImage(Family):
-    """An image; with reference images it is refused."""
-
-    def canvas(self, arguments: Arguments) -> Tensor:
-        caches = arguments.get("kv_caches")
-        if caches is not None and caches[0].mode in ("write", "read"):
-            raise ValueError(
-                "image: GLM-Image keeps keys of reference images from step to step, which tiles cannot share"
-            )
-        return super().canvas(arguments)
-
-
 # ----------------------------------------------------------------------------- frames, lists and pairs of images
 
 FRAME: dict[str, Any] = {"read": lambda value, size: value.squeeze(2), "write": lambda image: image.unsqueeze(2)}
@@ -273,8 +261,10 @@ def _z_image(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
 
 
 LIST: dict[str, Any] = {
+    "patch": lambda network: network.config.all_patch_size[0],
     "sample": "x",
     "timestep": "t",
+    "clock": lambda timesteps: (1000 - timesteps) / 1000,
     "read": _z_image_read,
     "write": lambda image: list(image.unsqueeze(2)),
     "also": _z_image,
@@ -287,16 +277,6 @@ def _pair(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
     return {"added_cond_kwargs": {**given, "time_ids": _size_px(tiles, pixels, given["time_ids"]).flip(1)}}
 
 
-class SideBySide(Family):
-    """DreamLite: the canvas and, to its right, the image to edit; both are cut at the same places."""
-
-    def prediction(self, output: Any, size: Pair) -> Tensor:
-        return output[..., : size[1]]
-
-    def result(self, prediction: Tensor, sample: Any) -> Any:
-        return prediction
-
-
 SIDES: dict[str, Any] = {
     "sample": "sample",
     "patch": lambda network: 2,  # in which the pipeline counts tokens for the schedule
@@ -304,16 +284,9 @@ SIDES: dict[str, Any] = {
     "write": lambda image: torch.cat(image.chunk(2, 1), 3),
     "also": _pair,
 }
+"""Two images side by side."""
 
 # ----------------------------------------------------------------------------- tokens with something before or behind
-
-
-class Patches(Family):
-    """JoyImage Edit Plus: the pipeline puts its references back in each step."""
-
-    def result(self, prediction: Tensor, sample: Any) -> Any:
-        own = self.write(prediction)
-        return torch.cat([own, torch.zeros_like(sample[:, own.shape[1] :])], 1)
 
 
 PATCHES = IDS | {
@@ -332,23 +305,6 @@ def _row_size(arguments: Arguments) -> Pair:
     # Tokens of the canvas come last; those before them are text, whose three positions are the same.
     text = int((arguments["indicator"][0] != arguments["indicator"][0, -1]).sum())
     return raster(arguments["position_ids"][0, text:])
-
-
-class Row(Family):
-    """Ideogram 4: one row of tokens, text, then the canvas, with ``position_ids [B, L, 3]``."""
-
-    def tiles(self, tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
-        height, width = arguments["canvas_size"]
-        ids, count = arguments["position_ids"], tiles.shape[2] * tiles.shape[3]
-        text, ids = ids.shape[1] - height * width, ids.repeat_interleave(len(tiles) // len(ids), 0)
-        cut = ("encoder_hidden_states", "segment_ids", "indicator")
-        changed: Arguments = {name: arguments[name][:, : text + count] for name in cut}
-        changed["position_ids"] = torch.cat([ids[:, :text], _positions(ids[:, text : text + 1], tiles)], 1)
-        return changed | {"hidden_states": pad(to_tokens(tiles), (0, 0, text, 0))}
-
-    def result(self, prediction: Tensor, sample: Any) -> Any:
-        tokens = to_tokens(prediction)
-        return pad(tokens, (0, 0, sample.shape[1] - tokens.shape[1], 0))
 
 
 ROW = IDS | {"clock": lambda timesteps: 1 - timesteps / 1000, "size": _row_size, "read": _last_image}
