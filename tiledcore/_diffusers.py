@@ -119,7 +119,7 @@ def context_of(hooks: list[Any], part: str) -> Iterator[None]:
             one.set_context(context)
 
 
-def pack(pipe: Any, noise: Tensor) -> Any:
+def pack(pipe: Any, noise: Tensor) -> Tensor:
     """``[B, C, H, W]`` as the tokens that a pipeline of packed latents takes."""
     return pipe._pack_latents(noise, *noise.shape)
 

@@ -138,11 +138,13 @@ def images_of(arguments: dict[str, Any], images: slice, batch: int) -> dict[str,
 
     out = dict(arguments)
     for name, value in arguments.items():
-        if name in LISTS and value is not None:
+        if value is None or name in (*WHOLE, "per_tile", "regions"):
+            continue
+        if name in LISTS:
             out[name] = value[images]
         elif name == LAYERS:
             out[name] = value[:, images]
-        elif name not in (*WHOLE, "per_tile", "regions"):
+        else:
             out[name] = tree_map_only(Tensor, cut, value)
     return out
 
