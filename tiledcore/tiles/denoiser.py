@@ -133,7 +133,11 @@ class TileDenoiser:
         ``time``: the timestep, where the host knows it without asking the device.
         """
         self.place((sample.shape[2], sample.shape[3]), timestep if time is None else time, sample.device)
-        tiles, offsets, size, ramp = self.attempt(forward, sample, timestep, **kwargs)
+        return self.blended(self.attempt(forward, sample, timestep, **kwargs))
+
+    def blended(self, prediction: Prediction) -> Tensor:
+        """The canvas ``[B, C', H, W]`` of a prediction."""
+        tiles, offsets, size, ramp = prediction
         if len(offsets) == 1:  # as it came, so that no bit changes
             return tiles
         with label("blend"):
