@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from os import PathLike
 from pathlib import Path
@@ -33,14 +34,12 @@ from tiledcore.loop.engine import Engine
 from tiledcore.loop.graph import CudaBackend, StepGraphs
 from tiledcore.memory.budget import Budget, within
 from tiledcore.memory.planner import Plan
-from tiledcore.parallel.own_rows import divided
-from tiledcore.parallel.ranks import Ranks
-from tiledcore.parallel.sharing import Sharing, options_of, same_call
-from tiledcore.parallel.slabs import Slabs
+from tiledcore.parallel.ranks import Ranks, Sharing, options_of, same_call
+from tiledcore.parallel.slabs import divided, slabs
 from tiledcore.schedulers.pull import Pull, Pulling
 from tiledcore.tiles.fade import Fade
 from tiledcore.tiles.families import factor_of, network_of
-from tiledcore.utils import labelled
+from tiledcore.utils import labelled, replaced
 from tiledcore.vae.exact import exact_bands, rows_of, why_not_exact
 from tiledcore.vae.wrap import continuation, wrapped
 
@@ -57,8 +56,7 @@ class Options:
     """Arguments of a TiledPipeline call that the wrapped pipeline does not have; None: the pipeline's default."""
 
     tiling: TilingConfig
-    asked: bool
-    """Whether the caller chose the tiling; a plan then keeps it."""
+    asked: bool  # The caller chose the tiling; a plan then keeps it
     execution: Execution
     regions: Sequence[Region]
     prompt_for_tile: PromptForTile | None
@@ -118,28 +116,20 @@ def bind(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, 
 class Call:
     """One resolved call; :meth:`run` makes the image."""
 
-    pipe: Any
-    """The pipeline that runs: the wrapped one, or its image-to-image or inpainting sibling on the same weights."""
-    arguments: dict[str, Any]
-    """The arguments of its call, by name."""
+    pipe: Any  # That runs: the wrapped one, or its image-to-image or inpainting sibling on the same weights
+    arguments: dict[str, Any]  # Of its call, by name
     tiling: TilingConfig
     execution: Execution
     options: Options
-    size: Pair | None
-    """(height, width) of the image in px; None if the pipeline decides."""
+    size: Pair | None  # (height, width) of the image in px; None if the pipeline decides
     plan: Plan | None
-    ranks: Ranks | None = None
-    """The processes that make the same call; None: only this one."""
+    ranks: Ranks | None  # The processes that make the same call; None: only this one
 
     @classmethod
     def resolve(
-        cls, pipe: Any, arguments: dict[str, Any], options: Options, budget: Budget | None, ranks: Ranks | None = None
+        cls, pipe: Any, arguments: dict[str, Any], options: Options, budget: Budget | None, ranks: Ranks | None
     ) -> Call:
-        """Resolve pipeline, image, size, tiling and plan of a call of ``pipe``; ``arguments`` are given by name.
-
-        Raises:
-            ValueError: names the argument that is not valid.
-        """
+        """Resolve pipeline, image, size, tiling and plan of a call of ``pipe``; ``arguments`` are given by name."""
         tiling, execution = options.tiling, options.execution
         if ranks is not None:
             more = settings_in(tiling, options) | vars(execution) | {"pull": str(options.pull)}
@@ -174,9 +164,7 @@ class Call:
         network, family = network_of(pipe)
         unit, native = family.unit(network), both(family.native(pipe, network))
         vae, factor, wrap = getattr(pipe, "vae", None), factor_of(pipe), both(tiling.wrap)
-        found: list[Feature | AbstractContextManager[Any]] = (
-            [] if self.ranks is None else [Sharing(self.ranks, pipe, hook)]
-        )
+        found: list[Any] = [] if self.ranks is None else [Sharing(self.ranks, pipe, hook)]
         if options.preview is not None:
             found.append(Previewing(options.preview, pipe, native, unit))
         if options.regions:
@@ -185,9 +173,8 @@ class Call:
             found.append(TilePrompts(pipe, network, options.prompt_for_tile, hook))
         if vae is not None:
             around = continuation(vae, wrap, factor)
-            slabs = None if self.ranks is None else Slabs(self.ranks)
             stream = Streamed(pipe, options.rows, around)
-            found += [bounded_vae(pipe, self.size, stream, self.plan, slabs), stream]
+            found += [*bounded_vae(pipe, self.size, stream, self.plan, self.ranks), stream]
             found += [wrapped(vae, around), labelled(vae, "decode", "decode")]
         elif options.rows is not None or options.preview is not None:
             raise ValueError("rows, preview: the pipeline has no vae to decode with; leave them out")
@@ -199,18 +186,18 @@ class Call:
             found.append(Pulling(options.pull, pipe.scheduler, unit, wrap, side / 16))
         return found
 
-    @contextmanager
-    def engine(self, graphs: StepGraphs, fused: bool) -> Iterator[Engine]:
-        """Inside the ``with`` block, the pipeline denoises as this call says."""
+    def run(self, wrapper: Any, graphs: StepGraphs, fused: bool) -> Any:
+        """Make the image, and set ``wrapper.report``."""
         checkpoint = self.options.checkpoint
         if not fused and checkpoint is not None:
             raise ValueError("checkpoint: only the fused step can be resumed; leave out fused=False")
-        if graphs.backend is None and device_of(self.pipe).type == "cuda":
-            graphs.backend = CudaBackend()
+        if self.plan is not None:
+            graphs.release()  # the plan counts the memory of one step, not of graphs of other sizes beside it
         bound = signature(type(self.pipe).__call__).bind_partial(self.pipe, **self.arguments)
         bound.apply_defaults()
         settings = settings_in(self.tiling, self.options)
         with (
+            within(wrapper, self.pipe, self.plan),
             current_device(device_of(self.pipe)),
             nullcontext() if checkpoint is None else locked(checkpoint),
             tiled(self.pipe, self.tiling, self.execution, self.arguments) as hook,
@@ -218,18 +205,13 @@ class Call:
             Engine(self.pipe, dict(bound.arguments), settings, graphs, features, checkpoint, fused) as engine,
         ):
             hook.engine = engine
-            yield engine
-
-    def run(self, wrapper: Any, graphs: StepGraphs, fused: bool) -> Any:
-        """Make the image, and set ``wrapper.report``."""
-        if self.plan is not None:
-            graphs.release()  # the plan counts the memory of one step, not of graphs of other sizes beside it
-        with within(wrapper, self.pipe, self.plan), self.engine(graphs, fused) as engine:
+            if graphs.backend is None and device_of(self.pipe).type == "cuda":
+                graphs.backend = CudaBackend()
             try:
                 return self.pipe(**self.arguments)
             finally:
                 wrapper.report = engine.report()
-                for feature in engine.features:
+                for feature in features:
                     feature.report(wrapper.report)
 
 
@@ -250,8 +232,7 @@ def current_device(device: torch.device) -> AbstractContextManager[Any]:
 def sibling(pipe: Any, arguments: dict[str, Any]) -> Any:
     """The pipeline that runs a call: with ``image``, the image-to-image or inpainting one on the same weights.
 
-    Raises:
-        ValueError: there is a mask but no image, or diffusers has no such pipeline.
+    ValueError where there is a mask but no image, or diffusers has no such pipeline.
     """
     masked = arguments.get("mask_image") is not None
     if arguments.get("image") is None:
@@ -312,33 +293,25 @@ def size_unit(pipe: Any) -> int:
     return int(factor_of(pipe) * family.patch(network))
 
 
-@contextmanager
 def bounded_vae(
-    pipe: Any, size: Pair | None, stream: Streamed, plan: Plan | None = None, slabs: Slabs | None = None
-) -> Iterator[None]:
-    """Run the VAE in exact bands if the whole image would not fit; if bands cannot, in diffusers' tiles."""
-    vae = pipe.vae
+    pipe: Any, size: Pair | None, stream: Streamed, plan: Plan | None = None, ranks: Ranks | None = None
+) -> list[AbstractContextManager[Any]]:
+    """Contexts in which the VAE runs in exact bands if the whole image would not fit; if bands cannot, in its tiles."""
+    vae, pixels = pipe.vae, size[0] * size[1] if size else 0
     if getattr(vae, "use_tiling", True):  # the caller's choice, or another kind of autoencoder
-        yield
-        return
-    pixels = size[0] * size[1] if size else 0
-    if (reason := why_not_exact(vae, pixels)) is None:
-        larger_than, room = EXACT_DECODE_PIXELS, None if plan is None else plan.vae_room
-        if plan is not None and stream.rows is None:  # the plan knows whether the whole image fits
-            larger_than = 2**63 if plan.vae_band is None else 0
-        if stream.rows is not None and room is None and vae.device.type == "cpu":
-            room = CPU_BUDGET
-        decode = rows_of if slabs is None else slabs.whole if stream.rows is None else slabs.rows
-        shares = nullcontext() if slabs is None else divided(slabs.ranks, vae.decoder, factor_of(pipe))
-        with shares, exact_bands(vae, larger_than, None, room, decode, stream.collect):
-            yield
-        return
-    if pixels <= EXACT_DECODE_PIXELS:
-        yield
-        return
-    logger.warning("%d pixels: decoding in diffusers' tiles, which is approximate: %s", pixels, reason)
-    vae.enable_tiling()
-    try:
-        yield
-    finally:
-        vae.disable_tiling()
+        return []
+    if (reason := why_not_exact(vae, pixels)) is not None:
+        if pixels <= EXACT_DECODE_PIXELS:
+            return []
+        logger.warning("%d pixels: decoding in diffusers' tiles, which is approximate: %s", pixels, reason)
+        return [replaced(vae, use_tiling=True)]
+    larger_than, room = EXACT_DECODE_PIXELS, None if plan is None else plan.vae_room
+    if plan is not None and stream.rows is None:  # the plan knows whether the whole image fits
+        larger_than = 2**63 if plan.vae_band is None else 0
+    if stream.rows is not None and room is None and vae.device.type == "cpu":
+        room = CPU_BUDGET
+    if ranks is None:
+        return [exact_bands(vae, larger_than, None, room, rows_of, stream.collect)]
+    decode = partial(slabs, ranks, to_first=stream.rows is not None)
+    bands = exact_bands(vae, larger_than, None, room, decode, stream.collect)
+    return [divided(ranks, vae.decoder, factor_of(pipe)), bands]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,10 @@ from tiny import tiny_sd
 from torch import Tensor
 
 import tiledcore.call
-import tiledcore.parallel.own_rows
+import tiledcore.parallel.slabs
 from tiledcore import TiledPipeline
-from tiledcore.parallel.own_rows import divided
 from tiledcore.parallel.ranks import current
-from tiledcore.parallel.slabs import Slabs, rows_needed
+from tiledcore.parallel.slabs import divided, rows_needed, slabs
 from tiledcore.vae.exact import exact_bands
 from tiledcore.vae.program import program
 
@@ -53,8 +53,7 @@ def decoded(make: Any, latents: Tensor, band_px: int | None) -> Any:
     """On a rank: the image as a whole, and its rows on rank 0."""
     vae, ranks = make(), current()
     assert ranks is not None
-    slabs = Slabs(ranks)
-    with torch.no_grad(), exact_bands(vae, 0, band_px, decode=slabs.whole):
+    with torch.no_grad(), exact_bands(vae, 0, band_px, decode=partial(slabs, ranks)):
         image = vae.decode(latents).sample
     rows: list[Tensor] = []
 
@@ -62,7 +61,7 @@ def decoded(make: Any, latents: Tensor, band_px: int | None) -> Any:
         rows.extend(bands)
         return torch.zeros(1, 3, 1, 1)
 
-    with torch.no_grad(), exact_bands(vae, 0, band_px, decode=slabs.rows, collect=collect):
+    with torch.no_grad(), exact_bands(vae, 0, band_px, decode=partial(slabs, ranks, to_first=True), collect=collect):
         vae.decode(latents)
     return image, rows
 
@@ -101,7 +100,7 @@ def test_own_rows_have_the_bits_of_one_process(
     make: Any, count: int, height: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The autoencoder's own decode, its rows divided. Two images: torch has another convolution for one small one."""
-    monkeypatch.setattr(tiledcore.parallel.own_rows, "LEAST_PIXELS", 0)
+    monkeypatch.setattr(tiledcore.parallel.slabs, "LEAST_PIXELS", 0)
     vae = make().to(dtype)
     latents = torch.randn(2, 4, height, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
     with torch.no_grad():

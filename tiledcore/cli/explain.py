@@ -94,7 +94,7 @@ def plan(args: argparse.Namespace) -> None:
     from tiledcore.memory.architectures import architecture
     from tiledcore.memory.planner import DoesNotFit, Planner
     from tiledcore.memory.prediction import Predictor, parse_bytes
-    from tiledcore.parallel.forecast import forecast_of
+    from tiledcore.parallel.forecast import forecast_for
 
     dtype = getattr(torch, DTYPES[args.dtype or default_dtype(args.device)])
     # With several GPUs tiles: canvas mode is one call of the network, which one GPU makes.
@@ -110,7 +110,8 @@ def plan(args: argparse.Namespace) -> None:
     except TypeError as error:
         raise CommandError(str(error)) from error
     if args.gpus > 1:
-        shared = forecast_of(predictor, found, args.images, args.gpus)
+        rows = args.images * predictor.model.branches
+        shared = forecast_for(predictor, found.tiling, found.execution, found.size, rows, args.gpus)
     if args.json:
         content = asdict(found) | {"peak": found.peak, "needs": found.needs, "fits": found.fits}
         print(json.dumps(content | ({} if shared is None else {"gpus": asdict(shared)}), indent=2))

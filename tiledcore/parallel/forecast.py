@@ -10,7 +10,6 @@ import torch
 
 from tiledcore.config import Execution, TilingConfig
 from tiledcore.geometry import Pair
-from tiledcore.memory.planner import Plan
 from tiledcore.memory.prediction import Predictor, show_bytes
 from tiledcore.parallel.ranks import few, owners
 from tiledcore.tiles.denoiser import TileDenoiser
@@ -23,18 +22,12 @@ class Forecast:
     """The steps of a run on several ranks."""
 
     ranks: int
-    batches: int
-    """Tile batches of the last step, which overlaps most."""
-    shares: tuple[float, ...]
-    """Of the network's work, by rank; mean over the steps."""
-    area_factor: float
-    """Tile area over the area of the canvas, mean over the steps."""
-    speedup: float
-    """Of the network's part of the time, if that is proportional to the tiles' area."""
-    received: int
-    """Bytes of predictions that a rank gets from the others, per step; mean over ranks and steps."""
-    buffers: int
-    """Bytes that a rank needs for the exchange, at the most."""
+    batches: int  # Tile batches of the last step, which overlaps most
+    shares: tuple[float, ...]  # Of the network's work, by rank; mean over the steps
+    area_factor: float  # Tile area over the area of the canvas, mean over the steps
+    speedup: float  # Of the network's part of the time, if that is proportional to the tiles' area
+    received: int  # Bytes of predictions that a rank gets from the others per step, mean over ranks and steps
+    buffers: int  # Bytes that a rank needs for the exchange, at the most
 
     def __str__(self) -> str:
         shares = " ".join(f"{share:.1%}" for share in self.shares)
@@ -49,44 +42,32 @@ class Forecast:
 def forecast(
     denoiser: TileDenoiser, size: Pair, rows: int, channels: int, itemsize: int, ranks: int, steps: int = STEPS
 ) -> Forecast:
-    """Deal the steps of a run as they will be dealt.
+    """Deal the steps of a run as they will be dealt: on a canvas of ``size`` in canvas pixels, by its ``denoiser``.
 
-    Args:
-        denoiser: with the tiling of the run.
-        size: of the canvas, in canvas pixels.
-        rows: images of a tile: guidance branches times images of the call.
-        channels: of a prediction.
-        itemsize: bytes per element of a prediction.
-        ranks: processes.
-        steps: of the run.
+    ``rows`` is guidance branches times images of the call; ``channels`` and ``itemsize`` (bytes) are of a prediction.
     """
-    denoiser.timesteps = lambda: list(range(steps, 0, -1))
-    slowest, parts = 0.0, []
-    loads, got, most = [0.0] * ranks, 0.0, 0
-    for time in denoiser.timesteps():
+    times = list(range(steps, 0, -1))
+    denoiser.timesteps = lambda: times
+    loads, costs = [], []
+    for time in times:
         denoiser.place(size, time, torch.device("cpu"))
         assert denoiser.placed is not None
         whole = denoiser.config.mode == "canvas" or len(denoiser.placed) == 1
         parts = [(rows, *size)] if whole else [part.shape for part in denoiser.batches(denoiser.placed, rows)]
-        costs = [float(math.prod(shape)) for shape in parts]
-        step = [0.0] * ranks
+        costs = [math.prod(shape) for shape in parts]
+        loads.append([0] * ranks)
         for cost, owner in zip(costs, owners(costs, ranks), strict=True):
-            step[owner] += cost
-        slowest += max(step)
-        loads = [load + own for load, own in zip(loads, step, strict=True)]
-        got += sum(costs) * (ranks - 1) / ranks
-        most = max(most, int(sum(costs)))
-    item = channels * itemsize
-    shares = tuple(load / sum(loads) for load in loads)
-    area_factor = sum(loads) / (steps * rows * math.prod(size))
+            loads[-1][owner] += cost
+    work, item = [sum(step) for step in loads], channels * itemsize
     return Forecast(
-        ranks, len(parts), shares, area_factor, sum(loads) / slowest, int(got / steps * item), 2 * most * item
+        ranks,
+        batches=len(costs),
+        shares=tuple(sum(own) / sum(work) for own in zip(*loads, strict=True)),
+        area_factor=sum(work) / (steps * rows * math.prod(size)),
+        speedup=sum(work) / sum(map(max, loads)),
+        received=int(sum(work) * (ranks - 1) / ranks / steps * item),
+        buffers=2 * max(work) * item,
     )
-
-
-def forecast_of(predictor: Predictor, plan: Plan, images: int, ranks: int) -> Forecast:
-    """The forecast of a plan of this predictor, for so many images a call."""
-    return forecast_for(predictor, plan.tiling, plan.execution, plan.size, images * predictor.model.branches, ranks)
 
 
 def forecast_for(

@@ -25,12 +25,8 @@ _store: Any = None  # torchrun's own, which outlives each of the processes
 def joined(device: str | None) -> Iterator[Ranks]:
     """Inside the ``with`` block, the processes of torchrun are one group.
 
-    Args:
-        device: None or ``"cuda"``: each process of a host takes a CUDA device of its own, if there are any. Another,
-            such as ``"cuda:0"``, is shared by all of them.
-
-    Raises:
-        ValueError: a host has fewer CUDA devices than processes.
+    ``device`` None or ``"cuda"``: each process of a host takes a CUDA device of its own, if there are any; ValueError
+    where they are too few. Another, such as ``"cuda:0"``, is shared by all of them.
     """
     global _store
     signal.signal(signal.SIGTERM, _end)

@@ -1,4 +1,4 @@
-"""Ranks: the processes of a torch.distributed group, which share the tile batches of each step.
+"""Ranks: the processes of a torch.distributed group, which share the tile batches of each step. Sharing: their call.
 
 All processes make the same call (SPMD), and each holds the whole canvas. A process evaluates its part of the tile
 batches; then all predictions are exchanged, and each process makes the same step. A tile batch is never cut, so the
@@ -10,14 +10,26 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import diffusers
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
+
+from tiledcore.feature import Feature
+from tiledcore.hook import NetworkHook
+from tiledcore.loop.checkpoint import FILE, Checkpoint, settings_of
+from tiledcore.loop.report import Report
+from tiledcore.utils import replaced
 
 logger = logging.getLogger(__name__)
 
@@ -53,22 +65,15 @@ def few(calls: int) -> str:
 class Times:
     """What the ranks did in one call."""
 
-    busy: list[float]
-    """Seconds in the network, by rank."""
-    seconds: float = 0.0
-    """From the first tile batch to the end of the exchange, summed over the evaluations."""
+    busy: list[float]  # Seconds in the network, by rank
+    seconds: float = 0.0  # From the first tile batch to the end of the exchange, summed over the evaluations
     evaluations: int = 0
-    received: int = 0
-    """Bytes of predictions that this rank got from the others."""
-
-    @property
-    def size(self) -> int:
-        return len(self.busy)
+    received: int = 0  # Bytes of predictions that this rank got from the others
 
     @property
     def waiting(self) -> float:
         """Share of the time in which a rank waits for the others, mean over the ranks."""
-        return max(0.0, 1 - sum(self.busy) / self.size / self.seconds) if self.seconds else 0.0
+        return max(0.0, 1 - sum(self.busy) / len(self.busy) / self.seconds) if self.seconds else 0.0
 
     @property
     def bytes_per_step(self) -> int:
@@ -77,7 +82,7 @@ class Times:
     def __str__(self) -> str:
         busy = " ".join(f"{seconds:.1f}" for seconds in self.busy)
         return (
-            f"{self.size} ranks: {busy} s in the network, {self.waiting:.0%} of the time spent waiting, "
+            f"{len(self.busy)} ranks: {busy} s in the network, {self.waiting:.0%} of the time spent waiting, "
             f"{self.bytes_per_step / 2**20:.2f} MiB received per step"
         )
 
@@ -113,36 +118,33 @@ class Ranks:
 
     def first_state(self, generators: Sequence[torch.Generator]) -> None:
         """Set torch's own generators, and these, to the state that they have on rank 0."""
-        states = [torch.get_rng_state(), *(generator.get_state() for generator in generators)]
-        if torch.cuda.is_initialized():
-            states.append(torch.cuda.get_rng_state())
-        states = self.first(states)
-        torch.set_rng_state(states[0])
-        for generator, state in zip(generators, states[1:], strict=False):
+        cuda = torch.cuda.is_initialized()
+        own = (
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state() if cuda else None,
+            [one.get_state() for one in generators],
+        )
+        cpu, gpu, given = self.first(own)
+        torch.set_rng_state(cpu)
+        if cuda and gpu is not None:
+            torch.cuda.set_rng_state(gpu)
+        for generator, state in zip(generators, given, strict=True):
             generator.set_state(state)
-        if torch.cuda.is_initialized():
-            torch.cuda.set_rng_state(states[-1])
 
     def deal(self, parts: Sequence[Any], run: Callable[[Any], Tensor], sample: Tensor) -> list[Tensor]:
         """Stands in for :func:`tiledcore.tiles.denoiser.run_all`.
 
-        Raises:
-            torch.OutOfMemoryError: on all ranks, if there is none left on one.
-            LostRankError: a rank is gone.
-            RuntimeError: the ranks have different canvases.
+        An OutOfMemoryError on one rank is raised on all; ranks with different canvases raise RuntimeError.
         """
         began = time.perf_counter()
         chosen = owners([math.prod(part.shape) for part in parts], self.size)
         if len(parts) < self.size and not self.times.evaluations:
             logger.warning("%d processes: %s", self.size, few(len(parts)))
-        mine: list[Tensor] = []
-        full = False
+        mine, full = list[Tensor](), False
         try:
-            mine += [run(part) for part, owner in zip(parts, chosen, strict=True) if owner == self.rank]
+            mine = [run(part) for part, owner in zip(parts, chosen, strict=True) if owner == self.rank]
         except torch.OutOfMemoryError:
             full = True
-        if full:  # outside of the handler, whose traceback holds the tensors of the failed attempt
-            mine.clear()
         state = _checksum(sample)  # waits for the device
         channels, dtype = self._agree(full, mine, state, time.perf_counter() - began)
         sizes = [part.shape[0] * channels * part.shape[1] * part.shape[2] for part in parts]
@@ -185,18 +187,15 @@ class Ranks:
 
     def _exchange(self, flat: Sequence[Tensor]) -> None:
         """Each rank gives its part to all others."""
-        group = self._group(flat[0])
+        group = self.world if flat[0].is_cuda else self.hosts
         with self._found():
             works = [
-                dist.broadcast(_bytes(one), src=rank, group=group, async_op=True)
+                dist.broadcast(one.view(torch.uint8), src=rank, group=group, async_op=True)
                 for rank, one in enumerate(flat)
                 if len(one)
             ]
             for work in works:
                 work.wait()
-
-    def _group(self, tensor: Tensor) -> Any:
-        return self.world if tensor.is_cuda else self.hosts
 
     def share(self, own: Tensor) -> list[Tensor]:
         """The tensors of all ranks, of one dtype and any shapes, on this rank's device."""
@@ -205,23 +204,6 @@ class Ranks:
         flat[self.rank].copy_(own.flatten())
         self._exchange(flat)
         return [one.view(shape) for one, shape in zip(flat, shapes, strict=True)]
-
-    def alike(self, own: Tensor) -> list[Tensor]:
-        """The tensors of all ranks, of one dtype and one shape."""
-        own = own.contiguous()
-        found = [torch.empty_like(own) for _ in range(self.size)]
-        into, given = [_bytes(one) for one in found], _bytes(own)
-        with self._found():
-            dist.all_gather(into, given, group=self._group(own))
-        return found
-
-    def turn(self, given: Tensor, lengths: Sequence[int], got: Tensor, got_lengths: Sequence[int]) -> None:
-        """Each rank gives a part of ``given`` to each, by rank, and gets the others' in ``got``; both are flat."""
-        item = given.element_size()
-        into, sent = _bytes(got), _bytes(given)
-        sizes = [item * length for length in got_lengths], [item * length for length in lengths]
-        with self._found():
-            dist.all_to_all_single(into, sent, *sizes, group=self._group(given))
 
     def send(self, rows: Tensor) -> None:
         """Send rows ``[B, C, H, W]`` to rank 0, some at a time, as it asks for them."""
@@ -254,10 +236,6 @@ class Ranks:
             ) from error
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.view(-1).view(torch.uint8)
-
-
 def _checksum(canvas: Tensor) -> int:
     """The sum of the canvas' bits as integers."""
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[canvas.element_size()]
@@ -275,3 +253,70 @@ def current() -> Ranks | None:
     if _ranks is None or _ranks.world is not dist.group.WORLD:
         _ranks = Ranks()
     return _ranks
+
+
+class Sharing(Feature):
+    """The tile batches of one call are dealt to the ranks; only rank 0 shows progress."""
+
+    def __init__(self, ranks: Ranks, pipe: Any, hook: NetworkHook) -> None:
+        self.ranks, self.pipe, self.hook = ranks, pipe, hook
+
+    def enter(self, stack: ExitStack) -> None:
+        self.ranks.times = Times([0.0] * self.ranks.size)
+        self.hook.denoiser.deal = self.ranks.deal
+        if not self.ranks.leads:
+            stack.enter_context(replaced(self.pipe, progress_bar=partial(tqdm, disable=True)))
+
+    def report(self, report: Report) -> None:
+        report.ranks = self.ranks.times
+
+
+def same_call(ranks: Ranks, pipe: Any, arguments: dict[str, Any], more: dict[str, Any]) -> None:
+    """Compare versions, weights and arguments of all ranks, then give them rank 0's random state.
+
+    A ValueError names what differs, and where.
+    """
+    given = arguments.get("generator")
+    generators: Sequence[Any] = given if isinstance(given, list | tuple) else [] if given is None else [given]
+    rest = {name: value for name, value in arguments.items() if name != "generator"}
+    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "generators": len(generators)}
+    form = {name: arguments.get(name) for name in ("output_type", "return_dict")}
+    told = ranks.all(settings_of(pipe, rest, {**versions, **form, **more}))
+    for rank, settings in enumerate(told):
+        for name in settings | told[0]:
+            if settings.get(name) != told[0].get(name):
+                raise ValueError(
+                    f"parallel: all processes must make the same call, and {name} is {settings.get(name)} on rank "
+                    f"{rank}, {told[0].get(name)} on rank 0"
+                )
+    ranks.first_state(generators)
+
+
+def options_of(ranks: Ranks, options: Any) -> Any:
+    """A call's :class:`~tiledcore.call.Options` on this rank: only rank 0 writes previews, rows and checkpoints."""
+    if options.checkpoint is not None:
+        options = replace(options, checkpoint=_checkpoint(ranks, options.checkpoint))
+    if ranks.leads:
+        return options
+    # In place of what takes the rows on rank 0: this rank decodes its part, and sends it there.
+    consume: Any = partial(deque, maxlen=0)
+    return replace(options, preview=None, rows=None if options.rows is None else consume)
+
+
+@dataclass(frozen=True)
+class _Copied(Checkpoint):
+    """Rank 0's checkpoint in a folder that is removed with this object."""
+
+    kept: TemporaryDirectory[str] | None = None
+
+
+def _checkpoint(ranks: Ranks, checkpoint: Checkpoint) -> Checkpoint:
+    """On rank 0 the checkpoint itself, on the others a copy of what it has saved, which nobody reads again."""
+    file = checkpoint.file
+    saved = ranks.first(file.read_bytes() if ranks.leads and file.exists() else None)
+    if ranks.leads:
+        return checkpoint
+    folder = TemporaryDirectory(prefix="tiledcore-")
+    if saved is not None:
+        (Path(folder.name) / FILE).write_bytes(saved)
+    return _Copied(Path(folder.name), every=2**62, kept=folder)

@@ -1,44 +1,136 @@
-"""Decode an image by several ranks: each decodes a slab of rows.
+"""Decode an image by several ranks, each on some of its rows.
 
-A rank takes the rows beside its slab too, as many as the convolutions that follow can see, so that only the results of
-reductions are exchanged: GroupNorm's sums, and the keys and values of the middle block's attention. The image equals
-that of one process up to rounding.
+:func:`divided` runs the autoencoder's own code: the bits of one process. :func:`slabs` runs its layers in bands of
+bounded memory, where only the results of reductions are exchanged: equal to one process up to rounding.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
 
 from tiledcore.parallel.ranks import Ranks
-from tiledcore.vae.attention import Attention, KeysAndValues
+from tiledcore.utils import replaced
+from tiledcore.vae.attention import Attention as BandAttention
+from tiledcore.vae.attention import KeysAndValues
 from tiledcore.vae.bands import Add, Band, Conv, Layer, Pointwise, Reduction, Save, Statistics, Stream
 from tiledcore.vae.exact import joined_rows, plan, rows_of, run
 from tiledcore.vae.program import program
 
+LEAST_PIXELS = 512 * 512
+"""A smaller image is decoded by every rank, because the exchange would take longer."""
+
+Forward = Callable[..., Tensor]
 Rows = tuple[int, int]  # first and last + 1
+
+
+def own_rows(ranks: Ranks, height: int) -> Rows:
+    """The rows of a decoder's input of ``height`` rows that are this rank's."""
+    return height * ranks.rank // ranks.size, height * (ranks.rank + 1) // ranks.size
 
 
 def divides(network: Any, height: int, ranks: int) -> bool:
     """Whether a decoder's input of ``height`` rows can be cut into slabs."""
     plain = all(
-        type(layer) in (Save, Add, Pointwise, Attention) or (type(layer) is Conv and layer.stride == 1)
+        type(layer) in (Save, Add, Pointwise, BandAttention) or (type(layer) is Conv and layer.stride == 1)
         for layer in program(network)
     )
     return plain and height >= ranks
 
 
-def rows_needed(layers: Sequence[Layer], own: Rows, height: int) -> list[tuple[Rows, Rows]]:
-    """Before each layer and after the last: the rows that a rank must have, and those of its slab among them.
+@contextmanager
+def divided(ranks: Ranks, decoder: Any, scale: int) -> Iterator[None]:
+    """Inside the ``with`` block, the ranks divide the rows of what a decoder decodes, and each gets the whole image.
 
-    Args:
-        layers: of a decoder.
-        own: rows of the input that are the rank's slab.
-        height: of the whole input.
+    ``scale``: image rows per row of the latents.
+    """
+    original = decoder.forward
+
+    def forward(sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        height, width = sample.shape[2:]
+        if height * width * scale**2 < LEAST_PIXELS or not divides(decoder, height, ranks.size):
+            return original(sample, *args, **kwargs)
+        with ExitStack() as stack:
+            for module, changed in _on_own_rows(ranks, decoder, height):
+                stack.enter_context(replaced(module, forward=changed))
+            own = original(sample, *args, **kwargs)
+        return torch.cat(ranks.share(own), 2)
+
+    with replaced(decoder, forward=forward):
+        yield
+
+
+def _on_own_rows(ranks: Ranks, decoder: Any, height: int) -> Iterator[tuple[Any, Forward]]:
+    """Each module whose result depends on more than one pixel, and the forward that computes it for this rank's rows.
+
+    The first convolution gets the whole input of ``height`` rows, the others the rows beside their own. GroupNorm and
+    the attention of the middle block get all rows; so do convolutions of one pixel in half precision, whose bits
+    depend on the number of pixels.
+    """
+    low, high = own_rows(ranks, height)
+
+    def cut(whole: Tensor) -> Tensor:
+        scale = whole.shape[2] // height
+        rows = whole[:, :, scale * low : scale * high]
+        return torch.empty_like(rows).copy_(rows)
+
+    def joined(parts: Sequence[Tensor], own: Tensor) -> Tensor:
+        """Parts one below the other, laid out as ``own``: the layout changes the bits of what follows."""
+        layout = torch.contiguous_format if own.is_contiguous() else torch.channels_last
+        return torch.cat(list(parts), 2).contiguous(memory_format=layout)
+
+    def first(conv: nn.Conv2d) -> Forward:
+        original = conv.forward
+        return lambda whole: cut(original(whole))
+
+    def on_all(module: Any) -> Forward:
+        original = module.forward
+
+        def forward(own: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return cut(original(joined(ranks.share(own), own), *args, **kwargs))
+
+        return forward
+
+    def convolution(conv: nn.Conv2d) -> Forward:
+        """Of stride 1, padded with zeros at the border of the image."""
+        reach, rank = conv.kernel_size[0] // 2, ranks.rank
+
+        def forward(own: Tensor) -> Tensor:
+            edges = ranks.share(torch.cat([own[:, :, :reach], own[:, :, -reach:]], 2))
+            none = torch.zeros_like(edges[0][:, :, :reach])
+            above = edges[rank - 1][:, :, reach:] if rank > 0 else none
+            below = edges[rank + 1][:, :, :reach] if rank + 1 < ranks.size else none
+            seen = joined([above, own, below], own)
+            return F.conv2d(seen, conv.weight, conv.bias, 1, (0, int(conv.padding[1])), 1, conv.groups)
+
+        return forward
+
+    attentions = [module for module in decoder.modules() if type(module) is Attention]
+    within = {inner for attention in attentions for inner in attention.modules()}
+    is_first = True
+    for module in decoder.modules():
+        if module in attentions or (type(module) is nn.GroupNorm and module not in within):
+            yield module, on_all(module)
+        elif type(module) is nn.Conv2d and module not in within:
+            if is_first:
+                yield module, first(module)
+            elif module.kernel_size[0] > 1:
+                yield module, convolution(module)
+            elif module.weight.element_size() <= 2:
+                yield module, on_all(module)
+            is_first = False
+
+
+def rows_needed(layers: Sequence[Layer], own: Rows, height: int) -> list[tuple[Rows, Rows]]:
+    """Before each layer of a decoder and after the last: the rows that a rank must have, and its slab's among them.
+
+    ``own`` are the rows of the slab in the input, which has ``height`` rows in all.
     """
     scales = [1]
     for layer in layers:
@@ -100,50 +192,34 @@ class _Merged(Reduction):
         inner.finish()
 
 
-class Slabs:
-    """Decodes of the same latents by all ranks. Arguments are those of :func:`tiledcore.vae.exact.rows_of`."""
+def slabs(
+    ranks: Ranks, network: Any, given: Tensor, band_px: int | None, budget: float | None, to_first: bool = False
+) -> Iterator[Tensor]:
+    """:func:`tiledcore.vae.exact.rows_of` by all ranks, which have the same ``given``.
 
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
-
-    def whole(self, network: Any, given: Tensor, band_px: int | None, budget: float | None) -> Iterator[Tensor]:
-        """The decoded image ``[B, 3, H, W]`` in parts, on every rank."""
-        if not divides(network, given.shape[2], self.ranks.size):
-            return rows_of(network, given, band_px, budget)
-        return iter(self.ranks.share(self._joined(network, given, band_px, budget)))
-
-    def rows(self, network: Any, given: Tensor, band_px: int | None, budget: float | None) -> Iterator[Tensor]:
-        """The decoded rows of the whole image on rank 0, top to bottom; on the others, which send theirs, none."""
-        if not divides(network, given.shape[2], self.ranks.size):
-            yield from rows_of(network, given, band_px, budget)
-        elif self.ranks.leads:
-            yield from self._slab(network, given, band_px, budget)
-            for rank in range(1, self.ranks.size):
-                yield from self.ranks.received(rank)
-        else:
-            self.ranks.send(self._joined(network, given, band_px, budget).cpu())
-
-    def _own(self, height: int) -> Rows:
-        """The rows of a decoder's input that are this rank's slab."""
-        rank, size = self.ranks.rank, self.ranks.size
-        return height * rank // size, height * (rank + 1) // size
-
-    def _joined(self, network: Any, given: Tensor, band_px: int | None, budget: float | None) -> Tensor:
-        first, last = self._own(given.shape[2])
-        scale = math.prod(layer.upsample for layer in program(network))
-        return joined_rows(self._slab(network, given, band_px, budget), (last - first) * scale)
-
-    def _slab(self, network: Any, given: Tensor, band_px: int | None, budget: float | None) -> Iterator[Tensor]:
-        """The rows of this rank's slab of the image, top to bottom."""
-        height, width = given.shape[2:]
-        own, layers = self._own(height), program(network)
-        needed = rows_needed(layers, own, height)
-        cut: list[Layer] = []
-        for layer, (rows, mine), (after, _) in zip(layers, needed, needed[1:], strict=False):
-            scale = (mine[1] - mine[0]) // (own[1] - own[0])
-            pixels = (mine[1] - mine[0]) * width * scale
-            merged = [_Merged(reduction, self.ranks, mine, pixels) for reduction in layer.reductions]
-            keep = (after[0] - rows[0] * layer.upsample, after[1] - rows[0] * layer.upsample)
-            cut.append(_Slab(layer, keep, merged))
-        piece = given[:, :, needed[0][0][0] : needed[0][0][1]]
-        return run(network, piece, plan(network, piece, band_px, budget), cut)
+    Yields the whole image on every rank; with ``to_first`` only on rank 0, to which the others send their rows.
+    """
+    height, width = given.shape[2:]
+    if not divides(network, height, ranks.size):
+        yield from rows_of(network, given, band_px, budget)
+        return
+    own, layers = own_rows(ranks, height), program(network)
+    needed, scale = rows_needed(layers, own, height), 1
+    cut: list[Layer] = []
+    for layer, (rows, mine), (after, _) in zip(layers, needed, needed[1:], strict=False):
+        merged = [_Merged(one, ranks, mine, (mine[1] - mine[0]) * width * scale) for one in layer.reductions]
+        keep = (after[0] - rows[0] * layer.upsample, after[1] - rows[0] * layer.upsample)
+        cut.append(_Slab(layer, keep, merged))
+        scale *= layer.upsample
+    piece = given[:, :, needed[0][0][0] : needed[0][0][1]]
+    bands = run(network, piece, plan(network, piece, band_px, budget), cut)
+    if to_first and ranks.leads:
+        yield from bands
+        for rank in range(1, ranks.size):
+            yield from ranks.received(rank)
+        return
+    slab = joined_rows(bands, (own[1] - own[0]) * scale)
+    if to_first:
+        ranks.send(slab.cpu())
+    else:
+        yield from ranks.share(slab)
