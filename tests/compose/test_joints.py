@@ -24,7 +24,6 @@ def test_an_image_joined_to_itself_is_continued_as_a_torus() -> None:
     canvas = torch.randn(2, 3, 8, 10)  # both guidance branches
     padded = graph.pad(canvas, (3, 4), graph.partners(None))
     assert torch.equal(padded, torch.nn.functional.pad(canvas, (4, 4, 3, 3), mode="circular"))
-    assert torch.equal(graph.crop(padded, (3, 4)), canvas)
 
 
 def test_a_ring_of_two_sees_the_other_image_on_both_sides() -> None:
@@ -63,7 +62,7 @@ def windowed(sample: torch.Tensor, timestep: Any, **kwargs: Any) -> tuple[torch.
 
 def test_edges_are_predicted_in_the_sight_of_the_neighbour() -> None:
     """Against the same prediction of the two images as one torus."""
-    denoiser = ConnectedDenoiser(CanvasGraph(2, RING), (4, 4), still(tile=(8, 24)), Execution(), 8, 8)
+    denoiser = ConnectedDenoiser(CanvasGraph(2, RING), (0, 4), still(tile=(8, 24)), Execution(), 8, 8)
     canvases = torch.randn(2, 3, 8, 16)
     out = denoiser(windowed, canvases, 10)
     around = torch.cat([canvases[0], canvases[1]], -1)[None]

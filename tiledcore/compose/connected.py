@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tiledcore import ops
+from tiledcore.compose.regional import as_latents, draw_noise
 from tiledcore.config import Execution, Motion, TilingConfig
 from tiledcore.geometry import Pair, both
+from tiledcore.hook import default_tiling, tiled, with_fade
 from tiledcore.tiles.denoiser import Prediction, TileDenoiser
 from tiledcore.tiles.families import network_of
 from tiledcore.utils import replaced
@@ -47,11 +48,7 @@ class Joint:
 
 
 class CanvasGraph:
-    """Which edges fit in a set of images of one size. On an axis with joints, each side of each image is in one joint.
-
-    Raises:
-        ValueError: names the argument and what is valid.
-    """
+    """Which edges of images of one size fit. On an axis with joints, each side of each image is in one of them."""
 
     def __init__(self, images: int, joints: Sequence[Joint]) -> None:
         if images < 1:
@@ -59,6 +56,7 @@ class CanvasGraph:
         if not joints:
             raise ValueError("joints: must be at least one Joint")
         self.images, self.joints = images, tuple(joints)
+        self.axes = tuple(axis for axis in ("y", "x") if any(joint.axis == axis for joint in joints))
         for joint in joints:
             numbers = (*joint.before, *joint.behind)
             if joint.axis not in ("x", "y"):
@@ -70,11 +68,6 @@ class CanvasGraph:
                 used = sorted(i for joint in joints if joint.axis == axis for i in getattr(joint, name))
                 if used != list(range(images)):
                     raise ValueError(f"joints: along {axis}, {name} has images {used}, and must have each of them once")
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        """The axes that have joints."""
-        return tuple(axis for axis in ("y", "x") if any(joint.axis == axis for joint in self.joints))
 
     def partners(self, random: Random | None) -> Partners:
         """One neighbour for each side: drawn at random; without a generator the image itself, or else the first."""
@@ -91,13 +84,10 @@ class CanvasGraph:
     def pad(self, canvases: Tensor, reach: Pair, partners: Partners) -> Tensor:
         """Pad each canvas ``[k * images, C, H, W]`` with ``reach`` (y, x) pixels of its neighbours."""
         groups = canvases.unflatten(0, (-1, self.images))
-        for axis in ("x", "y"):
-            if axis not in partners:
-                continue
+        for axis in sorted(partners):  # x, then y
             d, n = (-2, reach[0]) if axis == "y" else (-1, reach[1])
             before, behind = partners[axis]
-            size = groups.shape[d]
-            start, end = groups[:, before].narrow(d, size - n, n), groups[:, behind].narrow(d, 0, n)
+            start, end = groups[:, before].narrow(d, groups.shape[d] - n, n), groups[:, behind].narrow(d, 0, n)
             groups = torch.cat([start, groups, end], d)
         return groups.flatten(0, 1)
 
@@ -105,11 +95,6 @@ class CanvasGraph:
         """``reach`` (y, x), with 0 for an axis without joints."""
         y, x = (n if axis in self.axes else 0 for axis, n in zip("yx", reach, strict=True))
         return y, x
-
-    def crop(self, canvases: Tensor, reach: Pair) -> Tensor:
-        """Undo :meth:`pad`; ``reach`` in pixels of ``canvases``."""
-        y, x = self.on_axes(reach)
-        return canvases[..., y : canvases.shape[-2] - y, x : canvases.shape[-1] - x]
 
     def share(self, canvases: Tensor, width: int, random: Random) -> Tensor:
         """Give all sides of a group the strip of one of them, drawn at random. In corners the last axis wins."""
@@ -126,14 +111,14 @@ class CanvasGraph:
 
 
 class ConnectedDenoiser(TileDenoiser):
-    """A :class:`TileDenoiser` for a batch of connected images; ``reach`` in canvas pixels."""
+    """A :class:`TileDenoiser` for a batch of connected images; ``reach`` in canvas pixels, 0 where nothing joins."""
 
     def __init__(self, graph: CanvasGraph, reach: Pair, *settings: Any) -> None:
         super().__init__(*settings)
         self.graph, self.reach = graph, reach
 
     def place(self, size: Pair, timestep: Tensor | float, device: torch.device) -> bool:
-        y, x = self.graph.on_axes(self.reach)
+        y, x = self.reach
         return super().place((size[0] + 2 * y, size[1] + 2 * x), timestep, device)
 
     def evaluate(
@@ -142,12 +127,9 @@ class ConnectedDenoiser(TileDenoiser):
         # Seeded by the timestep, so that both guidance branches of a step see the same neighbours.
         step = round(1000 * float(torch.as_tensor(timestep).flatten()[0]))
         random = Random(f"connected/{(self.config.moving or Motion()).seed}/{step}")
-        padded = self.graph.pad(sample, self.reach, self.graph.partners(random))
-        tiles, offsets, size, ramp = super().evaluate(forward, padded, timestep, **kwargs)
-        if len(offsets) > 1:
-            window, impl = self.config.window, self.execution.impl
-            tiles = ops.blend_tiles(tiles, offsets, size, window=window, ramp=ramp, impl=impl)
-        return self.whole(self.graph.share(self.graph.crop(tiles, self.reach), -(-SHARED // self.unit), random))
+        around = _Beside(self.reach, 1, self.graph, self.graph.partners(random))
+        canvases = around.crop(self.blended(super().evaluate(forward, around.pad(sample), timestep, **kwargs)))
+        return self.whole(self.graph.share(canvases, -(-SHARED // self.unit), random))
 
 
 def connected(
@@ -180,9 +162,6 @@ def connected(
         ValueError: names the argument, its value and what is valid.
         TypeError: the pipeline cannot be tiled.
     """
-    from tiledcore.compose.regional import as_latents, draw_noise
-    from tiledcore.hook import default_tiling, tiled, with_fade
-
     tiling, execution = tiling or getattr(pipe, "tiling", None), getattr(pipe, "execution", None) or Execution()
     pipe = getattr(pipe, "pipe", pipe)
     tiling = tiling or default_tiling(pipe)
@@ -192,9 +171,8 @@ def connected(
             f"tiling: mode={tiling.mode!r}, wrap={tiling.wrap}: connected images need mode='tiles', no wrap"
         )
     network, family = network_of(pipe)
-    factor, native = pipe.vae_scale_factor, family.native(pipe, network)
-    unit = family.unit(network)
-    smallest = min(both(tiling.tile or native))
+    factor, unit = pipe.vae_scale_factor, family.unit(network)
+    smallest = min(both(tiling.tile or family.native(pipe, network)))
     context = smallest // 4 // unit * unit if context is None else context
     if context < unit or context % unit or context * factor > min(height, width):
         raise ValueError(
@@ -207,7 +185,7 @@ def connected(
     tiling = with_fade(pipe, tiling, fades=False)
     reach = min(decoder_reach(pipe.vae), height // factor), min(decoder_reach(pipe.vae), width // factor)
     around = _Beside(graph.on_axes(reach), factor, graph, graph.partners(None))
-    kind = partial(ConnectedDenoiser, graph, both(context // unit))
+    kind = partial(ConnectedDenoiser, graph, graph.on_axes(both(context // unit)))
     with tiled(pipe, tiling, execution, kind=kind), wrapped(pipe.vae, around), _shared_statistics(pipe.vae):
         return list(pipe(**call).images)
 

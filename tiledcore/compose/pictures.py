@@ -20,12 +20,8 @@ COLOUR_GRID = 256
 def to_tensor(image: Any) -> Tensor:
     """An image as ``[B, 3, H, W]``, float32 in 0..1.
 
-    Args:
-        image: PIL image or list of them, array ``[B, H, W, 3]`` or ``[H, W, 3]`` (uint8, or float in 0..1), or float
-            tensor ``[B, 3, H, W]`` or ``[3, H, W]`` in 0..1.
-
-    Raises:
-        ValueError: it is none of these.
+    ``image`` is a PIL image or a list of them, an array ``[B, H, W, 3]`` or ``[H, W, 3]`` (uint8, or float in 0..1), or
+    a float tensor ``[B, 3, H, W]`` or ``[3, H, W]`` in 0..1; ValueError for anything else.
     """
     if isinstance(image, list | tuple) and len({getattr(one, "size", None) for one in image}) == 1:
         return torch.cat([to_tensor(one) for one in image])

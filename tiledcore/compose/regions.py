@@ -24,7 +24,6 @@ from tiledcore import validate
 from tiledcore.geometry import Pair
 from tiledcore.io.images import load_image
 
-FEATHER = 32
 KEYS = ("prompt", "box", "mask", "weight", "feather", "seed")
 
 
@@ -50,7 +49,7 @@ class Region:
     box: tuple[int, int, int, int] | None = None
     mask: Any = None
     weight: float = 1.0
-    feather: int = FEATHER
+    feather: int = 32
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -90,18 +89,14 @@ class Region:
 
 
 def check_regions(regions: Sequence[Region], width: int, height: int, wrap: tuple[bool, bool]) -> None:
-    """Check regions against a canvas in px; ``wrap`` is (y, x).
-
-    Raises:
-        ValueError: names the region by its index, the argument, its value and what is valid.
-    """
+    """Check regions against a canvas in px; ``wrap`` is (y, x). A ValueError names the region by its index."""
     canvas = f"the canvas of {width}x{height} px"
     for i, region in enumerate(regions):
         if region.feather > min(width, height):
             raise ValueError(f"regions[{i}].feather={region.feather}: at most the shorter side of {canvas}")
         if region.box is not None:
-            left, top, right, bottom = region.box
-            for low, high, size, wraps in ((left, right, width, wrap[1]), (top, bottom, height, wrap[0])):
+            axes = zip(region.box[:2], region.box[2:], (width, height), wrap[::-1], strict=True)
+            for low, high, size, wraps in axes:
                 if low < 0 or low >= size or (high > size and not wraps) or high - low > size:
                     raise ValueError(f"regions[{i}].box={region.box}: does not lie inside {canvas}")
             continue
@@ -141,10 +136,7 @@ def region_weights(regions: Sequence[Region], size: Pair, pixels: int, wrap: tup
 
     A region covers a pixel by ``c``: 1 inside, 0 outside, with a linear ramp of the feather's width. The global
     prompt's share is the product of ``1 - min(weight, 1) c`` over all regions; the regions divide the rest in
-    proportion to ``weight c``.
-
-    Returns:
-        ``[1 + len(regions), H, W]`` float32, the global prompt first; the sum is 1 in every pixel.
+    proportion to ``weight c``. Returns ``[1 + len(regions), H, W]`` float32, the global prompt first, of sum 1.
     """
     weighted = torch.stack([region.weight * coverage(region, size, pixels, wrap) for region in regions])
     opaque = [weighted[i] / max(region.weight, 1.0) for i, region in enumerate(regions)]
@@ -178,17 +170,16 @@ def seed_noise(noise: Tensor, regions: Sequence[Region], pixels: int) -> Tensor:
         if region.seed is None:
             continue
         left, top, right, bottom = region.bounds()
-        rows = torch.arange(top // pixels, -(-bottom // pixels)) % H
+        rows = torch.arange(top // pixels, -(-bottom // pixels))[:, None] % H
         columns = torch.arange(left // pixels, -(-right // pixels)) % W
         # On the CPU, so that a seed gives the same noise on every device.
         generator = torch.Generator().manual_seed(region.seed)
         drawn = torch.stack([torch.randn(C, len(rows), len(columns), generator=generator) for _ in range(B)])
-        here = torch.ones(len(rows), len(columns), dtype=torch.bool)
+        at = (slice(None), slice(None), rows.to(noise.device), columns.to(noise.device))
         if region.mask is not None:
-            pooled = F.avg_pool2d(torch.from_numpy(_mask(region.mask))[None], pixels)[0]
-            here = pooled[rows][:, columns] >= 0.5
-        at = (slice(None), slice(None), rows[:, None].to(noise.device), columns.to(noise.device))
-        noise[at] = torch.where(here.to(noise.device), drawn.to(noise), noise[at])
+            here = F.avg_pool2d(torch.from_numpy(_mask(region.mask))[None], pixels)[0, rows, columns] >= 0.5
+            drawn = torch.where(here.to(noise.device), drawn.to(noise), noise[at])
+        noise[at] = drawn.to(noise)
     return noise
 
 
@@ -196,18 +187,13 @@ def load_scene(path: Path, width: int, height: int, wrap: tuple[bool, bool]) -> 
     """Read the regions of a canvas of ``width`` by ``height`` px from a TOML file; ``wrap`` is (y, x).
 
     Each ``[[region]]`` table has the arguments of :class:`Region` as keys. A mask is the name of an image file,
-    relative to the scene's folder.
-
-    Raises:
-        ValueError: names the file, the region by its number from 1, the key and what is valid.
-        OSError: the file cannot be read.
+    relative to the scene's folder. A ValueError names the file, the region by its number from 1, and the key.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # not UTF-8, or not TOML
         raise ValueError(f"{path}: is not TOML: {error}") from error
-    unknown = sorted(set(content) - {"region"})
-    if unknown:
+    if unknown := sorted(set(content) - {"region"}):
         raise ValueError(f"{path}: unknown key {unknown[0]!r}: a scene holds [[region]] tables and nothing else")
     tables = content.get("region")
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
@@ -223,22 +209,21 @@ def load_scene(path: Path, width: int, height: int, wrap: tuple[bool, bool]) -> 
 
 
 def _read_region(folder: Path, table: dict[str, Any]) -> Region:
-    unknown = sorted(set(table) - set(KEYS))
-    if unknown:
+    if unknown := sorted(set(table) - set(KEYS)):
         raise ValueError(f"unknown key {unknown[0]!r}: must be one of {', '.join(KEYS)}")
     named: dict[str, Any] = {"prompt": None} | table
     if isinstance(named.get("box"), list):
         named["box"] = tuple(named["box"])
-    if "mask" in named:
-        if not isinstance(named["mask"], str):
-            raise ValueError(f"mask={named['mask']!r}: must be the name of an image file")
-        file = folder / named["mask"]
+    if (mask := named.get("mask")) is not None:
+        if not isinstance(mask, str):
+            raise ValueError(f"mask={mask!r}: must be the name of an image file")
+        file = str(folder / mask)
         try:
-            named["mask"] = load_image(file).convert("L")
+            named["mask"] = load_image(folder / mask).convert("L")
         except (OSError, SyntaxError) as error:  # Pillow raises both on broken files
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else "not an image"
-            raise ValueError(f"mask={str(file)!r}: cannot be read: {reason}") from error
-        named["mask"].filename = str(file)  # type: ignore[attr-defined]
+            reason = getattr(error, "strerror", None) or "not an image"
+            raise ValueError(f"mask={file!r}: cannot be read: {reason}") from error
+        named["mask"].filename = file
     return Region(**named)
 
 

@@ -89,12 +89,7 @@ Stages = Literal["auto"] | Staging | Sequence[Stage] | None
 
 
 def staging(stages: Stages) -> Staging | None:
-    """``stages=`` as a :class:`Staging`.
-
-    Raises:
-        TypeError: it is not of :data:`Stages`.
-        ValueError: it is an empty list.
-    """
+    """``stages=`` as a :class:`Staging`; raises TypeError or ValueError for what is not of :data:`Stages`."""
     if stages is None or isinstance(stages, Staging):
         return stages
     if isinstance(stages, str) and stages == "auto":
@@ -111,10 +106,7 @@ def plan_stages(size: Pair, native: Pair, multiple: int, config: Staging, start:
 
     The first stage has the native area and the aspect ratio of ``size``, but no side below half of the native one.
     The others all enlarge by one ratio, and there are as few as ``config.factor`` allows. Every side is a multiple of
-    ``multiple``.
-
-    Raises:
-        ValueError: ``size`` is not a multiple, or the given stages do not lead to it.
+    ``multiple``. Raises ValueError where ``size`` is none, or the given stages do not lead to it.
     """
     height, width = size
     if height < 1 or width < 1 or height % multiple or width % multiple:
@@ -172,8 +164,7 @@ class Cost:
     stage: Stage
     steps: int
     tiles: int
-    canvases: float
-    """Evaluations of the final canvas that cost the same: ``steps * area factor * area / final area``."""
+    canvases: float  # Evaluations of the final canvas that cost the same: steps * area factor * area / final area
 
 
 def stage_tiling(stage: Stage, config: TilingConfig, native: Pair, factor: int, patch: int) -> TilingConfig:
@@ -216,11 +207,7 @@ class StagePlan:
         ]
 
     def costs(self, steps: int) -> list[Cost]:
-        """The cost of each stage, for a call of ``steps`` steps.
-
-        Raises:
-            ValueError: a stage's strength leaves no step.
-        """
+        """The cost of each stage, for a call of ``steps`` steps; ValueError where a strength leaves none."""
         final = self.stages[-1].height * self.stages[-1].width
         costs = []
         for stage, tiling in zip(self.stages, self.tilings(), strict=True):
@@ -240,11 +227,7 @@ def steps_left(network: type, steps: int, strength: float) -> int:
 
 
 def plan_call(pipe: Any, call: dict[str, Any]) -> StagePlan:
-    """The plan of a call of a :class:`~tiledcore.pipeline.TiledPipeline`; ``call`` has its arguments by name.
-
-    Raises:
-        ValueError: the stages do not lead to the size, or a strength leaves no step.
-    """
+    """The plan of a call of a :class:`~tiledcore.TiledPipeline`, checked; ``call`` has its arguments by name."""
     image, factor = call.get("image"), pipe.vae_scale_factor
     start = None if image is None else size_px(image, factor)
     config = staging(call["stages"]) or Staging()
@@ -265,9 +248,6 @@ def from_pictures(pipe: Any, arguments: dict[str, Any], options: Any) -> Any:
     """Run a call of a TiledPipeline that has stages, ``keep_colour``, or both.
 
     ``arguments`` are those of the call by name, ``options`` is its :class:`~tiledcore.call.Options`.
-
-    Raises:
-        ValueError: names an argument that does not go with stages or ``keep_colour``.
     """
     for name in ("rows", "checkpoint"):
         if getattr(options, name):
@@ -366,11 +346,7 @@ def texts_of_stage(call: dict[str, Any], size: Pair, final: Pair, refines: bool)
 
 
 def enlarge(image: Tensor, size: Pair, upscale: Literal["bicubic"] | Upscaler) -> Tensor:
-    """An image ``[B, 3, h, w]`` in 0..1 at another size (height, width), in 0..1: bicubic or by a function.
-
-    Raises:
-        ValueError: the function returned another shape.
-    """
+    """An image ``[B, 3, h, w]`` in 0..1 at another size (height, width), in 0..1: bicubic or by a function."""
     if callable(upscale):
         enlarged = upscale(image, size)
         wanted = (*image.shape[:2], *size)
