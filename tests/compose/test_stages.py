@@ -17,7 +17,7 @@ from tiny_transformers import build, call, tiny_flux, tiny_pixart_sigma, tiny_sd
 from tiledcore import Motion, Region, TiledPipeline, TilingConfig
 from tiledcore.compose.pictures import match_colour
 from tiledcore.compose.regions import scale_regions
-from tiledcore.compose.stages import Stage, StagePlan, Staging, enlarge, plan_call, plan_stages, stage_tiling, staging
+from tiledcore.compose.stages import Stage, StagePlan, Staging, enlarge, plan_call, plan_stages, staging
 from tiledcore.schedulers.pull import Pull
 from tiledcore.tiles.denoiser import TileDenoiser
 
@@ -270,6 +270,5 @@ def test_what_does_not_go_with_stages() -> None:
 
 @pytest.mark.parametrize("config", [moving(blend_last=1, fade=2, overlap=4), still(overlap=4)])
 def test_the_first_stage_is_whole_whatever_the_tiling_of_the_others(config: TilingConfig) -> None:
-    first = stage_tiling(Stage(128, 128, None), config, (16, 16), 8, 1)
-    assert first == still(tile=(16, 16))
-    assert stage_tiling(Stage(256, 256, 0.5), config, (16, 16), 8, 1) == config
+    first, last = StagePlan(tiny(), (256, 256), Staging(), config).tilings()
+    assert first == still(tile=(16, 16)) and last == config.refining()

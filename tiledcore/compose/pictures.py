@@ -13,9 +13,6 @@ from torch import Tensor
 from tiledcore.io.images import to_rgb
 from tiledcore.schedulers.pull import low_pass, low_pass_matrix
 
-COLOUR_GRID = 256
-"""Longest side in px at which low frequencies are compared."""
-
 
 def to_tensor(image: Any) -> Tensor:
     """An image as ``[B, 3, H, W]``, float32 in 0..1.
@@ -92,7 +89,7 @@ def match_colour(images: Any, source: Tensor, cycles: float = 4.0, wrap: tuple[b
     """
     pixels = to_tensor(images)
     height, width = pixels.shape[2:]
-    scale = min(1.0, COLOUR_GRID / max(height, width))
+    scale = min(1.0, 256 / max(height, width))  # low frequencies are compared at 256 px
     grid = (max(1, round(height * scale)), max(1, round(width * scale)))
     small, wanted = (F.interpolate(x.to(pixels.device), grid, mode="area") for x in (pixels, source))
     sigma = 0.1874 * min(grid) / cycles  # exp(-2 (pi sigma f)^2) = 1/2

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import signature
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from diffusers import AutoPipelineForImage2Image, UNet2DConditionModel
@@ -167,21 +167,6 @@ class Cost:
     canvases: float  # Evaluations of the final canvas that cost the same: steps * area factor * area / final area
 
 
-def stage_tiling(stage: Stage, config: TilingConfig, native: Pair, factor: int, patch: int) -> TilingConfig:
-    """The tiling of a stage: the caller's; but an image of ``native`` latent size is one tile unless it wraps."""
-    size, wrap = (stage.height // factor, stage.width // factor), both(config.wrap)
-    if stage.strength is None and not any(wrap) and math.prod(size) <= 1.05 * math.prod(native):
-        return replace(config, mode="tiles", overlap=None, motion="still", tile=size, halo=None)
-    tile = config.tile_on(size, native)
-    # A single tile on an axis that wraps would have a border there, so it is made smaller and several tiles meet.
-    least = 8 * patch
-    cut = tuple(
-        max(least, min(t, n * 3 // 4) // least * least) if w and t >= n else t
-        for t, n, w in zip(tile, size, wrap, strict=True)
-    )
-    return config if cut == tile else replace(config, tile=cast(Pair, cut), overlap=None)
-
-
 class StagePlan:
     """The stages of one image of ``size`` (height, width) px, and their cost.
 
@@ -201,10 +186,20 @@ class StagePlan:
         config = moving = self.tiling.refining()
         if config.moving is not None and config.moving.blend_last:
             moving = replace(config, motion=replace(config.moving, blend_last=0), overlap=None)
-        return [
-            stage_tiling(s, config if s is self.stages[-1] else moving, self.native, self.factor, self.patch)
-            for s in self.stages
-        ]
+        return [self._tiling(stage, config if stage is self.stages[-1] else moving) for stage in self.stages]
+
+    def _tiling(self, stage: Stage, config: TilingConfig) -> TilingConfig:
+        """The tiling of a stage: as given; but an image of the native latent size is one tile unless it wraps."""
+        size, wrap = (stage.height // self.factor, stage.width // self.factor), both(config.wrap)
+        if stage.strength is None and not any(wrap) and math.prod(size) <= 1.05 * math.prod(self.native):
+            return replace(config, mode="tiles", overlap=None, motion="still", tile=size, halo=None)
+        tile, least = config.tile_on(size, self.native), 8 * self.patch
+        # A single tile on an axis that wraps would have a border there, so it is made smaller and several tiles meet.
+        y, x = (
+            max(least, min(t, n * 3 // 4) // least * least) if w and t >= n else t
+            for t, n, w in zip(tile, size, wrap, strict=True)
+        )
+        return config if (y, x) == tile else replace(config, tile=(y, x), overlap=None)
 
     def costs(self, steps: int) -> list[Cost]:
         """The cost of each stage, for a call of ``steps`` steps; ValueError where a strength leaves none."""
