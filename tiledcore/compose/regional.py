@@ -189,11 +189,7 @@ class Regional(Feature):
 
 
 def draw_noise(pipe: Any, call: dict[str, Any]) -> Tensor:
-    """The noise ``[B, C, H, W]`` that a text-to-image pipeline would draw for ``call``, its arguments by name.
-
-    Raises:
-        ValueError: the call has latents of its own, or starts from an image.
-    """
+    """The noise ``[B, C, H, W]`` that a text-to-image pipeline would draw for ``call``, its arguments by name."""
     for name in ("latents", "image"):
         if call.get(name) is not None:
             raise ValueError(f"{name}: a region's seed needs initial noise drawn here; leave one of them out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,16 +26,8 @@ BATCH = 16  # Texts that are encoded together
 class TilePrompts(Regional):
     """The prompts of the tiles of one call. Each distinct text is encoded once, before the first evaluation.
 
-    Args:
-        pipe: the pipeline.
-        network: its denoiser.
-        texts: a function of a tile's box, or a list with one prompt per tile. On an axis that wraps, a box may end
-            past the canvas.
-        hook: the hook of the network.
-
-    Raises:
-        TypeError: the network's prompts cannot be replaced.
-        ValueError: the tiling is canvas mode, or a list is given and tiles move.
+    ``texts``: a function of a tile's box, or a list with one prompt per tile where tiles do not move. On an axis that
+    wraps, a box may end past the canvas.
     """
 
     def __init__(self, pipe: Any, network: Any, texts: PromptForTile, hook: Any) -> None:
@@ -61,11 +54,8 @@ class TilePrompts(Regional):
     ) -> Prediction:
         if not self._known:
             self._encode(denoiser, (sample.shape[2], sample.shape[3]))
-        images, rows = len(self._encoded[0][0]), len(kwargs["encoder_hidden_states"])
-
-        def more(part: TileBatch, given: dict[str, Any]) -> dict[str, Any]:
-            return self._changes(kwargs, given, rows - images, part)
-
+        kept = len(kwargs["encoder_hidden_states"]) - len(self._encoded[0][0])
+        more = partial(self._changes, kwargs, kept)
         others = {name: value for name, value in kwargs.items() if name != "timestep"}
         others["per_tile"] = [more, *kwargs.get("per_tile", ())]  # a ControlNet gets the tile's text too
         return denoiser.evaluate(forward, sample, kwargs["timestep"], **others)
@@ -94,7 +84,7 @@ class TilePrompts(Regional):
                 full = encoded[0].new_ones(encoded[0].shape[1], dtype=torch.bool)  # in place of a mask that is None
                 self._rows[text] = [full if value is None else value[i] for value in encoded]
 
-    def _changes(self, kwargs: dict[str, Any], given: dict[str, Any], kept: int, part: TileBatch) -> dict[str, Any]:
+    def _changes(self, kwargs: dict[str, Any], kept: int, part: TileBatch, given: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a tile batch that depend on the prompt; ``kept`` rows are of a negative prompt.
 
         Texts of several lengths are padded, where the network takes a mask of them.
