@@ -132,11 +132,11 @@ def test_dpm_solver_2m_has_the_coefficients_of_its_paper() -> None:
     [
         ("Euler ancestral", 1, 1),
         ("LCM", 1, 1),
-        ("FlowMatch Heun, shift 3", 2, 2),
-        ("Heun", 2, 2),
+        ("FlowMatch Heun, shift 3", 3, 3),
+        ("Heun", 3, 3),
         ("KDPM2", 2, 2),
         ("DPM++ 3M", 3, 2),
-        ("DPM++ 2S", 2, 2),
+        ("DPM++ 2S", 3, 3),
         ("DEIS 3", 3, 2),
         ("UniPC 2, bh2", 4, 3),  # the sample, its correction, and two clean predictions, one of them new
         ("IPNDM", 4, 2),

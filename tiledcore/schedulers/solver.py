@@ -6,13 +6,14 @@ slots as possible, and the table is compared with the scheduler: one that is not
 """
 
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tiledcore.ops import reference
-from tiledcore.schedulers.probe import NOISE, PREDICTION, Evaluation, Row, Stepper, UnsuitableError, noise_dtype, record
+from tiledcore.schedulers.probe import NOISE, PREDICTION, Evaluation, Stepper, UnsuitableError, noise_dtype, record
 from tiledcore.utils import to_device
 
 _LARGE = 1e6  # Amplitude at which clipping and thresholding show
@@ -108,18 +109,16 @@ def linear_solver(scheduler: Any, *, begin: int = 0, **step_kwargs: Any) -> Line
 
 def _allocate(program: list[Evaluation], timesteps: Tensor) -> LinearSolver:
     """Give the values that later evaluations need as few slots as possible."""
-    alive = _live(program)
-    where = {program[0].before: 0}
-    rows: list[dict[int, Row]] = []
-    places = [dict(where)]
-    for evaluation, needed in zip(program, alive[1:], strict=True):
+    where = {program[0].before: 0}  # Value -> slot
+    places, rows = [where], []
+    for evaluation, needed in zip(program, _live(program), strict=True):
         stays = {value: slot for value, slot in where.items() if value in needed and slot}
         written = {0: evaluation.rows[evaluation.after]}
-        free = (slot for slot in range(1, len(program) * 8) if slot not in stays.values())
-        for value in sorted(needed - stays.keys(), key=lambda value: (value not in where, value)):
+        free = (slot for slot in count(1) if slot not in stays.values())
+        for value in sorted(needed - stays.keys()):
             slot = next(free)
             # If this evaluation's sample is needed later, it moves out of slot 0.
-            written[slot] = {value: 1.0} if value in where else evaluation.rows[value]
+            written[slot] = evaluation.rows.get(value, {value: 1.0})
             stays[value] = slot
         where = {**stays, evaluation.after: 0}
         rows.append(written)
@@ -127,57 +126,24 @@ def _allocate(program: list[Evaluation], timesteps: Tensor) -> LinearSolver:
 
     S = 1 + max(slot for place in places for slot in place.values())
     table = torch.eye(S, S + 2, dtype=torch.float64).repeat(len(program), 1, 1)
-    for index, (written, place) in enumerate(zip(rows, places, strict=False)):
+    for line, written, place in zip(table, rows, places, strict=False):
         column = {**place, PREDICTION: S, NOISE: S + 1}
         for slot, row in written.items():
-            table[index, slot] = 0
+            line[slot] = 0
             for source, coefficient in row.items():
-                table[index, slot, column[source]] = coefficient
+                line[slot, column[source]] = coefficient
     input_scale = torch.tensor([evaluation.scale for evaluation in program] + [1.0], dtype=torch.float64)
     return LinearSolver(S, table, input_scale, timesteps, tuple(evaluation.drew for evaluation in program))
 
 
 def _live(program: list[Evaluation]) -> list[set[int]]:
-    """For the moment before each evaluation, and the end: the values besides the sample that are needed later.
-
-    Changes ``program``: values that only one row reads are added up one evaluation earlier, as ``x + dt/2 d`` in
-    Heun's.
-    """
+    """For each evaluation, the values besides the sample that are needed after it."""
     alive: list[set[int]] = [set()]
-    for index in reversed(range(len(program))):
-        evaluation = program[index]
+    for evaluation in reversed(program[1:]):
         out = alive[0] | {evaluation.after}
-        used = {value: row for value, row in evaluation.rows.items() if value in out}
-        survivors = out - evaluation.rows.keys()
-        needed = survivors | {source for row in used.values() for source in row if source >= 0}
-        needed.discard(evaluation.before)
-        if index:
-            needed = _merge(program[index - 1], used, needed, survivors)
-        alive.insert(0, needed)
+        sources = {s for value, row in evaluation.rows.items() if value in out for s in row if s >= 0}
+        alive.insert(0, (sources | out - evaluation.rows.keys()) - {evaluation.before})
     return alive
-
-
-def _merge(previous: Evaluation, used: dict[int, Row], needed: set[int], survivors: set[int]) -> set[int]:
-    """Replace values that only one row of ``used`` reads by their sum in ``previous``; returns what is needed then."""
-    for row in used.values():
-        single = [
-            value
-            for value in sorted(needed - survivors)
-            if (value in previous.rows or value == previous.before)
-            and [r for r in used.values() if value in r] == [row]
-        ]
-        if len(single) < 2:
-            continue
-        total: Row = {}
-        for value in single:
-            weight = row.pop(value)
-            for source, coefficient in previous.rows.get(value, {value: 1.0}).items():
-                total[source] = total.get(source, 0.0) + weight * coefficient
-        name = max(single)  # made by ``previous`` and read by nobody else, so it can stand for the sum
-        previous.rows[name] = total
-        row[name] = 1.0
-        needed = needed - set(single) | {name}
-    return needed
 
 
 def _check(stepper: Stepper, solver: LinearSolver) -> None:
