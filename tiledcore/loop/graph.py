@@ -10,7 +10,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 from weakref import WeakSet
 
 import torch
@@ -24,32 +24,19 @@ Mode = Literal["auto"] | bool
 Body = Callable[[], None]
 
 GAIN = 0.03  # A graph is kept if it saves more than this share of the eager step's time: below, it only costs memory
-
-
-class Backend(Protocol):
-    """What captures and times: CUDA, or a test's double."""
-
-    broken: str | None  # Why a capture failed: the device may be in any state, so none is tried again
-
-    def capture(self, body: Body) -> Body:
-        """Record a step without running it; the result replays it."""
-
-    def seconds(self, body: Body) -> float:
-        """Run a step and time it on the device."""
-
-    def free_bytes(self) -> int:
-        """Device memory that is left."""
+RESERVE = 1 << 28  # Bytes of device memory that must stay free after a capture; otherwise the graph is dropped
 
 
 class CudaBackend:
-    """torch's CUDA graphs. Graphs that live at one time share a memory pool: no two of them run at once."""
+    """Captures and times steps. Graphs that live at one time share a memory pool: no two of them run at once."""
 
-    broken: str | None = None  # Of the process
+    broken: str | None = None  # Why a capture failed: the device may be in any state, so none is tried again
 
     def __init__(self) -> None:
         self._live: WeakSet[Any] = WeakSet()
 
     def capture(self, body: Body) -> Body:
+        """Record a step without running it; the result replays it."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         # A pool whose graphs are all gone cannot be used again.
         pool = next((other.pool() for other in self._live), None)
@@ -67,6 +54,7 @@ class CudaBackend:
         return replay
 
     def seconds(self, body: Body) -> float:
+        """Run a step and time it on the device."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         body()
@@ -100,8 +88,7 @@ class Entry:
     replay: Body | None = None
     keeps: Any = None  # What the graph's kernels read beside the buffers: it must live as long as the graph
     refused: str | None = None
-    eager_steps: int = 0
-    eager_seconds: float = 0.0
+    eager_seconds: list[float] = field(default_factory=list)  # Of each step that was timed without a graph
     settled: bool = False  # The replay has been timed and kept
 
 
@@ -113,14 +100,12 @@ class StepGraphs:
         mode: ``"auto"``: the second step of a key is timed, the third captured, the fourth timed; the graph stays if it
             gains more than :data:`GAIN`. True: captured after one step and kept; a failure raises. False: never.
         size: how many keys are kept.
-        reserve: bytes of device memory that must stay free after a capture; otherwise the graph is dropped.
-        backend: what captures; None: no device here can.
+        backend: a :class:`CudaBackend`, or a test's double; None: no device here can capture.
     """
 
     mode: Mode = "auto"
     size: int = 4
-    reserve: int = 1 << 28
-    backend: Backend | None = None
+    backend: Any = None
     counters: Counters = field(default_factory=Counters)
     _entries: OrderedDict[Hashable, Entry] = field(default_factory=OrderedDict)
 
@@ -149,38 +134,32 @@ class StepGraphs:
         Raises:
             RuntimeError: ``mode`` is True, and the step was refused or could not be captured.
         """
-        refused = refused or self._unwanted()
-        if refused is None:
-            refused = entry.refused
-        elif self.mode is True:
+        broken = "there is no CUDA device" if self.backend is None else self.backend.broken
+        refused = refused or ("cuda_graph=False" if self.mode is False else broken)
+        if refused is not None and self.mode is True:
             raise RuntimeError(f"cuda_graph=True: {refused}")
-        if refused is not None:
-            self.counters.reason = refused
-            self.counters.eager += 1
-            body()
+        refused = refused or entry.refused
+        # The first step allocates, compiles and loads; only the second is worth timing.
+        warm = len(entry.eager_seconds) >= (1 if self.mode is True else 2)
+        if refused is None and entry.replay is None and warm:
+            if self._capture(entry, body, keeps):
+                return
+            refused = entry.refused
+        if refused is None and entry.replay is not None:
+            self._replay(entry, entry.replay)
             return
-        assert self.backend is not None
-        if entry.replay is None and entry.eager_steps < (1 if self.mode is True else 2):
-            # The first step allocates, compiles and loads; only the second is worth timing.
-            entry.eager_seconds = self.backend.seconds(body)
-            entry.eager_steps += 1
-            self.counters.eager += 1
-        elif entry.replay is None:
-            self._capture(entry, body, keeps)
-        elif entry.settled or self.mode is True:
-            entry.replay()
-            self.counters.replays += 1
+        self.counters.eager += 1
+        if refused is None:
+            entry.eager_seconds.append(self.backend.seconds(body))
         else:
-            self._judge(entry)
+            self.counters.reason = refused
+            body()
 
-    def _unwanted(self) -> str | None:
-        if self.mode is False:
-            return "cuda_graph=False"
-        return "there is no CUDA device" if self.backend is None else self.backend.broken
+    def _capture(self, entry: Entry, body: Body, keeps: Any) -> bool:
+        """Make the step by a new graph; False where it could not be captured.
 
-    def _capture(self, entry: Entry, body: Body, keeps: Any) -> None:
-        assert self.backend is not None
-        reason = None
+        The caller then runs it eagerly: in the handler, the traceback would hold the tensors of the failed attempt.
+        """
         try:
             with using() as used:
                 replay = self.backend.capture(body)
@@ -188,27 +167,25 @@ class StepGraphs:
             reason = not_captured(error)
             if self.mode is True:
                 raise RuntimeError(f"cuda_graph=True: {reason}") from error
-        if reason is not None:  # outside of the handler, whose traceback holds the tensors of the failed attempt
             self._drop(entry, reason)
-            self.counters.eager += 1
-            body()
-            return
+            return False
         self.counters.captures += 1
         replay()
         self.counters.replays += 1
-        if self.mode == "auto" and self.backend.free_bytes() < self.reserve:
+        if self.mode == "auto" and self.backend.free_bytes() < RESERVE:
             self._drop(entry, "the graph's memory does not fit beside the rest")
         else:
             entry.replay, entry.keeps = replay, (body, keeps, used)
+        return True
 
-    def _judge(self, entry: Entry) -> None:
-        assert self.backend is not None and entry.replay is not None
-        seconds = self.backend.seconds(entry.replay)
+    def _replay(self, entry: Entry, replay: Body) -> None:
         self.counters.replays += 1
-        if seconds < (1 - GAIN) * entry.eager_seconds:
-            entry.settled = True
-        else:
-            gain = 1 - seconds / entry.eager_seconds
+        if entry.settled or self.mode is True:
+            replay()
+            return
+        gain = 1 - self.backend.seconds(replay) / entry.eager_seconds[-1]
+        entry.settled = gain > GAIN
+        if not entry.settled:
             self._drop(entry, f"replay gains {gain:.1%}, and a graph is kept above {GAIN:.0%}")
 
     def _drop(self, entry: Entry, reason: str) -> None:
