@@ -99,10 +99,8 @@ def load(checkpoint: Checkpoint) -> Saved | None:
     return Saved(**torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    data: memoryview = flat.view(torch.uint8).numpy().data
-    return data
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 _held: set[Path] = set()  # folders that this process has locked
@@ -157,20 +155,14 @@ class Run:
         self.checkpoint, self.generators = checkpoint, _generators(call)
         self.settings = settings_of(pipe, call, settings)
         self.saved = load(checkpoint)
-        if self.saved is not None:
-            self._compare(self.saved.settings)
-
-    @property
-    def done(self) -> int:
-        """Evaluations that need not be made again."""
-        return 0 if self.saved is None else self.saved.index
-
-    def _compare(self, other: dict[str, str]) -> None:
-        names = [name for name in {**other, **self.settings} if other.get(name) != self.settings.get(name)]
+        self.done = 0 if self.saved is None else self.saved.index  # Evaluations that need not be made again
+        now = self.settings
+        there = now if self.saved is None else self.saved.settings
+        names = [name for name in {**there, **now} if there.get(name) != now.get(name)]
         if names:
-            differences = [f"{n}: {_short(other.get(n))} there, {_short(self.settings.get(n))} now" for n in names[:3]]
+            differences = [f"{n}: {_short(there.get(n))} there, {_short(now.get(n))} now" for n in names[:3]]
             raise ValueError(
-                f"checkpoint: {self.checkpoint.file} is of another run ({'; '.join(differences)}); "
+                f"checkpoint: {checkpoint.file} is of another run ({'; '.join(differences)}); "
                 "remove it, or choose another folder"
             )
 
@@ -257,7 +249,7 @@ def _describe(value: Any) -> str:
     return repr(value) if plain else type(value).__name__
 
 
-def _samples(module: torch.nn.Module) -> Iterable[bytes | memoryview]:
+def _samples(module: torch.nn.Module) -> Iterable[bytes]:
     """Some values of every weight, and the adapters' scales: enough to tell two checkpoints apart."""
     for parameter in module.parameters():
         yield f"{list(parameter.shape)} {parameter.dtype}".encode()
@@ -269,7 +261,7 @@ def _samples(module: torch.nn.Module) -> Iterable[bytes | memoryview]:
             yield str(part.scaling).encode()
 
 
-def _hash(parts: Iterable[bytes | memoryview]) -> str:
+def _hash(parts: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)

@@ -28,7 +28,10 @@ class Fallback:
     def before(self, prediction: Tensor, timestep: Any, sample: Tensor) -> Tensor:
         """What the scheduler's ``step`` is given for its prediction."""
         if not self.features.begun:
-            self.features.begin(Start(self.pipe.scheduler, self._left(timestep), self.canvas_size))
+            scheduler = self.pipe.scheduler
+            # A timestep that is there twice has one noise level.
+            timesteps = scheduler.timesteps[places_of(scheduler, timestep)[0] :]
+            self.features.begin(Start(scheduler, timesteps, self.canvas_size))
         if not self.features.active(self._steps):
             return prediction
         assert self.denoiser is not None and self.denoiser.placed is not None
@@ -44,10 +47,3 @@ class Fallback:
 
     def _canvas(self, latents: Tensor) -> Tensor:
         return to_image(latents, self.canvas_size) if self._packed else latents
-
-    def _left(self, timestep: Any) -> Tensor:
-        """The timesteps from the first one on."""
-        scheduler = self.pipe.scheduler
-        # A timestep that is there twice has one noise level.
-        timesteps: Tensor = scheduler.timesteps[places_of(scheduler, timestep)[0] :]
-        return timesteps
