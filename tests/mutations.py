@@ -23,7 +23,8 @@ RETRY = "            self._drop(entry, reason)\n            self.counters.eager 
 FAULTS = {
     "a": ("loop/graph.py", "hash(tuple(settings))", "0", GRAPH + "what_a_graph_bakes_in_belongs_to_its_key"),
     "a2": ("loop/graph.py", "hash(tuple(settings))", "0", REPLAY + "changes_of_adapters_are_never_replayed_stale"),
-    "b": ("loop/engine.py", STEP, f"__import__('dataclasses').replace(buffers, noise={ON_NOISE}){STEP[7:]}",
+    "b": ("loop/engine.py", STEP,
+          f"(b := __import__('copy').copy(buffers), setattr(b, 'noise', {ON_NOISE}), b{STEP[7:]})",
           REPLAY + "noise_is_part_of_a_step_that_adds_none"),
     "c": ("tiles/denoiser.py", "self.attention.grid = (size, self.unit)", "pass", SAFETY + WAITS),
     "c2": ("canvas/windows.py", "torch.arange(n, device=device)", "torch.tensor(range(n), device=device)",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tiledcore.config import Execution, TilingConfig
-from tiledcore.loop.engine import buffers_for
+from tiledcore.loop.engine import Buffers
 from tiledcore.schedulers.solver import NotLinear, linear_solver
 from tiledcore.tiles.denoiser import TileDenoiser
 
@@ -83,7 +83,7 @@ def sample(
             latents = scheduler.step(predicted, t, latents, return_dict=False, **own)[0]
         return latents
     solver = solver.to(noise.device, torch.promote_types(noise.dtype, torch.float32))
-    buffers = buffers_for(solver, noise, solver.table.dtype)
+    buffers = Buffers(solver, noise)
     buffers.state[0].copy_(latents)
     buffers.model_input.copy_(buffers.state[0] * buffers.input_scale[0])
     for t, time, draws in zip(solver.timesteps, times, solver.uses_noise, strict=True):

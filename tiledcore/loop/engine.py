@@ -11,7 +11,6 @@ import copy
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from tiledcore import ops
 from tiledcore._diffusers import acts_within
 from tiledcore.feature import Features, Start, Step
-from tiledcore.loop.checkpoint import Checkpoint, Run
+from tiledcore.loop.checkpoint import CALLBACKS, Checkpoint, Run
 from tiledcore.loop.eligible import fusable, why_not
 from tiledcore.loop.fallback import Fallback
 from tiledcore.loop.graph import Counters, Entry, StepGraphs, clone, identity, refill
@@ -38,24 +37,20 @@ Forward = Callable[..., Any]
 STEP = ("step", "scale_model_input")  # methods of the scheduler that the engine replaces
 
 
-@dataclass
 class Buffers:
-    """All that a step reads and writes, at addresses that stay."""
+    """All that the steps of a call read and write, at addresses that stay. ``solver`` is on the latents' device."""
 
-    state: Tensor  # [S, B, C, H, W]
-    model_input: Tensor  # [B, C, H, W]
-    table: Tensor  # [n, S, S + 2]
-    input_scale: Tensor  # [n + 1]
-    step: Tensor  # [1] int64
-    guidance: Tensor  # [1]
-    noise: Tensor | None  # [B, C, H, W], where any step of the call adds noise
-    arguments: dict[str, Any]
-    denoiser: TileDenoiser | None = None  # its offsets and its tiles' predictions
-
-    @property
-    def carried(self) -> dict[str, Tensor]:
-        """What goes from one evaluation to the next. The input could be had from the state, up to rounding."""
-        return {"state": self.state, "model_input": self.model_input}
+    def __init__(self, solver: LinearSolver, latents: Tensor) -> None:
+        self.table, self.input_scale = solver.table.clone(), solver.input_scale.clone()  # [n, S, S + 2], [n + 1]
+        self.state = self.table.new_zeros(solver.slots, *latents.shape)  # [S, B, C, H, W]
+        self.model_input = torch.empty_like(latents, memory_format=torch.contiguous_format)  # [B, C, H, W]
+        self.step = torch.zeros(1, dtype=torch.int64, device=latents.device)
+        self.guidance = self.table.new_ones(1)
+        self.noise = torch.zeros_like(self.state[0]) if any(solver.uses_noise) else None
+        self.given: Any = None  # The timestep and the conditions, where a graph reads them
+        self.denoiser: TileDenoiser | None = None  # its offsets and its tiles' predictions
+        # What goes from one evaluation to the next. The input could be had from the state, up to rounding.
+        self.carried = {"state": self.state, "model_input": self.model_input}
 
     def advance(self, predicted: Prediction, **options: Any) -> None:
         """Make the step from the tiles' predictions; ``options`` are those of :func:`tiledcore.ops.fused_step`."""
@@ -102,8 +97,7 @@ class Engine:
         self.generator = call.get("generator")
         self.decodes = call.get("output_type") != "latent"
         self.eta = call.get("eta", 0.0)
-        # A callback may change the latents of a step.
-        self.shows_latents = any(call.get(name) is not None for name in ("callback_on_step_end", "callback"))
+        self.shows_latents = any(call.get(name) is not None for name in CALLBACKS)  # which may change them
         self._watching = ExitStack()
         self.index = 0
         self.denoiser: TileDenoiser | None = None  # what evaluates, once it is known
@@ -195,10 +189,10 @@ class Engine:
         self.family, self._solver = family, solver
         network = network_of(self.pipe)[0]
         self._refusal = self._never_captured(network, denoiser)
-        shapes = (tuple(latents.shape), latents.dtype, tuple(solver.table.shape), self.branches, *_forms(arguments))
-        settings = (denoiser.config, denoiser.execution, any(solver.uses_noise))
-        key = (identity(network), *settings, shapes)
-        self.entry: Entry = self.graphs.entry(key, lambda: buffers_for(solver, latents, dtype))
+        forms = [(t.shape, t.dtype, t.device) for t in tree_leaves(arguments) if isinstance(t, Tensor)]
+        shapes = (tuple(latents.shape), latents.dtype, tuple(solver.table.shape), self.branches, *forms)
+        key = (identity(network), denoiser.config, denoiser.execution, any(solver.uses_noise), shapes)
+        self.entry: Entry = self.graphs.entry(key, lambda: Buffers(solver, latents))
         self.buffers: Buffers = self.entry.buffers
         self.buffers.table.copy_(solver.table)
         self.buffers.input_scale.copy_(solver.input_scale)
@@ -242,14 +236,12 @@ class Engine:
         uniform = denoiser.place(size, self._times[index], buffers.model_input.device)
         refusal = self._refusal or self._graph_refusal(uniform, conditions)
         if refusal is None and self.graphs.backend is not None:
-            given = {**conditions, "": timestep}
-            if not buffers.arguments:
-                buffers.arguments = clone(given)
-            elif not refill(buffers.arguments, given):
+            if buffers.given is None:
+                buffers.given = clone((timestep, conditions))
+            if refill(buffers.given, (timestep, conditions)):
+                timestep, conditions = buffers.given
+            else:
                 refusal = "the conditions have other shapes than before"
-            if refusal is None:
-                conditions = {k: v for k, v in buffers.arguments.items() if k}
-                timestep = buffers.arguments[""]
         if self.branches == 2:
             buffers.guidance.fill_(float(self.pipe.guidance_scale))
         if self._solver.uses_noise[index]:
@@ -276,22 +268,16 @@ class Engine:
         options: dict[str, Any] = {"window": denoiser.config.window, "impl": denoiser.execution.impl}
         if self.features.active(index):
             assert denoiser.placed is not None
-            prediction = self._guided(predicted, guidance, options)
-            step = Step(index, buffers.state[0], denoiser.placed)
-            changed = self.features.after_prediction(step, prediction).to(buffers.model_input.dtype)
-            predicted, guidance = denoiser.whole(changed), None
+            tiles, offsets, size, ramp = predicted
+            canvas = tiles if len(offsets) == 1 else ops.blend_tiles(tiles, offsets, size, ramp=ramp, **options)
+            canvas = canvas.to(buffers.state.dtype)
+            if guidance is not None:
+                unconditional, conditional = canvas.chunk(2)
+                canvas = unconditional + guidance * (conditional - unconditional)
+            canvas = self.features.after_prediction(Step(index, buffers.state[0], denoiser.placed), canvas)
+            predicted, guidance = denoiser.whole(canvas.to(buffers.model_input.dtype)), None
         with label("step"):
             buffers.advance(predicted, guidance_scale=guidance, **options)
-
-    def _guided(self, predicted: Prediction, guidance: Tensor | None, options: dict[str, Any]) -> Tensor:
-        """The blended and guided prediction ``[B, C, H, W]``, in the state's precision."""
-        tiles, offsets, size, ramp = predicted
-        canvas = tiles if len(offsets) == 1 else ops.blend_tiles(tiles, offsets, size, ramp=ramp, **options)
-        canvas = canvas.to(self.buffers.state.dtype)
-        if guidance is not None:
-            unconditional, conditional = canvas.chunk(2)
-            canvas = unconditional + guidance * (conditional - unconditional)
-        return canvas
 
     def _prediction(self) -> Tensor:
         return self._stand_in.repeat(self.branches, *[1] * (self._stand_in.ndim - 1))
@@ -321,22 +307,3 @@ class Engine:
             self._shown = shown.clone()  # a callback may change what it is given in place
         latents: Tensor = self.family.result(shown, None)
         return latents
-
-
-def _forms(arguments: dict[str, Any]) -> list[Any]:
-    """Shape, dtype and device of all tensors in a network's arguments."""
-    return [(t.shape, t.dtype, t.device) for t in tree_leaves(arguments) if isinstance(t, Tensor)]
-
-
-def buffers_for(solver: LinearSolver, latents: Tensor, dtype: torch.dtype) -> Buffers:
-    state = torch.zeros(solver.slots, *latents.shape, dtype=dtype, device=latents.device)
-    return Buffers(
-        state=state,
-        model_input=torch.empty_like(latents, memory_format=torch.contiguous_format),
-        table=solver.table.clone(),
-        input_scale=solver.input_scale.clone(),
-        step=torch.zeros(1, dtype=torch.int64, device=latents.device),
-        guidance=torch.ones(1, dtype=dtype, device=latents.device),
-        noise=torch.zeros_like(state[0]) if any(solver.uses_noise) else None,
-        arguments={},
-    )

@@ -20,7 +20,7 @@ from tiledcore.canvas import attention
 from tiledcore.config import Execution, TilingConfig
 from tiledcore.feature import Features
 from tiledcore.geometry import Pair, TileGrid, both
-from tiledcore.loop.engine import Engine, buffers_for
+from tiledcore.loop.engine import Buffers, Engine
 from tiledcore.loop.graph import StepGraphs
 from tiledcore.memory.architectures import Architecture, Part, tensor_bytes
 from tiledcore.memory.simulation import Simulated, build, simulated
@@ -193,7 +193,7 @@ class Predictor:
         parts = {self.model.network.role: network, "scheduler": None, "vae_scale_factor": self.model.factor}
         engine = Engine(SimpleNamespace(**parts), {}, {}, StepGraphs(False), Features([fade]))
         solver = LinearSolver(SLOTS, torch.empty(1, SLOTS, SLOTS + 2), torch.empty(2), torch.empty(1), (False,))
-        engine.branches, engine.buffers = branches, buffers_for(solver, latents, torch.float32)
+        engine.branches, engine.buffers = branches, Buffers(solver, latents)
         timestep = torch.zeros(() if self.family.sample == "sample" else images * branches, dtype=dtype)
         held = torch.cat([latents] * branches)  # by the pipeline
         engine._step(denoiser, forward, timestep, conditions, index=1)
