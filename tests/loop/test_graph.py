@@ -250,7 +250,7 @@ def test_lists_that_a_graph_reads_live_when_they_are_remembered_no_longer(name: 
         "tiledcore.kernels.neighbor_attention_patches" if name == "patch_lists" else "tiledcore.ops.gathered_attention"
     )
     lists = getattr(importlib.import_module(module), name)
-    more = ((8, 8), (8, 8)) if name == "patch_lists" else (1 << 20, False)
+    more = ((8, 8), (8, 8)) if name == "patch_lists" else (1 << 20,)
 
     def made(size: int) -> Any:
         return tree_leaves(lists((size, size), (8, 8), (4, 4), (False, False), *more, torch.device("cpu")))[0]

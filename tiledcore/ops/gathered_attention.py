@@ -4,9 +4,9 @@ Global tokens are a second attention, of all queries to them alone. Both give th
 which their results are one exact softmax (Milakov and Gimelshein 2018).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,49 +19,28 @@ from tiledcore.utils import remembered
 CHUNK_BYTES = {"cuda": 512 << 20, "cpu": 8 << 20}  # gathered at a time: fills a GPU, or stays near a CPU's caches
 
 Pair = tuple[int, int]
-Lengths = Sequence[int]
-Attend = Callable[[Tensor, Tensor, Tensor, Lengths, Lengths, float], tuple[Tensor, Tensor]]
-"""Attention within each of some sequences that follow one another: q, k, v ``[B, tokens, heads, D]``, the sequences'
-lengths in q and in k, the scale. Returns the result and the logarithm of the softmax's sum, ``[B, heads, tokens]``."""
-
-
-class Piece(NamedTuple):
-    """Some tiles one after the other: indices of their queries and of their windows' keys, and how many a tile has."""
-
-    queries: Tensor
-    keys: Tensor
-    query_lengths: tuple[int, ...]
-    key_lengths: tuple[int, ...]
+Attend = Callable[..., Any]
+"""Attention ``(q, k, v, scale=scale)`` of ``[sequences, heads, n, D]``. Returns the result and, first among others, the
+logarithm of the softmax's sum, ``[sequences, heads, n]`` or with a last dimension of 1."""
 
 
 @remembered
 def pieces(
-    canvas: Pair, tile: Pair, halo: Pair, wrap: tuple[bool, bool], most: int, packed: bool, device: torch.device
-) -> list[Piece]:
-    """All tiles, in pieces of at most ``most`` queries and keys, or of one tile.
+    canvas: Pair, tile: Pair, halo: Pair, wrap: tuple[bool, bool], most: int, device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """All tiles, in pieces of at most ``most`` queries and keys, or of one tile: queries, and their windows' keys.
 
-    All tiles of a piece have the same lengths, except if it is ``packed``. Lists stay on the device, so that a CUDA
-    graph can be captured from the second call on.
+    Both are tokens ``[tiles, n]`` that stay on the device: a CUDA graph can be captured from the second call on.
     """
     by_row, by_column = (_axis(*axis) for axis in zip(canvas, tile, halo, wrap, strict=True))
-    found: list[list[tuple[Tensor, Tensor]]] = []
-    size = most + 1
+    found: list[tuple[Tensor, Tensor]] = []
     for rows, row_window in by_row:
         for columns, column_window in by_column:
-            queries, keys = _tokens(rows, columns, canvas[1]), _tokens(row_window, column_window, canvas[1])
+            queries = _tokens(rows, columns, canvas[1]).to(device)
+            keys = _tokens(row_window, column_window, canvas[1]).to(device)
             step = max(1, most // (queries.shape[1] + keys.shape[1]))
-            for at, seen in zip(queries.split(step), keys.split(step), strict=True):
-                size += at.numel() + seen.numel()
-                if not packed or size > most:
-                    found.append([])
-                    size = at.numel() + seen.numel()
-                found[-1].append((at, seen))
-    made = []
-    for parts in found:
-        queries, keys = (torch.cat([part[i].flatten() for part in parts]).to(device) for i in (0, 1))
-        lengths = [tuple(tiles.shape[1] for part in parts for tiles in [part[i]] * len(part[i])) for i in (0, 1)]
-        made.append(Piece(queries, keys, *lengths))
-    return made
+            found += zip(queries.split(step), keys.split(step), strict=True)
+    return found
 
 
 def _tokens(rows: Tensor, columns: Tensor, width: int) -> Tensor:
@@ -87,7 +66,6 @@ def _axis(size: int, tile: int, halo: int, wrap: bool) -> list[tuple[Tensor, Ten
 
 def gathered(
     attend: Attend,
-    packed: bool,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -100,14 +78,14 @@ def gathered(
     *axes, scale = geometry
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     budget = CHUNK_BYTES.get(q.device.type, CHUNK_BYTES["cpu"])
-    for piece in pieces(*(tuple(axis) for axis in axes), budget // (2 * q[:, :1].nbytes), packed, q.device):
+    for queries, keys in pieces(*(tuple(axis) for axis in axes), budget // (2 * q[:, :1].nbytes), q.device):
         # Not index_select, which on a CPU first copies the whole of a strided tensor: quadratic in the canvas.
-        at, seen = piece.queries, piece.keys
+        at, seen, tiles = queries.flatten(), keys.flatten(), len(queries)
         mine = q[:, at]
-        part, logs = attend(mine, k[:, seen], v[:, seen], piece.query_lengths, piece.key_lengths, scale)
+        part, logs = _within(attend, tiles, mine, k[:, seen], v[:, seen], scale)
         if global_k is not None and global_v is not None:
             other = mine if global_q is None else global_q[:, at]
-            text, text_logs = attend(other, global_k, global_v, (len(at),), (global_k.shape[1],), scale)
+            text, text_logs = _within(attend, 1, other, global_k, global_v, scale)
             # Not in half precision: a share close to 1 leaves the text a difference of roundings.
             share = (logs - text_logs).sigmoid().transpose(1, 2)[..., None]
             part = torch.lerp(text.to(share.dtype), part.to(share.dtype), share).to(q.dtype)
@@ -115,22 +93,16 @@ def gathered(
     return out
 
 
-def _sequences(op: Callable[..., Any]) -> Attend:
-    """Attention of sequences of equal lengths, by an operator on ``[sequences, heads, n, D]``."""
+def _within(attend: Attend, count: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention within each of ``count`` equal parts of ``[B, tokens, heads, D]``.
 
-    def attend(
-        q: Tensor, k: Tensor, v: Tensor, q_lengths: Lengths, k_lengths: Lengths, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        B, N, heads, D = q.shape
-        parts = (
-            t.reshape(B * len(lengths), lengths[0], heads, D).transpose(1, 2)
-            for t, lengths in ((q, q_lengths), (k, k_lengths), (v, k_lengths))
-        )
-        out, logs, *_ = op(*parts, scale=scale)
-        logs = logs.reshape(B, len(q_lengths), heads, -1).transpose(1, 2).flatten(2)
-        return out.transpose(1, 2).reshape(B, N, heads, D), logs
-
-    return attend
+    Returns the result and the logarithm of the softmax's sum, ``[B, heads, tokens]``.
+    """
+    B, N, heads, D = q.shape
+    parts = (t.reshape(B * count, t.shape[1] // count, heads, D).transpose(1, 2) for t in (q, k, v))
+    out, logs, *_ = attend(*parts, scale=scale)
+    logs = logs.reshape(B, count, heads, -1).transpose(1, 2).flatten(2)
+    return out.transpose(1, 2).reshape(B, N, heads, D), logs
 
 
 def _torchs_choice(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
@@ -154,38 +126,21 @@ def _torchs_choice(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
     return out[..., :D], logs[..., : q.shape[2]]
 
 
-def _block_diagonal(
-    q: Tensor, k: Tensor, v: Tensor, q_lengths: Lengths, k_lengths: Lengths, scale: float
-) -> tuple[Tensor, Tensor]:
-    """xformers (Lefaudeux et al. 2022): sequences of different lengths in one call, without padding."""
+def _xformers(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Lefaudeux et al. 2022."""
     from xformers.ops.fmha import memory_efficient_attention_forward_requires_grad as attention
 
-    B, N, heads, _ = q.shape
-    lengths = tuple(q_lengths) * B
-    packed = (t.flatten(0, 1)[None] for t in (q, k, v))
-    out, logs = attention(*packed, attn_bias=_mask(lengths, tuple(k_lengths) * B, q.device), scale=scale)
-    if logs.shape[0] == len(lengths):  # [sequences, heads, n], with padding after the n
-        logs = torch.cat([row[:, :n] for row, n in zip(logs, lengths, strict=True)], 1)
-    return out.view_as(q), logs.reshape(heads, B, N).transpose(0, 1)
-
-
-@remembered
-def _mask(q_lengths: tuple[int, ...], k_lengths: tuple[int, ...], device: torch.device) -> Any:
-    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
-
-    return BlockDiagonalMask.from_seqlens(q_lengths, k_lengths, device=device)
+    out, logs = attention(*(t.transpose(1, 2) for t in (q, k, v)), scale=scale)
+    return out.transpose(1, 2), logs[..., : q.shape[2]]  # some of its kernels pad them
 
 
 _aten = torch.ops.aten
+_cudnn = partial(_aten._scaled_dot_product_cudnn_attention, attn_bias=None, compute_log_sumexp=True)
 GATHERED: dict[Impl, Callable[..., Tensor]] = {
-    "sdpa": partial(gathered, _sequences(_torchs_choice), False),
+    "sdpa": partial(gathered, _torchs_choice),
     # FA3 or FA4 after torch.nn.attention.activate_flash_attention_impl
-    "flash": partial(gathered, _sequences(_aten._scaled_dot_product_flash_attention), False),
-    "cudnn": partial(
-        gathered,
-        _sequences(partial(_aten._scaled_dot_product_cudnn_attention, attn_bias=None, compute_log_sumexp=True)),
-        False,
-    ),
-    "xformers": partial(gathered, _block_diagonal, True),
+    "flash": partial(gathered, _aten._scaled_dot_product_flash_attention),
+    "cudnn": partial(gathered, _cudnn),
+    "xformers": partial(gathered, _xformers),
 }
 """By the name of the implementation."""
