@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tiledcore import validate
+
 Window = Literal["mean", "gaussian", "ramp", "core"]
 WINDOWS: tuple[Window, ...] = ("mean", "gaussian", "ramp", "core")
 
@@ -91,6 +93,5 @@ def check_window(window: Window, ramp: int) -> tuple[Window, int]:
     """The window and its ramp as the kernels know them: ``"core"`` is a ramp of one pixel."""
     if window not in WINDOWS:
         raise ValueError(f"window={window!r} is not one of {', '.join(WINDOWS)}")
-    if isinstance(ramp, bool) or not isinstance(ramp, int) or ramp < 1:
-        raise ValueError(f"ramp={ramp!r} must be an int of at least 1")
+    validate.integer("ramp", ramp, 1)
     return ("ramp", 1) if window == "core" else (window, ramp)

@@ -63,59 +63,49 @@ _native_missing = _load_native()
 def unavailable(name: str, impl: Impl, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
     """Why an implementation of an op, such as ``"blend_tiles"``, cannot run on a device; None if it can.
 
-    ``dtype`` is that of the op's tensors; None skips the checks that depend on it.
+    ``dtype`` is that of the op's tensors; None skips the checks that depend on it. Without a GPU (planning) a recent
+    one is assumed.
     """
-    if name == "neighbor_attention" and impl in ("native", "triton") and dtype == torch.float64:
+    attention = name == "neighbor_attention"
+    if attention and impl in ("native", "triton") and dtype == torch.float64:
         return "it needs float16, bfloat16 or float32"
     if impl == "native":
         if _native_missing is not None:
             return _native_missing
         key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type, "")
-        op = f"tiledcore::{name}_native"
-        if not key or not torch._C._dispatch_has_kernel_for_dispatch_key(op, key):
+        if not key or not torch._C._dispatch_has_kernel_for_dispatch_key(f"tiledcore::{name}_native", key):
             return f"the extension was built without {name} for {device.type}"
-    elif impl == "triton":
+    if impl == "triton":
         if find_spec("triton") is None:
             return "triton is not installed"
         if device.type == "cpu":
             from tiledcore.kernels import INTERPRETED
 
-            if not INTERPRETED:
-                return "on the CPU it needs TRITON_INTERPRET=1 in the environment from the start"
-        elif device.type == "cuda":
-            return _unsuited(name, device, dtype)
-        else:
+            return None if INTERPRETED else "on the CPU it needs TRITON_INTERPRET=1 in the environment from the start"
+        if device.type != "cuda":
             return f"no kernel runs on {device.type}"
-    elif impl in ("flash", "cudnn", "xformers"):
-        return _no_library(impl, device, dtype)
+        if torch.version.hip and attention:
+            return "the table of configurations is for NVIDIA GPUs"
+        if _old(device) and (attention or dtype == torch.bfloat16):
+            what = f"{name} in {dtype}" if dtype == torch.bfloat16 else name
+            major, minor = torch.cuda.get_device_capability(device)
+            return f"{what} needs compute capability 8.0, and this GPU has {major}.{minor}"
+    if impl in ("flash", "cudnn", "xformers"):
+        if device.type != "cuda":
+            return f"{impl} has no attention on {device.type}"
+        if impl == "xformers" and find_spec("xformers") is None:
+            return "xformers is not installed"
+        if impl != "xformers" and dtype not in (None, torch.float16, torch.bfloat16):
+            return f"{impl} needs float16 or bfloat16, got {dtype}"
+        if _old(device):
+            return f"{impl} needs compute capability 8.0"
     return None
 
 
-def _no_library(impl: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
-    """Why a library's dense attention cannot run, or None."""
-    if device.type != "cuda":
-        return f"{impl} has no attention on {device.type}"
-    if impl == "xformers" and find_spec("xformers") is None:
-        return "xformers is not installed"
-    if impl != "xformers" and dtype not in (None, torch.float16, torch.bfloat16):
-        return f"{impl} needs float16 or bfloat16, got {dtype}"
-    if torch.cuda.is_available() and not torch.version.hip and torch.cuda.get_device_capability(device)[0] < 8:
-        return f"{impl} needs compute capability 8.0"
-    return None
-
-
-def _unsuited(name: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
-    """Why a GPU cannot run a Triton kernel, or None. Without a GPU (planning) a recent one is assumed."""
-    if torch.version.hip:
-        # ROCm's capabilities, such as 9.4, are no NVIDIA architectures, and the table would take them for such.
-        return "the table of configurations is for NVIDIA GPUs" if name == "neighbor_attention" else None
-    if not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8 and (name == "neighbor_attention" or dtype == torch.bfloat16):
-        what = f"{name} in {dtype}" if dtype == torch.bfloat16 else name
-        return f"{what} needs compute capability 8.0, and this GPU has {major}.{minor}"
-    return None
+def _old(device: torch.device) -> bool:
+    """Whether a GPU is an NVIDIA GPU before Ampere. ROCm's capabilities, such as 9.4, are no NVIDIA architectures."""
+    there = torch.cuda.is_available() and not torch.version.hip
+    return there and torch.cuda.get_device_capability(device)[0] < 8
 
 
 def choose(name: str, impl: Impl | None, device: torch.device, dtype: torch.dtype | None = None) -> Callable[..., Any]:

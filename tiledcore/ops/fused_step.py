@@ -87,15 +87,10 @@ def fused_step(
     if noise is not None:
         check_tensor("noise", noise, "[B, C, H, W]", (exact,), (B, C, H, W), tiles)
     if readable(step):
-        _check_evaluation(table, int(step), noise)
+        if not 0 <= (i := int(step)) < n:
+            raise ValueError(f"step={i} must be at least 0 and less than the {n} evaluations of table")
+        if noise is None and bool((table[i, :, -1] != 0).any()):
+            raise ValueError(f"noise=None, but table[{i}] has a coefficient for it")
     op = choose("fused_step", impl, tiles.device, tiles.dtype)
     given = (tiles, offsets, state, table, input_scale, step, model_input, guidance_scale, noise)
     op(*given, *check_window(window, ramp))
-
-
-def _check_evaluation(table: Tensor, evaluation: int, noise: Tensor | None) -> None:
-    """The counter is within the table, and noise is there if the table asks for it."""
-    if not 0 <= evaluation < len(table):
-        raise ValueError(f"step={evaluation} must be at least 0 and less than the {len(table)} evaluations of table")
-    if noise is None and bool((table[evaluation, :, -1] != 0).any()):
-        raise ValueError(f"noise=None, but table[{evaluation}] has a coefficient for it")

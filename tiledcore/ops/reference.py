@@ -69,11 +69,9 @@ def axis_weights(starts: list[int], extent: int, size: int, window: str = "ramp"
             weight = torch.ones(extent, dtype=torch.float64)
         elif window == "gaussian":
             weight = gaussian(depth) / gaussian(deepest[where])
-        elif window in ("ramp", "core"):
-            fade = ramp if window == "ramp" else 1
-            weight = (1 - (deepest[where] - depth) / fade).clamp(0, 1)
         else:
-            raise ValueError(f"window={window!r} is not one of mean, gaussian, ramp, core")
+            fade = 1 if window == "core" else ramp
+            weight = (1 - (deepest[where] - depth) / fade).clamp(0, 1)
         weights.append(weight)
     return torch.stack(weights)
 
