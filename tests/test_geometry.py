@@ -96,7 +96,7 @@ def test_cores_partition_the_canvas_inside_their_tiles(grid: TileGrid) -> None:
             assert set(core) <= set(pixels(size, offset, tile, wrap))
             owned += core
         assert sorted(owned) == list(range(size))
-    assert len(grid.cores) == len(grid)
+    assert len(grid.core_rows) * len(grid.core_cols) == len(grid)
 
 
 def test_cores_meet_in_the_middle_of_the_overlap() -> None:

@@ -13,8 +13,8 @@ from tiledcore.geometry import Pair, TileGrid, both
 class Motion:
     """How tiles move: in each step the canvas is cut at other lines, and no pixel is evaluated twice.
 
-    SpotDiffusion (Frolov et al. 2024), plus two things: some steps overlap in place, and near its lines a prediction
-    fades into that of the step before (:mod:`tiledcore.tiles.fade`).
+    SpotDiffusion (Frolov et al. 2024). Besides, some steps overlap in place, and near its lines a prediction fades into
+    that of the step before (:mod:`tiledcore.tiles.fade`).
 
     Args:
         blend_first: so many first steps overlap in place: tiles that do not move compose better. A call that starts
@@ -151,14 +151,12 @@ class TilingConfig:
     @property
     def moving(self) -> Motion | None:
         """How tiles move; None where they do not."""
-        if isinstance(self.motion, Motion):
-            return self.motion
-        return Motion() if self.motion == "moving" else None
+        named = {"still": None, "moving": Motion()}
+        return named[self.motion] if isinstance(self.motion, str) else self.motion
 
     def refining(self) -> TilingConfig:
         """This tiling for a call that starts from an image: it has a composition, so only last steps are blended."""
-        motion = self.moving
-        if motion is None:
+        if (motion := self.moving) is None:
             return self
         return replace(self, motion=replace(motion, blend_first=0, blend_last=motion.blended))
 
@@ -170,14 +168,10 @@ class TilingConfig:
         return 1.0 + share * (grid.area_factor - 1.0)
 
     def grid(self, height: int, width: int, native: int | Pair, unit: int = 1, snap: int = 1) -> TileGrid:
-        """The tiles of a canvas; for moving tiles, those of the blended steps.
+        """The tiles of a canvas of latent pixels; for moving tiles, those of the blended steps.
 
-        Args:
-            height: of the canvas, in latent pixels.
-            width: of the canvas, in latent pixels.
-            native: tile size in latent pixels where the config has none.
-            unit: latent pixels per grid pixel along each axis: a token's side for packed latents.
-            snap: of :class:`~tiledcore.geometry.TileGrid`.
+        ``native``: tile size where the config has none. ``unit``: latent pixels per grid pixel along each axis, a
+        token's side for packed latents. ``snap``: of :class:`~tiledcore.geometry.TileGrid`.
 
         Raises:
             ValueError: a size is no multiple of the unit, or :class:`~tiledcore.geometry.TileGrid` refuses it.
@@ -187,17 +181,17 @@ class TilingConfig:
         grid = TileGrid(height, width, tile=tile, overlap=overlap, wrap=self.wrap, snap=snap)
         if unit == 1:
             return grid
-        for name, size in (("canvas", (height, width)), ("tile", tile), ("overlap", overlap)):
+        sizes = {"canvas": (height, width), "tile": tile, "overlap": overlap}
+        for name, size in sizes.items():
             if any(n % unit for n in size):
                 raise ValueError(f"{name}={size}: must be multiples of {unit}, the latent pixels per token")
-        down = [(y // unit, x // unit) for y, x in (tile, overlap)]
-        return TileGrid(height // unit, width // unit, tile=down[0], overlap=down[1], wrap=self.wrap)
+        canvas, tile, overlap = ((y // unit, x // unit) for y, x in sizes.values())
+        return TileGrid(*canvas, tile, overlap, self.wrap)
 
     def tile_on(self, canvas: Pair, native: int | Pair) -> Pair:
         """The size of a tile on a canvas of latent pixels: as asked for, or the default.
 
-        In canvas mode this is half of the native size: with its default halo, a window then has the native size. An
-        axis that is no longer than the native size and does not wrap is one tile.
+        In canvas mode an axis that is no longer than the native size and does not wrap is one tile.
         """
         if self.tile is not None or self.mode == "tiles":
             return both(native if self.tile is None else self.tile)

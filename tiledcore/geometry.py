@@ -61,10 +61,9 @@ class Tiling:
 
     @cached_property
     def core_rows(self) -> tuple[Pair, ...]:
-        """(start, size) of each tile row's core.
+        """(start, size) of each tile row's core. Cores meet in the middle of what two tiles share.
 
-        Cores partition the canvas: they meet in the middle of what two tiles share, and reach an open border. A start
-        lies in ``[0, height)``; on a wrapped axis a core may cross the border.
+        A start lies in ``[0, height)``; on a wrapped axis a core may cross the border.
         """
         return _cores(self.height, self.rows, self.wrap[0])
 
@@ -72,11 +71,6 @@ class Tiling:
     def core_cols(self) -> tuple[Pair, ...]:
         """(start, size) of each tile column's core, see :attr:`core_rows`."""
         return _cores(self.width, self.cols, self.wrap[1])
-
-    @cached_property
-    def cores(self) -> tuple[tuple[int, int, int, int], ...]:
-        """(y, x, height, width) of every tile's core, in the order of :attr:`offsets`."""
-        return tuple((y, x, h, w) for y, h in self.core_rows for x, w in self.core_cols)
 
     @cached_property
     def lines(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -91,7 +85,6 @@ class TileGrid(Tiling):
     """The fewest evenly spread tiles that cover a canvas with at least the requested overlap.
 
     On an open axis the first tile starts at 0 and the last ends with the canvas. On a wrapped axis tiles go round.
-
     A tile larger than the canvas is clamped to it, and the overlap to half of that: one tile on an open axis, at least
     two on a wrapped axis with overlap, so that the cut of one lies inside another.
 
@@ -130,16 +123,15 @@ class TileGrid(Tiling):
             for size, t, o in zip(canvas, tiles, overlaps, strict=True)
         ]
         (h, overlap_y), (w, overlap_x) = fitted
-        _check_count(canvas, (h, w), (overlap_y, overlap_x))
-        super().__init__(
-            height=canvas[0],
-            width=canvas[1],
-            tile_size=(h, w),
-            overlap=(overlap_y, overlap_x),
-            wrap=wraps,
-            rows=tuple((y, h) for y in _snapped(canvas[0], h, overlap_y, wraps[0], snap)),
-            cols=tuple((x, w) for x in _snapped(canvas[1], w, overlap_x, wraps[1], snap)),
-        )
+        count = math.prod(-(-size // (t - o)) for size, (t, o) in zip(canvas, fitted, strict=True))
+        if count > MOST_TILES:  # they would only fill the memory
+            raise ValueError(
+                f"tile={(h, w)}, overlap={(overlap_y, overlap_x)}: about {count} tiles, more than {MOST_TILES}; "
+                "take larger ones"
+            )
+        rows = tuple((y, h) for y in _snapped(height, h, overlap_y, wraps[0], snap))
+        cols = tuple((x, w) for x in _snapped(width, w, overlap_x, wraps[1], snap))
+        super().__init__(height, width, (h, w), (overlap_y, overlap_x), wraps, rows, cols)
 
     def shifted(self, step: int, seed: int) -> Tiling:
         """A partition of the canvas with other lines in every step (SpotDiffusion); depends on (seed, step) only.
@@ -152,25 +144,15 @@ class TileGrid(Tiling):
         Raises:
             ValueError: the grid has an overlap.
         """
-        # Seeding with a string hashes it by SHA-512, so neighbouring seeds are unrelated; random()
-        # is the one method whose values Python promises to keep between versions.
-        random = Random(str(seed))
         if self.overlap != (0, 0):
             raise ValueError(f"overlap={self.overlap!r} cannot be shifted: only a grid with overlap=0 can")
+        # A string's hash, so that neighbouring seeds are unrelated; Python promises to keep the values of random().
+        random = Random(str(seed))
         moved = [(random.random() + step * 3 / 8) % 1 for _ in range(2)]
         rows, cols = (
             _moved(*axis) for axis in zip((self.height, self.width), self.tile_size, self.wrap, moved, strict=True)
         )
         return Tiling(self.height, self.width, self.tile_size, (0, 0), self.wrap, rows, cols)
-
-
-def _check_count(canvas: Pair, tile: Pair, overlap: Pair) -> None:
-    """Refuse a grid that would only fill the memory."""
-    count = math.prod(-(-n // (t - o)) for n, t, o in zip(canvas, tile, overlap, strict=True))
-    if count > MOST_TILES:
-        raise ValueError(
-            f"tile={tile}, overlap={overlap}: about {count} tiles, more than {MOST_TILES}; take larger ones"
-        )
 
 
 def _snapped(size: int, tile: int, overlap: int, wrap: bool, snap: int) -> tuple[int, ...]:
