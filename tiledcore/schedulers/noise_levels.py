@@ -22,11 +22,8 @@ def noise_level(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
     flow = hasattr(type(probe), "scale_noise")
     if not flow and not hasattr(probe, "add_noise"):
         raise ValueError(f"{type(scheduler).__name__} has no noising from which its noise levels could be read")
-    noising = probe.scale_noise if flow else probe.add_noise
-    alpha, sigma = (
-        float((noising(x, at, n) if flow else noising(x, n, at)).double()) for x, n in ((one, zero), (zero, one))
-    )
-    return alpha, sigma
+    noised = (lambda x, n: probe.scale_noise(x, at, n)) if flow else (lambda x, n: probe.add_noise(x, n, at))
+    return float(noised(one, zero)), float(noised(zero, one))
 
 
 def clean_and_noisy(scheduler: Any, timestep: Tensor) -> tuple[float, float]:

@@ -7,9 +7,8 @@ import copy
 import inspect
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ Row = dict[int, float]  # Source -> coefficient, of one value
 
 
 class UnsuitableError(Exception):
-    """The scheduler is not linear in the sense of this module."""
+    """Why a scheduler has no table."""
 
 
 class _Exact(TorchFunctionMode):
@@ -53,6 +52,14 @@ class _Exact(TorchFunctionMode):
         return result
 
 
+class Outcome(NamedTuple):
+    """What one evaluation gave."""
+
+    sample: Tensor
+    scaled: Tensor  # the network's input
+    drew: torch.dtype | None  # the dtype of the noise, if it drew any
+
+
 class Stepper:
     """A CPU copy of the scheduler, called as diffusers' pipelines call it."""
 
@@ -76,11 +83,10 @@ class Stepper:
 
     def held(self, shape: torch.Size) -> list[Tensor]:
         """The tensors of this shape that the scheduler holds."""
-        leaves = tree_leaves(list(vars(self.scheduler).values()))
+        leaves = tree_leaves(vars(self.scheduler))
         return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.shape == shape]
 
-    def __call__(self, index: int, sample: Tensor, prediction: Tensor, noise: Tensor) -> "Outcome":
-        """One evaluation."""
+    def __call__(self, index: int, sample: Tensor, prediction: Tensor, noise: Tensor) -> Outcome:
         timestep = self.timesteps[index]
         with _Exact(noise, self.generator) as mode:
             scaled = sample.clone()
@@ -94,17 +100,7 @@ class Stepper:
         return Outcome(result, scaled, mode.drawn[0] if mode.drawn else None)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What one evaluation gave: the new sample, the network's input, and the dtype of the noise if it drew any."""
-
-    sample: Tensor
-    scaled: Tensor
-    drew: torch.dtype | None
-
-
-@dataclass
-class Evaluation:
+class Evaluation(NamedTuple):
     """One recorded step: which value is the sample before and after, and the rows of the values that it makes."""
 
     before: int
@@ -123,8 +119,7 @@ def noise_dtype(stepper: Stepper) -> torch.dtype | None:
     drawn = {stepper(index, one.clone(), one.clone(), one).drew for index in range(len(stepper.timesteps))} - {None}
     if len(drawn) > 1:
         raise UnsuitableError("it draws noise of several dtypes")
-    dtype = next(iter(drawn), None)
-    return None if dtype is torch.float16 else dtype
+    return next(iter(drawn - {torch.float16}), None)
 
 
 def record(stepper: Stepper) -> list[Evaluation]:
@@ -147,15 +142,14 @@ def record(stepper: Stepper) -> list[Evaluation]:
             raise UnsuitableError(f"at evaluation {index} the network's input is not a multiple of the sample")
         after, made = made, made + 1
         rows: dict[int, Row] = {}
-        value_of: list[tuple[Row, int]] = [({value: 1.0}, value) for value in known]
         held = []
         for tensor in stepper.held(unit.shape[1:]):
             row = _row(tensor, sources)
-            value = next((value for other, value in value_of if other == row), made)
+            there = {value: {value: 1.0} for value in known} | rows
+            value = next((value for value, other in there.items() if other == row), made)
             if value == made:
                 made += 1
                 rows[value] = row
-                value_of.append((row, value))
             held.append((tensor, value))
         # The new sample is always a new value, because the pipeline may change it before the next evaluation.
         rows[after] = _row(outcome.sample, sources)

@@ -1,12 +1,11 @@
 """Pull: the first steps of a refinement keep the composition of the picture that it starts from.
 
-A prediction stands for a clean image: ``z = α x0 + σ ε`` at noise level ``(α, σ)``, whatever the prediction's type. The
-pull moves its low frequencies toward those of the coarse picture's latents ``x``, with a falling weight ``w``:
+The pull moves a prediction's low frequencies toward those of the coarse picture's latents ``x``, with a falling weight:
 
     m  +=  w · LowPass(m* − m),      m* = what a network would predict that knew x
 
-It works with every scheduler. With ``w = 1`` and a deterministic step it is the skip residual of DemoFusion (Du et al.
-2024), on low frequencies only as in ILVR (Choi et al. 2021), on the clean image as in DiffuseHigh (Kim et al. 2025).
+With ``w = 1`` and a deterministic step it is the skip residual of DemoFusion (Du et al. 2024), on low frequencies only
+as in ILVR (Choi et al. 2021), on the clean image as in DiffuseHigh (Kim et al. 2025).
 """
 
 from __future__ import annotations
@@ -90,8 +89,6 @@ class Pulling(Feature):
         self.sigma = sigma if pull.sigma is None else pull.sigma
         self._clean: Tensor | None = None  # [B, C, H, W]: the latents that the canvas is pulled to
         self._weights: list[float] = []
-        self._coefficients: list[tuple[float, float]] = []
-        self._filters: tuple[Tensor, ...] = ()
 
     def enter(self, stack: ExitStack) -> None:
         """Keep the latents to which the pipeline adds noise: the canvas is pulled to them."""
