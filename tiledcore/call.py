@@ -201,7 +201,7 @@ class Call:
             current_device(device_of(self.pipe)),
             nullcontext() if checkpoint is None else locked(checkpoint),
             tiled(self.pipe, self.tiling, self.execution, self.arguments) as hook,
-            Features(self.features(hook)) as features,
+            Features.entered(self.features(hook)) as features,
             Engine(self.pipe, dict(bound.arguments), settings, graphs, features, checkpoint, fused) as engine,
         ):
             hook.engine = engine

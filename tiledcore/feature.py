@@ -6,7 +6,7 @@ The fused loop and the fallback loop both run them, so a feature is written once
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ class Step:
 
 
 class Feature:
-    """What one call of a pipeline does besides. Every method does nothing unless a feature overrides it."""
+    """What one call does besides. Every method does nothing unless a feature overrides it."""
 
     every_step = False  # Whether it acts on steps: then the fallback loop watches the scheduler's ``step`` for it
 
@@ -71,55 +71,45 @@ class Feature:
         """Go on after the evaluation that left these :meth:`tensors` and used these tiles."""
 
 
-class Features:
-    """The features of one call, and the other contexts around it. They are entered in order, and in this order the
-    features see a prediction.
-    """
+class Features(list[Feature]):
+    """The features of one call; they act in their order."""
 
-    def __init__(self, parts: Sequence[Feature | AbstractContextManager[Any]]) -> None:
-        self._parts = tuple(parts)
-        self._features = [part for part in parts if isinstance(part, Feature)]
-        self._stack = ExitStack()
-        self.watches = any(feature.every_step for feature in self._features)
-        self.begun = False
-
-    def __iter__(self) -> Iterator[Feature]:
-        return iter(self._features)
-
-    def __enter__(self) -> Features:
+    @classmethod
+    @contextmanager
+    def entered(cls, parts: Sequence[Feature | AbstractContextManager[Any]]) -> Iterator[Features]:
+        """Features and other contexts, entered in their order for as long as the ``with`` block lasts."""
         with ExitStack() as stack:
-            for part in self._parts:
+            for part in parts:
                 if isinstance(part, Feature):
                     part.enter(stack)
                 else:
                     stack.enter_context(part)
-            self._stack = stack.pop_all()
-        return self
+            yield cls(part for part in parts if isinstance(part, Feature))
 
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
+    @property
+    def watches(self) -> bool:
+        return any(feature.every_step for feature in self)
 
     def begin(self, start: Start) -> None:
-        for feature in self._features:
+        for feature in self:
             feature.begin(start)
-        self.begun = True
 
     def active(self, index: int) -> bool:
-        return any(feature.active(index) for feature in self._features)
+        return any(feature.active(index) for feature in self)
 
     def after_prediction(self, step: Step, prediction: Tensor) -> Tensor:
-        for feature in self._features:
+        for feature in self:
             if feature.active(step.index):
                 prediction = feature.after_prediction(step, prediction)
         return prediction
 
     def after_step(self, index: int, sample: Tensor) -> None:
-        for feature in self._features:
+        for feature in self:
             feature.after_step(index, sample)
 
     def resume(self, tensors: dict[str, Tensor], tiles: Tiling) -> None:
-        for feature in self._features:
+        for feature in self:
             feature.resume(tensors, tiles)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {name: tensor for feature in self._features for name, tensor in feature.tensors().items()}
+        return {name: tensor for feature in self for name, tensor in feature.tensors().items()}
