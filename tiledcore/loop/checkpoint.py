@@ -1,8 +1,7 @@
 """Save a run in one file, and go on from it: a run may be stopped at any moment.
 
-Saved is what the loop carries from one evaluation to the next: the canvas with the scheduler's history, the network's
-next input, the step and the generators. The rest comes from calling the pipeline again with the same arguments, which
-is checked. The file is a SHA-256 and what ``torch.save`` makes of :class:`Saved`.
+Saved is what the loop carries from one evaluation to the next, and the generators. The rest comes from calling the
+pipeline again with the same arguments, which is checked.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import hashlib
 import io
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +72,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Saved:
-    """What a file holds."""
+    """What a file holds, by ``torch.save`` after its SHA-256."""
 
     index: int  # Evaluations that are done
     steps: int  # Evaluations of the whole run
@@ -220,27 +219,27 @@ def settings_of(pipe: Any, call: dict[str, Any], more: dict[str, Any]) -> dict[s
     settings = {
         "tiledcore": __version__,
         "pipeline": type(pipe).__name__,
-        "scheduler": f"{type(scheduler).__name__} {_hash([repr(numbers).encode()])}",
+        "scheduler": f"{type(scheduler).__name__} {_hash(repr(numbers).encode())}",
     }
     if call.get("generator") is not None:
         settings["generator"] = _describe(
-            [f"seed {g.initial_seed()}, state {_hash([_bytes(g.get_state())])}" for g in _generators(call)]
+            [f"seed {g.initial_seed()}, state {_hash(_bytes(g.get_state()))}" for g in _generators(call)]
         )
-    settings |= {name: _describe(v) for name, v in call.items() if name not in FORM + CALLBACKS}
-    settings |= {name: _describe(v) for name, v in more.items()}
+    changes = {name: value for name, value in call.items() if name not in FORM + CALLBACKS}
+    settings |= {name: _describe(value) for name, value in (changes | more).items()}
     for name, component in pipe.components.items():
         if isinstance(component, torch.nn.Module):
-            settings[f"weights of {name}"] = _hash(_samples(component))
+            settings[f"weights of {name}"] = _hash(b"".join(_samples(component)))
     return settings
 
 
 def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"tensor {list(value.shape)} {value.dtype} {_hash([_bytes(value)])}"
+        return f"tensor {list(value.shape)} {value.dtype} {_hash(_bytes(value))}"
     if isinstance(value, Image.Image):
-        return f"image {value.size} {value.mode} {_hash([value.tobytes()])}"
+        return f"image {value.size} {value.mode} {_hash(value.tobytes())}"
     if hasattr(value, "__array_interface__"):
-        return f"array {list(value.shape)} {value.dtype} {_hash([value.tobytes()])}"
+        return f"array {list(value.shape)} {value.dtype} {_hash(value.tobytes())}"
     if isinstance(value, dict):
         return str({str(k): _describe(v) for k, v in value.items()})
     if isinstance(value, list | tuple):
@@ -249,7 +248,7 @@ def _describe(value: Any) -> str:
     return repr(value) if plain else type(value).__name__
 
 
-def _samples(module: torch.nn.Module) -> Iterable[bytes]:
+def _samples(module: torch.nn.Module) -> Iterator[bytes]:
     """Some values of every weight, and the adapters' scales: enough to tell two checkpoints apart."""
     for parameter in module.parameters():
         yield f"{list(parameter.shape)} {parameter.dtype}".encode()
@@ -261,11 +260,8 @@ def _samples(module: torch.nn.Module) -> Iterable[bytes]:
             yield str(part.scaling).encode()
 
 
-def _hash(parts: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:16]
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _short(text: str | None) -> str:

@@ -1,13 +1,11 @@
 """The fused loop: inside a pipeline's own loop, each step is gather -> network -> one fused step.
 
-The pipeline encodes, counts, shows progress, calls back and decodes as ever. Guidance and the scheduler's step are done
-here instead, on the engine's own buffers: the pipeline gets predictions of one pixel, which cost nothing, and a copy of
-the canvas after each step.
+Guidance and the scheduler's step are done on the engine's own buffers. The pipeline gets predictions of one pixel,
+which cost nothing, and a copy of the canvas after each step.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -16,15 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tiledcore import ops
 from tiledcore._diffusers import acts_within
 from tiledcore.feature import Features, Start, Step
 from tiledcore.loop.checkpoint import CALLBACKS, Checkpoint, Run
-from tiledcore.loop.eligible import fusable, why_not
-from tiledcore.loop.fallback import Fallback
-from tiledcore.loop.graph import Counters, Entry, StepGraphs, clone, identity, refill
+from tiledcore.loop.fallback import Fallback, fusable, why_not
+from tiledcore.loop.graph import Counters, Entry, StepGraphs, identity, refill
 from tiledcore.loop.report import Report
 from tiledcore.schedulers.solver import LinearSolver, NotLinear
 from tiledcore.tiles.denoiser import Prediction, TileDenoiser, run_all
@@ -34,7 +31,6 @@ from tiledcore.utils import label, replaced
 logger = logging.getLogger(__name__)
 
 Forward = Callable[..., Any]
-STEP = ("step", "scale_model_input")  # methods of the scheduler that the engine replaces
 
 
 class Buffers:
@@ -72,14 +68,11 @@ class Buffers:
 class Engine:
     """The fused loop of one call. A context: inside it, the pipeline's scheduler is the engine's.
 
-    Args:
-        pipe: the pipeline.
-        call: the arguments of its call, by name.
-        settings: what else the image depends on (tiling, regions), by name; a checkpoint compares it.
-        graphs: CUDA graphs of the steps, kept from call to call.
-        features: of the call, entered already.
-        checkpoint: where the call is saved; a ValueError if it cannot be, or cannot go on from there.
-        fused: False: always the pipeline's own loop.
+    ``call``: the arguments of the pipeline's call, by name. ``settings``: what else the image depends on, by name; a
+    checkpoint compares it. ``features``: of the call, entered already. ``fused=False``: the pipeline's own loop.
+
+    Raises:
+        ValueError: the call cannot be saved in the checkpoint, or cannot go on from there.
     """
 
     def __init__(
@@ -102,7 +95,6 @@ class Engine:
         self.index = 0
         self.denoiser: TileDenoiser | None = None  # what evaluates, once it is known
         self.reason = why_not(pipe, call) if fused else "fused=False"
-        self._decided = False
         self._solver: LinearSolver | None = None  # once decided, where the engine runs
         self._shown: Tensor | None = None
         self._saves = None if checkpoint is None else Run(checkpoint, pipe, call, settings)
@@ -120,13 +112,9 @@ class Engine:
             raise ValueError(f"checkpoint: only the fused step can be resumed, and here: {self.reason}")
 
     def __enter__(self) -> Engine:
-        if self.reason is None or self.features.watches:
-            self._watch_scheduler()
-        return self
-
-    def _watch_scheduler(self) -> None:
+        if self.reason is not None and not self.features.watches:
+            return self
         scheduler = self.scheduler
-        self._before = {name: value for name, value in vars(scheduler).items() if name in STEP}
         own_step, own_scale = scheduler.step, getattr(scheduler, "scale_model_input", None)
 
         @wraps(own_step)  # pipelines look at its signature
@@ -145,30 +133,24 @@ class Engine:
                 return sample if self.runs(timestep) else own_scale(sample, timestep)
 
             self._watching.enter_context(replaced(scheduler, scale_model_input=scale))
+        return self
 
     def __exit__(self, *_: object) -> None:
         self._watching.close()
 
-    def _plain(self) -> Any:
-        """A copy of the scheduler with the methods that it had before the engine's."""
-        plain = copy.copy(self.scheduler)
-        for name in STEP:
-            vars(plain).pop(name, None)
-        vars(plain).update(self._before)
-        return plain
-
     def runs(self, timestep: Any) -> bool:
         """Whether the engine moves the canvas. Decided at the first evaluation, when the timesteps are known."""
-        if not self._decided and self.reason is None:
-            self._decided = True
+        if self.reason is None and self._solver is None:
             first = float(torch.as_tensor(timestep).flatten()[0])
-            solver = fusable(self.pipe, self._plain(), first, self.eta)
+            self._watching.close()  # for a moment: the scheduler's own methods are read
+            solver = fusable(self.pipe, self.scheduler, first, self.eta)
             if isinstance(solver, NotLinear):
                 self.reason = solver.reason
                 self._check_saves()
                 logger.warning("the scheduler's own step is used: %s", self.reason)
             else:
                 self._solver = solver
+            self.__enter__()
         return self.reason is None
 
     def look(self, arguments: dict[str, Any], family: Family, denoiser: TileDenoiser) -> None:
@@ -237,7 +219,7 @@ class Engine:
         refusal = self._refusal or self._graph_refusal(uniform, conditions)
         if refusal is None and self.graphs.backend is not None:
             if buffers.given is None:
-                buffers.given = clone((timestep, conditions))
+                buffers.given = tree_map_only(Tensor, torch.clone, (timestep, conditions))
             if refill(buffers.given, (timestep, conditions)):
                 timestep, conditions = buffers.given
             else:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from weakref import WeakSet
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten
 
 from tiledcore.utils import using
 
@@ -217,11 +217,6 @@ def _plain(attributes: dict[str, Any]) -> Iterator[str]:
         leaves, _ = tree_flatten(value)
         if all(leaf is None or isinstance(leaf, bool | int | float | str) for leaf in leaves):
             yield f"{name}={value}"
-
-
-def clone(value: Any) -> Any:
-    """A structure with copies of its tensors."""
-    return tree_map_only(torch.Tensor, torch.clone, value)
 
 
 def refill(old: Any, new: Any) -> bool:
