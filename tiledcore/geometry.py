@@ -196,16 +196,13 @@ def _moved(size: int, tile: int, wrap: bool, random: float) -> tuple[Pair, ...]:
 def _cores(size: int, parts: tuple[Pair, ...], wrap: bool) -> tuple[Pair, ...]:
     following = (*(start for start, _ in parts[1:]), parts[0][0] + size)
     ends = [(start + extent + after) // 2 for (start, extent), after in zip(parts, following, strict=True)]
-    if wrap:
-        starts = [ends[-1] - size, *ends[:-1]]
-    else:
+    if not wrap:
         ends[-1] = size
-        starts = [0, *ends[:-1]]
+    starts = [ends[-1] - size, *ends[:-1]]
     return tuple((start % size, end - start) for start, end in zip(starts, ends, strict=True))
 
 
 def _lines(size: int, wrap: bool, parts: tuple[Pair, ...], cores: tuple[Pair, ...]) -> tuple[int, ...]:
-    lines = {start for start, _ in cores}
-    for start, extent in parts:
-        lines |= {start, (start + extent) % size}
+    borders = {line for start, extent in parts for line in (start, (start + extent) % size)}
+    lines = borders | {start for start, _ in cores}
     return tuple(sorted(lines if wrap else lines - {0}))

@@ -5,9 +5,6 @@ Each tensor of the sample's shape that the scheduler holds counts as its state.
 
 import copy
 import inspect
-from collections import deque
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -65,7 +62,7 @@ class Stepper:
 
     def __init__(self, scheduler: Any, begin: int, step_kwargs: dict[str, Any]) -> None:
         self.scheduler = copy.deepcopy(scheduler)
-        self.visit(lambda tensor: tensor.cpu())
+        vars(self.scheduler).update(tree_map_only(Tensor, Tensor.cpu, vars(self.scheduler)))
         if hasattr(self.scheduler, "set_begin_index"):
             # Else the first step is looked up by its timestep, which may not be unique.
             self.scheduler.set_begin_index(begin)
@@ -75,11 +72,10 @@ class Stepper:
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             self.kwargs["generator"] = self.generator
 
-    def visit(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace every tensor in the scheduler's attributes, also in containers."""
-        for name, value in vars(self.scheduler).items():
-            if isinstance(value, Tensor | list | tuple | deque | dict):
-                setattr(self.scheduler, name, tree_map_only(Tensor, change, value))
+    def exchange(self, new: dict[int, Tensor]) -> None:
+        """Put other tensors in place of those with these ids, also in containers."""
+        own = vars(self.scheduler)
+        own.update(tree_map_only(Tensor, lambda tensor: new.get(id(tensor), tensor), own))
 
     def held(self, shape: torch.Size) -> list[Tensor]:
         """The tensors of this shape that the scheduler holds."""
@@ -132,8 +128,7 @@ def record(stepper: Stepper) -> list[Evaluation]:
         # The last component is 0 in all inputs: what appears there was added by the step itself.
         size = len(known) + 3
         unit = torch.eye(size, dtype=torch.float64).reshape(size, 1, 1, 1, size)
-        basis = {id(tensor): unit[known.index(value)].clone() for tensor, value in held}
-        stepper.visit(partial(_exchange, basis))
+        stepper.exchange({id(tensor): unit[known.index(value)].clone() for tensor, value in held})
         outcome = stepper(index, unit[0].clone(), unit[-3].clone(), unit[-2].clone())
 
         sources = [*known, PREDICTION, NOISE]
@@ -156,10 +151,6 @@ def record(stepper: Stepper) -> list[Evaluation]:
         program.append(Evaluation(before, after, rows, scaled.get(before, 0.0), outcome.drew is not None))
         before = after
     return program
-
-
-def _exchange(basis: dict[int, Tensor], tensor: Tensor) -> Tensor:
-    return basis.get(id(tensor), tensor)
 
 
 def _row(vector: Tensor, sources: list[int]) -> Row:

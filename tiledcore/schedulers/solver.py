@@ -106,7 +106,7 @@ def linear_solver(scheduler: Any, *, begin: int = 0, **step_kwargs: Any) -> Line
 def _allocate(program: list[Evaluation], timesteps: Tensor) -> LinearSolver:
     """Give the values that later evaluations need as few slots as possible."""
     where = {program[0].before: 0}  # Value -> slot
-    places, rows = [where], []
+    steps = []
     for evaluation, needed in zip(program, _live(program), strict=True):
         stays = {value: slot for value, slot in where.items() if value in needed and slot}
         written = {0: evaluation.rows[evaluation.after]}
@@ -116,13 +116,12 @@ def _allocate(program: list[Evaluation], timesteps: Tensor) -> LinearSolver:
             # If this evaluation's sample is needed later, it moves out of slot 0.
             written[slot] = evaluation.rows.get(value, {value: 1.0})
             stays[value] = slot
+        steps.append((where, written))
         where = {**stays, evaluation.after: 0}
-        rows.append(written)
-        places.append(where)
 
-    S = 1 + max(slot for place in places for slot in place.values())
+    S = 1 + max(slot for _, written in steps for slot in written)
     table = torch.eye(S, S + 2, dtype=torch.float64).repeat(len(program), 1, 1)
-    for line, written, place in zip(table, rows, places, strict=False):
+    for line, (place, written) in zip(table, steps, strict=True):
         column = {**place, PREDICTION: S, NOISE: S + 1}
         for slot, row in written.items():
             line[slot] = 0
