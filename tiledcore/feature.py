@@ -43,11 +43,7 @@ class Feature:
         """The call begins: change what must be changed for it; ``stack`` undoes that when the call ends."""
 
     def begin(self, start: Start) -> None:
-        """Before the first evaluation.
-
-        Raises:
-            ValueError: the feature cannot run with this scheduler or canvas.
-        """
+        """Before the first evaluation; a ValueError where the feature cannot run with this scheduler or canvas."""
 
     def active(self, index: int) -> bool:
         """Whether :meth:`after_prediction` does anything at this evaluation."""

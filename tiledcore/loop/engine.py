@@ -7,7 +7,6 @@ which cost nothing, and a copy of the canvas after each step.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial, wraps
 from typing import Any
@@ -24,13 +23,11 @@ from tiledcore.loop.fallback import Fallback, fusable, why_not
 from tiledcore.loop.graph import Counters, Entry, StepGraphs, identity, refill
 from tiledcore.loop.report import Report
 from tiledcore.schedulers.solver import LinearSolver, NotLinear
-from tiledcore.tiles.denoiser import Prediction, TileDenoiser, run_all
+from tiledcore.tiles.denoiser import Forward, Prediction, TileDenoiser, run_all
 from tiledcore.tiles.families import Family, network_of
 from tiledcore.utils import label, replaced
 
 logger = logging.getLogger(__name__)
-
-Forward = Callable[..., Any]
 
 
 class Buffers:

@@ -195,10 +195,9 @@ class StepGraphs:
 
 
 def identity(network: Any) -> tuple[Any, ...]:
-    """What a graph of the network bakes in: where its weights lie, and the code and settings of all its modules.
+    """What a graph of the network bakes in: where its weights lie, and the code and plain settings of all its modules.
 
-    Settings are plain values, such as an adapter that is disabled or merged, its scale, and FreeU's factors, and the
-    attention processors with theirs.
+    Such as an adapter's scale, whether it is merged, FreeU's factors, and the attention processors with theirs.
     """
     weights = hash(tuple(t.data_ptr() for t in (*network.parameters(), *network.buffers())))
     settings = []

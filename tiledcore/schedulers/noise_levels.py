@@ -39,13 +39,13 @@ def clean_and_noisy(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
         raise ValueError(f"timestep {float(timestep):g} of {type(scheduler).__name__} has no noise")
     flow = hasattr(type(scheduler), "scale_noise")
     kind = "flow_prediction" if flow else scheduler.config.get("prediction_type", "epsilon")
-    if kind == "epsilon":
-        return -alpha / sigma, 1 / sigma
-    if kind == "flow_prediction":
-        return -alpha / sigma - 1, 1 / sigma
-    if kind == "v_prediction":  # for a canvas of unit variance (Salimans and Ho 2022)
-        norm = math.hypot(alpha, sigma)
-        return -norm / sigma, alpha / (norm * sigma)
-    if kind == "sample":
-        return 1.0, 0.0
-    raise ValueError(f"prediction_type={kind!r} of {type(scheduler).__name__} is not known")
+    norm = math.hypot(alpha, sigma)  # v is for a canvas of unit variance (Salimans and Ho 2022)
+    kinds = {
+        "epsilon": (-alpha / sigma, 1 / sigma),
+        "flow_prediction": (-alpha / sigma - 1, 1 / sigma),
+        "v_prediction": (-norm / sigma, alpha / (norm * sigma)),
+        "sample": (1.0, 0.0),
+    }
+    if kind not in kinds:
+        raise ValueError(f"prediction_type={kind!r} of {type(scheduler).__name__} is not known")
+    return kinds[kind]

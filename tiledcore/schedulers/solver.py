@@ -31,10 +31,8 @@ class NotLinear:
 class LinearSolver:
     """The coefficients of one scheduler over one list of timesteps.
 
-    The state is S canvases ``z``; slot 0 is the sample (diffusers' ``latents``). With the guided prediction ``m`` and
-    the noise ``n``, evaluation ``i`` updates all slots at once:
-    ``z'[s] = sum_j table[i, s, j] * z[j] + table[i, s, S] * m + table[i, s, S + 1] * n``.
-    A row of the identity leaves its slot as it is. Slots above 0 are written before they are read.
+    How they are used: :func:`tiledcore.ops.fused_step`. Slot 0 of the state is the sample (diffusers' ``latents``); the
+    others are written before they are read.
 
     Attributes:
         slots: the number S, at least 1.
