@@ -24,10 +24,9 @@ class Ready:
     """The provider that speed-ups are relative to."""
     bytes: dict[str, int]
     """Provider -> bytes that it has to move. May be empty."""
-    flops: int = 0
-    """Useful ones: what the result needs, whoever computes it."""
-    expected: Callable[[], Tensor] | None = None
+    expected: Callable[[], Tensor]
     """The result by the oracle."""
+    flops: int = 0  # what the result needs, whoever computes it
     others: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
     """Provider -> what it must compute, where that is something else."""
     shown: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
@@ -44,11 +43,9 @@ class Case:
 
     op: str
     shapes: str
-    oracle: str
-    """What results are compared with, in words."""
+    oracle: str  # what results are compared with, in words
     prepare: Callable[[torch.device, torch.dtype], Ready]
-    quick: bool = False
-    """Also part of ``--quick``."""
+    quick: bool = False  # also part of ``--quick``
 
     @property
     def name(self) -> str:

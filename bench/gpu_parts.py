@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from bench import (
-    bench_blend_tiles,
-    bench_fused_step,
-    bench_gather_tiles,
-    bench_group_norm_silu,
-    bench_vae,
-    measure,
-    suite,
-)
-from bench import bench_neighbor_attention as attention
+from bench import bench_vae, measure, suite
 from bench.case import Case, relative_error
 from tiledcore import TiledPipeline, TilingConfig
 from tiledcore.memory.architectures import architecture
@@ -138,15 +130,16 @@ def every_op(where: Where) -> Iterator[Row]:
 
 def attentions(where: Where) -> Iterator[Row]:
     """Ours in place, ours by gathering, and dense; FlexAttention comes last, because it has to be compiled."""
-    known = [case for case in attention.cases() if ("odd, D=40" in case.shapes if where.dry else not case.quick)]
-    yield from where.timed([case for case in known if "FlexAttention" not in case.shapes], HALVES, 1.0)
-    yield from where.timed([case for case in known if "FlexAttention" in case.shapes], HALVES[:1], 1.0)
+    known = suite.chosen(["neighbor_attention: odd, D=40" if where.dry else "neighbor_attention"], quick=where.dry)
+    shown = [case for case in known if where.dry or not case.quick]
+    yield from where.timed([case for case in shown if "FlexAttention" not in case.name], HALVES, 1.0)
+    yield from where.timed([case for case in shown if "FlexAttention" in case.name], HALVES[:1], 1.0)
 
 
 def memory_bound(where: Where) -> Iterator[Row]:
     """Blend, fused step, gather and norm against a copy, for images of 4096² to 16384²."""
-    modules = (bench_blend_tiles, bench_fused_step, bench_gather_tiles, bench_group_norm_silu)
-    cases = [case for module in modules for case in module.cases() if "DDIM" not in case.name]
+    ops = ("blend_tiles", "fused_step: DPM++", "gather_tiles", "group_norm_silu")
+    cases = [case for op in ops for case in suite.chosen([op], quick=False)]
     yield from where.timed(cases[::5] if where.dry else cases, HALVES[:1], 0.3)
 
 
@@ -187,43 +180,43 @@ def call(pipe: Any, side: int, steps: int, **more: Any) -> Tensor:
 
 def graphs(where: Where) -> Iterator[Row]:
     """Replayed steps against eager ones: time and result; with an adapter switched, and with three steps of LCM."""
-    for name, tile in (("sd15", 64), ("sdxl", 128))[: 1 if where.dry else 2]:
-        pipe, tile = pipeline(name, where), 16 if where.dry else tile
+    for name, tile in (("sd15", 16),) if where.dry else (("sd15", 64), ("sdxl", 128)):
+        pipe, tiling, title = pipeline(name, where), TilingConfig(tile=tile), f"{name}, tile {tile}"
         graph_mode: Any = "auto" if where.dry else True
-        tiling = TilingConfig(tile=tile)
         ways = {n: TiledPipeline.from_pipe(pipe, tiling=tiling, cuda_graph=mode)
                 for n, mode in (("eager", False), ("graph", graph_mode))}  # fmt: skip
-
-        def compared(case: str, steps: int, ways: dict[str, Any] = ways, side: int = tile * 3 // 2) -> Iterator[Row]:
-            results = {}
-            for way, wrapped in ways.items():
-                call(wrapped, side, steps)  # loads, compiles and captures
-                begin = time.perf_counter()
-                results[way] = call(wrapped, side, steps)
-                bool(results[way].isfinite().all())  # waits for the device
-                seconds, done = time.perf_counter() - begin, wrapped.report.graph
-                error = relative_error(results[way], results["eager"])
-                row = where.row(f"{case}, {steps} steps", way) | {"error": error}
-                row["memory"] = f"{done.captures} captures, {done.replays} replays"
-                good = error <= suite.LIMITS[where.network_dtype]
-                yield row | ({"seconds": seconds} if good else {"wrong": f"differs by {error:.2g} from eager steps"})
-
-        title = f"{name}, tile {tile}"
-        yield from compared(title, 6)
+        side = tile * 3 // 2
+        yield from replayed(where, title, ways, side, 6)
         if find_spec("peft") is None:
             yield {"case": f"{title}, adapter", "name": "graph", "not_run": "peft is not installed"}
         else:
             from peft import LoraConfig
 
             pipe.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False))
-            yield from compared(f"{title}, adapter on", 4)
+            yield from replayed(where, f"{title}, adapter on", ways, side, 4)
             pipe.unet.disable_adapters()
-            yield from compared(f"{title}, adapter off", 4)
+            yield from replayed(where, f"{title}, adapter off", ways, side, 4)
         for wrapped in ways.values():
             wrapped.scheduler = diffusers.LCMScheduler.from_config(pipe.scheduler.config)
-        yield from compared(f"{title}, LCM", 3)
-        del pipe, ways, compared
+        yield from replayed(where, f"{title}, LCM", ways, side, 3)
+        del pipe, ways, wrapped
         torch.cuda.empty_cache()
+
+
+def replayed(where: Where, case: str, ways: dict[str, Any], side: int, steps: int) -> Iterator[Row]:
+    """Time the second call of each way, and compare its result with that of eager steps."""
+    results = {}
+    for way, wrapped in ways.items():
+        call(wrapped, side, steps)  # loads, compiles and captures
+        begin = time.perf_counter()
+        results[way] = call(wrapped, side, steps)
+        bool(results[way].isfinite().all())  # waits for the device
+        seconds, done = time.perf_counter() - begin, wrapped.report.graph
+        error = relative_error(results[way], results["eager"])
+        row = where.row(f"{case}, {steps} steps", way) | {"error": error}
+        row["memory"] = f"{done.captures} captures, {done.replays} replays"
+        good = error <= suite.LIMITS[where.network_dtype]
+        yield row | ({"seconds": seconds} if good else {"wrong": f"differs by {error:.2g} from eager steps"})
 
 
 def sdxl(where: Where) -> Iterator[Row]:
@@ -242,8 +235,7 @@ def sdxl(where: Where) -> Iterator[Row]:
 
 
 def within_room(pipe: Any, pixels: int, mode: Any, where: Where, ceiling: float) -> Row:
-    tiling = TilingConfig(mode=mode)
-    wrapped: Any = TiledPipeline.from_pipe(pipe, tiling=tiling, memory_budget=ROOM)
+    wrapped: Any = TiledPipeline.from_pipe(pipe, tiling=TilingConfig(mode=mode), memory_budget=ROOM)
     times: list[float] = []
 
     def note(*_: Any) -> dict[str, Any]:
@@ -270,22 +262,16 @@ def within_room(pipe: Any, pixels: int, mode: Any, where: Where, ceiling: float)
 
 def vae(where: Where) -> Iterator[Row]:
     """SDXL's decoder in exact bands: checked against the whole image, then images that do not fit whole."""
-    cases = [case for case in bench_vae.cases() if case.op == "vae_decode" and case.quick == where.dry]
-    yield from where.timed(cases, (torch.float32,), 1.0)
-    decoder = bench_vae.build("small like SDXL's" if where.dry else "SDXL's", where.device, where.network_dtype)
+    kind = "small like SDXL's" if where.dry else "SDXL's"
+    yield from where.timed(suite.chosen([f"vae_decode: {kind}"], quick=where.dry), (torch.float32,), 1.0)
+    decoder = bench_vae.build(kind, where.device, where.network_dtype)
     for pixels in (256,) if where.dry else (4096, 8192):
         latents = torch.randn(1, 4, pixels // 8, pixels // 8, device=where.device).to(where.network_dtype)
-        image: list[Tensor] = []
-
-        def run(given: Tensor = latents, image: list[Tensor] = image) -> None:
-            with exact_bands(decoder):
-                image.append(decoder.decode(given).sample)
-
         begin = time.perf_counter()
-        with torch.inference_mode():
-            peak = measure.peak_growth(run, where.device)
+        with torch.inference_mode(), exact_bands(decoder):
+            peak, image = measure.peak_growth(partial(decoder.decode, latents), where.device)
         done = {"seconds": time.perf_counter() - begin, "peak_bytes": peak}
-        good = bool(image[0].isfinite().all())
+        good = bool(image.sample.isfinite().all())
         yield where.row(f"decode {pixels}²", "exact bands") | (done if good else {"wrong": "not finite"})
 
 

@@ -60,14 +60,14 @@ def ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> 
     }
 
 
-def peak_growth(run: Run, device: torch.device) -> int:
-    """Bytes by which memory grows at most while ``run`` runs, its result included. On a CPU this needs Linux."""
+def peak_growth(run: Run, device: torch.device) -> tuple[int, Any]:
+    """Bytes by which memory grows at most while ``run`` runs, and its result. On a CPU this needs Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        run()
+        result = run()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return torch.cuda.max_memory_allocated(device) - before, result
 
     def high_water() -> int:
         return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) << 10
@@ -75,8 +75,8 @@ def peak_growth(run: Run, device: torch.device) -> int:
     ctypes.CDLL(None).malloc_trim(0)  # memory that was freed earlier would hide growth
     Path("/proc/self/clear_refs").write_text("5")  # the mark starts again at what is resident now
     before = high_water()
-    run()
-    return high_water() - before
+    result = run()
+    return high_water() - before, result
 
 
 def machine(device: torch.device) -> dict[str, str]:

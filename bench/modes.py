@@ -2,18 +2,13 @@
 
     python -m bench.modes --model earth --size 1024 --seeds 2 --json bench/results/modes_earth_1024.json
 
-Images are kept in the folder ``--work`` and not made again, so a study that was stopped goes on where it was; with
-other weights, give another folder. docs/benchmarks.md says what the columns are. More about them:
+docs/benchmarks.md says what the columns are. All but s (a median) and the worst seam are means over images. Images are
+kept in the folder ``--work``, so a study that was stopped goes on where it was; with other weights, give another one.
 
-- s is the median over the images; all else are means, except for the worst seam.
-- work is counted while running. Stages can have less than 1, because their first images are small.
-- Seams are looked for on the lines of the last step where tiles move, and for a method whose windows are not placed on
-  a grid, on those of the plain grid. The limit is the 99.9th percentile of all other lines (bench/quality.py).
-- low and patches are of 128 windows at random places and of 32 native samples with the same prompt, in two sets; the
-  noise floor is one set against the other. With fewer, chance alone moved the patch distance by up to 0.02.
-
-"staged" starts with a small image (``stages="auto"``). Below the table each way is compared with the default way on the
-images that both have. Only what differs by more than two standard errors counts as better or worse.
+Seams are looked for on the lines of the last step where tiles move, and for a method whose windows are not placed on a
+grid, on those of the plain grid. With fewer windows and native samples than here, chance alone moved the patch
+distance of single images by up to 0.02. Below the table each way is compared with the default on the images of both:
+only what differs by more than two standard errors counts as better or worse.
 """
 
 import argparse
@@ -156,7 +151,7 @@ def made(path: Path, way: Way, pipe: Any, prompt: str, size: int, seed: int, cal
         with counted(network, family.patch(network)) as spent:
             image = generate(way, pipe, prompt, size, seed, call)
         branches = 2 * call["num_inference_steps"] * (size // PX) ** 2
-        cost = {"seconds": time.perf_counter() - begin, "work": spent.pixels / branches}
+        cost = {"seconds": time.perf_counter() - begin, "work": sum(spent) / branches}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".json").write_text(json.dumps(cost))  # first: an image without its cost would stay so
         Image.fromarray((image * 255).round().astype(np.uint8)).save(path.with_suffix(".tmp.png"))

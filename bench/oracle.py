@@ -10,7 +10,7 @@ Tiles are gathered, denoised and blended by :func:`tiledcore.sample`, with diffu
 - low: power at up to 4 cycles per canvas side, which are waves of at least 40 pixels, over that of the exact flow from
   the same noise.
 
-Each row is measured with several seeds, the same for all rows; ± is the standard deviation between seeds.
+Each row is measured with the same seeds; ± is the standard deviation between them.
 
 The whole canvas has a low below 1, because 40 Euler steps are no exact integral: compare with it, not with 1. A core
 that sees its neighbours is here a wide tile of which only the core is kept. This is what canvas mode computes without
@@ -18,9 +18,8 @@ evaluating a pixel twice.
 """
 
 import argparse
-import statistics
-from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -37,42 +36,31 @@ SHIFT = 3.0
 """Of the flow-matching schedule, as SD3 ships it (Esser et al. 2024): sigma = 3 s / (1 + 2 s)."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """A way of tiling; None is the whole canvas."""
-
-    name: str
-    tiling: dict[str, Any] | None
-    area_factor: float | None = None
-    """Where it is not that of the tiles."""
-
-    def config(self, tile: int, side: int) -> TilingConfig:
-        return TilingConfig(**({"tile": side} if self.tiling is None else {"tile": tile, "wrap": True} | self.tiling))
-
-
-def rows(tile: int = TILE) -> list[Row]:
+def ways() -> dict[str, TilingConfig]:
     """The rows of the table."""
 
-    def context(core: int, sees: int) -> dict[str, Any]:
-        return {"tile": core + 2 * sees, "overlap": 2 * sees, "window": "core"}
+    def wrapped(**tiling: Any) -> TilingConfig:
+        return TilingConfig(**{"tile": TILE, "wrap": True} | tiling)
 
-    half = tile // 2
-    return [
-        Row("whole canvas, exact", None),
-        Row("no overlap, fixed grid", {"overlap": 0}),
-        Row("50 % overlap, equal weights (MultiDiffusion)", {"overlap": half, "window": "mean"}),
-        Row("75 % overlap, equal weights", {"overlap": tile * 3 // 4, "window": "mean"}),
-        Row("25 % overlap, ramp", {"overlap": tile // 4}),
-        Row("50 % overlap, ramp", {"overlap": half}),
-        Row("50 % overlap, ramp of 8", {"overlap": half, "ramp": tile // 4}),
-        Row("window 32, core 20 kept", {"overlap": tile * 3 // 8, "window": "core"}),
-        Row("window 32, core 16 kept", {"overlap": half, "window": "core"}),
-        Row("no overlap, shifted at random (SpotDiffusion)", {"motion": Motion(0, 0, 0)}, 1.0),
-        Row("canvas mode: core 32 sees 8", context(tile, tile // 4), 1.0),
-        Row("canvas mode: core 32 sees 16", context(tile, half), 1.0),
-        Row("canvas mode: core 16 sees 8", context(half, tile // 4), 1.0),
-        Row("canvas mode: core 16 sees 16", context(half, half), 1.0),
-    ]
+    def canvas_mode(core: int, sees: int) -> TilingConfig:
+        return wrapped(tile=core + 2 * sees, overlap=2 * sees, window="core")
+
+    return {
+        "whole canvas, exact": TilingConfig(tile=SIDE),
+        "no overlap, fixed grid": wrapped(overlap=0),
+        "50 % overlap, equal weights (MultiDiffusion)": wrapped(overlap=16, window="mean"),
+        "75 % overlap, equal weights": wrapped(overlap=24, window="mean"),
+        "25 % overlap, ramp": wrapped(overlap=8),
+        "50 % overlap, ramp": wrapped(overlap=16),
+        "50 % overlap, ramp of 8": wrapped(overlap=16, ramp=8),
+        "window 32, core 20 kept": wrapped(overlap=12, window="core"),
+        "window 32, core 16 kept": wrapped(overlap=16, window="core"),
+        "no overlap, shifted at random (SpotDiffusion)": wrapped(motion=Motion(0, 0, 0)),
+        "canvas mode: core 32 sees 8": canvas_mode(32, 8),
+        "canvas mode: core 32 sees 16": canvas_mode(32, 16),
+        "canvas mode: core 16 sees 8": canvas_mode(16, 8),
+        "canvas mode: core 16 sees 16": canvas_mode(16, 16),
+    }
 
 
 def flow(denoiser: IdealDenoiser, noise: Tensor, config: TilingConfig, steps: int = STEPS) -> Tensor:
@@ -105,26 +93,26 @@ def low_power(images: Floats, noise: Floats, power: Floats, cycles: float = 4.0)
     return float(found.sum() / (exact * power[modes]).sum())
 
 
-def tile_lines(config: TilingConfig, side: int) -> set[int]:
+def tile_lines(config: TilingConfig) -> set[int]:
     """Where to look for seams: where the blend's weights have an edge."""
-    grid = config.grid(side, side, side)
-    if config.moving or config.tile == side:
-        return set(range(0, side, TILE))
+    grid = config.grid(SIDE, SIDE, SIDE)
+    if config.moving or config.tile == SIDE:
+        return set(range(0, SIDE, TILE))
     if config.window == "core":
         return {start for start, _ in grid.core_rows}
-    return {line % side for start, size in grid.rows for line in (start, start + size)}
+    return {line % SIDE for start, size in grid.rows for line in (start, start + size)}
 
 
-def measured(row: Row, side: int, tile: int, count: int, steps: int, seed: int = 0) -> dict[str, Any]:
+def measured(name: str, config: TilingConfig, count: int, steps: int = STEPS, seed: int = 0) -> dict[str, Any]:
     """One row of the table, on ``count`` fields from the same noise as every other row."""
-    power, config = spectrum(side), row.config(tile, side)
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(count, 1, side, side, generator=generator, dtype=torch.float64)
+    power, generator = spectrum(SIDE), torch.Generator().manual_seed(seed)
+    noise = torch.randn(count, 1, SIDE, SIDE, generator=generator, dtype=torch.float64)
     fields = flow(IdealDenoiser(power), noise, config, steps)[:, 0].numpy()
+    once = config.moving or name.startswith("canvas mode")  # every pixel is evaluated once in each step
     return {
-        "name": row.name,
-        "area_factor": row.area_factor or config.grid(side, side, tile).area_factor,
-        "seam": seam_ratio(fields, tile_lines(config, side)),
+        "name": name,
+        "area_factor": 1.0 if once else config.grid(SIDE, SIDE, TILE).area_factor,
+        "seam": seam_ratio(fields, tile_lines(config)),
         "low": low_power(fields, noise[:, 0].numpy(), power),
     }
 
@@ -134,8 +122,7 @@ def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
     result = dict(found[0])
     for key in ("seam", "low"):
         values = [one[key] for one in found]
-        result[key] = statistics.fmean(values)
-        result[f"{key}_sd"] = statistics.stdev(values) if len(values) > 1 else None
+        result |= {key: fmean(values), f"{key}_sd": stdev(values) if len(values) > 1 else None}
     return result
 
 
@@ -155,9 +142,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     found = []
-    for row in rows():
-        found.append(summary([measured(row, SIDE, TILE, args.fields, STEPS, seed) for seed in range(args.seeds)]))
-        print(f"{row.name} done", flush=True)
+    for name, config in ways().items():
+        found.append(summary([measured(name, config, args.fields, seed=seed) for seed in range(args.seeds)]))
+        print(f"{name} done", flush=True)
     about = {"fields": args.fields, "side": SIDE, "tile": TILE, "steps": STEPS, "shift": SHIFT, "seeds": args.seeds}
     print(f"{args.seeds} times {args.fields} fields of {SIDE}², tiles of {TILE}², {STEPS} steps\n{table(found)}")
     measure.save(args.json, torch.device("cpu"), about=about, rows=found)

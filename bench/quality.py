@@ -55,7 +55,7 @@ class SeamCheck:
 
 
 def seam_profile(image: Pixels, wrap: tuple[bool, bool] = (False, False), period: int = 1) -> tuple[Floats, Floats]:
-    """The seam ratio of every line of both axes.
+    """The seam ratio of every line of both axes, of lengths H and W; NaN at line 0 of an axis that does not wrap.
 
     It is the mean |difference| across the line, over the same mean for the 16 nearest parallel lines, 8 on each side
     where there are as many. Ordinary lines have a ratio near 1. Where nothing changes at all, it is 1.
@@ -65,9 +65,6 @@ def seam_profile(image: Pixels, wrap: tuple[bool, bool] = (False, False), period
         wrap: (y, x), whether the last pixel row (column) is next to the first.
         period: image pixels of a latent pixel, or of a token of a patched transformer. Each ratio is divided by the
             median for the same place in the period. At most half of the lines at one place may be tile lines.
-
-    Returns:
-        Ratios of lengths H and W, by line; NaN at line 0 of an axis that does not wrap.
     """
     if period < 1:
         raise ValueError(f"period={period} must be at least 1")
@@ -92,12 +89,8 @@ def seam_check(
     border more strongly than any seam, and it would set the limit. Both axes count together, because a 99.9th
     percentile needs thousands of lines. By definition one ordinary line in a thousand would fail, too.
 
-    Args:
-        image: as for :func:`seam_profile`, and so are ``wrap`` and ``period``.
-        lines_y: y in pixels of every line where a tile starts or ends or two cores meet.
-        lines_x: the same along x.
-        wrap: line 0 only counts on an axis that wraps.
-        period: of the network's own grid.
+    ``lines_y`` and ``lines_x`` are the lines in pixels where a tile starts or ends or two cores meet; line 0 only
+    counts on an axis that wraps. The rest is as for :func:`seam_profile`.
     """
     axes: list[dict[int, float]] = []
     ordinary, near = [], NEIGHBOURS // 2
@@ -129,8 +122,7 @@ def low_frequency_power(images: Pixels) -> float:
 
     Tiles that do not know of each other cancel where they are averaged, and low frequencies are lost first.
 
-    Args:
-        images: ``[N, size, size, C]``, any scale; Hann-windowed, mean over N.
+    ``images`` are ``[N, size, size, C]``, any scale; they are Hann-windowed, and the power is the mean over N.
     """
     size = images.shape[1]
     window = np.hanning(size + 1)[:size]
@@ -147,15 +139,10 @@ def likeness(image: Pixels, tile: int, bins: int = 16) -> float:
     A tile of one large picture shows a part of it, such as sea here and land there. Tiles that do not know of each
     other each draw a whole picture with some of everything, so their colours are the same.
     Histogram intersection as in Swain and Ballard (1991), over ``bins`` levels of each channel, smoothed by 1 2 1 along
-    each channel, so that a colour near a bin's edge counts the same on both sides of it.
+    each channel, so that a colour near a bin's edge counts the same on both sides of it. The mean is over all pairs of
+    tiles that do not touch, not even at a corner; NaN if there are none.
 
-    Args:
-        image: ``[H, W, 3]``, 0 to 1.
-        tile: side of a tile in pixels.
-        bins: for each channel.
-
-    Returns:
-        Mean over all pairs of tiles that do not touch, not even at a corner. NaN if there are none.
+    ``image`` is ``[H, W, 3]``, 0 to 1, and ``tile`` the side of a tile in pixels.
     """
     rows, cols = (n // tile for n in image.shape[:2])
     tiles = image[: rows * tile, : cols * tile].reshape(rows, tile, cols, tile, 3).swapaxes(1, 2)
@@ -173,13 +160,8 @@ def likeness(image: Pixels, tile: int, bins: int = 16) -> float:
 
 def _differences(image: Pixels) -> Floats:
     """Mean |difference| across each line of the first axis, line 0 being the wrapped one."""
-    size = len(image)
-    result = np.empty(size)
-    for start in range(0, size, 256):  # in bands: 8192² px in one go would need gigabytes
-        rows = np.arange(start, min(start + 256, size))
-        band = np.abs(image[rows] - image[rows - 1])
-        result[rows] = band.mean(axis=tuple(range(1, image.ndim)), dtype=np.float64)
-    return result
+    # One by one: 8192² px in one go would need gigabytes.
+    return np.array([np.abs(row - image[i - 1]).mean(dtype=np.float64) for i, row in enumerate(image)])
 
 
 def _ratios(differences: Floats, wrap: bool) -> Floats:

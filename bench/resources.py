@@ -32,6 +32,12 @@ OTHERS = {
     "fused_step": {"WINDOW": "ramp", "G": "2"},
     "group_norm_silu": {"SILU": "True"},
 }
+ABOUT = """# Compiled code of the production variants
+
+Written by `python -m bench.resources`: compiled by Triton {}, not run. Registers and
+spills are a thread's, shared memory is a block's. Instructions are counted in the code, a loop's body once.
+
+"""
 
 Job = tuple[str, int, int]  # kernel file, place in its list of configurations, compute capability
 Row = dict[str, Any]
@@ -129,31 +135,25 @@ def rows_of(which: str, triton: Path | None = None) -> list[Row]:
 
 def table(rows: list[Row]) -> str:
     """Rows as Markdown. Two versions' figures are ``old / new`` where they differ; equal lines are one."""
-    versions = sorted({row["triton"] for row in rows})
-    variants: dict[tuple[str, int, str, str], list[Row]] = {}
+    from bench.measure import markdown  # as a script, this file finds no package
+
+    variants: dict[tuple[str, ...], list[list[str]]] = {}
+    name: tuple[str, ...]
     for row in sorted(rows, key=lambda row: (row["kernel"], row["capability"], row["triton"])):
-        variants.setdefault((row["kernel"], row["capability"], row["elements"][0], _variant(row)), []).append(row)
-    elements: dict[tuple[Any, ...], list[str]] = {}
-    for (kernel, capability, element, variant), same in variants.items():
-        columns = zip(*map(figures, same), strict=True)
-        shown = tuple(" / ".join(dict.fromkeys(column)) for column in columns)
-        elements.setdefault((kernel, variant, shown, capability), []).append(element)
-    capabilities: dict[tuple[Any, ...], list[str]] = {}
-    for (kernel, variant, shown, capability), found in elements.items():
-        capabilities.setdefault((kernel, variant, ", ".join(found), shown), []).append(str(capability))
-    head = ("kernel", "variant", "elements", "sm", "registers", "shared, KiB", "spills, B", "instructions", "matrix")
-    lines = [
-        "# Compiled code of the production variants",
-        "",
-        f"Written by `python -m bench.resources`: compiled by Triton {' / '.join(versions)}, not run. Registers and",
-        "spills are a thread's, shared memory is a block's. Instructions are counted in the code, a loop's body once.",
-        "",
-        f"| {' | '.join(head)} | TMA loads | instructions per matrix instruction |",
-        "|---" * 11 + "|",
-    ]
-    for (kernel, variant, element, shown), places in capabilities.items():
-        lines.append(f"| {' | '.join((kernel, variant, element, ', '.join(places), *shown))} |")
-    return "\n".join(lines) + "\n"
+        name = (row["kernel"], _variant(row), row["elements"][0], str(row["capability"]))
+        variants.setdefault(name, []).append(figures(row))
+    lines: list[tuple[str, ...]] = []
+    for name, versions in variants.items():
+        lines.append((*name, *(" / ".join(dict.fromkeys(column)) for column in zip(*versions, strict=True))))
+    for column in (2, 3):  # lines that differ only in their elements become one, then those that differ in sm
+        groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
+        for line in lines:
+            groups.setdefault((line[:column], line[column + 1 :]), []).append(line[column])
+        lines = [(*before, ", ".join(values), *after) for (before, after), values in groups.items()]
+    head = ["kernel", "variant", "elements", "sm", "registers", "shared, KiB", "spills, B", "instructions", "matrix"]
+    return ABOUT.format(" / ".join(sorted({row["triton"] for row in rows}))) + (
+        markdown([*head, "TMA loads", "instructions per matrix instruction"], lines) + "\n"
+    )
 
 
 def figures(row: Row) -> list[str]:

@@ -4,7 +4,7 @@ import importlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,7 @@ def run_case(case: Case, device: torch.device, dtype: torch.dtype, seconds: floa
             ready = case.prepare(device, dtype)
             errors, missing = checked(ready)
             good = {n: run for n, run in ready.runs.items() if n not in missing and errors.get(n, 0.0) <= LIMITS[dtype]}
-            peaks = {name: measure.peak_growth(run, device) for name, run in good.items()}
+            peaks = {name: measure.peak_growth(run, device)[0] for name, run in good.items()}
             found = measure.interleaved(good, device, seconds, rounds)
     except Exception as error:
         return [about | {"name": "all", "wrong": f"could not be run: {reason(error)}"}]
@@ -75,22 +75,21 @@ def run_case(case: Case, device: torch.device, dtype: torch.dtype, seconds: floa
 
 def checked(ready: Ready) -> tuple[dict[str, float], dict[str, str]]:
     """The error of each provider except ``copy``, and why some do not run."""
-    expected = ready.expected() if ready.expected else None
+    expected = ready.expected()
     errors, missing = {}, dict(ready.not_run)
     for name, run in ready.runs.items():
         wanted = ready.others[name]() if name in ready.others else expected
         # What a provider leaves unwritten is NaN: in its buffers, and in freed memory of the result's size.
         for buffer in ready.buffers:
             buffer.fill_(torch.nan)
-        if wanted is not None:
-            for dtype in LIMITS:
-                torch.full_like(wanted, torch.nan, dtype=dtype)
+        for dtype in LIMITS:
+            torch.full_like(wanted, torch.nan, dtype=dtype)
         try:
             result = run()
         except Exception as error:  # one provider that fails must not stop the others
             missing[name] = reason(error)
             continue
-        if wanted is not None and name != "copy":
+        if name != "copy":
             errors[name] = relative_error(ready.shown.get(name, lambda tensor: tensor)(result), wanted)
     return errors, missing
 
@@ -99,26 +98,21 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
-def run(
-    cases: list[Case],
-    device: torch.device,
-    dtype: torch.dtype,
-    seconds: float,
-    rounds: int,
-    say: Callable[[str], None] = print,
-) -> dict[str, Any]:
+def run(cases: list[Case], device: torch.device, dtype: torch.dtype, seconds: float, rounds: int) -> dict[str, Any]:
     """All rows, the ceilings and the machine. ``seconds`` and ``rounds`` are for each case."""
     begin, ceiling = time.perf_counter(), measure.ceilings(device, dtype)
     rows: list[Row] = []
     results: dict[str, Any] = {"machine": measure.machine(device), "dtype": str(dtype), "ceilings": ceiling}
-    say(head(results))
+    about, copy, product = results["machine"], *ceiling.values()
+    print(f"{about['device']}, torch {about['torch']}, {results['dtype'].removeprefix('torch.')}; copy ", end="")
+    print(f"{copy / 1e9:.1f} GB/s, matrix product {product / 1e12:.3g} TFLOP/s")
     for case in cases:
         found = run_case(case, device, dtype, seconds, rounds)
         for row in found:
             row["of_ceiling"] = of_ceiling(row, ceiling)
         rows += found
-        say(f"\n{case.name}\n" + "\n".join(text(row) for row in found))
-    results["machine"]["load"] = [round(x, 2) for x in os.getloadavg()]
+        print(f"\n{case.name}", *map(text, found), sep="\n", flush=True)
+    about["load"] = [round(x, 2) for x in os.getloadavg()]
     return results | {"took_seconds": round(time.perf_counter() - begin, 1), "results": rows}
 
 
@@ -128,15 +122,6 @@ def of_ceiling(row: Row, ceiling: dict[str, float]) -> float | None:
         return None
     memory = row["bytes"] / ceiling["copy_bytes_per_second"]
     return max(memory, row["flops"] / ceiling["matmul_flops_per_second"]) / row["seconds"]
-
-
-def head(results: dict[str, Any]) -> str:
-    machine, ceiling = results["machine"], results["ceilings"]
-    return (
-        f"{machine['device']}, torch {machine['torch']}, {results['dtype'].removeprefix('torch.')}; copy "
-        f"{ceiling['copy_bytes_per_second'] / 1e9:.1f} GB/s, matrix product "
-        f"{ceiling['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s"
-    )
 
 
 def text(row: Row) -> str:

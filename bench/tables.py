@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from bench import measure, modes, oracle
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "docs" / "benchmarks.md",)
+PAGE = ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "bench" / "results"
 
 Data = dict[str, Any]
@@ -106,13 +106,10 @@ def filled(text: str, results: Path = RESULTS) -> str:
     return result
 
 
-def main(check: bool = False, pages: Sequence[Path] = PAGES, results: Path = RESULTS) -> int:
-    """Write the pages. With ``check`` write nothing, and return 1 if a page would change."""
-    changed = 0
-    for page in pages:
-        old = page.read_text()
-        new = filled(old, results)
-        changed |= new != old
-        if not check and new != old:
-            page.write_text(new)
-    return int(check and changed)
+def main(check: bool = False, page: Path = PAGE, results: Path = RESULTS) -> int:
+    """Write the page. With ``check`` write nothing, and return 1 if it would change."""
+    old = page.read_text()
+    new = filled(old, results)
+    if not check:
+        page.write_text(new)
+    return int(check and new != old)

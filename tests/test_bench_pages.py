@@ -15,15 +15,15 @@ from bench import gpu_suite, tables
 def test_tables_are_filled_again_and_again(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- bench:modes-earth-1024 -->\nold\n<!-- /bench:modes-earth-1024 -->\nafter\n")
-    assert tables.main(pages=[page], results=tmp_path) == 0
+    assert tables.main(page=page, results=tmp_path) == 0
     assert "Not measured yet" in page.read_text() and "old" not in page.read_text()
     (tmp_path / "modes_earth_1024.json").write_text(json.dumps(MODES))
-    assert tables.main(check=True, pages=[page], results=tmp_path) == 1
-    tables.main(pages=[page], results=tmp_path)
+    assert tables.main(check=True, page=page, results=tmp_path) == 1
+    tables.main(page=page, results=tmp_path)
     text = page.read_text()
     assert "- slow: worse in seam (+0.1000 ± 0.0100)" in text and "| slow | 4.0 | 1.10 | 0.0100 |" in text
     assert text.startswith("before\n") and text.endswith("\nafter\n")
-    assert tables.main(check=True, pages=[page], results=tmp_path) == 0
+    assert tables.main(check=True, page=page, results=tmp_path) == 0
     with pytest.raises(ValueError, match="bench:nothing: must be one of"):
         tables.filled("<!-- bench:nothing -->\n<!-- /bench:nothing -->")
     with pytest.raises(ValueError, match="1 markers bench:… are opened and 0 are closed"):

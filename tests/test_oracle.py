@@ -95,16 +95,16 @@ SLOW = ("canvas mode: core 32 sees 8",)
     "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in FIGURES]
 )
 def test_rows_are_those_of_an_earlier_measurement(name: str) -> None:
-    row = next(row for row in oracle.rows() if row.name == name)
     seam, low = FIGURES[name]
-    found = oracle.measured(row, oracle.SIDE, oracle.TILE, count=1, steps=oracle.STEPS)
+    found = oracle.measured(name, oracle.ways()[name], count=1)
     assert found["seam"] == pytest.approx(seam, abs=0.06 if seam < 1.1 else 0.35)
     assert found["low"] == pytest.approx(low, abs=0.07)
 
 
 def test_area_factors_of_the_table() -> None:
-    factors = [oracle.measured(row, 160, 32, count=1, steps=2)["area_factor"] for row in oracle.rows()[:5]]
-    assert factors == pytest.approx([1, 1, 4, 16, 1.96], abs=0.01)
+    ways = list(oracle.ways().items())
+    factors = [oracle.measured(*way, count=1, steps=2)["area_factor"] for way in (*ways[:5], ways[9])]
+    assert factors == pytest.approx([1, 1, 4, 16, 1.96, 1], abs=0.01)
 
 
 def test_a_row_of_several_seeds_has_their_mean_and_spread() -> None:

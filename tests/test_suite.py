@@ -35,7 +35,7 @@ def case(kernel: Any) -> Case:
     def prepare(device: torch.device, dtype: torch.dtype) -> Ready:
         runs = {"loop": Double(0.004), "kernel": kernel}
         moved = {"loop": 1000, "kernel": 1000}
-        return Ready(runs, "loop", moved, 2000, lambda: torch.ones(1), not_run={"gpu": "no GPU"})
+        return Ready(runs, "loop", moved, lambda: torch.ones(1), 2000, not_run={"gpu": "no GPU"})
 
     return Case("double", "of nothing", "one", prepare, quick=True)
 
@@ -48,7 +48,7 @@ def results(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(measure, "median_seconds", lambda run, device, seconds: run.sample())
 
     def run(*kernels: Any, rounds: int = 9) -> dict[str, Any]:
-        return suite.run([case(k) for k in kernels], CPU, torch.float32, 1.0, rounds, say=lambda text: None)
+        return suite.run([case(k) for k in kernels], CPU, torch.float32, 1.0, rounds)
 
     return run
 
@@ -85,7 +85,7 @@ def test_a_kernel_that_fails_does_not_stop_the_others(results: Any) -> None:
     rows = by_name(results(fails))
     assert rows["kernel"]["not_run"] == "RuntimeError: no such kernel" and "seconds" in rows["loop"]
     broken = Case("double", "broken", "one", fails)  # type: ignore[arg-type]
-    found = suite.run([broken, case(Double(1.0))], CPU, torch.float32, 1.0, 5, say=lambda text: None)["results"]
+    found = suite.run([broken, case(Double(1.0))], CPU, torch.float32, 1.0, 5)["results"]
     assert found[0]["wrong"] == "could not be run: RuntimeError: no such kernel"
     assert [row["name"] for row in found if "seconds" in row] == ["loop", "kernel"]
 
@@ -123,7 +123,7 @@ def test_real_cases_agree_with_their_oracles(op: str) -> None:
     smallest = min(suite.chosen([op], quick=True), key=lambda case: len(case.name))
     with torch.inference_mode():
         ready = smallest.prepare(CPU, torch.float32)
-        assert ready.expected is not None and ready.baseline in ready.runs
+        assert ready.baseline in ready.runs
         ready.runs.pop("reference", None)  # slow, and it is the oracle itself
         errors, missing = suite.checked(ready)
         assert errors.keys() == ready.runs.keys() - {"copy"} and max(errors.values()) <= suite.LIMITS[torch.float32]
@@ -227,7 +227,7 @@ def test_peaks_are_seen() -> None:
     def run() -> None:
         torch.zeros(16 << 20, dtype=torch.uint8).fill_(1)
 
-    assert 14e6 < measure.peak_growth(run, CPU) < 40e6
+    assert 14e6 < measure.peak_growth(run, CPU)[0] < 40e6
 
 
 # ----------------------------------------------------------------------------- tuning

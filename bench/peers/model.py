@@ -4,32 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-@dataclass
-class Spent:
-    """What the network was given while it was counted."""
-
-    evaluations: int = 0
-    """Calls of its forward."""
-    pixels: int = 0
-    """Latent pixels over all calls, each guidance branch for itself."""
-
-
 @contextmanager
-def counted(network: Any, patch: int = 1) -> Iterator[Spent]:
-    """Count at the network's first layer, which no wrapper of the forward hides. ``patch``: latent pixels per token."""
-    spent = Spent()
+def counted(network: Any, patch: int = 1) -> Iterator[list[int]]:
+    """The latent pixels of each call of a network, each guidance branch for itself; ``patch``: the side of a token.
+
+    They are counted at its first layer, which no wrapper of the forward hides.
+    """
+    spent: list[int] = []
 
     def count(_: Any, inputs: tuple[Tensor, ...]) -> None:
         found = inputs[0]  # [B, C, H, W], or tokens [B, N, C]
-        spent.evaluations += 1
-        spent.pixels += found.shape[0] * (found[0, 0].numel() if found.ndim == 4 else found.shape[1] * patch**2)
+        spent.append(found[:, 0].numel() if found.ndim == 4 else found[..., 0].numel() * patch**2)
 
     first = network.conv_in if hasattr(network, "conv_in") else network.x_embedder
     handle = first.register_forward_pre_hook(count)
@@ -42,12 +33,8 @@ def counted(network: Any, patch: int = 1) -> Iterator[Spent]:
 class Model:
     """A prompt's guided prediction on windows, and the scheduler's steps.
 
-    Args:
-        pipe: a ``StableDiffusionPipeline`` with DDIM, which keeps no history: the methods step windows alone.
-        prompt: what to draw.
-        steps: denoising steps.
-        guidance_scale: of classifier-free guidance (Ho and Salimans 2022).
-        batch: windows per network evaluation.
+    ``pipe`` is a ``StableDiffusionPipeline`` with DDIM, which keeps no history: the methods step windows alone.
+    ``batch``: windows per network evaluation.
     """
 
     def __init__(self, pipe: Any, prompt: str, steps: int, guidance_scale: float, batch: int = 4) -> None:
@@ -72,9 +59,7 @@ class Model:
 
     def step(self, prediction: Tensor, t: Tensor, sample: Tensor) -> Tensor:
         """One step of DDIM, which is the same for a window as for the canvas."""
-        result: Tensor = self.pipe.scheduler.step(prediction, t, sample).prev_sample
-        return result
+        return self.pipe.scheduler.step(prediction, t, sample).prev_sample
 
     def noised(self, sample: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        result: Tensor = self.pipe.scheduler.add_noise(sample, noise, t[None])
-        return result
+        return self.pipe.scheduler.add_noise(sample, noise, t[None])
