@@ -21,7 +21,7 @@ $(STAMP)-deps: pyproject.toml constraints.txt | $(BIN)/python
 
 # No build isolation: the extension is compiled against the torch that it will run with.
 $(STAMP)-install: $(STAMP)-deps $(wildcard setup.py csrc/* csrc/*/*)
-	$(PIP) --no-build-isolation -e '.[dev,bench]'
+	$(PIP) --no-build-isolation -e '.[dev]'
 	touch $@
 
 install: $(STAMP)-install
@@ -82,7 +82,7 @@ bench-modes: install
 
 # -P keeps the root, and so `kernels`, off sys.path.
 train: install
-	$(PIP) --no-build-isolation -e '.[dev,bench,train]'
+	$(PIP) --no-build-isolation -e '.[dev,train]'
 	$(BIN)/python -P -m tiledcore.models.training $(TRAIN_ARGS)
 
 # The pictures of the README and the docs; Chromium makes those of the viewer.
@@ -91,7 +91,7 @@ pictures: demo demo-before
 
 # The pages as a site in build/site; a warning, such as a dead link, is an error.
 docs: install
-	test -x $(BIN)/mkdocs || $(PIP) --no-build-isolation -e '.[dev,bench,docs]'
+	test -x $(BIN)/mkdocs || $(PIP) --no-build-isolation -e '.[dev,docs]'
 	$(BIN)/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
 
 # The wheel and the source archive, built without torch: one wheel for all, without the C++ extension.
