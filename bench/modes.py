@@ -28,7 +28,7 @@ from torch import Tensor
 
 from bench import measure
 from bench.peers import methods
-from bench.peers.model import Model, counted
+from bench.peers.methods import Model, counted
 from bench.peers.scalediff import scalediff
 from bench.quality import Pixels, cut_windows, likeness, low_frequency_power, seam_check
 from bench.windows import starts
@@ -179,6 +179,7 @@ def judge(image: Pixels, native: Pixels, lines: tuple[list[int], list[int]], per
         "seam_worst_over_limit": seams.worst / seams.limit,
         "low_frequency_kept": low_frequency_power(windows) / low_frequency_power(native),
         "patches": patch_distance(windows, native),
+        "likeness": likeness(image, native.shape[1]),
     }
 
 
@@ -196,7 +197,7 @@ def judged(pipe: Any, chosen: dict[str, Way], args: argparse.Namespace) -> tuple
     network, family = network_of(pipe.pipe)
     period, call = PX * family.patch(network), call_defaults(args.model) | {"num_inference_steps": args.steps}
     found: dict[str, dict[Key, Figures]] = {name: {} for name in chosen}
-    floors, work = [], args.work / args.model
+    floors, work = [], args.work / f"{args.model}, {args.steps} steps, {args.dtype}"
     for prompt in args.prompts:
         natives = native_samples(pipe, work, prompt, call)
         low = low_frequency_power(natives[1]) / low_frequency_power(natives[0])
@@ -207,7 +208,6 @@ def judged(pipe: Any, chosen: dict[str, Way], args: argparse.Namespace) -> tuple
                 path = work / f"{args.size} {name.replace('/', '-')} {prompt} {seed}.png"
                 image = made(path, way, pipe, prompt, args.size, seed, call)
                 figures = judge(image, native, lines_of(way, pipe, args.size, args.steps), period)
-                figures["likeness"] = likeness(image, PX * NATIVE)
                 found[name][prompt, seed] = figures | json.loads(path.with_suffix(".json").read_text())
                 print(name, prompt, seed, {k: round(v, 3) for k, v in found[name][prompt, seed].items()}, flush=True)
     return found, floors

@@ -4,17 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from bench import gaussian, oracle
+from bench import oracle
 from tiledcore import TilingConfig
 
 
-def fields(power: gaussian.Floats, count: int, seed: int) -> gaussian.Floats:
+def fields(power: oracle.Floats, count: int, seed: int) -> oracle.Floats:
     """``[count, side, side]``: exact samples of the field."""
     noise = np.random.default_rng(seed).standard_normal((count, *power.shape))
     return np.fft.ifft2(np.fft.fft2(noise) * np.sqrt(power)).real
 
 
-def dense_covariance(power: gaussian.Floats, tile: int) -> gaussian.Floats:
+def dense_covariance(power: oracle.Floats, tile: int) -> oracle.Floats:
     """``[tile², tile²]``, entry by entry."""
     by_distance = np.fft.ifft2(power).real
     at = [(y, x) for y in range(tile) for x in range(tile)]
@@ -23,41 +23,41 @@ def dense_covariance(power: gaussian.Floats, tile: int) -> gaussian.Floats:
 
 @pytest.mark.parametrize(("tile", "sigma"), [(2, 0.9), (8, 0.3), (8, 1.0), (12, 0.02)])
 def test_tile_denoiser_is_the_conditional_mean(tile: int, sigma: float) -> None:
-    power = gaussian.spectrum(20)
+    power = oracle.spectrum(20)
     covariance = dense_covariance(power, tile)
     x = np.random.default_rng(0).standard_normal((3, 1, tile, tile))
     a = 1 - sigma
     inner = a * a * covariance + sigma**2 * np.eye(tile * tile)
     mean = a * covariance @ np.linalg.solve(inner, x.reshape(3, -1).T)
     expected = (x - mean.T.reshape(x.shape)) / sigma
-    found = gaussian.IdealDenoiser(power)(torch.from_numpy(x), torch.tensor(1000 * sigma, dtype=torch.float64))
+    found = oracle.IdealDenoiser(power)(torch.from_numpy(x), torch.tensor(1000 * sigma, dtype=torch.float64))
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-7, atol=1e-7)
 
 
 def test_whole_canvas_is_the_conditional_mean_too() -> None:
-    power, sigma = gaussian.spectrum(10), 0.4
+    power, sigma = oracle.spectrum(10), 0.4
     covariance = dense_covariance(power, 10)
     x = np.random.default_rng(1).standard_normal((1, 1, 10, 10))
     inner = 0.6**2 * covariance + sigma**2 * np.eye(100)
     mean = 0.6 * covariance @ np.linalg.solve(inner, x.ravel())
-    found = gaussian.IdealDenoiser(power)(torch.from_numpy(x), 1000 * sigma)
+    found = oracle.IdealDenoiser(power)(torch.from_numpy(x), 1000 * sigma)
     np.testing.assert_allclose(found.numpy().ravel(), (x.ravel() - mean) / sigma, rtol=1e-7, atol=1e-7)
 
 
 def test_many_steps_over_the_whole_canvas_are_the_exact_flow() -> None:
-    power = gaussian.spectrum(16)
+    power = oracle.spectrum(16)
     noise = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     exact = np.fft.ifft2(np.sqrt(power) * np.fft.fft2(noise[:, 0].numpy())).real
     errors = []
     for steps in (25, 100, 400):
-        found = oracle.flow(gaussian.IdealDenoiser(power), noise, TilingConfig(tile=16), steps)[:, 0].numpy()
+        found = oracle.flow(oracle.IdealDenoiser(power), noise, TilingConfig(tile=16), steps)[:, 0].numpy()
         errors.append(np.abs(found - exact).max() / np.abs(exact).max())
     assert errors[0] > 3 * errors[1] > 9 * errors[2]
     assert errors[2] < 0.02
 
 
 def test_exact_samples_have_the_spectrum_and_no_seams() -> None:
-    power = gaussian.spectrum(64)
+    power = oracle.spectrum(64)
     images = fields(power, 64, seed=0)
     assert images.var() == pytest.approx(1, rel=0.25)
     measured = (np.abs(np.fft.fft2(images)) ** 2).mean(0) / 64**2
@@ -66,7 +66,7 @@ def test_exact_samples_have_the_spectrum_and_no_seams() -> None:
 
 
 def test_columns_find_what_is_planted() -> None:
-    power = gaussian.spectrum(64)
+    power = oracle.spectrum(64)
     noise = np.random.default_rng(0).standard_normal((4, 64, 64))
     exact = np.fft.ifft2(np.fft.fft2(noise) * np.sqrt(power)).real
     assert oracle.low_power(exact, noise, power) == pytest.approx(1)

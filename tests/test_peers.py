@@ -8,7 +8,7 @@ from tiny import tiny_sd
 from torch import Tensor
 
 from bench.peers import methods
-from bench.peers.model import Model, counted
+from bench.peers.methods import Model, counted
 from bench.peers.scalediff import NeighborhoodPatchAttention, guided, low, patch_attention, scalediff
 from bench.windows import average, cut, starts
 from tiledcore import TiledPipeline, TilingConfig

@@ -1,18 +1,73 @@
-"""The other methods. Each takes a :class:`~bench.peers.model.Model` and noise ``[1, C, H, W]``, and gives latents.
+"""The other methods. Each takes a :class:`Model` and noise ``[1, C, H, W]``, and gives latents.
 
 Sizes that a paper gives for another model are kept in proportion to the window.
 """
 
-from __future__ import annotations
-
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.peers.model import Model
 from bench.windows import average, cut, grid
+
+
+@contextmanager
+def counted(network: Any, patch: int = 1) -> Iterator[list[int]]:
+    """The latent pixels of each call of a network, each guidance branch for itself; ``patch``: the side of a token.
+
+    They are counted at its first layer, which no wrapper of the forward hides.
+    """
+    spent: list[int] = []
+
+    def count(_: Any, inputs: tuple[Tensor, ...]) -> None:
+        found = inputs[0]  # [B, C, H, W], or tokens [B, N, C]
+        spent.append(found[:, 0].numel() if found.ndim == 4 else found[..., 0].numel() * patch**2)
+
+    first = network.conv_in if hasattr(network, "conv_in") else network.x_embedder
+    handle = first.register_forward_pre_hook(count)
+    try:
+        yield spent
+    finally:
+        handle.remove()
+
+
+class Model:
+    """A prompt's guided prediction on windows, and the scheduler's steps.
+
+    ``pipe`` is a ``StableDiffusionPipeline`` with DDIM, which keeps no history: the methods step windows alone.
+    ``batch``: windows per network evaluation.
+    """
+
+    def __init__(self, pipe: Any, prompt: str, steps: int, guidance_scale: float, batch: int = 4) -> None:
+        if type(pipe.scheduler).__name__ != "DDIMScheduler":
+            raise ValueError(f"scheduler={type(pipe.scheduler).__name__}: the peers step windows alone; must be DDIM")
+        self.pipe, self.guidance_scale, self.batch = pipe, guidance_scale, batch
+        self.native: int = pipe.unet.config.sample_size
+        device = pipe._execution_device
+        text, nothing = pipe.encode_prompt(prompt, device, 1, True)
+        self.text = torch.cat([nothing, text])
+        pipe.scheduler.set_timesteps(steps, device=device)
+        self.timesteps: Tensor = pipe.scheduler.timesteps
+
+    def predict(self, windows: Tensor, t: Tensor) -> Tensor:
+        """Guided prediction for ``[N, C, h, w]``, each of them alone."""
+        out = []
+        for part in windows.split(self.batch):
+            text = self.text.repeat_interleave(len(part), 0)
+            nothing, told = self.pipe.unet(torch.cat([part, part]), t, encoder_hidden_states=text).sample.chunk(2)
+            out.append(nothing + self.guidance_scale * (told - nothing))
+        return torch.cat(out)
+
+    def step(self, prediction: Tensor, t: Tensor, sample: Tensor) -> Tensor:
+        """One step of DDIM, which is the same for a window as for the canvas."""
+        return self.pipe.scheduler.step(prediction, t, sample).prev_sample
+
+    def noised(self, sample: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return self.pipe.scheduler.add_noise(sample, noise, t[None])
 
 
 def dense(model: Model, noise: Tensor) -> Tensor:
@@ -78,10 +133,8 @@ def demofusion(model: Model, noise: Tensor, seed: int = 0) -> Tensor:
     - Skip residual: before a step, that noised image is mixed in with weight c^3, c = (1 + cos(pi (T - t) / T)) / 2.
     - Local paths: MultiDiffusion with a stride of half a window; inner windows move at random by up to a quarter.
     - Dilated sampling: every s-th pixel along both axes is also a window. It sees the canvas through a Gaussian filter
-      of c pixels, 0.01 at the end. Its result is mixed with the local one, with weight c.
-
-    Two things are our reading: the filtered canvas keeps its mean and deviation, and the step is made from the canvas
-    without the filter.
+      of c pixels, 0.01 at the end. Its result is mixed with the local one, with weight c. Our reading: the filtered
+      canvas keeps its mean and deviation, and the step is made from the canvas without the filter.
     """
     window, (height, width) = model.native, noise.shape[2:]
     if height != width or height % window:
@@ -118,7 +171,11 @@ def _local(model: Model, sample: Tensor, t: Tensor, generator: torch.Generator) 
 
 def _dilated(model: Model, sample: Tensor, t: Tensor, s: int, sigma: float) -> Tensor:
     """One step of the ``s²`` windows that have every s-th pixel."""
-    seen = _gaussian(sample, sigma)
+    at = torch.arange(-3, 4, device=sample.device, dtype=sample.dtype)  # the filter is cut off at 3 pixels
+    line = torch.exp(-(at**2) / (2 * sigma**2))
+    kernel = (line[:, None] * line / line.sum() ** 2)[None, None]
+    padded = F.pad(sample, (3, 3, 3, 3), mode="reflect")
+    seen = F.conv2d(padded.transpose(0, 1), kernel).transpose(0, 1)
     mean, deviation = sample.mean((2, 3), keepdim=True), sample.std((2, 3), keepdim=True)
     seen = (seen - seen.mean((2, 3), keepdim=True)) / seen.std((2, 3), keepdim=True) * deviation + mean
     predicted = model.predict(torch.cat([seen[:, :, y::s, x::s] for y in range(s) for x in range(s)]), t)
@@ -126,12 +183,3 @@ def _dilated(model: Model, sample: Tensor, t: Tensor, s: int, sigma: float) -> T
     for index, window in enumerate(predicted):
         prediction[0, :, index // s :: s, index % s :: s] = window
     return model.step(prediction, t, sample)
-
-
-def _gaussian(canvas: Tensor, sigma: float) -> Tensor:
-    """A Gaussian filter cut off at 3 pixels, the canvas continued by its border's reflection."""
-    at = torch.arange(-3, 4, device=canvas.device, dtype=canvas.dtype)
-    line = torch.exp(-(at**2) / (2 * sigma**2))
-    kernel = (line[:, None] * line / line.sum() ** 2)[None, None]
-    padded = F.pad(canvas, (3, 3, 3, 3), mode="reflect")
-    return F.conv2d(padded.transpose(0, 1), kernel).transpose(0, 1)

@@ -12,8 +12,6 @@ Our reading, as no code was published:
 - Each stage runs the last ``STRENGTH`` of the steps, as our stages do, so that the work is comparable.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,19 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.peers.methods import dense
-from bench.peers.model import Model
+from bench.peers.methods import Model, dense
 
 STRENGTH = 0.6
 
 
 class NeighborhoodPatchAttention:
-    """An attention processor of a square canvas. ``native`` is the side of the model's own latents.
-
-    Args:
-        native: side of the model's own latents.
-        side: side of the canvas in latent pixels.
-    """
+    """An attention processor of a square canvas; ``native`` and ``side`` are those of the model and of the canvas."""
 
     def __init__(self, native: int, side: int) -> None:
         self.native, self.side = native, side
@@ -57,9 +49,7 @@ class NeighborhoodPatchAttention:
                 q, k, v = query[own], key[(..., *near, slice(None))], value[(..., *near, slice(None))]
                 found = F.scaled_dot_product_attention(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3))
                 result[own] = found.view_as(q)
-        merged = result.permute(0, 2, 3, 1, 4).reshape(batch, length, -1)
-        output: Tensor = attn.to_out[0](merged)
-        return output
+        return attn.to_out[0](result.permute(0, 2, 3, 1, 4).reshape(batch, length, -1))
 
 
 @contextmanager
@@ -85,7 +75,7 @@ def enlarged(model: Model, sample: Tensor, side: int) -> Tensor:
     vae, native = model.pipe.vae, sample.shape[-1]
     pixels = vae.decode(sample / vae.config.scaling_factor).sample
     pixels = F.interpolate(pixels, (8 * side, 8 * side), mode="bicubic").clamp(-1, 1)
-    of_pixels: Tensor = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
+    of_pixels = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
     of_latents = F.interpolate(sample, (side, side), mode="bicubic")
     return low(of_pixels, native) + of_latents - low(of_latents, native)
 
