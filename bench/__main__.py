@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from bench import bench_neighbor_attention as attention
-from bench import compare, suite
+from bench import measure, suite
 
 
 def list_cases(_: argparse.Namespace) -> None:
@@ -40,10 +40,11 @@ def tune(_: argparse.Namespace) -> None:
     """Time neighbour attention at the shapes of SDXL and FLUX, and write the table; a wrong result is not timed."""
     if not torch.cuda.is_available():
         raise ValueError("tune: needs a CUDA device")
-    rows: dict[attention.Shape, list[suite.Row]] = {}
+    device, dtype, rows = torch.device("cuda"), torch.float16, {}
+    ceiling = measure.ceilings(device, dtype)
     for shape in attention.CUDA_SHAPES:
         case = next(case for case in attention.cases() if case.shapes.startswith(f"{shape.name}: "))
-        rows[shape] = suite.run_case(case, torch.device("cuda"), torch.float16, 3.0, 3)
+        rows[shape] = suite.run_case(case, device, dtype, 3.0, 3, ceiling)
         print(case.name, *map(suite.text, rows[shape]), sep="\n")
     major, minor = torch.cuda.get_device_capability()
     attention.TABLE.write_text(attention.tuned(attention.TABLE.read_text(), 10 * major + minor, rows))
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     two = commands.add_parser("compare", help="two files of `run --json`")
     two.add_argument("before", type=Path)
     two.add_argument("after", type=Path)
-    two.set_defaults(act=lambda args: compare.compare(args.before, args.after))
+    two.set_defaults(act=lambda args: suite.compare(args.before, args.after))
     write = commands.add_parser("tables", help="write the tables from bench/results")
     write.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table differs")
     write.set_defaults(act=write_tables)

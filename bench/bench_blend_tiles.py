@@ -22,10 +22,8 @@ if torch.cuda.is_available():
 
 def elements_weighed(corners: list[Corner], tile: int, size: int, channels: int, window: ops.Window) -> int:
     """Elements of the tiles whose weight is not zero: what blending must read."""
-    rows, columns = (
-        int((axis_weights(sorted({corner[axis] for corner in corners}), tile, size, window) > 0).sum())
-        for axis in (0, 1)
-    )
+    starts = ([*dict.fromkeys(axis)] for axis in zip(*corners, strict=True))
+    rows, columns = (int((axis_weights(axis, tile, size, window) > 0).sum()) for axis in starts)
     return channels * rows * columns
 
 

@@ -1,11 +1,8 @@
 """Cases of fused_step: all that a denoising step does outside the network (guidance, blending, scheduler).
 
 ``loop`` is guidance in eager torch, tiles added up one by one as in diffusers' panorama pipeline, then diffusers' own
-``step`` and ``scale_model_input``. It gives all tiles equal weights, and so does ``mean``, the fused step with the same
-arithmetic. ``ramp`` is the fused step with the default window, which reads less.
-
-The fused step is charged with the least that it must move. Bytes of the loop are counted: what each operator
-reads and writes.
+``step`` and ``scale_model_input``. ``mean`` is the fused step with the same equal weights, ``ramp`` with the default
+window, which reads less. They are charged with the least that they must move, the loop with what its operators do.
 """
 
 from collections.abc import Callable
@@ -49,11 +46,11 @@ class CountBytes(TorchDispatchMode):
 
 @dataclass
 class Eager:
-    """The step as a pipeline without the fused op does it."""
+    """The step as a pipeline without the fused op does it; ``tiles`` are ``[T, 2, C, h, w]``."""
 
     scheduler: Any
     sample: Tensor
-    tiles: Tensor  # [T, 2, C, h, w]
+    tiles: Tensor
     blend: Callable[[Tensor], Tensor]
 
     def __call__(self, evaluation: int = WARM) -> Tensor:
@@ -87,12 +84,6 @@ class Fused:
         return self.model_input
 
 
-def written(solver: LinearSolver) -> list[int]:
-    """The slots that a step in the middle of the schedule changes."""
-    unit = torch.eye(solver.slots, solver.slots + 2).to(solver.table)
-    return (solver.table[WARM] != unit).any(dim=1).nonzero().flatten().tolist()
-
-
 def scheduler(name: str) -> Any:
     kind = {"DDIM": DDIMScheduler, "DPM++ 2M": DPMSolverMultistepScheduler}[name]
     betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -121,20 +112,21 @@ def prepare(name: str, size: int, tile: int, stride: int, device: torch.device, 
             way(evaluation)
         with CountBytes() as counter:
             eager(evaluation)
-    terms = solver.table[WARM][written(solver)] != 0  # of the sums that a step has to make
-    read = int(terms[:, : solver.slots].any(0).sum())  # slots of the state
-    weighed = {window: elements_weighed(corners, tile, size, CHANNELS, window) for window in WINDOWS}
+    row, unit = solver.table[WARM], torch.eye(solver.slots, solver.slots + 2).to(solver.table)
+    terms = row[(row != unit).any(1)] != 0  # of the sums that give the slots which a step changes
+    read = int(terms[:, : solver.slots].any(0).sum())  # slots
     moved = {"copy": 2 * tiles.nbytes, "loop": counter.moved}  # of the last step, in which all operators run
     for window in WINDOWS:
         # Tile elements with weight and the model's input; the state that is read and written.
-        moved[window] = (2 * weighed[window] + canvas) * dtype.itemsize + (read + len(terms)) * sample.nbytes
+        weighed = elements_weighed(corners, tile, size, CHANNELS, window)
+        moved[window] = (2 * weighed + canvas) * dtype.itemsize + (read + len(terms)) * sample.nbytes
     target = torch.empty_like(tiles)
     return Ready(
         {"copy": partial(target.copy_, tiles), "loop": eager, **fused},
         baseline="loop",
         bytes=moved,
-        # A product and a sum for each element with weight and branch; guidance; the terms.
-        flops=4 * weighed["ramp"] + 3 * canvas + 2 * int(terms.sum()) * canvas,
+        # Of the ramp: a product and a sum for each element with weight and branch; guidance; the terms.
+        flops=4 * weighed + 3 * canvas + 2 * int(terms.sum()) * canvas,
         expected=exact["mean"],
         others={"ramp": exact["ramp"]},
         buffers=[one.model_input for one in fused.values()],

@@ -38,26 +38,29 @@ class Shape:
     text: int = 0  # tokens that every query sees
     B: int = 1
 
-    def pairs(self) -> int:
-        """Pairs of a query and a key of its window, in one head. Windows are clipped at the border."""
-        along = 0
+    def flops(self) -> int:
+        along = 0  # pairs of a query and a key of its window along one axis; windows are clipped at the border
         for start in range(0, self.side, self.tile):
             stop = min(start + self.tile, self.side)
             along += (stop - start) * (min(stop + self.halo, self.side) - max(start - self.halo, 0))
-        return along**2
-
-    def flops(self) -> int:
-        return 4 * self.D * self.heads * self.B * (self.pairs() + self.side**2 * self.text)
+        return 4 * self.D * self.heads * self.B * (along**2 + self.side**2 * self.text)
 
     def arguments(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         """Random inputs; q, k and v are parts of one fused projection, as in the networks."""
         fused = torch.randn(self.B, self.side**2, 3 * self.heads * self.D, device=device).to(dtype)
         q, k, v = (part.unflatten(2, (self.heads, self.D)) for part in fused.chunk(3, 2))
-        result = {"q": q, "k": k, "v": v, "canvas": (self.side,) * 2, "tile": (self.tile,) * 2}
+        result = {
+            "q": q,
+            "k": k,
+            "v": v,
+            "canvas": (self.side,) * 2,
+            "tile": (self.tile,) * 2,
+            "halo": (self.halo,) * 2,
+        }
         if self.text:
             text = torch.randn(2, self.B, self.text, self.heads, self.D, device=device).to(dtype)
             result |= {"global_k": text[0], "global_v": text[1]}
-        return result | {"halo": (self.halo,) * 2}
+        return result
 
 
 ODD = [Shape(f"odd, D={D}", 45, 16, 5, 2, D, text=7, B=2) for D in (40, 64, 80, 96, 128, 160)]
@@ -79,8 +82,7 @@ CPU_SHAPES = [
 
 def with_text(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Keys and values ``[B, tokens + text, heads, D]``."""
-    pairs = (("k", "global_k"), ("v", "global_v"))
-    k, v = (torch.cat([arguments[a], *([arguments[b]] if b in arguments else [])], 1) for a, b in pairs)
+    k, v = (torch.cat([arguments[x], arguments.get(f"global_{x}", arguments[x][:, :0])], 1) for x in "kv")
     return k, v
 
 

@@ -40,17 +40,16 @@ def build(name: str, device: torch.device, dtype: torch.dtype) -> Any:
     return torch.nn.Module.to(vae, device=device, dtype=dtype)
 
 
-def encoded(output: Any) -> Tensor:
-    return output.latent_dist.parameters if hasattr(output, "latent_dist") else output[0]
-
-
 def prepare(name: str, direction: str, device: torch.device, dtype: torch.dtype) -> Ready:
     vae, generator = build(name, device, dtype), torch.Generator().manual_seed(1)
     image = torch.rand(1, 3, SIZE, SIZE, generator=generator).mul(2).sub(1).to(device, dtype)
     latents = torch.randn(1, 4, SIZE // 8, SIZE // 8, generator=generator).to(device, dtype)
 
     def whole() -> Tensor:
-        return vae.decode(latents).sample if direction == "decode" else encoded(vae.encode(image))
+        if direction == "decode":
+            return vae.decode(latents).sample
+        output = vae.encode(image)
+        return output.latent_dist.parameters if hasattr(output, "latent_dist") else output[0]
 
     def bands(height: int) -> Tensor:
         with exact_bands(vae, band_px=height):

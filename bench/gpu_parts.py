@@ -63,8 +63,8 @@ class Where:
         for dtype in dtypes[-1:] if self.dry else dtypes:
             ceiling = measure.ceilings(self.device, torch.float32 if self.dry else dtype, 0.3)
             for case in cases:
-                for row in suite.run_case(case, self.device, dtype, seconds / 10 if self.dry else seconds, 3):
-                    row["of_ceiling"] = suite.of_ceiling(row, ceiling)
+                spent = seconds / 10 if self.dry else seconds
+                for row in suite.run_case(case, self.device, dtype, spent, 3, ceiling):
                     yield row | {"dtype": str(dtype).removeprefix("torch.")}
 
 
@@ -82,8 +82,7 @@ def start(where: Where) -> Iterator[Row]:
     yield {"case": "compile", "name": f"{count} processes", "text": f"{failed} failed"}
     for dtype in (torch.float32,) if where.dry else HALVES:
         found = measure.ceilings(where.device, dtype)
-        text = f"{found['copy_bytes_per_second'] / 1e9:.0f} GB/s, {found['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s"
-        yield {"case": "ceilings", "name": "copy, matrix product", "dtype": str(dtype)[6:], "text": text, **found}
+        yield {"case": "ceilings", "name": "–", "dtype": str(dtype)[6:], "text": suite.best(found), **found}
     if not where.dry:
         yield {"case": "capture", "name": "replay", **small_capture(where.device)}
 
@@ -169,13 +168,11 @@ def call(pipe: Any, side: int, steps: int, **more: Any) -> Tensor:
     text = torch.randn(2, 1, 77, width, generator=generator).to(unet.device, unet.dtype)
     given: dict[str, Any] = {"prompt_embeds": text[0], "negative_prompt_embeds": text[1], "output_type": "latent"}
     if pooled:
-        both = torch.randn(2, 1, pooled - 6 * unet.config.addition_time_embed_dim, generator=generator)
-        both = both.to(unet.device, unet.dtype)
+        width = pooled - 6 * unet.config.addition_time_embed_dim
+        both = torch.randn(2, 1, width, generator=generator).to(unet.device, unet.dtype)
         given |= {"pooled_prompt_embeds": both[0], "negative_pooled_prompt_embeds": both[1]}
-    factor = pipe.vae_scale_factor
-    given |= {"height": factor * side, "width": factor * side, "num_inference_steps": steps, "generator": generator}
-    result: Tensor = pipe(**given, **more).images
-    return result
+    size = pipe.vae_scale_factor * side
+    return pipe(**given, height=size, width=size, num_inference_steps=steps, generator=generator, **more).images
 
 
 def graphs(where: Where) -> Iterator[Row]:

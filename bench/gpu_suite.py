@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ Row = dict[str, Any]
 
 
 def run_part(name: str, command: list[str], limit: float, rows: Path, log: Path) -> Row:
-    """Run one part until it ends or its limit is over. Returns a row about it, which is also appended to ``rows``."""
+    """Run one part until it ends or its limit, in seconds, is over. The row about it is also appended to ``rows``."""
     begin = time.monotonic()
     with log.open("a") as target:
         target.write(f"\n=== {name}\n")
@@ -50,18 +50,13 @@ def run_part(name: str, command: list[str], limit: float, rows: Path, log: Path)
         except subprocess.TimeoutExpired:
             status = "killed at its limit"
         finally:
-            _end(process)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with those that it started, which have its group
+            process.wait()
     row = {"part": name, "status": status, "took": round(time.monotonic() - begin, 1), "limit": limit}
     with rows.open("a") as target:
         target.write(f"\n{json.dumps(row)}\n")  # a killed part may have left half a line
     return row
-
-
-def _end(process: Any) -> None:
-    """End the process and those that it started, which have its group."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def read(path: Path) -> list[Row]:
@@ -73,12 +68,12 @@ def read(path: Path) -> list[Row]:
     return found
 
 
-def predicted(row: Mapping[str, Any]) -> str:
+def predicted(row: Row) -> str:
     known = (text for (case, way), text in PREDICTED.items() if row["case"].startswith(case) and row["name"] == way)
     return next(known, "–") if row.get("dtype") != "bfloat16" else "–"
 
 
-def cells(row: Mapping[str, Any]) -> Iterator[str]:
+def cells(row: Row) -> Iterator[str]:
     """Case, way, dtype, figure, prediction, error, share of the ceiling, memory."""
     yield from (row["case"], row["name"], row.get("dtype", ""))
     if "seconds" in row:
@@ -92,9 +87,8 @@ def cells(row: Mapping[str, Any]) -> Iterator[str]:
     yield row.get("memory") or (f"+{row['peak_bytes'] / 2**20:.0f} MiB" if row.get("peak_bytes") else "–")
 
 
-def page(rows: Iterable[Row], dry: bool) -> str:
+def page(rows: list[Row], dry: bool) -> str:
     """The page: first how the parts ended, then their rows."""
-    rows = list(rows)
     parts, figures = [row for row in rows if "status" in row], [row for row in rows if "case" in row]
     wrong = sum("wrong" in row for row in figures)
     lines = ["# GPU suite", ""]
@@ -112,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_suite", description=__doc__)
     parser.add_argument("out", type=Path, help="folder for gpu_suite.jsonl, gpu_suite.md and gpu_suite.log")
     parser.add_argument("--dry-run", action="store_true", help="the same code on small shapes on a CPU")
-    parser.add_argument("--parts", nargs="*", choices=LIMITS, default=list(LIMITS), help="default: all")
+    parser.add_argument("--parts", nargs="+", choices=LIMITS, default=list(LIMITS), help="default: all")
     args = parser.parse_args(argv)
     if not args.dry_run and not torch.cuda.is_available():
         raise SystemExit("no CUDA device: only --dry-run works here")
@@ -125,9 +119,9 @@ def main(argv: list[str] | None = None) -> int:
         command = ["-m", "bench.gpu_parts", name, str(rows), *["--dry-run"] * args.dry_run]
         row = run_part(name, command, LIMITS[name], rows, log)
         print(f"{name}: {row['status']} in {row['took']} s", flush=True)
-        (out / "gpu_suite.md").write_text(page(read(rows), args.dry_run))
+        found = read(rows)
+        (out / "gpu_suite.md").write_text(page(found, args.dry_run))
     print((out / "gpu_suite.md").read_text())
-    found = read(rows)
     return int(any(row.get("status") == "failed" or "wrong" in row for row in found))
 
 

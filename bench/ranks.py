@@ -3,10 +3,9 @@
     python -m bench.ranks [--size 1024] [--counts 1 2] [--rounds 3] [--json FILE]
     python -m bench.ranks --simulate
 
-Measured: the embedded UNet on a CPU, processes of one thread, in turns; medians. Each makes the picture twice. In the
-first call, every process prepares the convolutions for each size of a tile batch, which ranks cannot share: it is a
-column of its own. "loop" is from the first call of the network to the decode, "call" is one call of the pipeline.
-More processes than cores say only whether the picture is the same.
+Measured: the embedded UNet on a CPU, processes of one thread, in turns; medians. The first call is a column of its own:
+in it, every process prepares the convolutions for each size of a tile batch, which ranks cannot share. "loop" is from
+the first call of the network to the decode. More processes than cores say only whether the picture is the same.
 
 Simulated: a step is the counted FLOPs of the slowest GPU's tiles, then the counted bytes over one link, then the fused
 step, which each GPU makes for the whole canvas. Time is taken as proportional to a tile's area.
@@ -75,18 +74,15 @@ def command(count: int, size: int) -> dict[str, Any]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     run = [*launch, "bench.ranks", "--worker", "--size", str(size)]
     out = subprocess.run(run, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    found: dict[str, Any] = json.loads(out.splitlines()[-1])
-    return found
+    return dict(json.loads(out.splitlines()[-1]))
 
 
 def measured(counts: Sequence[int], size: int, rounds: int) -> list[dict[str, Any]]:
-    runs: dict[int, list[dict[str, Any]]] = {count: [] for count in counts}
-    for _ in range(rounds):
-        for count in counts:
-            runs[count].append(command(count, size))
+    turns = [[command(count, size) for count in counts] for _ in range(rounds)]
     rows: list[dict[str, Any]] = []
-    for count, found in runs.items():
-        row: dict[str, Any] = {"ranks": count, "same": len({one["sha256"] for one in runs[counts[0]] + found}) == 1}
+    for count, *found in zip(counts, *turns, strict=True):
+        same = {one["sha256"] for one in found} == {turn[0]["sha256"] for turn in turns}
+        row: dict[str, Any] = {"ranks": count, "same": same}
         for name in ("loop", "call", "first call"):
             row[name] = median(one[name] for one in found)
             row[f"{name} x"] = rows[0][name] / row[name] if rows else 1.0

@@ -5,6 +5,7 @@ import json
 import os
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,13 +41,16 @@ def chosen(names: Iterable[str], quick: bool) -> list[Case]:
     return [case for case in named if case.quick or not quick]
 
 
-def run_case(case: Case, device: torch.device, dtype: torch.dtype, seconds: float, rounds: int) -> list[Row]:
+def run_case(
+    case: Case, device: torch.device, dtype: torch.dtype, seconds: float, rounds: int, ceiling: dict[str, float]
+) -> list[Row]:
     """One row for each provider.
 
     Returns:
         Rows with ``seconds`` (median), ``low`` and ``high`` (quartiles), ``samples`` (one a round), ``bytes``,
-        ``flops``, ``peak_bytes`` and ``error``. A provider with too large an error has ``wrong`` and no time; one
-        that cannot run has ``not_run``. A broken case must not lose the others: it gives one row, which is wrong.
+        ``flops``, ``peak_bytes``, ``error`` and ``of_ceiling``: the time that a copy of the bytes or a product of as
+        many FLOPs takes at best, over the time taken. A provider with too large an error has ``wrong`` and no time;
+        one that cannot run has ``not_run``. A broken case must not lose the others: it gives one row, which is wrong.
     """
     about = {"case": case.name, "op": case.op, "shapes": case.shapes}
     try:
@@ -64,12 +68,17 @@ def run_case(case: Case, device: torch.device, dtype: torch.dtype, seconds: floa
         row: Row = {"name": name, "seconds": middle, "low": low, "high": high, "peak_bytes": peaks[name]}
         row |= {"samples": [float(f"{value:.4g}") for value in samples]}
         row |= {"bytes": ready.bytes.get(name, 0), "flops": 0 if name == "copy" else ready.flops}
+        memory, product = (
+            row["bytes"] / ceiling["copy_bytes_per_second"],
+            row["flops"] / ceiling["matmul_flops_per_second"],
+        )
+        row["of_ceiling"] = max(memory, product) / middle
         if ready.baseline in found:
             row["speedup"] = float(np.median(found[ready.baseline])) / middle
         rows.append(row | ({"error": errors[name]} if name in errors else {}))
-    for name in errors.keys() - found.keys():
-        wrong = f"differs by {errors[name]:.2g} from {case.oracle}"
-        rows.append({"name": name, "error": errors[name], "wrong": wrong})
+    for name, apart in errors.items():
+        if name not in found:
+            rows.append({"name": name, "error": apart, "wrong": f"differs by {apart:.2g} from {case.oracle}"})
     return [about | row for row in (*rows, *({"name": name, "not_run": why} for name, why in missing.items()))]
 
 
@@ -103,25 +112,18 @@ def run(cases: list[Case], device: torch.device, dtype: torch.dtype, seconds: fl
     begin, ceiling = time.perf_counter(), measure.ceilings(device, dtype)
     rows: list[Row] = []
     results: dict[str, Any] = {"machine": measure.machine(device), "dtype": str(dtype), "ceilings": ceiling}
-    about, copy, product = results["machine"], *ceiling.values()
-    print(f"{about['device']}, torch {about['torch']}, {results['dtype'].removeprefix('torch.')}; copy ", end="")
-    print(f"{copy / 1e9:.1f} GB/s, matrix product {product / 1e12:.3g} TFLOP/s")
+    about = results["machine"]
+    print(f"{about['device']}, torch {about['torch']}, {results['dtype'].removeprefix('torch.')}; {best(ceiling)}")
     for case in cases:
-        found = run_case(case, device, dtype, seconds, rounds)
-        for row in found:
-            row["of_ceiling"] = of_ceiling(row, ceiling)
-        rows += found
+        rows += (found := run_case(case, device, dtype, seconds, rounds, ceiling))
         print(f"\n{case.name}", *map(text, found), sep="\n", flush=True)
     about["load"] = [round(x, 2) for x in os.getloadavg()]
     return results | {"took_seconds": round(time.perf_counter() - begin, 1), "results": rows}
 
 
-def of_ceiling(row: Row, ceiling: dict[str, float]) -> float | None:
-    """The time that a copy of the bytes or a product of as many FLOPs takes at best, over the time taken."""
-    if "seconds" not in row:
-        return None
-    memory = row["bytes"] / ceiling["copy_bytes_per_second"]
-    return max(memory, row["flops"] / ceiling["matmul_flops_per_second"]) / row["seconds"]
+def best(ceiling: dict[str, float]) -> str:
+    copy, product = ceiling["copy_bytes_per_second"] / 1e9, ceiling["matmul_flops_per_second"] / 1e12
+    return f"copy {copy:.1f} GB/s, matrix product {product:.3g} TFLOP/s"
 
 
 def text(row: Row) -> str:
@@ -131,7 +133,7 @@ def text(row: Row) -> str:
         return f"  {row['name']:16}{why}"
     spread = f"{row['low'] * 1e3:.3g}–{row['high'] * 1e3:.3g}"
     speed = f"{row['speedup']:.2f}×" if "speedup" in row else "–"
-    share = f"{row['of_ceiling']:.0%}" if row["bytes"] or row["flops"] else "–"
+    share = f"{row['of_ceiling']:.0%}" if row["of_ceiling"] else "–"
     error = f"error {row['error']:.1e}" if "error" in row else ""
     peak = f"+{row['peak_bytes'] / 2**20:.0f} MiB"
     return f"  {row['name']:16}{row['seconds'] * 1e3:>8.3g} ms {spread:>15} {speed:>8} {share:>6} {peak:>10}  {error}"
@@ -142,3 +144,36 @@ def dumps(results: dict[str, Any]) -> str:
     start = json.dumps({key: value for key, value in results.items() if key != "results"}, indent=1)
     rows = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in results["results"])
     return start.removesuffix("\n}") + f',\n "results": [\n  {rows}\n ]\n}}\n'
+
+
+def load(path: Path) -> dict[tuple[str, str], list[float]]:
+    """(case, provider) -> its samples, of a file of ``python -m bench run --json``; ValueError if it is another one."""
+    data = json.loads(path.read_text())
+    rows = data.get("results", ()) if isinstance(data, dict) else ()
+    if not any("samples" in row for row in rows):
+        raise ValueError(f"{path}: not written by `python -m bench run --json`")
+    return {(row["case"], row["name"]): row["samples"] for row in rows if row.get("samples")}
+
+
+def verdict(before: list[float], after: list[float]) -> tuple[str, str]:
+    """``slower`` or ``faster`` by more than 5 % and the noise, otherwise ``same``; and the figures as text.
+
+    The noise is half the distance of the quartiles, relative to the median, both runs added.
+    """
+    (low, a, high), (low_after, b, high_after) = (np.percentile(samples, (25, 50, 75)) for samples in (before, after))
+    noise = (high - low) / 2 / a + (high_after - low_after) / 2 / b
+    limit = 1 + max(0.05, noise)
+    told = "slower" if b / a > limit else "faster" if b / a < 1 / limit else "same"
+    return told, f"{a * 1e3:10.3f}{b * 1e3:10.3f}{b / a:7.2f}{noise:7.0%}  {told:7}"
+
+
+def compare(before: Path, after: Path) -> bool:
+    """Print a line for each provider of a case. Returns whether one became slower."""
+    one, two = load(before), load(after)
+    both = {key: verdict(one[key], two[key]) for key in sorted(one.keys() & two.keys())}
+    print(f"{'before ms':>10}{'after ms':>10}{'ratio':>7}{'noise':>7}  verdict")
+    for (case, name), (_, line) in both.items():
+        print(f"{line} {name} of {case}")
+    for key in sorted(one.keys() ^ two.keys()):
+        print(f"only in {'first' if key in one else 'second'}: {', '.join(key)}")
+    return any(told == "slower" for told, _ in both.values())

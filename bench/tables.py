@@ -16,10 +16,6 @@ RESULTS = ROOT / "bench" / "results"
 Data = dict[str, Any]
 
 
-def _machine(data: Data) -> str:
-    return f"{data['machine']['device']}, torch {data['machine']['torch']}"
-
-
 def _times(data: Data, op: str, baseline: str, own: str, head: list[str], last: Callable[[Data, Data], str]) -> str:
     """A table of an op's cases: the baseline's time, ours, how many times as fast, and what ``last`` says of both."""
     timed = {(row["shapes"], row["name"]): row for row in data["results"] if row["op"] == op and "seconds" in row}
@@ -43,9 +39,9 @@ def _step(data: Data) -> str:
 
 
 def _modes(data: Data) -> str:
-    about = data["about"]
-    images = f"{len(about['prompts'])} prompts x {about['seeds']} seeds"
-    head = f"{_machine(data)}, {about['dtype']}; {about['model']}, {about['size']}², {about['steps']} steps, {images}"
+    about, machine = data["about"], data["machine"]
+    head = f"{machine['device']}, torch {machine['torch']}, {about['dtype']}; {about['model']}, {about['size']}², "
+    head += f"{about['steps']} steps, {len(about['prompts'])} prompts x {about['seeds']} seeds"
     return "\n".join([head, "", modes.table(data["rows"]), "", *modes.verdict(data["rows"])])
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench import __main__ as command
 from bench import bench_neighbor_attention as attention
-from bench import compare, measure, suite
+from bench import measure, suite
 from bench.case import Case, Ready, implementations, relative_error
 
 CPU = torch.device("cpu")
@@ -151,14 +151,14 @@ def jitter(median: float, noise: float, seed: int, count: int = 20) -> list[floa
     ],
 )
 def test_the_larger_of_five_per_cent_and_the_noise_decides(change: float, noise: float, verdict: str) -> None:
-    assert compare.verdict(jitter(1.0, noise, 0), jitter(change, noise, 1, count=10))[0] == verdict
+    assert suite.verdict(jitter(1.0, noise, 0), jitter(change, noise, 1, count=10))[0] == verdict
 
 
 def test_noise_alone_is_almost_never_reported() -> None:
     wrong = 0
     for seed in range(200):
         noise = random.Random(seed).uniform(0, 0.4)
-        wrong += compare.verdict(jitter(1, noise, 2 * seed), jitter(1, noise, 2 * seed + 1))[0] != "same"
+        wrong += suite.verdict(jitter(1, noise, 2 * seed), jitter(1, noise, 2 * seed + 1))[0] != "same"
     assert wrong <= 2
 
 
@@ -168,6 +168,7 @@ def test_a_slowed_kernel_is_caught_through_the_suite(
     paths = [tmp_path / name for name in ("before", "same", "slowed")]
     for path, seconds in zip(paths, (0.004, 0.004, 0.008), strict=True):
         path.write_text(suite.dumps(results(Double(seconds, 0.1))))
+    capsys.readouterr()
     assert command.main(["compare", str(paths[0]), str(paths[2])]) == 1
     told = [line.split()[4:6] for line in capsys.readouterr().out.splitlines()[1:]]
     assert told == [["slower", "kernel"], ["same", "loop"]]
@@ -196,7 +197,7 @@ def test_the_run_command_writes_what_compare_reads(
     monkeypatch.setattr(suite, "all_cases", lambda: [case(Double(0.001))])
     out = tmp_path / "run.json"
     assert command.main(["run", "--quick", "--device", "cpu", "--json", str(out)]) == 0
-    assert compare.load(out).keys() == {("double: of nothing", "loop"), ("double: of nothing", "kernel")}
+    assert suite.load(out).keys() == {("double: of nothing", "loop"), ("double: of nothing", "kernel")}
     assert len(out.read_text().splitlines()) < 40  # one line for each row
     monkeypatch.setattr(suite, "all_cases", lambda: [case(Double(0.001, value=2.0))])
     assert command.main(["run", "--device", "cpu", "--rounds", "2"]) == 1
