@@ -49,14 +49,8 @@ class Shape:
         """Random inputs; q, k and v are parts of one fused projection, as in the networks."""
         fused = torch.randn(self.B, self.side**2, 3 * self.heads * self.D, device=device).to(dtype)
         q, k, v = (part.unflatten(2, (self.heads, self.D)) for part in fused.chunk(3, 2))
-        result = {
-            "q": q,
-            "k": k,
-            "v": v,
-            "canvas": (self.side,) * 2,
-            "tile": (self.tile,) * 2,
-            "halo": (self.halo,) * 2,
-        }
+        sides = {"canvas": (self.side,) * 2, "tile": (self.tile,) * 2, "halo": (self.halo,) * 2}
+        result: dict[str, Any] = {"q": q, "k": k, "v": v} | sides
         if self.text:
             text = torch.randn(2, self.B, self.text, self.heads, self.D, device=device).to(dtype)
             result |= {"global_k": text[0], "global_v": text[1]}

@@ -5,10 +5,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
+RUNS = 9
 IMPORT = "import time; start = time.perf_counter(); import tiledcore; print(1000 * (time.perf_counter() - start))"
 PYTHON = [sys.executable, "-P"]  # -P: the working folder is not searched for modules
 
@@ -31,11 +30,9 @@ def first_line(*args: str) -> float:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         generate = ("generate", "a coast", "--out", str(Path(folder) / "a.png"))
-        runs: dict[str, tuple[int, Callable[[], float]]]
-        runs = {"import tiledcore": (50, importing), "tiledcore --help": (500, partial(first_line, "--help"))}
-        runs["generate: first message"] = (1000, partial(first_line, *generate))
-        for name, (limit, run) in runs.items():
-            print(f"{name:<26}{statistics.median(run() for _ in range(9)):>8.0f} ms, limit {limit}", flush=True)
+        cases = (("import tiledcore", 50, importing), ("tiledcore --help", 500, lambda: first_line("--help")))
+        for name, limit, run in (*cases, ("generate: first message", 1000, lambda: first_line(*generate))):
+            print(f"{name:<26}{statistics.median(run() for _ in range(RUNS)):>8.0f} ms, limit {limit}", flush=True)
 
 
 if __name__ == "__main__":
