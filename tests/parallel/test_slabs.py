@@ -22,7 +22,7 @@ from tiledcore import TiledPipeline
 from tiledcore.parallel.ranks import current
 from tiledcore.parallel.slabs import divided, rows_needed, slabs
 from tiledcore.vae.exact import exact_bands
-from tiledcore.vae.program import program
+from tiledcore.vae.plan import program
 
 
 def four_levels() -> AutoencoderKL:
@@ -57,7 +57,7 @@ def decoded(make: Any, latents: Tensor, band_px: int | None) -> Any:
         image = vae.decode(latents).sample
     rows: list[Tensor] = []
 
-    def collect(bands: Iterator[Tensor], _: int) -> Tensor:
+    def collect(bands: Iterator[Tensor]) -> Tensor:
         rows.extend(bands)
         return torch.zeros(1, 3, 1, 1)
 

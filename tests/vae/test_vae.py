@@ -142,12 +142,12 @@ def test_less_memory_means_more_work_and_the_same_image(direction: str) -> None:
 
 def test_the_highest_bands_that_recompute_least() -> None:
     decoder, shape = build("short").decoder, (1, 4, 128, 128)
-    ample = choose(decoder, shape, torch.float32, math.inf)
+    ample = choose(decoder, shape, math.inf)
     assert ample.band_px == 512 and ample.recomputed == 1
     less = 0.6 * ample.peak_bytes
-    lower = choose(decoder, shape, torch.float32, less)
-    assert lower.band_px < 512 and lower.recomputed <= choose(decoder, shape, torch.float32, less, 512).recomputed
-    assert choose(decoder, shape, torch.float32, 1).band_px == 64
+    lower = choose(decoder, shape, less)
+    assert lower.band_px < 512 and lower.recomputed <= choose(decoder, shape, less, 512).recomputed
+    assert choose(decoder, shape, 1).band_px == 64
 
 
 def allocated_peak(run: Any) -> int:
@@ -198,7 +198,7 @@ def test_rows_come_top_to_bottom_and_the_peak_does_not_grow_with_the_height() ->
     rows = list(bands.rows_of(vae.decoder, latents, 64))
     assert len(rows) > 2 and max(row.shape[2] for row in rows) <= 80
     assert relative(torch.cat(rows, 2), whole(vae, latents, "decode")) < 1e-5
-    short, tall = (choose(vae.decoder, (1, 4, height, 10), torch.float32, 1e9, 64).peak_bytes for height in (40, 200))
+    short, tall = (choose(vae.decoder, (1, 4, height, 10), 1e9, 64).peak_bytes for height in (40, 200))
     assert tall == short
 
 
@@ -258,16 +258,16 @@ def test_a_pipeline_decodes_large_images_exactly(make: Any, monkeypatch: pytest.
 
 
 def test_what_cannot_run_in_bands_is_refused_in_words() -> None:
-    assert "VQModel is none of AutoencoderKL, " in str(bands.unsupported(VQModel()))
+    assert "VQModel is none of AutoencoderKL, " in str(bands.why_not_exact(VQModel()))
     vae = build("sd")
-    assert bands.unsupported(vae) is None
+    assert bands.why_not_exact(vae) is None
     vae.decoder.conv_in.register_forward_pre_hook(lambda *_: None)
-    assert "conv_in has a hook" in str(bands.unsupported(vae))
+    assert "conv_in has a hook" in str(bands.why_not_exact(vae))
     vae = build("sd")
     vae.decoder.mid_block.resnets[0].nonlinearity = torch.nn.Tanh()
-    assert "ResnetBlock2D" in str(bands.unsupported(vae))
+    assert "Tanh is not known to be computable in bands" in str(bands.why_not_exact(vae))
     kind = AutoencoderKL(**(SD | {"down_block_types": ("AttnDownEncoderBlock2D",) * 4}))
-    assert "AttnDownEncoderBlock2D" in str(bands.unsupported(kind))
+    assert "AttnDownEncoderBlock2D" in str(bands.why_not_exact(kind))
 
 
 def test_the_least_budget_that_an_error_names_is_enough() -> None:

@@ -15,8 +15,8 @@ from tiny_transformers import call, tiny_sana
 
 from tiledcore import TiledPipeline
 from tiledcore.vae import exact as bands
-from tiledcore.vae.attention import LinearSums
 from tiledcore.vae.bands import Save, UnsupportedError
+from tiledcore.vae.dc import LinearAttention
 from tiledcore.vae.live_bytes import LiveBytes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -125,7 +125,7 @@ def test_sums_over_bands_are_those_of_all_pixels() -> None:
     vae = build("sana")
     attention = vae.decoder.up_blocks[3][0].attn
     rows = torch.randn(2, 3 * 16, 23, 5, device=DEVICE) + torch.linspace(-3, 40, 23, device=DEVICE)[:, None]
-    sums = LinearSums(attention)
+    sums = LinearAttention(attention)
     sums.start(23 * 5)
     for part in rows.split([1, 4, 11, 7], 2):
         sums.update(part)
@@ -145,7 +145,7 @@ def test_wherever_the_inputs_of_attention_are_kept_the_image_is_the_same(directi
     exact = whole(vae, given, direction)
     part = network(vae, direction)
     plan = bands.plan(part, given, 16)
-    waits = [i for i, layer in enumerate(bands.program(part)) if layer.reductions]
+    waits = [i for i, layer in enumerate(bands.program(part)) if layer.reduces]
     saves = [i for i, layer in enumerate(bands.program(part)) if isinstance(layer, Save)]
     before = {i: max(k for k in saves if k < i) for i in waits}
     assert len(waits) == 3
@@ -222,17 +222,17 @@ def test_sana_decodes_large_images_in_bands(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_what_cannot_run_in_bands_is_refused_in_words() -> None:
     vae = build("sana")
-    assert bands.unsupported(vae) is None and bands.why_not_exact(vae, 10**9) is None
+    assert bands.why_not_exact(vae, 10**9) is None
     vae.encoder.down_blocks[2][0].attn.processor = lambda *_: None
-    assert "function is not known" in str(bands.unsupported(vae))
+    assert "function is not known" in str(bands.why_not_exact(vae))
     vae = build("batch norm")
-    assert "BatchNorm2d is not known" in str(bands.unsupported(vae))
+    assert "BatchNorm2d is not known" in str(bands.why_not_exact(vae))
     with pytest.raises(UnsupportedError, match=r"BatchNorm2d"):
         bands.rows_of(vae.decoder, torch.zeros(1, 8, 4, 4))
-    assert "does not repeat pixels" in str(bands.unsupported(build("shuffles")))
+    assert "DCUpBlock2d.interpolate is False" in str(bands.why_not_exact(build("shuffles")))
     vae = build("sana")
     vae.decoder.up_blocks[1][0].interpolation_mode = "bilinear"
-    assert "does not repeat pixels" in str(bands.unsupported(vae))
+    assert "DCUpBlock2d.interpolation_mode is bilinear; computable in bands is nearest" in str(bands.why_not_exact(vae))
     vae = build("sana")
     vae.decoder.up_blocks[2][1].attn.to_q = torch.nn.Sequential(vae.decoder.up_blocks[2][1].attn.to_q)
-    assert "Sequential is not known" in str(bands.unsupported(vae))
+    assert "Sequential is not known" in str(bands.why_not_exact(vae))

@@ -228,7 +228,7 @@ class Predictor:
             after = run.live.peak + extra
         if room is None:
             return Decode(base, max(whole, after), flops, None)
-        bands = choose(vae.decoder, shape, vae.dtype, room)
+        bands = choose(vae.decoder, shape, room)
         return Decode(base, max(base + bands.peak_bytes, after), int(flops * bands.recomputed), bands.band_px)
 
 

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from tiledcore.parallel.ranks import Ranks
 from tiledcore.utils import replaced
-from tiledcore.vae.attention import Attention as BandAttention
-from tiledcore.vae.attention import KeysAndValues
-from tiledcore.vae.bands import Add, Band, Conv, Layer, Pointwise, Reduction, Save, Statistics, Stream
-from tiledcore.vae.exact import joined_rows, plan, rows_of, run
-from tiledcore.vae.program import program
+from tiledcore.vae.bands import Add, Band, Conv, Layer, Pointwise, Save, Statistics, Stream
+from tiledcore.vae.exact import joined, plan, rows_of, run
+from tiledcore.vae.kl import Attention as BandAttention
+from tiledcore.vae.plan import program
 
 LEAST_PIXELS = 512 * 512
 """A smaller image is decoded by every rank, because the exchange would take longer."""
@@ -38,7 +37,7 @@ def own_rows(ranks: Ranks, height: int) -> Rows:
 def divides(network: Any, height: int, ranks: int) -> bool:
     """Whether a decoder's input of ``height`` rows can be cut into slabs."""
     plain = all(
-        type(layer) in (Save, Add, Pointwise, BandAttention) or (type(layer) is Conv and layer.stride == 1)
+        type(layer) in (Save, Add, Pointwise, Statistics, BandAttention) or (type(layer) is Conv and layer.stride == 1)
         for layer in program(network)
     )
     return plain and height >= ranks
@@ -146,10 +145,14 @@ def rows_needed(layers: Sequence[Layer], own: Rows, height: int) -> list[tuple[R
 
 
 class _Slab(Layer):
-    """A layer on a slab: its output without the rows that nothing needs, or that saw the slab's border."""
+    """A layer on a slab: its output without the rows that nothing needs, or that saw the slab's border.
 
-    def __init__(self, layer: Layer, keep: Rows, reductions: Sequence[Reduction]) -> None:
-        self.layer, self.keep, self.upsample, self.reductions = layer, keep, layer.upsample, reductions
+    A reduction is one over the slabs of all ranks, each of which adds its own rows.
+    """
+
+    def __init__(self, layer: Layer, keep: Rows, ranks: Ranks, own: Rows, pixels: int) -> None:
+        self.layer, self.keep, self.upsample, self.reduces = layer, keep, layer.upsample, layer.reduces
+        self.ranks, self.own, self.pixels = ranks, own, pixels
 
     def run(self, source: Stream) -> Stream:
         at = 0
@@ -160,36 +163,25 @@ class _Slab(Layer):
             if low < high:
                 yield Band([tensor[:, :, low:high] for tensor in band.tensors], at >= self.keep[1])
 
-
-class _Merged(Reduction):
-    """A reduction over the slabs of all ranks, each of which adds its own rows."""
-
-    def __init__(self, inner: Reduction, ranks: Ranks, own: Rows, pixels: int) -> None:
-        self.inner, self.ranks, self.own, self.pixels = inner, ranks, own, pixels
-
     def start(self, pixels: int) -> None:
         self.at = 0
-        self.inner.start(self.pixels)
+        self.layer.start(self.pixels)
 
     def update(self, rows: Tensor) -> None:
         low, high = max(self.own[0] - self.at, 0), min(self.own[1] - self.at, rows.shape[2])
         self.at += rows.shape[2]
         if low < high:
-            self.inner.update(rows[:, :, low:high])
+            self.layer.update(rows[:, :, low:high])
 
     def finish(self) -> None:
-        inner = self.inner
-        if isinstance(inner, Statistics):
-            assert inner.total_mean is not None and inner.total_m2 is not None
-            device = inner.total_mean.device
-            told = self.ranks.all((inner.count, inner.total_mean.cpu(), inner.total_m2.cpu()))
-            inner.start(0)
-            for count, mean, m2 in told:
-                inner.merge(count, mean.to(device), m2.to(device))
-        elif isinstance(inner, KeysAndValues):
-            assert inner.keys is not None and inner.values is not None
-            inner.keys, inner.values = (torch.cat(self.ranks.share(t), 1) for t in (inner.keys, inner.values))
-        inner.finish()
+        layer = self.layer
+        if isinstance(layer, Statistics):
+            count, mean, variance = layer.merged()
+            told = self.ranks.all((count, mean.cpu(), variance.cpu()))
+            layer.parts = [(n, m.to(mean.device), v.to(mean.device)) for n, m, v in told]
+        elif isinstance(layer, BandAttention):
+            layer.keys, layer.values = (torch.cat(self.ranks.share(t), 1) for t in (layer.keys, layer.values))
+        layer.finish()
 
 
 def slabs(
@@ -207,9 +199,8 @@ def slabs(
     needed, scale = rows_needed(layers, own, height), 1
     cut: list[Layer] = []
     for layer, (rows, mine), (after, _) in zip(layers, needed, needed[1:], strict=False):
-        merged = [_Merged(one, ranks, mine, (mine[1] - mine[0]) * width * scale) for one in layer.reductions]
         keep = (after[0] - rows[0] * layer.upsample, after[1] - rows[0] * layer.upsample)
-        cut.append(_Slab(layer, keep, merged))
+        cut.append(_Slab(layer, keep, ranks, mine, (mine[1] - mine[0]) * width * scale))
         scale *= layer.upsample
     piece = given[:, :, needed[0][0][0] : needed[0][0][1]]
     bands = run(network, piece, plan(network, piece, band_px, budget), cut)
@@ -218,7 +209,7 @@ def slabs(
         for rank in range(1, ranks.size):
             yield from ranks.received(rank)
         return
-    slab = joined_rows(bands, (own[1] - own[0]) * scale)
+    slab = joined(bands)
     if to_first:
         ranks.send(slab.cpu())
     else:

@@ -11,25 +11,37 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import SanaMultiscaleAttnProcessor2_0, SanaMultiscaleLinearAttention
-from diffusers.models.autoencoders.autoencoder_dc import DCDownBlock2d, DCUpBlock2d, EfficientViTBlock, ResBlock
+from diffusers.models.autoencoders import autoencoder_dc as parts
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.sana_transformer import GLUMBConv
 from torch import Tensor, nn
 
-from tiledcore.vae.attention import LinearAttention, Project, Scales
-from tiledcore.vae.bands import (
-    Add,
-    Band,
-    Conv,
-    Layer,
-    Pointwise,
-    Save,
-    UnsupportedError,
-    activation,
-    convolution,
-    known,
-    unknown,
-)
+from tiledcore.vae import bands
+from tiledcore.vae.bands import Conv, Layer, known
+
+
+def decoder(network: Any) -> list[Layer]:
+    known(network, parts.Decoder, in_shortcut=True)
+    layers = _shortened(network.conv_in)
+    for block in reversed(network.up_blocks):
+        for module in block:
+            layers += _block(module)
+    return [*layers, _norm(network.norm_out), bands.activation(network.conv_act), Conv(network.conv_out)]
+
+
+def encoder(network: Any) -> list[Layer]:
+    known(network, parts.Encoder, out_shortcut=True)
+    layers: list[Layer] = [Conv(network.conv_in)]
+    for block in network.down_blocks:
+        for module in block:
+            layers += _block(module)
+    return [*layers, *_shortened(network.conv_out)]
+
+
+def _shortened(conv: Any) -> list[Layer]:
+    """The convolution next to the latents, and its shortcut."""
+    more, fewer = conv.out_channels // conv.in_channels, conv.in_channels // conv.out_channels
+    return [bands.Save(), Conv(conv), bands.Add(partial(_repeat, more) if more else partial(_mean, fewer))]
 
 
 def _repeat(times: int, x: Tensor) -> Tensor:
@@ -42,12 +54,22 @@ def _mean(of: int, x: Tensor) -> Tensor:
     return x.unflatten(1, (-1, of)).mean(2)
 
 
-class Gate(Layer):
-    """The first half of the channels times SiLU of the second half, in place."""
+def _block(module: Any) -> list[Layer]:
+    if type(module) is parts.ResBlock:
+        layers = [Conv(module.conv1), bands.activation(module.nonlinearity), Conv(module.conv2), _norm(module.norm)]
+        return [bands.Save(), *layers, bands.Add()]
+    if type(module) is parts.EfficientViTBlock:
+        return [*_attention(module.attn), *_feed_forward(module.conv_out)]
+    if type(module) is parts.DCUpBlock2d:
+        known(module, parts.DCUpBlock2d, interpolate=True, interpolation_mode="nearest", shortcut=True)
+        # The residual is repeated here, before Conv enlarges it by pixel shuffle.
+        return [bands.Save(partial(_repeat, module.repeats)), Conv(module.conv, upsample=2), bands.Add()]
+    known(module, parts.DCDownBlock2d, downsample=False, shortcut=True)
+    return [bands.Save(), Conv(module.conv), bands.Add(partial(_mean, module.group_size))]
 
-    def change(self, band: Band) -> None:
-        value, gate = band.tensors[0].chunk(2, 1)
-        band.tensors[0] = value.mul_(F.silu(gate, inplace=True))
+
+def _norm(norm: Any) -> Layer:
+    return bands.Pointwise(partial(_rms, known(norm, RMSNorm)))
 
 
 def _rms(norm: Any, x: Tensor) -> Tensor:
@@ -62,87 +84,86 @@ def _rms(norm: Any, x: Tensor) -> Tensor:
     return x
 
 
-def decoder(network: Any) -> list[Layer]:
-    layers = _shortened(convolution(network.conv_in), network.in_shortcut)
-    for block in reversed(network.up_blocks):
-        for module in block:
-            layers += _block(module)
-    return [*layers, _norm(network.norm_out), activation(network.conv_act), Conv(convolution(network.conv_out))]
+def _feed_forward(block: Any) -> list[Layer]:
+    known(known(block, GLUMBConv).nonlinearity, nn.SiLU)
+    silu, gate = bands.Pointwise(partial(F.silu, inplace=True)), bands.Pointwise(_gated)
+    layers = [Conv(block.conv_inverted), silu, Conv(block.conv_depth), gate, Conv(block.conv_point)]
+    if block.norm_type == "rms_norm":
+        layers.append(_norm(block.norm))
+    return [bands.Save(), *layers, bands.Add()] if block.residual_connection else layers
 
 
-def encoder(network: Any) -> list[Layer]:
-    layers: list[Layer] = [Conv(convolution(network.conv_in))]
-    for block in network.down_blocks:
-        for module in block:
-            layers += _block(module)
-    return [*layers, *_shortened(convolution(network.conv_out), network.out_shortcut)]
-
-
-def _norm(norm: Any) -> Layer:
-    return Pointwise(partial(_rms, known(norm, RMSNorm)))
-
-
-def _shortened(conv: nn.Conv2d, shortcut: bool) -> list[Layer]:
-    """The convolution next to the latents."""
-    if not shortcut:
-        raise UnsupportedError("the convolution next to the latents has no shortcut")
-    more, fewer = conv.out_channels // conv.in_channels, conv.in_channels // conv.out_channels
-    return [Save(), Conv(conv), Add(partial(_repeat, more) if more else partial(_mean, fewer))]
-
-
-def _block(module: Any) -> list[Layer]:
-    if type(module) is ResBlock:
-        layers = [Conv(convolution(module.conv1)), activation(module.nonlinearity), Conv(convolution(module.conv2))]
-        return [Save(), *layers, _norm(module.norm), Add()]
-    if type(module) is EfficientViTBlock:
-        return [*_attention(module.attn), *_feed_forward(module.conv_out)]
-    if type(module) is DCUpBlock2d:
-        return _up(module)
-    if type(module) is DCDownBlock2d:
-        return _down(module)
-    raise unknown(module)
-
-
-def _up(block: Any) -> list[Layer]:
-    if not block.interpolate or block.interpolation_mode != "nearest" or not block.shortcut:
-        raise UnsupportedError("a DCUpBlock2d does not repeat pixels, or has no shortcut")
-    # Repeated here, before Conv enlarges it by pixel shuffle.
-    return [Save(partial(_repeat, block.repeats)), Conv(convolution(block.conv), upsample=2), Add()]
-
-
-def _down(block: Any) -> list[Layer]:
-    if block.downsample or not block.shortcut:
-        raise UnsupportedError("a DCDownBlock2d has a pixel unshuffle beside its shortcut's, or no shortcut")
-    return [Save(), Conv(convolution(block.conv)), Add(partial(_mean, block.group_size))]
+def _gated(x: Tensor) -> Tensor:
+    """The first half of the channels times SiLU of the second half, in place."""
+    value, gate = x.chunk(2, 1)
+    return value.mul_(F.silu(gate, inplace=True))
 
 
 def _attention(attention: Any) -> list[Layer]:
-    known(attention, SanaMultiscaleLinearAttention)
+    known(attention, SanaMultiscaleLinearAttention, residual_connection=True)
     known(attention.processor, SanaMultiscaleAttnProcessor2_0)
+    known(attention.nonlinearity, nn.ReLU)
     for layer in (attention.to_q, attention.to_k, attention.to_v, attention.to_out):
         known(layer, nn.Linear)
-    if type(attention.nonlinearity) is not nn.ReLU or not attention.residual_connection:
-        raise UnsupportedError("a linear attention is without ReLU or its residual connection")
-    scales = list(attention.to_qkv_multiscale)
-    through: list[Layer] = [Project(attention)]
-    if scales:
-        for conv in (c for one in scales for c in (one.proj_in, one.proj_out)):
-            if convolution(conv).bias is not None or conv.kernel_size[0] % 2 == 0 or conv.stride != (1, 1):
-                raise UnsupportedError(f"{conv} of a linear attention is not one of odd size, stride 1 and no bias")
-        through.append(Scales(scales))
-    return [Save(), *through, LinearAttention(attention), _norm(attention.norm_out), Add()]
+    scales = [Scales(attention.to_qkv_multiscale)] if len(attention.to_qkv_multiscale) else []
+    project = bands.Pointwise(partial(_projected, attention))
+    return [bands.Save(), project, *scales, LinearAttention(attention), _norm(attention.norm_out), bands.Add()]
 
 
-def _feed_forward(block: Any) -> list[Layer]:
-    if type(block) is not GLUMBConv or type(block.nonlinearity) is not nn.SiLU:
-        raise unknown(block)
-    layers: list[Layer] = [
-        Conv(convolution(block.conv_inverted)),
-        Pointwise(partial(F.silu, inplace=True)),
-        Conv(convolution(block.conv_depth)),
-        Gate(),
-        Conv(convolution(block.conv_point)),
-    ]
-    if block.norm_type == "rms_norm":
-        layers.append(_norm(block.norm))
-    return [Save(), *layers, Add()] if block.residual_connection else layers
+def _projected(attention: Any, x: Tensor) -> Tensor:
+    """Queries, keys and values of each pixel: ``3 * inner`` channels, in this order."""
+    pixels = x.movedim(1, -1)
+    return torch.cat([to(pixels) for to in (attention.to_q, attention.to_k, attention.to_v)], 3).movedim(-1, 1)
+
+
+class Scales(Conv):
+    """The input, and after it in the channels its version by each depthwise ``proj_in`` and 1x1 ``proj_out``."""
+
+    def __init__(self, projections: Any) -> None:
+        for conv in (conv for one in projections for conv in (one.proj_in, one.proj_out)):
+            known(bands.convolution(conv), nn.Conv2d, bias=None, stride=(1, 1))
+            if 2 * conv.padding[0] != conv.kernel_size[0] - 1:
+                raise bands.UnsupportedError(f"{conv} of a linear attention changes the size")
+        super().__init__(max((one.proj_in for one in projections), key=lambda conv: conv.kernel_size[0]))
+        self.projections = projections
+
+    def _convolve(self, window: Tensor) -> Tensor:
+        def inner(x: Tensor) -> Tensor:
+            return x.narrow(2, self.kernel // 2, x.shape[2] - self.kernel + 1)
+
+        return torch.cat([inner(window), *(one.proj_out(inner(one.proj_in(window))) for one in self.projections)], 1)
+
+
+class LinearAttention(Layer):
+    """ReLU linear attention at several scales (EfficientViT: Cai et al. 2023) of queries, keys and values.
+
+    Sums of ``value keyᵀ`` and of ``key`` over all pixels are float32 within a band, as in diffusers, then float64. For
+    images of a few pixels diffusers computes the same in another order.
+    """
+
+    reduces = True
+
+    def __init__(self, attention: Any) -> None:
+        self.attention = attention
+
+    def start(self, pixels: int) -> None:
+        self.sums = torch.zeros(())
+
+    def _part(self, rows: Tensor, which: int) -> Tensor:
+        """Queries (0), keys (1) or values (2) of a band, ``[B, heads, head_dim, pixels]``, float32."""
+        part = rows.unflatten(1, (-1, 3, self.attention.attention_head_dim))[:, :, which].flatten(3)
+        return (F.relu(part) if which < 2 else part).float()
+
+    def update(self, rows: Tensor) -> None:
+        key, value = self._part(rows, 1), self._part(rows, 2)
+        sums = torch.cat([value @ key.transpose(-1, -2), key.sum(-1)[:, :, None]], 2).double()
+        self.sums = sums if self.sums.ndim == 0 else self.sums.add_(sums)
+
+    def change(self, band: bands.Band) -> None:
+        attention, rows = self.attention, band.tensors[0]
+        queries = self._part(rows, 0)
+        both = self.sums.to(queries.dtype) @ queries
+        attended = both[:, :, :-1].div_(both[:, :, -1:] + attention.eps).to(rows.dtype)
+        del both
+        attended = attended.flatten(1, 2).unflatten(2, rows.shape[2:])
+        band.tensors[0] = attention.to_out(attended.movedim(1, -1)).movedim(-1, 1)

@@ -9,29 +9,32 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
 from tiledcore.utils import replaced
-from tiledcore.vae.bands import Band, Layer, Stream, split
-from tiledcore.vae.plan import BandPlan, bands_of, choose, through
-from tiledcore.vae.program import program, unsupported
+from tiledcore.vae.bands import Band, Layer, Stream, UnsupportedError, split
+from tiledcore.vae.plan import BandPlan, bands_of, choose, program, through
 
 logger = logging.getLogger(__name__)
 
-CPU_EXACT_PIXELS = 4096 * 4096
-"""The cost of the middle block's attention grows with the square of the pixels: 3.5e13 FLOP at 4096x4096."""
+CPU_EXACT_PIXELS = 4096 * 4096  # there the middle block's attention is 3.5e13 FLOP; it grows with the square
 
 
-def why_not_exact(vae: Any, pixels: int) -> str | None:
+def why_not_exact(vae: Any, pixels: int = 0) -> str | None:
     """Why an image of this size cannot go through an autoencoder in exact bands, or None if it can."""
-    if (reason := unsupported(vae)) is not None:
-        return reason
+    if type(vae) not in (AutoencoderKL, AutoencoderTiny, AutoencoderDC):
+        return f"{type(vae).__name__} is none of AutoencoderKL, AutoencoderTiny and AutoencoderDC"
+    try:
+        program(vae.decoder)
+        program(vae.encoder)
+    except UnsupportedError as error:
+        return str(error)
     attends = getattr(vae.config, "mid_block_add_attention", False)
     if attends and vae.device.type == "cpu" and pixels > CPU_EXACT_PIXELS:
         return "its attention between all pixels would take a CPU hours"
@@ -40,22 +43,10 @@ def why_not_exact(vae: Any, pixels: int) -> str | None:
 
 Rows = Callable[[Any, Tensor, int | None, float | None], Iterator[Tensor]]
 """``(network, input, band_px, budget)`` -> the rows of its result, see :func:`rows_of`."""
-Collect = Callable[[Iterator[Tensor], int], Tensor]
-"""``(rows of an image, its height)`` -> the image, or what stands for it."""
 
 
-def joined_rows(rows: Iterator[Tensor], height: int) -> Tensor:
-    """Bands of an image as one tensor."""
-    image: Tensor | None = None
-    filled = 0
-    for band in rows:
-        if image is None:
-            image = band.new_empty(*band.shape[:2], height, band.shape[3])
-        image[:, :, filled : filled + band.shape[2]] = band
-        filled += band.shape[2]
-        del band
-    assert image is not None and filled == height
-    return image
+def joined(rows: Iterator[Tensor]) -> Tensor:
+    return torch.cat(list(rows), 2)
 
 
 def rows_of(network: Any, given: Tensor, band_px: int | None = None, budget: float | None = None) -> Iterator[Tensor]:
@@ -84,7 +75,7 @@ def exact_bands(
     band_px: int | None = None,
     budget: float | None = None,
     decode: Rows = rows_of,
-    collect: Collect = joined_rows,
+    collect: Callable[[Iterator[Tensor]], Tensor] = joined,
 ) -> Iterator[None]:
     """Inside the ``with`` block, ``vae.decode`` and ``vae.encode`` run in exact bands.
 
@@ -93,28 +84,25 @@ def exact_bands(
     Args:
         vae: a supported autoencoder.
         larger_than: images of up to this many pixels are not split.
-        band_px: see :func:`rows_of`.
-        budget: see :func:`rows_of`.
+        band_px, budget: see :func:`rows_of`.
         decode: runs the decoder; several processes have one of their own.
-        collect: takes the decoded rows.
+        collect: makes the image of the decoded rows, or what stands for it.
 
     Raises:
         TypeError: ``vae`` is not supported.
     """
 
-    def banded(network: Any, rows: Rows, collect: Collect) -> Any:
+    def banded(network: Any, rows: Rows, collect: Callable[[Iterator[Tensor]], Tensor]) -> Any:
         original, enlarged = network.forward, math.prod(layer.upsample for layer in program(network))
 
         def forward(sample: Tensor) -> Tensor:
-            height, width = (side * enlarged for side in sample.shape[2:])
-            if height * width <= larger_than:
+            if math.prod(sample.shape[2:]) * enlarged**2 <= larger_than:
                 return original(sample)
-            return collect(rows(network, sample, band_px, budget), height)
+            return collect(rows(network, sample, band_px, budget))
 
         return forward
 
-    decoder = banded(vae.decoder, decode, collect)
-    encoder = banded(vae.encoder, rows_of, lambda rows, _: torch.cat(list(rows), 2))
+    decoder, encoder = banded(vae.decoder, decode, collect), banded(vae.encoder, rows_of, joined)
     with replaced(vae.decoder, forward=decoder), replaced(vae.encoder, forward=encoder):
         yield
 
@@ -123,7 +111,7 @@ def plan(network: Any, given: Tensor, band_px: int | None = None, budget: float 
     """How to run ``vae.decoder`` or ``vae.encoder`` on a tensor. Arguments and errors as for :func:`rows_of`."""
     weight = next(network.parameters())
     limit = _free_bytes(weight.device) if budget is None else budget
-    chosen = choose(network, given.shape, weight.dtype, limit, band_px)
+    chosen = choose(network, given.shape, limit, band_px)
     if chosen.peak_bytes > limit:
         raise ValueError(
             f"budget={limit:,} bytes do not hold an input of {tuple(given.shape)} in bands of {chosen.band_px} px; "
@@ -149,45 +137,46 @@ def run(network: Any, given: Tensor, plan: BandPlan, changed: list[Layer] | None
     """All rows of the result, top to bottom; ``changed``: layers that stand in for the network's, and are used up."""
     layers, limits = changed or program(network), plan.limits
     weight = next(network.parameters())
-    kept: deque[Band] | None = None
+    kept: list[Band] | None = None
     start = 0
 
     def stream(end: int, consume: bool) -> Stream:
         if kept is None:
             source = bands_of(given, limits[0], weight.device, weight.dtype)
         else:
-            source = _read(kept, limits[start], consume)
+            source = split(_read(kept, consume), limits[start])
         return through(layers[start:end], limits[start:end], source)
 
     for i, layer in enumerate(layers):
-        for reduction in layer.reductions:
-            place = plan.keeps.get(i, 0)
-            moves = place > start  # this pass stores the activations that the next ones start from
-            reduction.start(plan.pixels[i])
-            source, stored = stream(place if moves else i, consume=moves), deque[Band]()
-            if moves:
-                source = through(layers[place:i], limits[place:i], _keep(source, stored))
-            for band in source:
-                reduction.update(band.tensors[0])
-                band.tensors.clear()
-            reduction.finish()
-            if moves:
-                kept, start = stored, place
-                layers[:place] = [Layer()] * place  # no pass goes through these again: frees their keys and values
+        if not layer.reduces:
+            continue
+        place = plan.keeps.get(i, 0)
+        moves = place > start  # this pass stores the activations that the next ones start from
+        layer.start(plan.pixels[i])
+        source, stored = stream(place if moves else i, consume=moves), list[Band]()
+        if moves:
+            source = through(layers[place:i], limits[place:i], _stored(source, stored))
+        for band in source:
+            layer.update(band.tensors[0])
+            band.tensors.clear()
+        layer.finish()
+        if moves:
+            kept, start = stored, place
+            layers[:place] = [Layer()] * place  # no pass goes through these again: frees their keys and values
     for band in stream(len(layers), consume=True):
         yield band.tensors.pop()
 
 
-def _keep(source: Stream, bands: deque[Band]) -> Stream:
+def _stored(source: Stream, bands: list[Band]) -> Stream:
     for band in source:
         bands.append(Band(list(band.tensors), band.last))
         yield band
 
 
-def _read(bands: deque[Band], rows: int, consume: bool) -> Stream:
-    """Kept bands in pieces of at most ``rows`` rows; with ``consume`` each is freed after it was read."""
-    for _ in range(len(bands)):
-        band = bands.popleft()
-        if not consume:
-            bands.append(Band(list(band.tensors), band.last))
-        yield from split(iter([band]), rows)
+def _read(bands: list[Band], consume: bool) -> Stream:
+    """Kept bands; with ``consume`` each is freed after it was read."""
+    for band in bands:
+        again = Band(list(band.tensors), band.last)
+        if consume:
+            band.tensors.clear()
+        yield again

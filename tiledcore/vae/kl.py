@@ -5,145 +5,138 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention as DiffusersAttention
+import torch.nn.functional as F
+from diffusers.models import attention_processor
 from diffusers.models.autoencoders.vae import DecoderTiny
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.unets.unet_2d_blocks import (
-    AutoencoderTinyBlock,
-    DownEncoderBlock2D,
-    UNetMidBlock2D,
-    UpDecoderBlock2D,
-)
+from diffusers.models.unets import unet_2d_blocks as blocks
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from tiledcore.vae.attention import Attention
-from tiledcore.vae.bands import (
-    Add,
-    Conv,
-    Layer,
-    Pointwise,
-    Save,
-    Statistics,
-    UnsupportedError,
-    activation,
-    convolution,
-    known,
-    unknown,
-)
-
-
-def _statistics(norm: Any) -> Statistics:
-    if type(norm) is not nn.GroupNorm or not norm.affine:
-        raise unknown(norm)
-    return Statistics(norm)
+from tiledcore.vae import bands
+from tiledcore.vae.bands import Conv, Layer, known
 
 
 def decoder(decoder: Any) -> list[Layer]:
-    layers: list[Layer] = [Conv(convolution(decoder.conv_in)), *_middle(decoder.mid_block)]
+    layers: list[Layer] = [Conv(decoder.conv_in), *_middle(decoder.mid_block)]
     for block in decoder.up_blocks:
-        for resnet in known(block, UpDecoderBlock2D).resnets:
+        for resnet in known(block, blocks.UpDecoderBlock2D).resnets:
             layers += _resnet(resnet)
-        for upsampler in block.upsamplers or ():
-            known(upsampler, Upsample2D)
-            transposed = upsampler.use_conv_transpose or not upsampler.interpolate
-            if transposed or upsampler.norm is not None or not upsampler.use_conv or upsampler.name != "conv":
-                raise unknown(upsampler)
-            layers.append(Conv(convolution(upsampler.conv), upsample=2))
+        for up in block.upsamplers or ():
+            known(up, Upsample2D, use_conv=True, use_conv_transpose=False, interpolate=True, norm=None, name="conv")
+            layers.append(Conv(up.conv, upsample=2))
     return [*layers, *_output(decoder)]
 
 
 def encoder(encoder: Any) -> list[Layer]:
-    layers: list[Layer] = [Conv(convolution(encoder.conv_in))]
+    layers: list[Layer] = [Conv(encoder.conv_in)]
     for block in encoder.down_blocks:
-        for resnet in known(block, DownEncoderBlock2D).resnets:
+        for resnet in known(block, blocks.DownEncoderBlock2D).resnets:
             layers += _resnet(resnet)
-        for downsampler in block.downsamplers or ():
-            plain = known(downsampler, Downsample2D).use_conv and downsampler.padding == 0
-            if not plain or downsampler.norm is not None:
-                raise unknown(downsampler)
-            layers.append(Conv(convolution(downsampler.conv), pad=(0, 1, 0, 1)))
+        for down in block.downsamplers or ():
+            known(down, Downsample2D, use_conv=True, padding=0, norm=None)
+            layers.append(Conv(down.conv, pad=(0, 1, 0, 1)))
     return [*layers, *_middle(encoder.mid_block), *_output(encoder)]
 
 
 def _output(network: Any) -> list[Layer]:
     known(network.conv_act, nn.SiLU)
-    return [Conv(convolution(network.conv_out), statistics=_statistics(network.conv_norm_out))]
+    return _normalised(network.conv_norm_out, network.conv_out)
 
 
 def _middle(block: Any) -> list[Layer]:
-    layers = _resnet(known(block, UNetMidBlock2D).resnets[0])
+    layers = _resnet(known(block, blocks.UNetMidBlock2D).resnets[0])
     for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
-        if attention is not None:
-            layers += _attention(attention)
+        layers += [] if attention is None else _attention(attention)
         layers += _resnet(resnet)
     return layers
 
 
+def _resnet(block: Any) -> list[Layer]:
+    known(block, ResnetBlock2D, time_emb_proj=None, upsample=None, downsample=None, output_scale_factor=1)
+    known(block.nonlinearity, nn.SiLU)
+    if block.training and block.dropout.p > 0:
+        raise bands.UnsupportedError("a residual block drops out; call vae.eval()")
+    save, add = bands.Save(), bands.Add()
+    if (shortcut := block.conv_shortcut) is not None:
+        # The residual that waits takes the most memory, so the shortcut goes where it makes that smaller.
+        early = bands.convolution(shortcut).out_channels <= shortcut.in_channels
+        (save if early else add).function = shortcut
+    return [save, *_normalised(block.norm1, block.conv1), *_normalised(block.norm2, block.conv2), add]
+
+
+def _normalised(norm: Any, conv: Any) -> list[Layer]:
+    """A norm, SiLU and a convolution."""
+    statistics = bands.Statistics(norm)
+    return [statistics, Conv(conv, statistics)]
+
+
 def _attention(attention: Any) -> list[Layer]:
-    known(attention, DiffusersAttention)
+    plain = {"spatial_norm": None, "norm_q": None, "norm_k": None}
+    known(attention, attention_processor.Attention, residual_connection=True, rescale_output_factor=1, **plain)
     for layer in (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]):
         known(layer, nn.Linear)
-    if any(getattr(attention, name) is not None for name in ("spatial_norm", "norm_q", "norm_k")):
-        raise UnsupportedError("the middle block's attention has a norm of queries, of keys, or in space")
-    if not attention.residual_connection or attention.rescale_output_factor != 1:
-        raise UnsupportedError("the middle block's attention has no residual, or scales it")
-    _statistics(attention.group_norm)
-    return [Attention(attention)]
+    statistics = bands.Statistics(attention.group_norm)
+    return [statistics, Attention(attention, statistics)]
 
 
-def _resnet(block: Any) -> list[Layer]:
-    if type(block) is not ResnetBlock2D or type(block.nonlinearity) is not nn.SiLU:
-        raise unknown(block)
-    more = (block.time_emb_proj, block.upsample, block.downsample)
-    if any(part is not None for part in more) or block.output_scale_factor != 1:
-        raise UnsupportedError("a residual block has a time embedding, changes the size or scales its sum")
-    if block.training and block.dropout.p > 0:
-        raise UnsupportedError("a residual block drops out; call vae.eval()")
-    shortcut = None if block.conv_shortcut is None else convolution(block.conv_shortcut)
-    # The residual that waits takes the most memory, so the shortcut goes where it makes that smaller.
-    early = shortcut is not None and shortcut.out_channels <= shortcut.in_channels
-    return [
-        Save(shortcut if early else None),
-        Conv(convolution(block.conv1), statistics=_statistics(block.norm1)),
-        Conv(convolution(block.conv2), statistics=_statistics(block.norm2)),
-        Add(None if early else shortcut),
-    ]
+class Attention(Layer):
+    """Self-attention of the middle block: queries of one band, keys and values ``[B, N, inner]`` of all pixels."""
+
+    reduces = True
+
+    def __init__(self, attention: Any, statistics: bands.Statistics) -> None:
+        self.attention, self.statistics = attention, statistics
+        self.keys = self.values = torch.empty(0)
+
+    def start(self, pixels: int) -> None:
+        self.pixels, self.filled = pixels, 0
+
+    def update(self, rows: Tensor) -> None:
+        tokens = self._tokens(rows)
+        found = self.attention.to_k(tokens), self.attention.to_v(tokens)
+        if self.filled == 0:
+            self.keys, self.values = (t.new_empty(t.shape[0], self.pixels, t.shape[2]) for t in found)
+        place = slice(self.filled, self.filled + tokens.shape[1])
+        self.keys[:, place], self.values[:, place] = found
+        self.filled = place.stop
+
+    def _tokens(self, rows: Tensor) -> Tensor:
+        return self.statistics.apply(rows, silu=False).flatten(2).transpose(1, 2)
+
+    def change(self, band: bands.Band) -> None:
+        attention, rows = self.attention, band.tensors[0]
+        queries = attention.to_q(self._tokens(rows))
+        q, k, v = (t.unflatten(2, (attention.heads, -1)).transpose(1, 2) for t in (queries, self.keys, self.values))
+        if q.is_meta:  # where torch would count its fallback, which stores all scores
+            attended = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, False)[0]
+        else:
+            attended = F.scaled_dot_product_attention(q, k, v)
+        out = attention.to_out[0](attended.transpose(1, 2).flatten(2))
+        band.tensors[0] = out.transpose(1, 2).unflatten(2, rows.shape[2:]) + rows
 
 
 def tiny(network: Any) -> list[Layer]:
-    decodes = type(network) is DecoderTiny
-    layers: list[Layer] = [Pointwise(_to_decoder if decodes else _to_encoder)]
+    layers: list[Layer] = []
     upsample = 1
     for module in network.layers:
         if type(module) is nn.Upsample:
-            if module.mode != "nearest" or module.scale_factor != 2:
-                raise UnsupportedError(f"{module} does not repeat pixels")
-            upsample = 2
+            upsample = int(known(module, nn.Upsample, mode="nearest", scale_factor=2).scale_factor)
         elif type(module) is nn.Conv2d:
-            layers.append(Conv(convolution(module), upsample=upsample))
+            layers.append(Conv(module, upsample=upsample))
             upsample = 1
-        elif type(module) is AutoencoderTinyBlock:
-            skip = None if type(module.skip) is nn.Identity else convolution(module.skip)
-            layers += [Save(skip), *(_step(step) for step in module.conv), Add(), Pointwise(module.fuse)]
+        elif type(module) is blocks.AutoencoderTinyBlock:
+            skip = module.skip if type(module.skip) is nn.Identity else bands.convolution(module.skip)
+            main = [_step(step) for step in module.conv]
+            layers += [bands.Save(skip), *main, bands.Add(), bands.Pointwise(module.fuse)]
         else:
             layers.append(_step(module))
-    return [*layers, Pointwise(_from_decoder)] if decodes else layers
+    # What DecoderTiny.forward and EncoderTiny.forward do around their layers.
+    if type(network) is DecoderTiny:
+        return [bands.Pointwise(lambda x: torch.tanh(x / 3) * 3), *layers, bands.Pointwise(lambda x: x.mul(2).sub(1))]
+    return [bands.Pointwise(lambda x: x.add(1).div(2)), *layers]
 
 
 def _step(module: Any) -> Layer:
-    return Conv(convolution(module)) if type(module) is nn.Conv2d else activation(module)
-
-
-# The operations of DecoderTiny.forward and EncoderTiny.forward around their layers.
-def _to_decoder(x: Tensor) -> Tensor:
-    return torch.tanh(x / 3) * 3
-
-
-def _from_decoder(x: Tensor) -> Tensor:
-    return x.mul(2).sub(1)
-
-
-def _to_encoder(x: Tensor) -> Tensor:
-    return x.add(1).div(2)
+    return Conv(module) if type(module) is nn.Conv2d else bands.activation(module)

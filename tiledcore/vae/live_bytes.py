@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-Scratch = Callable[[Any, tuple[Any, ...]], int]
-
 
 class LiveBytes(TorchDispatchMode):
     """Counts each tensor storage made inside the ``with`` block, until nothing refers to it any more.
 
-    Older tensors count only if they belong to ``modules``. Memory that a kernel allocates and frees itself is not seen.
+    Older tensors count only if they belong to ``modules``; what a kernel allocates and frees itself is not seen.
+    ``now`` is the bytes alive now, ``peak`` the most alive at once since the last :meth:`reset`.
 
-    Args:
-        modules: their parameters and buffers count from the beginning.
-        scratch: ``(operation, its arguments)`` -> bytes that it needs only while it runs.
-
-    Attributes:
-        now: bytes alive now.
-        peak: most bytes alive at once since the last :meth:`reset`.
+    ``scratch(operation, its arguments)`` gives the bytes that it needs only while it runs.
     """
 
-    def __init__(self, modules: Sequence[nn.Module] = (), scratch: Scratch | None = None) -> None:
+    def __init__(
+        self, modules: Iterable[nn.Module] = (), scratch: Callable[[Any, tuple[Any, ...]], int] = lambda *_: 0
+    ) -> None:
         super().__init__()
         self.scratch = scratch
         self.now = self.peak = 0
@@ -48,8 +43,7 @@ class LiveBytes(TorchDispatchMode):
             for tensor in new:
                 if _key(tensor) not in given:  # else it is a view of an older tensor
                     self._add(tensor)
-        if self.scratch is not None:
-            self.peak = max(self.peak, self.now + self.scratch(func, args))
+        self.peak = max(self.peak, self.now + self.scratch(func, args))
         return result
 
     def _add(self, tensor: Tensor) -> None:

@@ -7,6 +7,7 @@ has no seam. Attention and normalisation also see the padding, which changes the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,17 +21,15 @@ from torch import Tensor
 from tiledcore.geometry import both
 from tiledcore.utils import replaced
 
-# Latent pixels, for unknown autoencoders: more than the reach of those of Stable Diffusion and FLUX.
-REACH = 24
+REACH = 24  # latent pixels, for unknown autoencoders: more than the reach of those of Stable Diffusion and FLUX
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """Padding of a wrapped canvas in latent pixels per side: (y, x), 0 on an axis that does not wrap."""
+    """Padding of a wrapped canvas."""
 
-    reach: tuple[int, int]
-    factor: int
-    """Image pixels per latent pixel."""
+    reach: tuple[int, int]  # latent pixels per side: (y, x), 0 on an axis that does not wrap
+    factor: int  # image pixels per latent pixel
 
     def pad(self, canvas: Tensor, pixels: int = 1) -> Tensor:
         """Pad ``[..., H, W]``; ``pixels`` is pixels of ``canvas`` per latent pixel."""
@@ -47,12 +46,7 @@ class Continuation:
         return canvas[..., y : canvas.shape[-2] - y, x : canvas.shape[-1] - x]
 
     def crop_rows(self, bands: Iterable[Tensor], height: int) -> Iterator[Tensor]:
-        """:meth:`crop` for an image in bands of rows ``[..., rows, W]``, top to bottom.
-
-        Args:
-            bands: of the padded image, in image pixels.
-            height: of the image without padding.
-        """
+        """:meth:`crop` for bands ``[..., rows, W]`` of an image, top to bottom; ``height`` is that of the result."""
         y, x = (reach * self.factor for reach in self.reach)
         at = -y
         for band in bands:
@@ -77,15 +71,12 @@ def decoder_reach(vae: Any) -> int:
     # 3x3 convolutions: one at the start, two in each of two residual blocks in the middle, then per level two in each
     # of layers + 1 blocks, one after each upsampling, one at the end. At level i each sees 2**-i latent pixels.
     seen = 1 + 4 + sum((2 * (layers + 1) + (i > 0)) / 2**i for i in range(levels)) + 1 / 2 ** (levels - 1)
-    return -int(-seen // 1)
+    return math.ceil(seen)
 
 
 @contextmanager
 def wrapped(vae: Any, around: Continuation) -> Iterator[None]:
-    """Inside the ``with`` block, ``vae.decode`` and ``vae.encode`` see their canvas continued by ``around``.
-
-    ``vae`` is any autoencoder whose ``decode`` returns a tuple or has a ``sample``.
-    """
+    """Inside the ``with`` block, ``decode`` and ``encode`` of any VAE see their canvas continued by ``around``."""
     if around.reach == (0, 0):
         yield
         return
