@@ -32,8 +32,7 @@ from tiledcore.io.stream import CPU_BUDGET, Rows, Streamed
 from tiledcore.loop.checkpoint import Checkpoint, locked
 from tiledcore.loop.engine import Engine
 from tiledcore.loop.graph import CudaBackend, StepGraphs
-from tiledcore.memory.budget import Budget, within
-from tiledcore.memory.planner import Plan
+from tiledcore.memory.planner import Budget, Plan, within
 from tiledcore.parallel.ranks import Ranks, Sharing, options_of, same_call
 from tiledcore.parallel.slabs import divided, slabs
 from tiledcore.schedulers.pull import Pull, Pulling

@@ -21,7 +21,7 @@ from tiledcore.io.stream import Rows
 from tiledcore.loop.checkpoint import Checkpoint
 from tiledcore.loop.graph import Mode, StepGraphs
 from tiledcore.loop.report import Report
-from tiledcore.memory.budget import Budget
+from tiledcore.memory.planner import Budget
 from tiledcore.models import EARTH, EARTH_FLUX, EMBEDDED, NATIVE
 from tiledcore.parallel.ranks import current
 from tiledcore.schedulers.pull import Pull

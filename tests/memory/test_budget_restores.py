@@ -8,8 +8,7 @@ from tilings import RAMP
 from tiny import tiny_sd
 
 from tiledcore import Execution, TiledPipeline, TilingConfig
-from tiledcore.memory.budget import _offloaded, within
-from tiledcore.memory.planner import Plan
+from tiledcore.memory.planner import Plan, _offloaded, within
 from tiledcore.memory.prediction import Phase
 
 OFFLOADING = Plan(

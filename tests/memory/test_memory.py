@@ -13,8 +13,7 @@ from tiledcore import Execution, TiledPipeline, TilingConfig
 from tiledcore.cli.main import main
 from tiledcore.memory.architectures import architecture
 from tiledcore.memory.planner import SAFETY, DoesNotFit, Planner
-from tiledcore.memory.prediction import Predictor, parse_bytes
-from tiledcore.memory.simulation import attention_pairs
+from tiledcore.memory.prediction import Predictor, attention_pairs, parse_bytes
 from tiledcore.vae.live_bytes import LiveBytes
 
 GIB = 2**30

@@ -25,8 +25,8 @@ from tiny_transformers import CHANNELS, build, call, side, tiles, tiny_flux, tin
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tiledcore import Execution, Region, TiledPipeline, TilingConfig, apply_tiling, remove_tiling
-from tiledcore.memory.simulation import build as fake
-from tiledcore.memory.simulation import simulated
+from tiledcore.memory.prediction import build as fake
+from tiledcore.memory.prediction import simulated
 from tiledcore.tiles.conditioning import LATER, ControlHook
 from tiledcore.tiles.denoiser import TileDenoiser
 from tiledcore.tiles.families import FAMILIES

@@ -1,21 +1,35 @@
-"""Plan an image so that it fits a memory budget: tiles or whole canvas, batch sizes, VAE bands, offload."""
+"""Plan an image so that it fits a memory budget: tiles or whole canvas, batch sizes, VAE bands, offload.
+
+``TiledPipeline(memory_budget=...)`` plans each call, runs it as planned and measures its peak.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from inspect import signature
+from typing import Any
 
+import torch
+
+from tiledcore._diffusers import device_of, is_offloaded, offload_state
 from tiledcore.config import Execution, TilingConfig
-from tiledcore.geometry import Pair
-from tiledcore.memory.prediction import Phase, Predictor, show_bytes
+from tiledcore.geometry import Pair, both
+from tiledcore.loop.graph import Counters
+from tiledcore.loop.report import Report
+from tiledcore.memory.architectures import architecture
+from tiledcore.memory.prediction import Phase, Predictor, parse_bytes, show_bytes
+from tiledcore.utils import replaced
+from tiledcore.vae.live_bytes import LiveBytes
+
+logger = logging.getLogger(__name__)
 
 SAFETY = 1.1
-"""A predicted peak times this must fit the budget: fragmentation, kernel workspaces and the CUDA context are not
-predicted."""
+"""A predicted peak times this must fit: fragmentation, kernel workspaces and the CUDA context are not predicted."""
 COUNTED_BYTES = "tensors on the device are counted, not the whole process"
-MOVING, CANVAS = TilingConfig(motion="moving"), TilingConfig(mode="canvas")
-Way = tuple[TilingConfig, Execution]
 
 
 @dataclass(frozen=True)
@@ -23,19 +37,15 @@ class Plan:
     """How to make an image within a budget, and its predicted memory."""
 
     model: str
-    size: Pair
-    """(width, height) of the image, px."""
+    size: Pair  # (width, height) of the image, px
     budget: int
     device: str
     dtype: str
     tiling: TilingConfig
     execution: Execution
-    offload: bool
-    """Each module is on the device only while it runs (``enable_model_cpu_offload``)."""
-    vae_band: int | None
-    """Rows of the image that are decoded at a time; None: all."""
-    vae_room: int | None
-    """With bands: bytes for them, without weights, latents and the image."""
+    offload: bool  # each module is on the device only while it runs (``enable_model_cpu_offload``)
+    vae_band: int | None  # rows of the image that are decoded at a time; None: all
+    vae_room: int | None  # with bands: bytes for them, without weights, latents and the image
     tiles: int
     area_factor: float
     phases: tuple[Phase, ...]
@@ -82,17 +92,12 @@ class Planner:
         predictor: of the model and the device; on a CPU nothing is offloaded.
         budget: bytes of tensors on the device.
         images: images per call.
-        branches: 2 with classifier-free guidance, 1 without. Default: as the pipeline does.
+        branches: 2 with classifier-free guidance, 1 without; 0: as the pipeline does.
         offload: each module is on the device only while it runs. Default: only if needed.
     """
 
     def __init__(
-        self,
-        predictor: Predictor,
-        budget: int,
-        images: int = 1,
-        branches: int | None = None,
-        offload: bool | None = None,
+        self, predictor: Predictor, budget: int, images: int = 1, branches: int = 0, offload: bool | None = None
     ) -> None:
         self.predictor, self.budget, self.images = predictor, budget, images
         self.branches = branches or predictor.model.branches
@@ -117,36 +122,34 @@ class Planner:
         unit = self.predictor.unit
         if any(n < 1 or n % unit for n in size):
             raise ValueError(f"size={size[0]}x{size[1]}: both sides must be multiples of {unit} px")
-        execution = execution or Execution()
         plans = []
-        for found in self._candidates(size, self._ways(tiling, execution)):
-            if found.fits:
-                return found
-            plans.append(found)
+        for way in self._ways(tiling, execution or Execution()):
+            plans.append(self._assemble(size, *way))
+            if plans[-1].fits:
+                return plans[-1]
         raise DoesNotFit(min(plans, key=lambda found: (found.peak, sum(phase.peak for phase in found.phases))))
 
-    def _ways(self, tiling: TilingConfig | None, execution: Execution) -> list[list[Way]]:
-        """Per mode, the ways to process the canvas, from the fastest to the one with the least memory."""
+    def _ways(
+        self, tiling: TilingConfig | None, execution: Execution
+    ) -> Iterator[tuple[TilingConfig, Execution, bool]]:
+        """Ways to make the image, with or without offload; per mode from the fastest to the least memory."""
         if tiling is None:
-            first = (CANVAS, MOVING) if self.predictor.model.network.role == "transformer" else (MOVING, CANVAS)
-            return [ways for each in first for ways in self._ways(each, execution)]
+            modes = (TilingConfig(motion="moving"), TilingConfig(mode="canvas"))
+            for mode in modes[::-1] if self.predictor.model.network.role == "transformer" else modes:
+                yield from self._ways(mode, execution)
+            return
+        batches = [execution]
         if tiling.mode == "canvas":
-            splits = execution.guidance_batch and self.images * self.branches > 1
-            split = [(tiling, replace(execution, guidance_batch=False))] if splits else []
-            return [[(tiling, execution), *split]]
-        batch, ways = execution.tile_batch, []
-        while batch >= 1:
-            ways.append((tiling, replace(execution, tile_batch=batch)))
-            batch //= 2
-        return [ways]
+            if execution.guidance_batch and self.images * self.branches > 1:
+                batches.append(replace(execution, guidance_batch=False))
+        else:
+            while batches[-1].tile_batch > 1:
+                batches.append(replace(execution, tile_batch=batches[-1].tile_batch // 2))
+        for offload in self.offloads:
+            for batch in batches:
+                yield tiling, batch, offload
 
-    def _candidates(self, size: Pair, modes: list[list[Way]]) -> Iterator[Plan]:
-        for ways in modes:
-            for offload in self.offloads:
-                for way in ways:
-                    yield self._assemble(size, way, offload)
-
-    def _assemble(self, size: Pair, way: Way, offload: bool) -> Plan:
+    def _assemble(self, size: Pair, tiling: TilingConfig, execution: Execution, offload: bool) -> Plan:
         predictor, model = self.predictor, self.predictor.model
         weights = {part.role: predictor.weights(part.role) for part in model.parts}
         resident = sum(weights.values())
@@ -156,30 +159,34 @@ class Planner:
 
         texts = predictor.text(self.images)
         canvas, room = (size[1] // model.factor, size[0] // model.factor), None
-        evaluation = predictor.evaluation(canvas, *way, self.images, self.branches)
-        others = (0 if offload else resident - weights["vae"]) + evaluation.kept
+        evaluation = predictor.evaluation(canvas, tiling, execution, self.images, self.branches)
+        others = beside("vae") - weights["vae"] + evaluation.kept
         decode = predictor.decode(canvas, self.images, None)
         if (decode.peak + others) * SAFETY > self.budget:
             room = max(1, int(self.budget / SAFETY) - others - decode.base)
             decode = predictor.decode(canvas, self.images, room)
-        network = model.network.role
+        if tiling.mode == "canvas":
+            choice = "canvas, guidance " + ("together" if execution.guidance_batch else "one branch at a time")
+        else:
+            choice = f"tiles, {execution.tile_batch} at a time"
+        bands = "whole image" if decode.band is None else f"exact VAE bands of {decode.band} px"
         phases = [
-            Phase("network", beside(network) + evaluation.peak, evaluation.flops, _choice(*way)),
-            Phase("decode", decode.peak + others, decode.flops, _bands(decode.band)),
+            Phase("network", beside(model.network.role) + evaluation.peak, evaluation.flops, choice),
+            Phase("decode", decode.peak + others, decode.flops, bands),
         ]
         if texts:
             peak = max(beside(role) + activations for role, (activations, _) in texts.items())
-            choice = "one at a time on the device" if offload else "stay on the device"
             flops = sum(one for _, one in texts.values()) * self.branches
-            phases.insert(0, Phase("text encoders", peak, flops, choice))
+            where = "one at a time on the device" if offload else "stay on the device"
+            phases.insert(0, Phase("text encoders", peak, flops, where))
         return Plan(
             model=model.name,
             size=size,
             budget=self.budget,
             device=predictor.device,
             dtype=str(model.network.dtype).removeprefix("torch."),
-            tiling=way[0],
-            execution=way[1],
+            tiling=tiling,
+            execution=execution,
             offload=offload,
             vae_band=decode.band,
             vae_room=room,
@@ -189,11 +196,102 @@ class Planner:
         )
 
 
-def _bands(band: int | None) -> str:
-    return "whole image" if band is None else f"exact VAE bands of {band} px"
+class Budget:
+    """Plans the calls of one pipeline within ``limit``, a size for :func:`parse_bytes`; predictions are cached."""
+
+    def __init__(self, limit: int | str) -> None:
+        self.limit = parse_bytes(limit)
+        self._predictor: Predictor | None = None
+
+    def plan(
+        self, pipe: Any, arguments: dict[str, Any], size: Pair | None, tiling: TilingConfig | None, execution: Execution
+    ) -> Plan:
+        """The plan of ``pipe(**arguments)``; errors: :meth:`Planner.plan`.
+
+        ``size`` is (height, width) of the image in px; None: by the arguments, or the model's own.
+        """
+        bound = signature(type(pipe).__call__).bind_partial(pipe, **arguments)
+        bound.apply_defaults()
+        call = bound.arguments
+        model, device = architecture(pipe), device_of(pipe).type
+        if self._predictor is None or (self._predictor.model, self._predictor.device) != (model, device):
+            self._predictor = Predictor(model, device)
+        guided = model.branches == 2 and (call.get("guidance_scale") or 0) > 1
+        offload = True if _offloaded(pipe) else None
+        planner = Planner(self._predictor, self.limit, _images(call), 1 + guided, offload)
+        tall, wide = (side * pipe.vae_scale_factor for side in both(model.native))
+        height, width = size or (call.get("height") or tall, call.get("width") or wide)
+        return planner.plan((width, height), tiling, execution)
+
+    def keeps_off(self, pipe: Any, *args: Any, **kwargs: Any) -> bool:
+        """Called before ``pipe.to(...)``: if the weights exceed the budget, enable offload and return True.
+
+        Offload stays enabled until ``pipe.remove_all_hooks()``.
+        """
+        device = kwargs.get("device", next((a for a in args if isinstance(a, str | torch.device)), None))
+        if device is None or torch.device(device).type != "cuda":
+            return False
+        weights = sum(part.weight_bytes or 0 for part in architecture(pipe).parts)
+        if weights * SAFETY <= self.limit:
+            return False
+        logger.info("%s of weights: each module is on the device only while it runs", show_bytes(weights))
+        pipe.enable_model_cpu_offload(device=device)
+        return True
 
 
-def _choice(tiling: TilingConfig, execution: Execution) -> str:
-    if tiling.mode == "canvas":
-        return "canvas, guidance " + ("together" if execution.guidance_batch else "one branch at a time")
-    return f"tiles, {execution.tile_batch} at a time"
+def _offloaded(pipe: Any) -> bool:
+    return any(is_offloaded(module) for module in pipe.components.values())
+
+
+def _modules(pipe: Any) -> list[Any]:
+    return [module for module in pipe.components.values() if isinstance(module, torch.nn.Module)]
+
+
+def _images(call: dict[str, Any]) -> int:
+    prompts, embeds = call.get("prompt"), call.get("prompt_embeds")
+    count = len(prompts) if isinstance(prompts, list) else 1 if embeds is None else len(embeds)
+    return int(count * (call.get("num_images_per_prompt") or 1))
+
+
+@contextmanager
+def within(wrapper: Any, pipe: Any, plan: Plan | None) -> Iterator[None]:
+    """Run a call as planned; the report then has the plan and the measured peak. None: only run it.
+
+    Offload that the plan needs is on for this call only; afterwards ``pipe`` is as before, also after an error.
+    """
+    if plan is None:
+        yield
+        return
+    sizes = show_bytes(plan.peak), show_bytes(plan.budget)
+    logger.info("%s predicted, %s allowed (%s): %s", *sizes, COUNTED_BYTES, plan.summary)
+    cuda = device_of(pipe).type == "cuda"
+    with ExitStack() as stack:
+        if plan.offload and not _offloaded(pipe):
+            stack.enter_context(_offload(pipe))
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(device_of(pipe))
+        else:  # counted, some microseconds per operation; a compiled network runs uncompiled
+            live = stack.enter_context(LiveBytes(_modules(pipe)))
+        yield
+    wrapper.report = wrapper.report or Report(False, "fused=False", 0, Counters())
+    wrapper.report.plan = plan
+    wrapper.report.measured_bytes = torch.cuda.max_memory_allocated(device_of(pipe)) if cuda else live.peak
+
+
+@contextmanager
+def _offload(pipe: Any) -> Iterator[None]:
+    """Model CPU offload inside the ``with`` block; afterwards hooks, devices and attributes are as before."""
+    modules = _modules(pipe)
+    places = [module.device for module in modules]
+    with ExitStack() as stack:
+        stack.enter_context(replaced(pipe, **offload_state(pipe)))
+        for module in modules:  # accelerate leaves its own forward behind
+            stack.enter_context(replaced(module, forward=module.forward))
+        try:
+            pipe.enable_model_cpu_offload(device=device_of(pipe))
+            yield
+        finally:
+            pipe.remove_all_hooks()
+            for module, device in zip(modules, places, strict=True):
+                if module.device != device:  # quantised modules never moved
+                    module.to(device)

@@ -1,11 +1,19 @@
-"""Predict the peak memory of making an image, by running the real code on fake tensors (without data).
+"""Predict the peak memory of making an image, by running the real code on fake tensors (shape and dtype, no data).
 
-The phases of a call are text encoders, network (in tiles or on the whole canvas, with the fused step) and VAE.
+The phases of a call are text encoders, network (in tiles or on the whole canvas, with the fused step) and VAE. The
+modules' real Python code runs, so the same tensors are alive at the same time as in a real run. Differences:
+
+- Plain attention counts as a memory-efficient kernel: queries, keys, values and output, without the scores.
+- ``neighbor_attention`` counts by its implementation: the kernels need no scratch, the others gather in chunks.
+- Workspaces inside other kernels (cuDNN, cuBLAS, oneDNN) do not count; the planner's safety factor covers them.
 """
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
@@ -14,7 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_flop_count
 
+from tiledcore import ops
 from tiledcore._diffusers import float32_parts
 from tiledcore.canvas import attention
 from tiledcore.config import Execution, TilingConfig
@@ -22,12 +32,14 @@ from tiledcore.feature import Features
 from tiledcore.geometry import Pair, TileGrid, both
 from tiledcore.loop.engine import Buffers, Engine
 from tiledcore.loop.graph import StepGraphs
-from tiledcore.memory.architectures import Architecture, Part, tensor_bytes
-from tiledcore.memory.simulation import Simulated, build, simulated
+from tiledcore.memory.architectures import Architecture, tensor_bytes
+from tiledcore.ops.gathered_attention import CHUNK_BYTES
+from tiledcore.ops.neighbor_attention import FASTEST, IMPLS
 from tiledcore.schedulers.solver import LinearSolver
 from tiledcore.tiles.denoiser import TileDenoiser
 from tiledcore.tiles.fade import Fade
-from tiledcore.tiles.families import FAMILIES, Family
+from tiledcore.tiles.families import FAMILIES
+from tiledcore.vae.live_bytes import LiveBytes
 from tiledcore.vae.plan import choose
 
 SLOTS = 2
@@ -43,13 +55,11 @@ def parse_bytes(value: int | str) -> int:
     Raises:
         ValueError: not a number of bytes, no unit, or not from 1 byte to 1024 TiB.
     """
-    size = value if isinstance(value, int) and not isinstance(value, bool) else 0
-    if isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]?i?b)?\s*", value.lower())
-        if match is not None and match[2] is None:
-            raise ValueError(f"budget={value!r}: has no unit; write {match[1]}GiB, {match[1]}MiB or {match[1]}B")
-        if match is not None:
-            size = int(float(match[1]) * UNITS.get(match[2], 0))
+    text = f"{value}B" if type(value) is int else str(value)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]?i?b)?\s*", text.lower())
+    if match is not None and match[2] is None:
+        raise ValueError(f"budget={value!r}: has no unit; write {match[1]}GiB, {match[1]}MiB or {match[1]}B")
+    size = 0 if match is None else int(float(match[1]) * UNITS.get(match[2], 0))
     if not 1 <= size <= 2**50:
         raise ValueError(
             f"budget={str(value)[:40]!r}: must be a number of bytes from 1 to 1024TiB, such as '24GiB' or '24GB'"
@@ -67,12 +77,9 @@ class Phase:
     """One part of a call."""
 
     name: str
-    peak: int
-    """Predicted bytes on the device, weights included, without the safety factor."""
-    flops: int
-    """Of the network: per step."""
-    choice: str
-    """The choice that was made for it."""
+    peak: int  # predicted bytes on the device, weights included, without the safety factor
+    flops: int  # of the network: per step
+    choice: str  # that was made for it
 
 
 @dataclass(frozen=True)
@@ -80,8 +87,7 @@ class Evaluation:
     """The network on one canvas and the step after it, in bytes without the network's weights."""
 
     peak: int
-    kept: int
-    """The engine's buffers, which still exist while the image is decoded."""
+    kept: int  # the engine's buffers, which still exist while the image is decoded
     flops: int
     tiles: int
     area_factor: float
@@ -91,12 +97,112 @@ class Evaluation:
 class Decode:
     """Decoding an image."""
 
-    base: int
-    """Bytes of weights, latents and the image."""
+    base: int  # bytes of weights, latents and the image
     peak: int
     flops: int
-    band: int | None
-    """Rows of the image at a time, px; None: all."""
+    band: int | None  # rows of the image at a time, px; None: all
+
+
+@dataclass
+class Simulated:
+    """What was counted while modules ran on fake tensors."""
+
+    live: LiveBytes
+    counter: FlopCounterMode
+    repeated: int = 0  # FLOPs of calls that :meth:`once` did not run again
+
+    @property
+    def flops(self) -> int:
+        return int(self.counter.get_total_flops()) + self.repeated
+
+    def once(self, forward: Callable[..., tuple[Tensor]]) -> Callable[..., tuple[Tensor]]:
+        """Run a network once for each shape of its first argument; later calls count what that one needed."""
+        known: dict[torch.Size, tuple[torch.Size, int, int]] = {}
+
+        def call(given: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+            live, before = self.live, self.live.now
+            if given.shape in known:
+                shape, flops, more = known[given.shape]
+                self.repeated += flops
+                live.peak = max(live.peak, before + more)
+                return (given.new_empty(shape),)
+            flops, earlier = self.flops, live.reset()
+            result = forward(given, *args, **kwargs)
+            known[given.shape] = (result[0].shape, self.flops - flops, live.peak - before)
+            live.peak = max(live.peak, earlier)
+            return result
+
+        return call
+
+
+def build(make: Callable[[], torch.nn.Module], dtype: torch.dtype, mode: FakeTensorMode) -> torch.nn.Module:
+    """Build a module with fake weights of a floating dtype, without data, in about a second."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with mode:
+            return make().eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def simulated(mode: FakeTensorMode, modules: Sequence[torch.nn.Module], device: str) -> Iterator[Simulated]:
+    """Run the ``with`` block on fake tensors and count, as on ``device``; the fake tensors are on the CPU.
+
+    ``modules``, which were built in ``mode``, count from the beginning.
+    """
+    kernel: ops.Impl = "triton" if device == "cuda" else "native"
+    lacks = ops.unavailable("neighbor_attention", kernel, torch.device(device)) is not None
+    gathers, most = lacks or (device == "cuda" and FASTEST), 2 * CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"])
+
+    def scratch(func: Any, args: tuple[Any, ...]) -> int:
+        attends = func.namespace == "tiledcore" and func._opname.startswith("neighbor_attention")
+        return min(most, _gathered(*args)) if gathers and attends else 0
+
+    live = LiveBytes(modules, scratch)
+    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+    with torch.no_grad(), mode, counter, live:
+        yield Simulated(live, counter)
+
+
+def _seen(size: int, tile: int, halo: int, wraps: bool) -> list[Pair]:
+    """Per tile of one axis: (number of its queries, number of keys that they see)."""
+    found = []
+    for start in range(0, size, tile):
+        end = min(start + tile, size)
+        keys = end - start + 2 * halo if wraps else min(end + halo, size) - max(start - halo, 0)
+        found.append((end - start, min(keys, size)))
+    return found
+
+
+def _gathered(q: Tensor, *arguments: Any) -> int:
+    """Bytes of all queries, windows and results of ``neighbor_attention``, if ``"sdpa"`` gathered all at once."""
+    axes = zip(*arguments[5:9], strict=True)
+    keys = math.prod(sum(seen for _, seen in _seen(*axis)) for axis in axes)
+    return int(q[:, :1].nbytes * 2 * (math.prod(arguments[5]) + keys))
+
+
+def attention_pairs(canvas: Pair, tile: Pair, halo: Pair, wrap: tuple[bool, bool]) -> int:
+    """The number of (query, key) pairs in neighbour attention, without global tokens."""
+    axes = zip(canvas, tile, halo, wrap, strict=True)
+    return math.prod(sum(queries * seen for queries, seen in _seen(*axis)) for axis in axes)
+
+
+def _neighbor_attention_flops(q: Sequence[int], *arguments: Any, **_: Any) -> int:
+    """FLOPs of two products (scores, and scores times values); a multiply-add counts as two."""
+    batch, tokens, heads, dim = q
+    pairs = attention_pairs(*arguments[5:9]) + tokens * (arguments[3][1] if arguments[3] else 0)
+    return 4 * batch * heads * dim * pairs
+
+
+register_flop_formula([getattr(torch.ops.tiledcore, f"neighbor_attention_{impl}") for impl in IMPLS])(
+    _neighbor_attention_flops
+)
+# torch has formulas only for its CUDA kernels.
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+}
 
 
 class Predictor:
@@ -105,30 +211,25 @@ class Predictor:
     def __init__(self, model: Architecture, device: str) -> None:
         self.model, self.device = model, device
         self.mode = FakeTensorMode()
+        self.parts = {part.role: part for part in model.parts}
+        self.family = next(family for family in FAMILIES if family.model.__name__ == model.network.kind)
         self.module = cache(self._module)
         self.evaluation = cache(self._evaluation)
         self.text = cache(self._text)
         self.decode = cache(self._decode)
 
     def _module(self, role: str, dtype: torch.dtype | None = None) -> torch.nn.Module:
-        part = self.part(role)
+        part = self.parts[role]
         return build(part.make, dtype or part.dtype, self.mode)
-
-    @property
-    def family(self) -> Family:
-        return next(family for family in FAMILIES if family.model.__name__ == self.model.network.kind)
 
     @property
     def unit(self) -> int:
         """Both sides of an image must be multiples of this, px."""
         return self.model.factor * self.family.patch(self.module(self.model.network.role))
 
-    def part(self, role: str) -> Part:
-        return next(part for part in self.model.parts if part.role == role)
-
     def weights(self, role: str) -> int:
         """Bytes of a module's weights: of the real module if there is one."""
-        part, module = self.part(role), self.module(role)
+        part, module = self.parts[role], self.module(role)
         if part.weight_bytes is not None:
             return part.weight_bytes
         # With float16, transformers keeps some of T5's layers in float32.
@@ -199,14 +300,8 @@ class Predictor:
         engine._step(denoiser, forward, timestep, conditions, index=1)
         peak = run.live.peak - weights
         del latents, conditions, timestep, held
-        one = denoiser.config.mode == "canvas"
-        return Evaluation(
-            peak=peak,
-            kept=run.live.now - weights,
-            flops=run.flops - flops,
-            tiles=1 if one else len(tiling),
-            area_factor=1.0 if one else tiling.area_factor,
-        )
+        tiles, area_factor = (1, 1.0) if denoiser.config.mode == "canvas" else (len(tiling), tiling.area_factor)
+        return Evaluation(peak, run.live.now - weights, run.flops - flops, tiles, area_factor)
 
     def _decode(self, canvas: Pair, images: int, room: int | None) -> Decode:
         """Decode latents of (height, width) to an image; weights of the VAE included.
@@ -217,8 +312,7 @@ class Predictor:
         upcast = self.model.upcasts_vae and part.dtype == torch.float16
         vae: Any = self.module("vae", torch.float32 if upcast else None)
         shape = (images, vae.config.latent_channels, *canvas)
-        real = part.weight_bytes
-        extra = 0 if real is None else real * (2 if upcast else 1) - tensor_bytes(vae)
+        extra = 0 if part.weight_bytes is None else part.weight_bytes * (1 + upcast) - tensor_bytes(vae)
         with simulated(self.mode, [vae], self.device) as run:
             latents = [torch.empty(shape, dtype=vae.dtype) for _ in range(2)]  # scaled and not
             image = vae.decode(latents[0], return_dict=False)[0]
