@@ -184,6 +184,7 @@ def test_runs_that_cannot_be_saved(tmp_path: Path) -> None:
         (tiny_sd(), {"callback_on_step_end": callback}, "callback_on_step_end may change the latents"),
         (tiny_sd(), {"generator": None}, "needs generator="),
         (clipped, {}, "only the fused step can be resumed, and here: DDIMScheduler"),
+        (tiny_sd(), {"guidance_rescale": 0.5}, "only the fused step can be resumed, and here: guidance_rescale needs"),
     ]
     for pipe, kwargs, message in cases:
         with pytest.raises(ValueError, match=f"checkpoint: {message}"):
