@@ -229,10 +229,7 @@ def current_device(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def sibling(pipe: Any, arguments: dict[str, Any]) -> Any:
-    """The pipeline that runs a call: with ``image``, the image-to-image or inpainting one on the same weights.
-
-    ValueError where there is a mask but no image, or diffusers has no such pipeline.
-    """
+    """The pipeline that runs a call: with ``image``, the image-to-image or inpainting one on the same weights."""
     masked = arguments.get("mask_image") is not None
     if arguments.get("image") is None:
         if masked:

@@ -84,10 +84,7 @@ def evaluate(
     sample: Tensor,
     kwargs: dict[str, Any],
 ) -> tuple[Prediction, int]:
-    """:meth:`tiledcore.tiles.denoiser.TileDenoiser.evaluate`, with the changes of each prompt to ``kwargs``.
-
-    Returns the prediction, and how many tiles were evaluated.
-    """
+    """The prediction, with the changes of each prompt to ``kwargs``, and how many tiles were evaluated."""
 
     def run(part: Part) -> Tensor:
         offsets = part.offsets.to(sample.device)

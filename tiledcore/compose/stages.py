@@ -106,7 +106,7 @@ def plan_stages(size: Pair, native: Pair, multiple: int, config: Staging, start:
 
     The first stage has the native area and the aspect ratio of ``size``, but no side below half of the native one.
     The others all enlarge by one ratio, and there are as few as ``config.factor`` allows. Every side is a multiple of
-    ``multiple``. Raises ValueError where ``size`` is none, or the given stages do not lead to it.
+    ``multiple``. Raises ValueError where ``size`` is no multiple, or the given stages do not lead to it.
     """
     height, width = size
     if height < 1 or width < 1 or height % multiple or width % multiple:
@@ -240,10 +240,7 @@ def plan_call(pipe: Any, call: dict[str, Any]) -> StagePlan:
 
 
 def from_pictures(pipe: Any, arguments: dict[str, Any], options: Any) -> Any:
-    """Run a call of a TiledPipeline that has stages, ``keep_colour``, or both.
-
-    ``arguments`` are those of the call by name, ``options`` is its :class:`~tiledcore.call.Options`.
-    """
+    """Run a call of a TiledPipeline that has stages, ``keep_colour``, or both; ``arguments`` are given by name."""
     for name in ("rows", "checkpoint"):
         if getattr(options, name):
             raise ValueError(f"{name}: not with stages or keep_colour; leave it out, or give stages=None")
@@ -299,10 +296,9 @@ def _check_stages(pipe: Any, call: dict[str, Any]) -> None:
 
 
 def run(pipe: Any, plan: StagePlan, call: dict[str, Any], image: Tensor | None = None) -> Any:
-    """Make an image stage by stage; returns the result of the last stage's pipeline.
+    """Make an image stage by stage, by the arguments of ``call``; returns the result of the last stage's pipeline.
 
-    ``call`` has the arguments by name; size and strength are those of the plan. ``image`` is ``[B, 3, H, W]`` in 0..1
-    that the first stage enlarges, if the plan has one.
+    ``image``, ``[B, 3, H, W]`` in 0..1, is what the first stage enlarges, if the plan has one.
     """
     return_dict, output_type = call.get("return_dict", True), call.get("output_type", "pil")
     call = {name: value for name, value in call.items() if name not in ("strength", "return_dict", "output_type")}

@@ -85,10 +85,7 @@ class TilePrompts(Regional):
                 self._rows[text] = [full if value is None else value[i] for value in encoded]
 
     def _changes(self, kwargs: dict[str, Any], kept: int, part: TileBatch, given: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a tile batch that depend on the prompt; ``kept`` rows are of a negative prompt.
-
-        Texts of several lengths are padded, where the network takes a mask of them.
-        """
+        """The arguments of a tile batch that depend on the prompt; ``kept`` rows are of a negative prompt."""
         places = [(y, x) for y, x in part.offsets.tolist()]
         texts = [self._known[place, part.tile] for place in places]
         changed: dict[str, Any] = {}
@@ -105,6 +102,7 @@ class TilePrompts(Regional):
                 for i, row in enumerate(old)
                 for text in texts
             ]
+            # Texts of several lengths: the network takes a mask of them.
             new = pad_sequence(rows, batch_first=True).unflatten(0, (len(old), len(texts)))[part.images].flatten(0, 1)
             changed[name] = {**given[name], entry: new} if entry else new
         return changed

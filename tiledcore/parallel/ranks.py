@@ -132,10 +132,7 @@ class Ranks:
             generator.set_state(state)
 
     def deal(self, parts: Sequence[Any], run: Callable[[Any], Tensor], sample: Tensor) -> list[Tensor]:
-        """Stands in for :func:`tiledcore.tiles.denoiser.run_all`.
-
-        An OutOfMemoryError on one rank is raised on all; ranks with different canvases raise RuntimeError.
-        """
+        """Stands in for :func:`tiledcore.tiles.denoiser.run_all`; out of memory on one rank is so on all."""
         began = time.perf_counter()
         chosen = owners([math.prod(part.shape) for part in parts], self.size)
         if len(parts) < self.size and not self.times.evaluations:
@@ -272,10 +269,7 @@ class Sharing(Feature):
 
 
 def same_call(ranks: Ranks, pipe: Any, arguments: dict[str, Any], more: dict[str, Any]) -> None:
-    """Compare versions, weights and arguments of all ranks, then give them rank 0's random state.
-
-    A ValueError names what differs, and where.
-    """
+    """Compare versions, weights and arguments of all ranks, then give them rank 0's random state."""
     given = arguments.get("generator")
     generators: Sequence[Any] = given if isinstance(given, list | tuple) else [] if given is None else [given]
     rest = {name: value for name, value in arguments.items() if name != "generator"}
