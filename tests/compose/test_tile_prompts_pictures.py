@@ -62,4 +62,4 @@ def test_each_tile_has_colours_and_spectrum_of_its_own_prompt(model: str) -> Non
     check = seam_check((255 * mixed).astype(np.uint8), *lines, period=8)
     print(model, check)
     # Lines between rows of tiles. Along the line between the two prompts the picture itself changes.
-    assert check.y.worst <= check.limit
+    assert max(check.y.values()) <= check.limit
