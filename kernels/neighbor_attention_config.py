@@ -4,6 +4,7 @@ There is no tuning at run time. The table has the largest patches that compile w
 architecture (tests/test_aot.py).
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -50,33 +51,16 @@ def _half(key_patch: tuple[int, int], stages: int, unmasked: bool = True, descri
     return Config(_Q128, key_patch, 8, stages, unmasked, descriptors)
 
 
+_one_loop, _by_descriptors = partial(_half, unmasked=False), partial(_half, descriptors=True)
 # Without wgmma (sm_80, sm_86, sm_120) each warp keeps its queries and its share of the keys in registers: 64 keys
 # of more than 80 channels spill. On sm_90 and sm_100 keys of one power of two come by descriptors.
 _HALF = {
     40: _rows(_half(_K64, 3), _half(_K64, 2), _half(_K128, 2), _half(_K128, 2), _half(_K64, 2)),
-    64: _rows(
-        _half(_K64, 3),
-        _half(_K64, 2),
-        _half(_K128, 3, descriptors=True),
-        _half(_K128, 2, descriptors=True),
-        _half(_K64, 2),
-    ),
+    64: _rows(_half(_K64, 3), _half(_K64, 2), _by_descriptors(_K128, 3), _by_descriptors(_K128, 2), _half(_K64, 2)),
     80: _rows(_half(_K64, 2), _half(_K64, 2), _half(_K64, 3), _half(_K64, 2), _half(_K32, 2)),
     96: _rows(_half(_K32, 3), _half(_K32, 2), _half(_K64, 3), _half(_K64, 2), _half(_K32, 2)),
-    128: _rows(
-        _half(_K32, 3),
-        _half(_K32, 2),
-        _half(_K64, 3, descriptors=True),
-        _half(_K64, 2, descriptors=True),
-        _half(_K32, 2, unmasked=False),
-    ),
-    160: _rows(
-        _half(_K16, 2, unmasked=False),
-        _half(_K16, 2, unmasked=False),
-        _half(_K64, 2),
-        _half(_K64, 2),
-        _half(_K16, 2, unmasked=False),
-    ),
+    128: _rows(_half(_K32, 3), _half(_K32, 2), _by_descriptors(_K64, 3), _by_descriptors(_K64, 2), _one_loop(_K32, 2)),
+    160: _rows(_one_loop(_K16, 2), _one_loop(_K16, 2), _half(_K64, 2), _half(_K64, 2), _one_loop(_K16, 2)),
 }
 # Three TF32 products need all operands twice in registers, so the queries are loaded again for each patch. A product
 # on sm_90 has at least 64 queries.

@@ -110,7 +110,7 @@ def test_each_text_is_attended_alone_and_mixed_by_the_shares(family: str, wrap: 
     shares = torch.zeros(3, *size)
     shares[1, 4:7, 3:8], shares[2, :2, 11:], shares[1, 5, 8] = 1, 1, 0.25
     shares[0] = 1 - shares.sum(0)
-    kept = [None, None, [torch.tensor([0, 2]), torch.tensor([1, 2, 3])]]
+    kept = [[torch.arange(n)] * 2 for n in lengths[:2]] + [[torch.tensor([0, 2]), torch.tensor([1, 2, 3])]]
     state = Canvas(None)
     state.enter([Windows(size, (3, 4), (2, 1), (wrap, wrap), (4, 4))])
     alone = [

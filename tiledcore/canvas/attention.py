@@ -61,11 +61,6 @@ class CanvasAttention:
                 self._former.append((layer, layer.processor))
                 layer.set_processor(_of_this_thread(new, layer.processor))
 
-    def restore(self) -> None:
-        """Give every layer its own processor back."""
-        for layer, processor in self._former:
-            layer.set_processor(processor)
-
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         first = next((kwargs[name] for name in ("sample", "hidden_states", "x") if name in kwargs), None)
@@ -80,10 +75,8 @@ class CanvasAttention:
         self.canvas.enter(list(self._levels(grid, pixels)))
         if (mask := kwargs.get("encoder_hidden_states_mask")) is not None:
             if mask not in self._masks:  # a pipeline passes the same one in every step
-                self._masks[mask] = [
-                    None if part.all() else [row.nonzero()[:, 0] for row in part.bool()]
-                    for part in self.canvas.texts(mask)
-                ]
+                texts = self.canvas.texts(mask.bool())
+                self._masks[mask] = None if mask.all() else [[row.nonzero()[:, 0] for row in text] for text in texts]
             self.canvas.text_kept = self._masks[mask]
         if "cap_feats" in kwargs:  # behind the padding of the image; a batch has that of the longest
             padded = [-(-len(text) // TEXT_MULTIPLE) * TEXT_MULTIPLE for text in kwargs["cap_feats"]]
@@ -198,7 +191,8 @@ def remove(network: Any) -> None:
     hook = around_of(network, CanvasAttention)
     if hook is None:
         return
-    hook.restore()
+    for layer, processor in hook._former:
+        layer.set_processor(processor)
     release(network, hook)
     embed = _patch_embed(uncompiled(network))
     if embed is not None and (positions := around_of(embed, WindowPositions)) is not None:

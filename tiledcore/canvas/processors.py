@@ -21,15 +21,8 @@ from tiledcore.utils import label
 def attend(canvas: Canvas, windows: Windows, tokens: QKV, **text: Any) -> Tensor:
     """Neighbour attention of image tokens ``[B, N, heads, D]``, to the text's ``global_q``, ``_k`` and ``_v`` too."""
     with label("attention"):
-        return ops.neighbor_attention(
-            *tokens,
-            canvas=windows.canvas,
-            tile=windows.tile,
-            halo=windows.halo,
-            wrap=windows.wrap,
-            impl=canvas.impl,
-            **text,
-        )
+        text |= {name: getattr(windows, name) for name in ("canvas", "tile", "halo", "wrap")}
+        return ops.neighbor_attention(*tokens, impl=canvas.impl, **text)
 
 
 def attend_jointly(
@@ -37,7 +30,7 @@ def attend_jointly(
     image: QKV,
     text: QKV | None,
     rotary: Rotary | None = None,
-    kept: list[list[Tensor] | None] | None = None,
+    kept: list[list[Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """What image and text tokens attend to: the image sees its window and all text, the text sees everything.
 
@@ -51,59 +44,62 @@ def attend_jointly(
         rotary: how positions turn image tokens, or None.
         kept: per prompt and image, the indices of the text tokens that count as keys; None means all.
     """
-    placed = place(canvas, image, rotary)
     if text is None:
-        return _attend_image(canvas, placed, placed.inside, None, None), None
+        placed = place(canvas, image, rotary)
+        return _attend_image(canvas, placed, placed.inside, None), None
     texts = [QKV(*parts) for parts in zip(*map(canvas.texts, text), strict=True)]
-    uses = kept or [None] * len(texts)
-    seen = [_attend_text(one, placed.far_k, image.v, use) for one, use in zip(texts, uses, strict=True)]
-    text_out = torch.cat(seen, 1)
+    if kept is None:
+        return _attend_texts(canvas, image, texts, rotary)
+    outs = []
+    for b in range(len(image.q)):  # the op knows no mask: leave out, image by image, the text that does not count
+        own = [_of(one, b, use[b]) for one, use in zip(texts, kept, strict=True)]
+        outs.append(_attend_texts(canvas, _of(image, b), own, rotary))
+    image_out, text_out = zip(*outs, strict=True)
+    return torch.cat(image_out), torch.cat(text_out)
+
+
+def _of(tokens: QKV, b: int, kept: Tensor | None = None) -> QKV:
+    """One image's queries, and its keys and values that count."""
+    q, k, v = (t[b : b + 1] for t in tokens)
+    return QKV(q, k, v) if kept is None else QKV(q, k.index_select(1, kept), v.index_select(1, kept))
+
+
+def _attend_texts(canvas: Canvas, image: QKV, texts: list[QKV], rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+    placed, size = place(canvas, image, rotary), canvas.image().canvas
+    text_out = torch.cat([_attend_text(one, placed.far_k, image.v) for one in texts], 1)
     if not canvas.prompts:
-        return _attend_image(canvas, placed, placed.inside, texts[0], uses[0]), text_out
-    out = torch.zeros_like(image.q).unflatten(1, size := canvas.image().canvas)
-    for prompt, one, use in zip(canvas.prompts, texts, uses, strict=True):
+        return _attend_image(canvas, placed, placed.inside, texts[0]), text_out
+    out = torch.zeros_like(image.q).unflatten(1, size)
+    for prompt, text in zip(canvas.prompts, texts, strict=True):
         _, share, (rows, columns) = canvas.share(prompt, size, out.device)
-        if rows.stop:
-            y, x = (inside.start for inside in placed.inside)
-            part = (slice(y + rows.start, y + rows.stop), slice(x + columns.start, x + columns.stop))
-            own = _attend_image(canvas, placed, part, one, use).unflatten(1, (rows.stop - rows.start, -1))
-            out[:, rows, columns] += own * share[rows, columns, None, None].to(out)
+        y, x = (inside.start for inside in placed.inside)
+        part = (slice(y + rows.start, y + rows.stop), slice(x + columns.start, x + columns.stop))
+        own = _attend_image(canvas, placed, part, text).unflatten(1, (rows.stop - rows.start, -1))
+        out[:, rows, columns] += own * share[rows, columns, None, None].to(out)
     return out.flatten(1, 2), text_out
 
 
-def _attend_image(canvas: Canvas, placed: Placed, part: Box, text: QKV | None, kept: list[Tensor] | None) -> Tensor:
+def _attend_image(canvas: Canvas, placed: Placed, part: Box, text: QKV | None) -> Tensor:
     """Neighbour attention of the placed image tokens of a box, which all see the text's keys and values too."""
-    if text is not None and kept is not None:
-        # The op knows no mask: leave out, image by image, the text that does not count.
-        texts = [QKV(*(t[b : b + 1].index_select(1, use) for t in text)) for b, use in enumerate(kept)]
-        return torch.cat([_attend_image(canvas, placed.image(b), part, one, None) for b, one in enumerate(texts)])
-    around = placed.windows.around(part)
+    around, windows = placed.windows.around(part), placed.windows
 
     def cut(tokens: Tensor, size: Pair, box: Box) -> Tensor:
         return tokens.unflatten(1, size)[:, box[0], box[1]].flatten(1, 2)
 
-    size = (around[0].stop - around[0].start, around[1].stop - around[1].start)
-    near = QKV(*(cut(t, placed.windows.canvas, around) for t in placed.near))
     given: dict[str, Tensor | None] = {}
     if text is not None:
-        far_q = None if placed.far_q is None else cut(placed.far_q, placed.windows.canvas, around)
+        far_q = None if placed.far_q is None else cut(placed.far_q, windows.canvas, around)
         given = {"global_q": far_q, "global_k": text.k, "global_v": text.v}
-    out = attend(canvas, replace(placed.windows, canvas=size), near, **given)
+    near = QKV(*(cut(t, windows.canvas, around) for t in placed.near))
+    size = (around[0].stop - around[0].start, around[1].stop - around[1].start)
     rows, columns = (slice(p.start - a.start, p.stop - a.start) for p, a in zip(part, around, strict=True))
-    return cut(out, size, (rows, columns))
+    return cut(attend(canvas, replace(windows, canvas=size), near, **given), size, (rows, columns))
 
 
-def _attend_text(text: QKV, image_k: Tensor, image_v: Tensor, kept: list[Tensor] | None) -> Tensor:
+def _attend_text(text: QKV, image_k: Tensor, image_v: Tensor) -> Tensor:
     keys, values = torch.cat([text.k, image_k], 1), torch.cat([text.v, image_v], 1)
-    mask = None
-    if kept is not None:
-        B, T = text.k.shape[:2]
-        mask = torch.ones(B, 1, 1, keys.shape[1], dtype=torch.bool, device=keys.device)
-        mask[..., :T] = False
-        for b, use in enumerate(kept):
-            mask[b, ..., use] = True
     query, keys, values = (t.transpose(1, 2) for t in (text.q, keys, values))
-    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask).transpose(1, 2)
+    return F.scaled_dot_product_attention(query, keys, values).transpose(1, 2)
 
 
 def _project(attn: Any, x: Tensor) -> QKV:
@@ -202,9 +198,8 @@ class CrossProcessor:
         out = torch.zeros_like(hidden_states)
         for prompt, text, mask in zip(canvas.prompts, texts, masks, strict=True):
             at, share, _ = canvas.share(prompt, size, out.device)
-            if len(at):
-                part = self.inner(attn, hidden_states.index_select(1, at), text, mask)
-                out.index_add_(1, at, part * share.flatten()[at, None].to(out))
+            part = self.inner(attn, hidden_states.index_select(1, at), text, mask)
+            out.index_add_(1, at, part * share.flatten()[at, None].to(out))
         return out
 
 
@@ -221,7 +216,7 @@ class JointProcessor:
         return self.two_streams(attn, hidden_states, _project_text(attn, encoder_hidden_states))
 
     def two_streams(
-        self, attn: Any, hidden_states: Tensor, text: QKV, kept: list[list[Tensor] | None] | None = None
+        self, attn: Any, hidden_states: Tensor, text: QKV, kept: list[list[Tensor]] | None = None
     ) -> tuple[Tensor, Tensor]:
         """The layer's outputs of image and text; ``text`` is rotated already."""
         image, out = attend_jointly(self.canvas, _project(attn, hidden_states), text, self.rotary, kept)

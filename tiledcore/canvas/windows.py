@@ -84,7 +84,7 @@ class Prompt:
     """One of several prompts of a canvas, whose texts come one after the other."""
 
     tokens: int  # Of its text
-    share: Tensor  # ``[H, W]`` float32 on the CPU: its share in each canvas pixel
+    share: Tensor  # ``[H, W]`` float32 on the CPU: its share in each canvas pixel, not 0 everywhere
 
 
 @dataclass
@@ -93,8 +93,8 @@ class Canvas:
 
     impl: ops.Impl | None
     windows: dict[int, Windows] = field(default_factory=dict)  # Per level, by the number of its tokens
-    text_kept: list[list[Tensor] | None] | None = None
-    """Per prompt and image, the indices of the text tokens that count; None where all do."""
+    text_kept: list[list[Tensor]] | None = None
+    """Per prompt and image, the indices of the text tokens that count, where not all do."""
     prompts: Sequence[Prompt] = ()  # Where parts of the canvas have their own
     tables: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     """Rotations and shares of this canvas' tokens, for all layers and steps."""
@@ -132,8 +132,8 @@ class Canvas:
         def make() -> tuple[Tensor, Tensor, Box]:
             share = F.interpolate(prompt.share[None, None], size, mode="area")[0, 0]
             at = share.nonzero()
-            low, high = (at.amin(0).tolist(), (at.amax(0) + 1).tolist()) if len(at) else ([0, 0], [0, 0])
-            box = (slice(low[0], high[0]), slice(low[1], high[1]))
+            (top, left), (bottom, right) = at.amin(0).tolist(), (at.amax(0) + 1).tolist()
+            box = (slice(top, bottom), slice(left, right))
             return (at[:, 0] * size[1] + at[:, 1]).to(device), share.to(device), box
 
         return self.table((prompt, size, device), make)
@@ -199,11 +199,6 @@ class Placed(NamedTuple):
     far_q: Tensor | None  # Rotated and unrolled queries for the global keys; None where those of ``near`` are the same
     far_k: Tensor  # Keys for the text's queries, ``[B, N, heads, D]``
     inside: Box  # The canvas itself on ``windows.canvas``
-
-    def image(self, b: int) -> Placed:
-        """One image of the batch."""
-        near, far_q = QKV(*(t[b : b + 1] for t in self.near)), self.far_q
-        return self._replace(near=near, far_q=None if far_q is None else far_q[b : b + 1])
 
 
 def place(canvas: Canvas, image: QKV, rotary: Rotary | None) -> Placed:

@@ -150,19 +150,16 @@ class Regional(Feature):
         What a call has once stays the global prompt's: a pooled text, and with it the modulation.
         """
         texts = [{**kwargs, **changes} for changes in prompts]
-        lengths = tuple(text["encoder_hidden_states"].shape[1] for text in texts)
+        tokens = [text["encoder_hidden_states"] for text in texts]
+        lengths = tuple(text.shape[1] for text in tokens)
         places = self._places(lengths, size, denoiser.pixels, both(denoiser.config.wrap))
         denoiser.attention.canvas.prompts = tuple(places.values())
-        used = [texts[p] for p in places]
-        joined = {**kwargs, "encoder_hidden_states": torch.cat([text["encoder_hidden_states"] for text in used], 1)}
-        # A mask may be None, where all of a text counts.
+        joined = {**kwargs, "encoder_hidden_states": torch.cat([tokens[p] for p in places], 1)}
         for name in self._text:
-            if name.endswith("_mask"):
-                full = [
-                    text["encoder_hidden_states"].new_ones(text["encoder_hidden_states"].shape[:2]) for text in used
-                ]
-                masks = [text.get(name) for text in used]
-                joined[name] = torch.cat([one if m is None else m for m, one in zip(masks, full, strict=True)], 1)
+            if name.endswith("_mask"):  # None where all of a text counts
+                masks = [(texts[p].get(name), tokens[p]) for p in places]
+                whole = [text.new_ones(text.shape[:2]) if mask is None else mask for mask, text in masks]
+                joined[name] = torch.cat(whole, 1)
         if (ids := kwargs.get("txt_ids")) is not None:  # FLUX' are all 0
             joined["txt_ids"] = ids.new_zeros(*ids.shape[:-2], sum(p.tokens for p in places.values()), ids.shape[-1])
         return joined
