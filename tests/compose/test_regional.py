@@ -357,8 +357,12 @@ def test_tiles_and_regions_of_texts_of_different_lengths(texts: Any) -> None:
 # ----------------------------------------------------------------------------- the embedded model
 
 
-def test_each_half_has_the_colour_of_its_own_prompt() -> None:
-    pipe = TiledPipeline.from_pretrained(tiling=still(tile=32, overlap=0))
+@pytest.mark.parametrize(
+    ("model", "tiling"),
+    [("earth", still(tile=32, overlap=0)), pytest.param("earth-flux", canvas_mode(32), marks=pytest.mark.slow)],
+)
+def test_each_half_has_the_colour_of_its_own_prompt(model: str, tiling: TilingConfig) -> None:
+    pipe = TiledPipeline.from_pretrained(model, tiling=tiling)
     pipe.set_progress_bar_config(disable=True)
     regions = [Region("satellite view of desert", box=(256, 0, 512, 256), feather=16)]
     generator = torch.Generator().manual_seed(0)
