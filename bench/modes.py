@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
@@ -210,7 +210,8 @@ def against(way: dict[Key, Figures], default: dict[Key, Figures]) -> dict[str, l
     result: dict[str, list[float | None]] = {}
     for key, ideal in IDEAL.items() if both else ():
         apart = [abs(way[image][key] - ideal) - abs(default[image][key] - ideal) for image in both]
-        result[key] = [fmean(apart), stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else None]
+        error = float(np.std(apart, ddof=1)) / len(apart) ** 0.5 if len(apart) > 1 else None
+        result[key] = [fmean(apart), error]
     return result
 
 

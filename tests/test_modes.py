@@ -57,6 +57,9 @@ def test_a_way_is_compared_with_the_default_on_the_images_that_both_have() -> No
     ]
     assert modes.verdict([{"name": "way", "against": {"patches": [0.1, None]}}]) == ["- way: no difference"]
     assert modes.against({("c", 0): worse}, default) == {}
+    # An image without distant tiles has no likeness.
+    nothing = {image: figures | {"likeness": float("nan")} for image in default}
+    assert modes.verdict([{"name": "way", "against": modes.against(nothing, nothing)}]) == ["- way: no difference"]
 
 
 @pytest.mark.slow
