@@ -4,6 +4,7 @@ All are charged with the bytes that blending must move: every tile element with 
 element is written once. The loop moves much more.
 """
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -50,14 +51,8 @@ def prepare(size: int, tile: int, stride: int, channels: int, device: torch.devi
     )
 
 
-def cases() -> list[Case]:
-    return [
-        Case(
-            "blend_tiles",
-            f"{len(grid((size, size), tile, stride))} tiles of {tile}x{tile}x{channels} on {size}x{size}",
-            "the reference in float64",
-            partial(prepare, size, tile, stride, channels),
-            quick=size == 512,
-        )
-        for size, tile, stride, channels in CASES
-    ]
+def cases() -> Iterator[Case]:
+    for size, tile, stride, channels in CASES:
+        shapes = f"{len(grid((size, size), tile, stride))} tiles of {tile}x{tile}x{channels} on {size}x{size}"
+        run = partial(prepare, size, tile, stride, channels)
+        yield Case("blend_tiles", shapes, "the reference in float64", run, quick=size == 512)

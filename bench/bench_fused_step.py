@@ -5,9 +5,10 @@
 window, which reads less. They are charged with the least that they must move, the loop with what its operators do.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -85,9 +86,8 @@ class Fused:
 
 
 def scheduler(name: str) -> Any:
-    kind = {"DDIM": DDIMScheduler, "DPM++ 2M": DPMSolverMultistepScheduler}[name]
-    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    result = kind(**betas, **({"clip_sample": False} if name == "DDIM" else {}))
+    kind = {"DDIM": partial(DDIMScheduler, clip_sample=False), "DPM++ 2M": DPMSolverMultistepScheduler}[name]
+    result = kind(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     result.set_timesteps(STEPS)
     return result
 
@@ -102,10 +102,8 @@ def prepare(name: str, size: int, tile: int, stride: int, device: torch.device, 
     offsets = torch.tensor(corners, dtype=torch.int32, device=device)
     eager = Eager(scheduler(name), sample.to(dtype), tiles, partial(average, corners=corners, like=sample.to(dtype)))
     fused: dict[str, Fused] = {window: Fused(solver, sample, tiles, offsets, window) for window in WINDOWS}
-    exact: dict[str, Eager] = {}
-    for window in WINDOWS:
-        blend = partial(ops.blend_tiles, offsets=offsets, canvas_size=(size, size), window=window, impl="reference")
-        exact[window] = Eager(scheduler(name), sample.double(), tiles.double(), blend)
+    blend, wide = partial(ops.blend_tiles, offsets=offsets, canvas_size=(size, size), impl="reference"), tiles.double()
+    exact = {w: Eager(scheduler(name), sample.double(), wide, partial(blend, window=w)) for w in WINDOWS}
     ways: list[Callable[[int], Tensor]] = [*exact.values(), *fused.values()]
     for evaluation in range(WARM):
         for way in ways:
@@ -133,16 +131,13 @@ def prepare(name: str, size: int, tile: int, stride: int, device: torch.device, 
     )
 
 
-def cases() -> list[Case]:
-    return [
-        Case(
+def cases() -> Iterator[Case]:
+    for name, (size, tile, stride) in product(("DDIM", "DPM++ 2M"), CASES):
+        count = len(grid((size, size), tile, stride))
+        yield Case(
             "fused_step",
-            f"{name}, {len(grid((size, size), tile, stride))} tiles of {tile}x{tile}x{CHANNELS}, guidance, "
-            f"on {size}x{size}",
+            f"{name}, {count} tiles of {tile}x{tile}x{CHANNELS}, guidance, on {size}x{size}",
             f"the scheduler's own step after the loop in float64, step {WARM}",
             partial(prepare, name, size, tile, stride),
             quick=name == "DPM++ 2M" and size == 512,
         )
-        for name in ("DDIM", "DPM++ 2M")
-        for size, tile, stride in CASES
-    ]

@@ -1,5 +1,6 @@
 """Cases of gather_tiles, against slicing tile by tile and concatenating."""
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -25,14 +26,7 @@ def prepare(size: int, tile: int, stride: int, channels: int, device: torch.devi
     return Ready(runs, "python loop", moved, expected=loop, not_run=missing)
 
 
-def cases() -> list[Case]:
-    return [
-        Case(
-            "gather_tiles",
-            f"{len(grid((size, size), tile, stride))} tiles of {tile}x{tile}x{channels} from {size}x{size}",
-            "slices",
-            partial(prepare, size, tile, stride, channels),
-            quick=size == 512,
-        )
-        for size, tile, stride, channels in CASES
-    ]
+def cases() -> Iterator[Case]:
+    for size, tile, stride, channels in CASES:
+        shapes = f"{len(grid((size, size), tile, stride))} tiles of {tile}x{tile}x{channels} from {size}x{size}"
+        yield Case("gather_tiles", shapes, "slices", partial(prepare, size, tile, stride, channels), size == 512)

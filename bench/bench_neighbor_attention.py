@@ -5,7 +5,7 @@ All are charged with the useful FLOPs: 4·D for each pair of a query and a key t
 
 import ast
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -40,9 +40,9 @@ class Shape:
 
     def flops(self) -> int:
         along = 0  # pairs of a query and a key of its window along one axis; windows are clipped at the border
-        for start in range(0, self.side, self.tile):
-            stop = min(start + self.tile, self.side)
-            along += (stop - start) * (min(stop + self.halo, self.side) - max(start - self.halo, 0))
+        for at in range(self.side):
+            start = at // self.tile * self.tile
+            along += min(start + self.tile + self.halo, self.side) - max(start - self.halo, 0)
         return 4 * self.D * self.heads * self.B * (along**2 + self.side**2 * self.text)
 
     def arguments(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -148,20 +148,18 @@ def prepare(shape: Shape, compiled: bool, device: torch.device, dtype: torch.dty
     )
 
 
-def cases() -> list[Case]:
+def cases() -> Iterator[Case]:
     cuda = torch.cuda.is_available()
     flexible = [(CUDA_SHAPES[0], True)] if cuda else []  # each shape is a compilation
-    return [
-        Case(
+    for s, compiled in [*((s, False) for s in (*(CUDA_SHAPES if cuda else CPU_SHAPES), *ODD)), *flexible]:
+        about = f"{s.name}: {s.side}x{s.side} tokens, tile {s.tile}, halo {s.halo}, batch {s.B}"
+        yield Case(
             "neighbor_attention",
-            f"{s.name}: {s.side}x{s.side} tokens, tile {s.tile}, halo {s.halo}, batch {s.B}"
-            + compiled * ", FlexAttention",
+            about + compiled * ", FlexAttention",
             f"windows gathered, dense attention in {'float32' if cuda else 'float64'}",
             partial(prepare, s, compiled),
             quick=s in ODD or s.name.startswith("the embedded"),
         )
-        for s, compiled in [*((s, False) for s in (*(CUDA_SHAPES if cuda else CPU_SHAPES), *ODD)), *flexible]
-    ]
 
 
 TABLE = Path(neighbor_attention.__code__.co_filename)

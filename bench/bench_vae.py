@@ -4,7 +4,9 @@ Weights are random, and so are scales and shifts of the norms, so that an error 
 own tiling is another computation, so it is not among them.
 """
 
+from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -55,21 +57,13 @@ def prepare(name: str, direction: str, device: torch.device, dtype: torch.dtype)
         with exact_bands(vae, band_px=height):
             return whole()
 
-    exact = {f"bands of {height} px": partial(bands, height) for height in HEIGHTS}
-    runs: dict[str, Run] = {"whole": whole, **exact}
+    runs: dict[str, Run] = {"whole": whole} | {f"bands of {height} px": partial(bands, height) for height in HEIGHTS}
     return Ready(runs, "whole", {}, expected=whole)
 
 
-def cases() -> list[Case]:
-    return [
-        Case(
-            f"vae_{direction}",
-            f"{name}, {SIZE}x{SIZE}",
-            "the whole image at once",
-            partial(prepare, name, direction),
-            quick=name == "small like SDXL's",
-        )
-        for name in KINDS
-        if torch.cuda.is_available() or KINDS[name][1] is not SDXL  # minutes on a CPU
-        for direction in ("decode", "encode")
-    ]
+def cases() -> Iterator[Case]:
+    names = [name for name in KINDS if torch.cuda.is_available() or KINDS[name][1] is not SDXL]  # minutes on a CPU
+    for name, direction in product(names, ("decode", "encode")):
+        quick = name == "small like SDXL's"
+        run = partial(prepare, name, direction)
+        yield Case(f"vae_{direction}", f"{name}, {SIZE}x{SIZE}", "the whole image at once", run, quick)

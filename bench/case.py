@@ -10,31 +10,27 @@ from torch import Tensor
 from bench.measure import Run
 from tiledcore import ops
 
-IMPLS: tuple[ops.Impl, ...] = ("reference", "native", "triton")
-"""Implementations that most ops have."""
+IMPLS: tuple[ops.Impl, ...] = ("reference", "native", "triton")  # that most ops have
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A case with its inputs on the device."""
+    """A case with its inputs on the device. Keys are providers: our implementations, rivals, and ``copy`` as a bound.
+
+    Attributes:
+        others: what a provider must compute, where that is not what is ``expected``.
+        shown: a provider's result in the order, or the part of it, that is compared.
+    """
 
     runs: dict[str, Run]
-    """Provider -> one call. Providers are our implementations, the baseline, rivals, and ``copy`` as a bound."""
-    baseline: str
-    """The provider that speed-ups are relative to."""
-    bytes: dict[str, int]
-    """Provider -> bytes that it has to move. May be empty."""
-    expected: Callable[[], Tensor]
-    """The result by the oracle."""
+    baseline: str  # the provider that speed-ups are relative to
+    bytes: dict[str, int]  # that have to be moved; may be empty
+    expected: Callable[[], Tensor]  # the result by the oracle
     flops: int = 0  # what the result needs, whoever computes it
     others: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
-    """Provider -> what it must compute, where that is something else."""
     shown: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
-    """Provider -> its result in the order, or the part of it, that is compared."""
-    buffers: Sequence[Tensor] = ()
-    """Results that are written in place: filled with NaN before each check."""
-    not_run: dict[str, str] = field(default_factory=dict)
-    """Provider -> why it cannot run here."""
+    buffers: Sequence[Tensor] = ()  # results that are written in place: NaN before each check
+    not_run: dict[str, str] = field(default_factory=dict)  # why a provider cannot run here
 
 
 @dataclass(frozen=True)

@@ -98,11 +98,8 @@ def seen(pipe: Any, call: Callable[[], Any]) -> list[dict[str, Any]]:
     def note(_: Any, args: Any, kwargs: Any) -> None:
         calls.append(dict(zip(names, args, strict=False)) | kwargs)
 
-    handle = network.register_forward_pre_hook(note, with_kwargs=True)
-    try:
+    with network.register_forward_pre_hook(note, with_kwargs=True):
         call()
-    finally:
-        handle.remove()
     return calls
 
 
@@ -182,21 +179,20 @@ def table(rows: list[Row]) -> str:
         return (f"- {', '.join(names)}: {reason}" for reason, names in groups.items())
 
     refused = [row for row in rows if row.refused]
-    return "\n".join(
-        [
-            f"With diffusers {diffusers.__version__}, {len(works)} of {len(now)} classes run in tile mode, "
-            f"{len(refused)} more are refused. A number is a reason below the table.\n",
-            cells(now),
-            "\nRefused in one line, before anything runs:\n",
-            *why(refused),
-            "\nDeprecated by diffusers:\n",
-            cells(former),
-            "\nReasons:\n",
-            *(f"{number}. {text}" for text, number in reasons.items()),
-            "\nNot built, so not known:\n",
-            *why([row for row in rows if row.not_built]),
-        ]
-    )
+    lines = [
+        f"With diffusers {diffusers.__version__}, {len(works)} of {len(now)} classes run in tile mode, "
+        f"{len(refused)} more are refused. A number is a reason below the table.\n",
+        cells(now),
+        "\nRefused in one line, before anything runs:\n",
+        *why(refused),
+        "\nDeprecated by diffusers:\n",
+        cells(former),
+        "\nReasons:\n",
+        *(f"{number}. {text}" for text, number in reasons.items()),
+        "\nNot built, so not known:\n",
+        *why([row for row in rows if row.not_built]),
+    ]
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -217,10 +213,8 @@ def main(argv: list[str] | None = None) -> int:
             marks = row.not_built or " | ".join(mark[:90] for mark in row.found.values())
             print(f"{row.name}: {marks} ({time.perf_counter() - started:.1f} s)", flush=True)
     if args.write:
-        before, _, after = re.split(
-            "(?<=<!-- classes -->\n)(.*)(?=\n<!-- /classes -->)", PAGE.read_text(), flags=re.DOTALL
-        )
-        PAGE.write_text(before + table(rows) + after)
+        before, start, rest = PAGE.read_text().partition("<!-- classes -->\n")
+        PAGE.write_text(before + start + table(rows) + rest[rest.index("\n<!-- /classes -->") :])
     return int(any(row.wrong for row in rows))
 
 

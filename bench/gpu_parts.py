@@ -28,15 +28,13 @@ from tiledcore.vae.exact import exact_bands
 
 Row = dict[str, Any]
 HALVES = (torch.float16, torch.bfloat16)
-WORKERS = 14
-"""Processes that compile at once, each with some of the kernels' variants."""
-ROOM = 24 << 30
-"""Bytes that the SDXL part may allocate."""
+WORKERS = 14  # processes that compile at once, each with some of the kernels' variants
+ROOM = 24 << 30  # bytes that the SDXL part may allocate
+UNET = {"norm_num_groups": 8, "cross_attention_dim": 32, "sample_size": 16, "layers_per_block": 1}
 SMALL: dict[str, dict[str, Any]] = {
-    "sd15": {"block_out_channels": (16, 16, 32, 32), "norm_num_groups": 8, "cross_attention_dim": 32, "sample_size": 16}
-    | {"attention_head_dim": 2, "layers_per_block": 1},
-    "sdxl": {"block_out_channels": (16, 32, 32), "norm_num_groups": 8, "cross_attention_dim": 32, "sample_size": 16}
-    | {"attention_head_dim": 2, "layers_per_block": 1, "transformer_layers_per_block": 1}
+    "sd15": UNET | {"block_out_channels": (16, 16, 32, 32), "attention_head_dim": 2},
+    "sdxl": UNET
+    | {"block_out_channels": (16, 32, 32), "attention_head_dim": 2, "transformer_layers_per_block": 1}
     | {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80},
     "vae": {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 128},
 }

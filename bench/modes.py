@@ -40,12 +40,10 @@ SAMPLES = 32  # native ones, in each of two sets
 PX = 8  # image pixels per latent pixel
 
 Figures = dict[str, float]
-Key = tuple[str, int]
-"""Prompt and seed of an image."""
+Key = tuple[str, int]  # prompt and seed of an image
 
 PROMPTS = ["topographic map of a rugged coast", "satellite view of desert", "relief map of mountains"]
-DEFAULT = "moving tiles"
-"""What the others are compared with: the default of both embedded models."""
+DEFAULT = "moving tiles"  # of both embedded models; the others are compared with it
 COLUMNS = {
     "images": "images",
     "seconds": "s",

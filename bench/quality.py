@@ -35,18 +35,14 @@ class SeamCheck:
     x: dict[int, float]
 
     @property
-    def ratios(self) -> list[float]:
-        return [*self.y.values(), *self.x.values()]
-
-    @property
     def worst(self) -> float:
         """Largest ratio of any tile line, 0 if there are none."""
-        return max(self.ratios, default=0.0)
+        return max((*self.y.values(), *self.x.values()), default=0.0)
 
     @property
     def mean(self) -> float:
         """Mean ratio of all tile lines, 1 being that of an ordinary line; NaN if there are none."""
-        return fmean(self.ratios) if self.ratios else math.nan
+        return fmean((*self.y.values(), *self.x.values())) if self.y or self.x else math.nan
 
     @property
     def passes(self) -> bool:
@@ -72,8 +68,7 @@ def seam_profile(image: Pixels, wrap: tuple[bool, bool] = (False, False), period
         raise ValueError(f"image of shape {image.shape} must be [H, W] or [H, W, C] with H, W of at least 3")
     if not np.issubdtype(image.dtype, np.floating):
         image = image.astype(np.float32)  # differences of unsigned integers would wrap
-    y, x = (_differences(axis) for axis in (image, np.swapaxes(image, 0, 1)))
-    return _by_phase(_ratios(y, wrap[0]), period), _by_phase(_ratios(x, wrap[1]), period)
+    return _profile(image, wrap[0], period), _profile(np.swapaxes(image, 0, 1), wrap[1], period)
 
 
 def seam_check(
@@ -136,11 +131,10 @@ def low_frequency_power(images: Pixels) -> float:
 def likeness(image: Pixels, tile: int, bins: int = 16) -> float:
     """How far distant tiles show the same things: mean intersection of their colour histograms, 0 to 1.
 
-    A tile of one large picture shows a part of it, such as sea here and land there. Tiles that do not know of each
-    other each draw a whole picture with some of everything, so their colours are the same.
-    Histogram intersection as in Swain and Ballard (1991), over ``bins`` levels of each channel, smoothed by 1 2 1 along
-    each channel, so that a colour near a bin's edge counts the same on both sides of it. The mean is over all pairs of
-    tiles that do not touch, not even at a corner; NaN if there are none.
+    Tiles of one large picture show parts of it, such as sea here and land there. Tiles that do not know of each other
+    each draw a whole picture, so their colours are the same. Intersection as in Swain and Ballard (1991), over ``bins``
+    levels of each channel, smoothed by 1 2 1, so that both sides of a bin's edge count the same. The mean is over all
+    pairs of tiles that do not touch, not even at a corner; NaN if there are none.
 
     ``image`` is ``[H, W, 3]``, 0 to 1, and ``tile`` the side of a tile in pixels.
     """
@@ -158,13 +152,10 @@ def likeness(image: Pixels, tile: int, bins: int = 16) -> float:
     return float(np.mean(found)) if found else float("nan")
 
 
-def _differences(image: Pixels) -> Floats:
-    """Mean |difference| across each line of the first axis, line 0 being the wrapped one."""
-    # One by one: 8192² px in one go would need gigabytes.
-    return np.array([np.abs(row - image[i - 1]).mean(dtype=np.float64) for i, row in enumerate(image)])
-
-
-def _ratios(differences: Floats, wrap: bool) -> Floats:
+def _profile(image: Pixels, wrap: bool, period: int) -> Floats:
+    """The seam ratio of each line of the first axis, see :func:`seam_profile`."""
+    # Row by row: 8192² px in one go would need gigabytes.
+    differences = np.array([np.abs(row - image[i - 1]).mean(dtype=np.float64) for i, row in enumerate(image)])
     size = len(differences)
     count = min(NEIGHBOURS, size - 1 if wrap else size - 2)
     first = np.arange(size) - count // 2
@@ -175,18 +166,11 @@ def _ratios(differences: Floats, wrap: bool) -> Floats:
     # Taking a line from its window's sum leaves rounding where all of its neighbours are 0.
     around[around < 1e-12 * np.max(differences, initial=0)] = 0
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = np.where(differences == around, 1.0, differences / around)
+        ratios: Floats = np.where(differences == around, 1.0, differences / around)
     if not wrap:
         ratios[0] = np.nan
-    return ratios
-
-
-def _by_phase(ratios: Floats, period: int) -> Floats:
-    if period == 1:
-        return ratios
-    result = ratios.copy()
-    for phase in range(min(period, len(ratios))):
+    for phase in range(min(period, size)) if period > 1 else ():
         usual = np.nanmedian(ratios[phase::period])
         if 0 < usual < math.inf:  # of a picture of flat blocks it may be neither
-            result[phase::period] /= usual
-    return result
+            ratios[phase::period] /= usual
+    return ratios

@@ -3,9 +3,9 @@
     python -m bench.ranks [--size 1024] [--counts 1 2] [--rounds 3] [--json FILE]
     python -m bench.ranks --simulate
 
-Measured: the embedded UNet on a CPU, processes of one thread, in turns; medians. The first call is a column of its own:
-in it, every process prepares the convolutions for each size of a tile batch, which ranks cannot share. "loop" is from
-the first call of the network to the decode. More processes than cores say only whether the picture is the same.
+Measured: the embedded UNet on a CPU, processes of one thread, in turns; medians. In the first call every process
+prepares its convolutions, which ranks cannot share. "loop" is from the first call of the network to the decode. More
+processes than cores say only whether the picture is the same.
 
 Simulated: a step is the counted FLOPs of the slowest GPU's tiles, then the counted bytes over one link, then the fused
 step, which each GPU makes for the whole canvas. Time is taken as proportional to a tile's area.
@@ -60,8 +60,7 @@ def worker(size: int) -> None:
             began = time.perf_counter()
             image = pipe("relief map of mountains", generator=torch.Generator().manual_seed(0), **call).images[0]
             row |= {name: time.perf_counter() - began, "loop": marks[-1] - marks[0]}
-        times = None if pipe.report is None else pipe.report.ranks
-        if times is not None:
+        if pipe.report is not None and (times := pipe.report.ranks) is not None:
             row |= {"received": times.bytes_per_step, "waiting": times.waiting}
         if ranks is None or ranks.leads:
             print(json.dumps(row | {"sha256": hashlib.sha256(image.tobytes()).hexdigest()}))
@@ -69,10 +68,9 @@ def worker(size: int) -> None:
 
 def command(count: int, size: int) -> dict[str, Any]:
     """Run ``count`` processes; what rank 0 measured."""
-    launch = [sys.executable, "-m"]
-    launch += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m"] if count > 1 else []
+    launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m"] if count > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    run = [*launch, "bench.ranks", "--worker", "--size", str(size)]
+    run = [sys.executable, "-m", *launch, "bench.ranks", "--worker", f"--size={size}"]
     out = subprocess.run(run, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
     return dict(json.loads(out.splitlines()[-1]))
 

@@ -15,8 +15,7 @@ from bench import measure
 from bench.case import Case, Ready, relative_error
 
 OPS = ("gather_tiles", "blend_tiles", "fused_step", "group_norm_silu", "neighbor_attention", "vae")
-MODULES = [importlib.import_module(f"bench.bench_{op}") for op in OPS]
-"""Each has ``cases()``."""
+MODULES = [importlib.import_module(f"bench.bench_{op}") for op in OPS]  # each has ``cases()``
 
 Row = dict[str, Any]
 LIMITS = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 2e-5, torch.float64: 1e-12}
@@ -68,11 +67,8 @@ def run_case(
         row: Row = {"name": name, "seconds": middle, "low": low, "high": high, "peak_bytes": peaks[name]}
         row |= {"samples": [float(f"{value:.4g}") for value in samples]}
         row |= {"bytes": ready.bytes.get(name, 0), "flops": 0 if name == "copy" else ready.flops}
-        memory, product = (
-            row["bytes"] / ceiling["copy_bytes_per_second"],
-            row["flops"] / ceiling["matmul_flops_per_second"],
-        )
-        row["of_ceiling"] = max(memory, product) / middle
+        memory = row["bytes"] / ceiling["copy_bytes_per_second"]
+        row["of_ceiling"] = max(memory, row["flops"] / ceiling["matmul_flops_per_second"]) / middle
         if ready.baseline in found:
             row["speedup"] = float(np.median(found[ready.baseline])) / middle
         rows.append(row | ({"error": errors[name]} if name in errors else {}))

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-Corner = tuple[int, int]
-"""Top left, (y, x)."""
+Corner = tuple[int, int]  # top left, (y, x)
 
 
 def starts(size: int, window: int, stride: int) -> list[int]:

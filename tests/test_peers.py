@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench.peers import methods
 from bench.peers.methods import Model, counted
-from bench.peers.scalediff import NeighborhoodPatchAttention, guided, low, patch_attention, scalediff
+from bench.peers.scalediff import guided, low, neighborhood_patch_attention, patch_attention, scalediff
 from bench.windows import average, cut, starts
 from tiledcore import TiledPipeline, TilingConfig
 
@@ -123,11 +123,10 @@ def test_scalediff_attends_to_windows_of_native_size(model: Model, noise: Tensor
         plain = unet(small, 500, encoder_hidden_states=text).sample
         with patch_attention(unet, 16):
             torch.testing.assert_close(unet(small, 500, encoder_hidden_states=text).sample, plain, atol=1e-4, rtol=1e-3)
-        processor = NeighborhoodPatchAttention(16, 32)
         attention = next(m for name, m in unet.named_modules() if name.endswith("attn1"))
         tokens = torch.randn(1, 1024, attention.to_q.in_features, generator=torch.Generator().manual_seed(0))
-        found = processor(attention, tokens)
-        moved = processor(attention, torch.cat([tokens[:, :-1], tokens[:, -1:] + 1], 1))
+        found = neighborhood_patch_attention(16, 32, attention, tokens)
+        moved = neighborhood_patch_attention(16, 32, attention, torch.cat([tokens[:, :-1], tokens[:, -1:] + 1], 1))
     changed = (found != moved).any(-1).view(32, 32)
     # The last token is only in the window of the last patch of queries, 8 by 8.
     assert bool(changed[24:, 24:].all()) and int(changed.sum()) == 64

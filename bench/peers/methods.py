@@ -28,11 +28,8 @@ def counted(network: Any, patch: int = 1) -> Iterator[list[int]]:
         spent.append(found[:, 0].numel() if found.ndim == 4 else found[..., 0].numel() * patch**2)
 
     first = network.conv_in if hasattr(network, "conv_in") else network.x_embedder
-    handle = first.register_forward_pre_hook(count)
-    try:
+    with first.register_forward_pre_hook(count):
         yield spent
-    finally:
-        handle.remove()
 
 
 class Model:

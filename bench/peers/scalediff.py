@@ -14,6 +14,8 @@ Our reading, as no code was published:
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -25,38 +27,31 @@ from bench.peers.methods import Model, dense
 STRENGTH = 0.6
 
 
-class NeighborhoodPatchAttention:
-    """An attention processor of a square canvas; ``native`` and ``side`` are those of the model and of the canvas."""
-
-    def __init__(self, native: int, side: int) -> None:
-        self.native, self.side = native, side
-
-    def __call__(self, attn: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        batch, length, _channels = hidden_states.shape
-        side = round(length**0.5)
-        window = max(2, self.native * side // self.side)
-        shape = (batch, side, side, attn.heads, -1)
-        parts = (project(hidden_states).view(shape) for project in (attn.to_q, attn.to_k, attn.to_v))
-        query, key, value = (part.permute(0, 3, 1, 2, 4) for part in parts)  # [B, heads, y, x, d]
-        result, patch = torch.empty_like(query), window // 2
-        for y in range(0, side, patch):
-            for x in range(0, side, patch):
-                near = tuple(
-                    slice(begin, begin + window)
-                    for begin in (min(max(at - patch // 2, 0), max(side - window, 0)) for at in (y, x))
-                )
-                own = (..., slice(y, y + patch), slice(x, x + patch), slice(None))
-                q, k, v = query[own], key[(..., *near, slice(None))], value[(..., *near, slice(None))]
-                found = F.scaled_dot_product_attention(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3))
-                result[own] = found.view_as(q)
-        return attn.to_out[0](result.permute(0, 2, 3, 1, 4).reshape(batch, length, -1))
+def neighborhood_patch_attention(
+    native: int, canvas: int, attn: Any, hidden_states: Tensor, *_: Any, **__: Any
+) -> Tensor:
+    """An attention processor; ``native`` and ``canvas`` are the sides of the model's images and of this square one."""
+    batch, length, _channels = hidden_states.shape
+    side = round(length**0.5)
+    window = max(2, native * side // canvas)
+    shape = (batch, side, side, attn.heads, -1)
+    parts = (project(hidden_states).view(shape) for project in (attn.to_q, attn.to_k, attn.to_v))
+    query, key, value = (part.permute(0, 3, 1, 2, 4) for part in parts)  # [B, heads, y, x, d]
+    result, patch = torch.empty_like(query), window // 2
+    for y, x in product(range(0, side, patch), repeat=2):
+        b, a = (min(max(at - patch // 2, 0), max(side - window, 0)) for at in (y, x))
+        q = query[:, :, y : y + patch, x : x + patch]
+        k, v = (part[:, :, b : b + window, a : a + window].flatten(2, 3) for part in (key, value))
+        found = F.scaled_dot_product_attention(q.flatten(2, 3), k, v)
+        result[:, :, y : y + patch, x : x + patch] = found.view_as(q)
+    return attn.to_out[0](result.permute(0, 2, 3, 1, 4).reshape(batch, length, -1))
 
 
 @contextmanager
 def patch_attention(unet: Any, side: int) -> Iterator[None]:
     """Replace all self-attention of a UNet whose canvas has ``side`` latent pixels."""
     before = unet.attn_processors
-    own = NeighborhoodPatchAttention(unet.config.sample_size, side)
+    own = partial(neighborhood_patch_attention, unet.config.sample_size, side)
     unet.set_attn_processor({name: own if ".attn1." in name else old for name, old in before.items()})
     try:
         yield
