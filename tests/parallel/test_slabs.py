@@ -57,7 +57,7 @@ def decoded(make: Any, latents: Tensor, band_px: int | None) -> Any:
         image = vae.decode(latents).sample
     rows: list[Tensor] = []
 
-    def collect(bands: Iterator[Tensor]) -> Tensor:
+    def collect(bands: Iterator[Tensor], height: int) -> Tensor:
         rows.extend(bands)
         return torch.zeros(1, 3, 1, 1)
 

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from tiledcore import TiledPipeline
 from tiledcore.vae import exact as bands
 from tiledcore.vae.bands import Statistics
+from tiledcore.vae.live_bytes import LiveBytes
 from tiledcore.vae.plan import choose
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -200,6 +201,16 @@ def test_rows_come_top_to_bottom_and_the_peak_does_not_grow_with_the_height() ->
     assert relative(torch.cat(rows, 2), whole(vae, latents, "decode")) < 1e-5
     short, tall = (choose(vae.decoder, (1, 4, height, 10), 1e9, 64).peak_bytes for height in (40, 200))
     assert tall == short
+
+
+def test_an_image_of_bands_is_not_held_twice_and_its_plan_is_not_counted() -> None:
+    vae = build("tiny")
+    latents = latents_for(vae, 200, 10)
+    most = bands.plan(vae.decoder, latents, 64).peak_bytes
+    with torch.no_grad(), bands.exact_bands(vae, 0, 64), LiveBytes() as live:
+        image = vae.decode(latents).sample
+    assert image.nbytes > 2 * most
+    assert live.peak < 1.2 * image.nbytes + most
 
 
 def test_a_batch_is_its_images_and_a_call_is_repeatable() -> None:

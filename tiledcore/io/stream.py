@@ -73,10 +73,10 @@ class Streamed(Feature):
         small = latents.new_zeros(1, 3, *[1] * (latents.ndim - 4), 1 + 2 * y, 1 + 2 * x)
         return DecoderOutput(sample=small) if return_dict else (small,)
 
-    def collect(self, bands: Iterator[Tensor]) -> Tensor:
+    def collect(self, bands: Iterator[Tensor], height: int) -> Tensor:
         """What :func:`tiledcore.vae.exact.exact_bands` does with decoded rows ``[1, 3, rows, W]``."""
         if self.rows is None or not self._height:  # not the pipeline's decode
-            return joined(bands)
+            return joined(bands, height)
         self._take(bands)
         return torch.zeros(1, 3, 1, 1, device=self.pipe.vae.device)
 

@@ -209,7 +209,7 @@ def slabs(
         for rank in range(1, ranks.size):
             yield from ranks.received(rank)
         return
-    slab = joined(bands)
+    slab = joined(bands, (own[1] - own[0]) * scale)
     if to_first:
         ranks.send(slab.cpu())
     else:

@@ -45,8 +45,15 @@ Rows = Callable[[Any, Tensor, int | None, float | None], Iterator[Tensor]]
 """``(network, input, band_px, budget)`` -> the rows of its result, see :func:`rows_of`."""
 
 
-def joined(rows: Iterator[Tensor]) -> Tensor:
-    return torch.cat(list(rows), 2)
+def joined(rows: Iterator[Tensor], height: int) -> Tensor:
+    """An image of ``height`` rows; ``torch.cat`` would hold it twice."""
+    image, top = torch.empty(0), 0
+    for band in rows:
+        image = image if top else band.new_empty(*band.shape[:2], height, band.shape[3])
+        image[:, :, top : top + band.shape[2]] = band
+        top += band.shape[2]
+        del band
+    return image
 
 
 def rows_of(network: Any, given: Tensor, band_px: int | None = None, budget: float | None = None) -> Iterator[Tensor]:
@@ -75,7 +82,7 @@ def exact_bands(
     band_px: int | None = None,
     budget: float | None = None,
     decode: Rows = rows_of,
-    collect: Callable[[Iterator[Tensor]], Tensor] = joined,
+    collect: Callable[[Iterator[Tensor], int], Tensor] = joined,
 ) -> Iterator[None]:
     """Inside the ``with`` block, ``vae.decode`` and ``vae.encode`` run in exact bands.
 
@@ -86,23 +93,25 @@ def exact_bands(
         larger_than: images of up to this many pixels are not split.
         band_px, budget: see :func:`rows_of`.
         decode: runs the decoder; several processes have one of their own.
-        collect: makes the image of the decoded rows, or what stands for it.
+        collect: makes the image of the decoded rows and its height, or what stands for it.
 
     Raises:
         TypeError: ``vae`` is not supported.
     """
 
-    def banded(network: Any, rows: Rows, collect: Callable[[Iterator[Tensor]], Tensor]) -> Any:
+    def banded(network: Any, rows: Rows, collect: Callable[[Iterator[Tensor], int], Tensor]) -> Any:
         original, enlarged = network.forward, math.prod(layer.upsample for layer in program(network))
 
         def forward(sample: Tensor) -> Tensor:
-            if math.prod(sample.shape[2:]) * enlarged**2 <= larger_than:
+            height, width = (side * enlarged for side in sample.shape[2:])
+            if height * width <= larger_than:
                 return original(sample)
-            return collect(rows(network, sample, band_px, budget))
+            return collect(rows(network, sample, band_px, budget), height)
 
         return forward
 
-    decoder, encoder = banded(vae.decoder, decode, collect), banded(vae.encoder, rows_of, joined)
+    decoder = banded(vae.decoder, decode, collect)
+    encoder = banded(vae.encoder, rows_of, lambda rows, _: torch.cat(list(rows), 2))  # latents are small
     with replaced(vae.decoder, forward=decoder), replaced(vae.encoder, forward=encoder):
         yield
 

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 class LiveBytes(TorchDispatchMode):
     """Counts each tensor storage made inside the ``with`` block, until nothing refers to it any more.
 
+    Tensors of the meta device have no data and count only with ``meta``.
     Older tensors count only if they belong to ``modules``; what a kernel allocates and frees itself is not seen.
     ``now`` is the bytes alive now, ``peak`` the most alive at once since the last :meth:`reset`.
 
@@ -21,10 +22,13 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(
-        self, modules: Iterable[nn.Module] = (), scratch: Callable[[Any, tuple[Any, ...]], int] = lambda *_: 0
+        self,
+        modules: Iterable[nn.Module] = (),
+        scratch: Callable[[Any, tuple[Any, ...]], int] = lambda *_: 0,
+        meta: bool = False,
     ) -> None:
         super().__init__()
-        self.scratch = scratch
+        self.scratch, self.meta = scratch, meta
         self.now = self.peak = 0
         self._alive: dict[int, weakref.ref[Any]] = {}
         for module in modules:
@@ -48,7 +52,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _add(self, tensor: Tensor) -> None:
         storage, key = tensor.untyped_storage(), _key(tensor)
-        if key in self._alive:
+        if key in self._alive or (tensor.is_meta and not self.meta):
             return
         size = storage.nbytes()
 

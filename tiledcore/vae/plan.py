@@ -149,7 +149,7 @@ def measured(
             place.peak = max(place.peak, live.reset())
             yield band
 
-    with LiveBytes() as live, FlopCounterMode(display=False) as counter:
+    with LiveBytes(meta=True) as live, FlopCounterMode(display=False) as counter:
         source = bands_of(given, limits[0], given.device, given.dtype)
         for i, layer in enumerate(layers):
             source = leaving(through([layer], limits[i : i + 1], entering(source, i)), places[i])
