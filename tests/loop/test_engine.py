@@ -52,6 +52,7 @@ def test_every_way_over_the_canvas(make: Any, way: str) -> None:
     "kwargs",
     [
         {"guidance_scale": 1.0},
+        {"guidance_rescale": 0.5, "guidance_scale": 1.0},
         {"num_images_per_prompt": 2, "negative_prompt": "a dog"},
         {"eta": 0.5},
         {"height": 128, "width": 128},

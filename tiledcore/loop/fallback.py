@@ -28,7 +28,7 @@ def why_not(pipe: Any, call: dict[str, Any]) -> str | None:
     for argument in REFUSED:
         if call.get(argument) is not None:
             return f"{argument} changes the pipeline's loop"
-    if (call.get("guidance_rescale") or 0.0) > 0:
+    if (call.get("guidance_rescale") or 0.0) > 0 and (call.get("guidance_scale") or 0.0) > 1:  # else not guided
         return "guidance_rescale needs the spread of the whole prediction"
     if is_flux(pipe) and (call.get("true_cfg_scale") or 1.0) > 1 and call.get("negative_prompt") is not None:
         return "true_cfg_scale: FLUX evaluates the two branches in two calls"
