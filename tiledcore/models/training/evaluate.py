@@ -3,8 +3,10 @@
 ``python -P -m tiledcore.models.training.evaluate --json bench/results/earth.json`` generates one image of native size
 for the caption of each of ``--count`` held-out crops with the plain diffusers pipeline. It prints
 
-- distances of spectrum, colour and patches to these crops, per style, beside the same between two disjoint sets of
-  real held-out crops (the floor), and for the autoencoder's reconstructions;
+- distances of spectrum, colour and patches to these crops, per style, for the samples and for the autoencoder's
+  reconstructions, with two floors: other held-out crops, and training crops that have the same captions. A model knows
+  the held-out area by captions only, so the second is as near as it can come;
+- the same distances to training crops with the same captions, with another disjoint set of these as the floor;
 - how often a small network tells samples from real crops (0.5 is perfect);
 - how well what is seen in the samples goes with what was asked for, read by a network that learned on real crops.
 
@@ -17,6 +19,7 @@ import argparse
 import json
 import platform
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +134,20 @@ def balanced_crops(rasters: data.Rasters, count: int, seed: int) -> list[data.Cr
     return crops
 
 
+def same_captions(rasters: data.Rasters, styles: list[str], prompts: list[str], seed: int) -> list[Images]:
+    """Two disjoint sets of training crops, one crop in each for each prompt, of the same style and the same words."""
+    rng = np.random.default_rng(seed)
+    wanted = [(style, text.split(" of ", 1)[1]) for style, text in zip(styles, prompts, strict=True)]
+    missing, found = Counter(wanted * 2), dict[tuple[str, str], list[Any]]()
+    while missing.total():
+        crop = data.random_crop(rasters, 256, rng)
+        key = crop.style, data.content(crop.fractions.mean((1, 2)) / 255, crop.scale, rng)
+        if missing[key] > 0:
+            missing[key] -= 1
+            found.setdefault(key, []).append(crop.image)
+    return [np.stack([found[key].pop() for key in wanted]) / 255 for _ in range(2)]
+
+
 def measure(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
     start, rasters, rng = time.monotonic(), data.load_rasters(), np.random.default_rng(0)
     crops, others = (balanced_crops(rasters, args.count, seed) for seed in (0, 1))
@@ -142,6 +159,7 @@ def measure(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
     prompts = [data.prompt(c.style, f, c.scale, rng) for c, f in zip(crops, asked, strict=True)]
     real, other = (np.stack([c.image for c in group]) / 255 for group in (crops, others))
     made, rebuilt = generate(pipe, prompts, args.steps, args.guidance, seed=0), rebuild(pipe.vae, real)
+    trained, others_trained = same_captions(rasters, [c.style for c in crops], prompts, seed=7)
     reader = judges.reader(rasters, args.reader)
     shuffled = np.random.default_rng(1).permutation(len(crops))
     return {
@@ -153,11 +171,17 @@ def measure(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
             "model": per_style(made, real, style),
             "autoencoder": per_style(rebuilt, real, style),
             "floor: other held-out crops": per_style(other, real, style),
+            "floor: training crops with the same captions": per_style(trained, real, style),
+        },
+        "distances_to_training_crops_with_the_same_captions": {
+            "model": per_style(made, trained, style),
+            "floor: other such crops": per_style(others_trained, trained, style),
         },
         "two_sample_accuracy": {
             "model": round(judges.two_sample_accuracy(made, real), 3),
             "autoencoder": round(judges.two_sample_accuracy(rebuilt, other), 3),
             "floor: other held-out crops": round(judges.two_sample_accuracy(other, real), 3),
+            "model, from training crops with the same captions": round(judges.two_sample_accuracy(made, trained), 3),
         },
         "obedience": {
             "model": judges.obedience(judges.read(reader, made), style, asked),
