@@ -150,7 +150,7 @@ class TiledPipeline:
         preview: Preview | str | PathLike[str] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Run the wrapped pipeline tiled.
+        """Run the wrapped pipeline tiled; returns an object of its output class.
 
         Args:
             args: as for the wrapped pipeline.
@@ -172,26 +172,15 @@ class TiledPipeline:
                 list), resized to ``height`` and ``width`` if given. ``mask_image``: change only its white part.
                 ``use_resolution_binning`` (PixArt, Sana) is off by default.
 
-        Returns:
-            The wrapped pipeline's output class.
-
         Raises:
             ValueError: names the argument, its value and what is valid.
         """
         _checked("tiling", tiling), _checked("execution", execution)
-        options = Options.of(
-            tiling=tiling or self.tiling,
-            asked=tiling is not None or self.__dict__["_tiling"] is not None,
-            execution=execution or self.execution,
-            regions=regions,
-            prompt_for_tile=prompt_for_tile,
-            rows=rows,
-            checkpoint=checkpoint,
-            pull=pull,
-            stages=self.stages if stages == "default" else stages,
-            keep_colour=keep_colour,
-            preview=preview,
-        )
+        given: dict[str, Any] = {"regions": regions, "prompt_for_tile": prompt_for_tile, "rows": rows, "pull": pull}
+        given |= {"checkpoint": checkpoint, "preview": preview, "keep_colour": keep_colour}
+        given |= {"tiling": tiling or self.tiling, "execution": execution or self.execution}
+        asked = tiling is not None or self.__dict__["_tiling"] is not None
+        options = Options.of(asked=asked, stages=self.stages if stages == "default" else stages, **given)
         arguments = bind(self.pipe, args, kwargs)
         if options.preview is not None and self._budget is not None:
             raise ValueError("preview: its decode is not counted by the memory_budget; leave out one of them")
