@@ -259,7 +259,9 @@ def one_text(pipe: Any) -> Any:
 
 @pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl, tiny_pixart_sigma, *JOINT])
 @pytest.mark.parametrize(("guidance_batch", "fused"), [(True, True), (False, False)])
-def test_canvas_mode_has_regions(make: Any, guidance_batch: bool, fused: bool) -> None:
+def test_canvas_mode_has_regions(
+    make: Any, guidance_batch: bool, fused: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     pipe, tiling = one_text(make()), CANVAS
     options: dict[str, Any] = {"fused": fused, "guidance_batch": guidance_batch, "height": 224}
     plain = generate(pipe, tiling, **options)
@@ -269,6 +271,7 @@ def test_canvas_mode_has_regions(make: Any, guidance_batch: bool, fused: bool) -
     if make is not tiny_sdxl:  # its pooled text stays the global prompt's
         assert_close(whole, generate(pipe, tiling, prompt="the ocean", **options))
     assert torch.equal(generate(pipe, tiling, **options), plain)
+    assert ("pooled text" in caplog.text) == (make in (tiny_sdxl, flux, sd3))
 
 
 def test_canvas_mode_masks_the_texts_of_sana() -> None:

@@ -5,6 +5,7 @@ The pipeline's own ``encode_prompt`` encodes the regions' prompts, with the argu
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
@@ -36,6 +37,8 @@ from tiledcore.utils import replaced
 
 if TYPE_CHECKING:
     from tiledcore.tiles.denoiser import Prediction, TileDenoiser
+
+logger = logging.getLogger(__name__)
 
 # The arguments of a network's forward that depend on the prompt, and their place in encode_prompt's result. A name
 # with a dot is an entry of a dict.
@@ -78,6 +81,11 @@ class Regional(Feature):
                 if getattr(layer, "is_cross_attention", False) and not isinstance(layer.processor, CrossProcessor):
                     kind = type(layer.processor).__name__
                     raise TypeError(f"regions: {name}: {kind} knows one text; remove its adapter, or use mode='tiles'")
+            if "pooled_projections" in self._text or self._network.config.get("addition_embed_type") == "text_time":
+                logger.warning(
+                    "regions: in canvas mode the pooled text, which can hold the style, is the global prompt's "
+                    "everywhere; mode='tiles' gives each region its own"
+                )
         stack.enter_context(replaced(self._hook, regions=self))
         original = self.pipe.encode_prompt
         parameters = signature(original)
