@@ -23,6 +23,7 @@ SKIPPED_COMMANDS = {
     "git": "needs the address of a repository",
     "tiledcore view": "serves until Ctrl-C; tests/cli/test_view*.py run it",
     "python -m bench": "benchmarks: tests/test_suite.py, test_modes.py, test_oracle.py run them",
+    ". .venv/bin/activate": "nothing to see",
     ".venv/bin/python": "tests/golden/outputs.py runs for a minute",
     "nsys": "NVIDIA's profiler, needs a GPU",
     "ncu": "NVIDIA's profiler, needs a GPU",

@@ -49,7 +49,7 @@ def fused(op: Callable[..., Any]) -> None:
         state, scalar = torch.zeros(2, B, 4, H, W), torch.zeros(1)
         for noise in (None, state[0]):
             rest = (torch.zeros(3, 2, 4), torch.zeros(4), torch.zeros(1, dtype=torch.int64), state[0].clone(), scalar)
-            op(torch.zeros(T * 2 * B, 4, h, w), offsets(1, T), state, *rest, noise, None, "ramp", ramp)
+            op(torch.zeros(T * 2 * B, 4, h, w), offsets(1, T), state, *rest, noise, "ramp", ramp)
 
 
 def norm(op: Callable[..., Any]) -> None:
