@@ -70,6 +70,7 @@ TABLES: dict[str, tuple[str, Callable[[Data], str]]] = {
     "blend": ("cpu_suite.json", _blend),
     "step": ("cpu_suite.json", _step),
     "modes-earth-1024": ("modes_earth_1024.json", _modes),
+    "modes-earth-2048": ("modes_earth_2048.json", _modes),
     "modes-flux-1024": ("modes_flux_1024.json", _modes),
     "modes-flux-2048": ("modes_flux_2048.json", _modes),
 }
