@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import tempfile
 from collections.abc import Callable
@@ -51,8 +52,8 @@ def _group(folder: str, count: int, timeout: float) -> Begin:
 
 
 def _environment(count: int) -> Begin:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.socket() as free:  # not of the range from which connections get theirs: another test's could take it
+        free.bind(("127.0.0.1", random.randrange(20_000, 30_000)))
         port = free.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "none"}
 
