@@ -194,13 +194,21 @@ class Ranks:
             for work in works:
                 work.wait()
 
-    def share(self, own: Tensor) -> list[Tensor]:
-        """The tensors of all ranks, of one dtype and any shapes, on this rank's device."""
-        shapes = self.all(own.shape)
+    def share(self, own: Tensor, alike: bool = False) -> list[Tensor]:
+        """The tensors of all ranks, of one dtype, on this rank's device. ``alike``: all have the shape of ``own``."""
+        shapes = [own.shape] * self.size if alike else self.all(own.shape)
         flat = [torch.empty(math.prod(shape), dtype=own.dtype, device=own.device) for shape in shapes]
         flat[self.rank].copy_(own.flatten())
         self._exchange(flat)
         return [one.view(shape) for one, shape in zip(flat, shapes, strict=True)]
+
+    def turn(self, given: Tensor, lengths: Sequence[int], got: Tensor, got_lengths: Sequence[int]) -> None:
+        """Each rank gives a part of ``given`` to each, by rank, and gets the others' in ``got``; both are flat."""
+        item = given.element_size()
+        sizes = [item * length for length in got_lengths], [item * length for length in lengths]
+        with self._found():
+            group = self.world if given.is_cuda else self.hosts
+            dist.all_to_all_single(got.view(torch.uint8), given.view(torch.uint8), *sizes, group=group)
 
     def send(self, rows: Tensor) -> None:
         """Send rows ``[B, C, H, W]`` to rank 0, some at a time, as it asks for them."""

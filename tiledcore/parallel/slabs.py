@@ -6,8 +6,10 @@ bounded memory, where only the results of reductions are exchanged: equal to one
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -68,21 +70,43 @@ def divided(ranks: Ranks, decoder: Any, scale: int) -> Iterator[None]:
 def _on_own_rows(ranks: Ranks, decoder: Any, height: int) -> Iterator[tuple[Any, Forward]]:
     """Each module whose result depends on more than one pixel, and the forward that computes it for this rank's rows.
 
-    The first convolution gets the whole input of ``height`` rows, the others the rows beside their own. GroupNorm and
-    the attention of the middle block get all rows; so do convolutions of one pixel in half precision, whose bits
-    depend on the number of pixels.
+    The first convolution gets the whole input of ``height`` rows, the others the rows beside their own. For GroupNorm
+    each rank gets all rows of some groups. The attention of the middle block gets all rows; so do convolutions of one
+    pixel in half precision, whose bits depend on the number of pixels.
     """
-    low, high = own_rows(ranks, height)
+    bounds = [height * rank // ranks.size for rank in range(ranks.size + 1)]
+    low, high = bounds[ranks.rank : ranks.rank + 2]
 
     def cut(whole: Tensor) -> Tensor:
         scale = whole.shape[2] // height
         rows = whole[:, :, scale * low : scale * high]
         return torch.empty_like(rows).copy_(rows)
 
+    rooms: dict[str, Tensor] = {}
+
+    def flat(name: str, like: Tensor, length: int) -> Tensor:
+        """Memory that the next layer uses again: on a CPU, new pages of memory cost more time than a copy."""
+        if name not in rooms or len(rooms[name]) < length:
+            rooms[name] = like.new_empty(length)
+        return rooms[name][:length]
+
     def joined(parts: Sequence[Tensor], own: Tensor) -> Tensor:
         """Parts one below the other, laid out as ``own``: the layout changes the bits of what follows."""
-        layout = torch.contiguous_format if own.is_contiguous() else torch.channels_last
-        return torch.cat(list(parts), 2).contiguous(memory_format=layout)
+        batch, channels, _, width = parts[0].shape
+        rows = sum(part.shape[2] for part in parts)
+        room = flat("whole", own, batch * channels * rows * width)
+        if own.is_contiguous():
+            return torch.cat(list(parts), 2, out=room.view(batch, channels, rows, width))
+        return torch.cat(list(parts), 2, out=room.view(batch, rows, width, channels).permute(0, 3, 1, 2))
+
+    def turned(parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Each rank gives part i to rank i; returns what this one gets, of ``shapes``, by rank."""
+        lengths, given_lengths = [math.prod(shape) for shape in shapes], [part.numel() for part in parts]
+        given, got = (flat(name, parts[0], sum(n)) for name, n in (("given", given_lengths), ("got", lengths)))
+        for room, part in zip(given.split(given_lengths), parts, strict=True):
+            room.view(part.shape).copy_(part)
+        ranks.turn(given, given_lengths, got, lengths)
+        return [one.view(*shape) for one, shape in zip(got.split(lengths), shapes, strict=True)]
 
     def first(conv: nn.Conv2d) -> Forward:
         original = conv.forward
@@ -101,7 +125,7 @@ def _on_own_rows(ranks: Ranks, decoder: Any, height: int) -> Iterator[tuple[Any,
         reach, rank = conv.kernel_size[0] // 2, ranks.rank
 
         def forward(own: Tensor) -> Tensor:
-            edges = ranks.share(torch.cat([own[:, :, :reach], own[:, :, -reach:]], 2))
+            edges = ranks.share(torch.cat([own[:, :, :reach], own[:, :, -reach:]], 2), alike=True)
             none = torch.zeros_like(edges[0][:, :, :reach])
             above = edges[rank - 1][:, :, reach:] if rank > 0 else none
             below = edges[rank + 1][:, :, :reach] if rank + 1 < ranks.size else none
@@ -110,12 +134,32 @@ def _on_own_rows(ranks: Ranks, decoder: Any, height: int) -> Iterator[tuple[Any,
 
         return forward
 
+    def norm(module: nn.GroupNorm) -> Forward:
+        groups = [module.num_groups * rank // ranks.size for rank in range(ranks.size + 1)]
+        each = module.num_channels // module.num_groups
+        channels = [each * (stop - start) for start, stop in pairwise(groups)]
+        count, mine = channels[ranks.rank], slice(each * groups[ranks.rank], each * groups[ranks.rank + 1])
+
+        def forward(own: Tensor) -> Tensor:
+            scale = own.shape[2] // (high - low)
+            heights = [scale * (stop - start) for start, stop in pairwise(bounds)]
+            shapes = [(len(own), count, rows, own.shape[3]) for rows in heights]
+            whole = joined(turned(own.split(channels, 1), shapes), own)
+            if count:
+                whole = F.group_norm(whole, count // each, module.weight[mine], module.bias[mine], module.eps)
+            shapes = [(len(own), part, *own.shape[2:]) for part in channels]
+            return torch.cat(turned(whole.split(heights, 2), shapes), 1, out=torch.empty_like(own))
+
+        return forward
+
     attentions = [module for module in decoder.modules() if type(module) is Attention]
     within = {inner for attention in attentions for inner in attention.modules()}
     is_first = True
     for module in decoder.modules():
-        if module in attentions or (type(module) is nn.GroupNorm and module not in within):
+        if module in attentions:
             yield module, on_all(module)
+        elif type(module) is nn.GroupNorm and module not in within:
+            yield module, norm(module)
         elif type(module) is nn.Conv2d and module not in within:
             if is_first:
                 yield module, first(module)
