@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 LARGE = 2048 * 2048
 """Pixels. To decode more of them whole takes gigabytes."""
 MANY = 10_000
-"""Tiles of one step. To simulate more of them takes minutes."""
+"""Tiles in one step. A step with more of them is not simulated, because that takes minutes."""
 HINT = "tiles alone repeat the subject, because none of them sees the whole; --stages auto makes one composition"
 
 

@@ -180,7 +180,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _typed(pattern: str, convert: Callable[[re.Match[str]], T | None], valid: str) -> Callable[[str], T]:
-    """The type of an option: ``convert`` of a text that matches; None is not ``valid`` either."""
+    """The type of an option: its text must match, and ``convert`` gives the value, or None if the text is wrong."""
 
     def parse(text: str) -> T:
         match = re.fullmatch(pattern, text, re.ASCII)

@@ -16,7 +16,7 @@ from tiledcore.schedulers.solver import LinearSolver, NotLinear, linear_solver
 from tiledcore.tiles.denoiser import TileDenoiser
 from tiledcore.tiles.families import network_of, to_image, to_tokens
 
-# Arguments of their calls that change the loop.
+# Arguments of a pipeline's call with which its loop does what the engine does not.
 REFUSED = ("denoising_start", "denoising_end", "skip_guidance_layers", "ip_adapter_image", "ip_adapter_image_embeds")
 
 

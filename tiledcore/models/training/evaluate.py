@@ -135,7 +135,7 @@ def balanced_crops(rasters: data.Rasters, count: int, seed: int) -> list[data.Cr
 
 
 def same_captions(rasters: data.Rasters, styles: list[str], prompts: list[str], seed: int) -> list[Images]:
-    """Two disjoint sets of training crops, one crop in each for each prompt, of the same style and the same words."""
+    """Two disjoint sets of training crops. Each has one crop for each prompt, with that prompt's style and words."""
     rng = np.random.default_rng(seed)
     wanted = [(style, text.split(" of ", 1)[1]) for style, text in zip(styles, prompts, strict=True)]
     missing, found = Counter(wanted * 2), dict[tuple[str, str], list[Any]]()
