@@ -96,9 +96,7 @@ def prepare(name: str, size: int, tile: int, stride: int, device: torch.device, 
     corners, canvas = grid((size, size), tile, stride), CHANNELS * size * size
     tiles = torch.randn(len(corners), 2, CHANNELS, tile, tile, device=device).to(dtype)
     sample = torch.randn(1, CHANNELS, size, size, device=device)
-    found = linear_solver(scheduler(name))
-    assert isinstance(found, LinearSolver), found
-    solver = found.to(device)
+    solver = linear_solver(scheduler(name)).to(device)
     offsets = torch.tensor(corners, dtype=torch.int32, device=device)
     eager = Eager(scheduler(name), sample.to(dtype), tiles, partial(average, corners=corners, like=sample.to(dtype)))
     fused: dict[str, Fused] = {window: Fused(solver, sample, tiles, offsets, window) for window in WINDOWS}

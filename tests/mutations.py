@@ -35,7 +35,7 @@ FAULTS = {
     "d": ("loop/graph.py", "torch.cuda.set_stream(stream)", "pass", GRAPH + FAILED),
     "d2": ("loop/graph.py", "            graph.reset()\n", "", GRAPH + FAILED),
     "d3": ("loop/graph.py", "CudaBackend.broken = not_captured(error)", "pass", GRAPH + FAILED),
-    "d4": ("loop/engine.py", "return acts_within(network)", "return None", REPLAY + "a_network_with_hooks"),
+    "d4": ("loop/engine.py", "= acts_within(self.network)", "= None", REPLAY + "a_network_with_hooks"),
     "e": ("loop/graph.py", KEPT, KEPT + RETRY, GRAPH + "the_eager_retry_does_not_keep_the_failed_attempt_alive"),
     "f": ("call.py", "            current_device(device_of(self.pipe)),\n", "",
           "tests/pipeline/test_call.py::test_a_call_makes_the_pipelines_device_the_current_one"),

@@ -9,8 +9,8 @@ from tilings import ONE, RAMP
 from torch import Tensor
 
 from tiledcore import Execution, TiledPipeline, TilingConfig
+from tiledcore.loop.engine import Report
 from tiledcore.loop.graph import Body
-from tiledcore.loop.report import Report
 from tiledcore.tiles.denoiser import TileDenoiser
 
 

@@ -57,7 +57,7 @@ class Feature:
         """``index`` evaluations are done, and this is the canvas ``[B, C, H, W]``."""
 
     def report(self, report: Any) -> None:
-        """The call is over: add to its :class:`~tiledcore.loop.report.Report`."""
+        """The call is over: add to its :class:`~tiledcore.loop.engine.Report`."""
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint must hold to go on."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tiledcore.config import Execution, TilingConfig
 from tiledcore.loop.engine import Buffers
-from tiledcore.schedulers.solver import NotLinear, linear_solver
+from tiledcore.schedulers.solver import NotLinearError, linear_solver
 from tiledcore.tiles.denoiser import TileDenoiser
 
 
@@ -74,15 +74,15 @@ def sample(
     times: list[float] = torch.as_tensor(scheduler.timesteps).float().tolist()  # the device is asked once
     denoiser.timesteps = lambda: times
     latents = noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
-    solver = linear_solver(scheduler)
-    if isinstance(solver, NotLinear):
+    try:
+        solver = linear_solver(scheduler).to(noise.device, torch.promote_types(noise.dtype, torch.float32))
+    except NotLinearError:
         own = {"generator": generator} if "generator" in signature(scheduler.step).parameters else {}
         for t, time in zip(scheduler.timesteps, times, strict=True):
             x = scheduler.scale_model_input(latents, t) if hasattr(scheduler, "scale_model_input") else latents
             predicted = denoiser(forward, x, t, time=time, args=(t, *args))
             latents = scheduler.step(predicted, t, latents, return_dict=False, **own)[0]
         return latents
-    solver = solver.to(noise.device, torch.promote_types(noise.dtype, torch.float32))
     buffers = Buffers(solver, noise)
     buffers.state[0].copy_(latents)
     buffers.model_input.copy_(buffers.state[0] * buffers.input_scale[0])

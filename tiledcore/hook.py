@@ -132,12 +132,11 @@ class NetworkHook:
         if self.control is not None:
             conditions = self.control.take(conditions)
         if engine is not None:
-            engine.look(arguments, family, self.denoiser)
+            engine.look(arguments, self.denoiser)
             prediction = engine.run_step(self.denoiser, forward, arguments[family.timestep], conditions)
         else:
             if self.engine is not None:
-                self.engine.denoiser = self.engine.own.denoiser = self.denoiser
-                self.engine.own.canvas_size = size
+                self.engine.denoiser, self.engine.canvas_size = self.denoiser, size
             sample, timestep = arguments[family.sample], arguments[family.timestep]
             predicted = self.denoiser(forward, canvas, timestep, time=self.time(timestep), **conditions)
             prediction = family.result(predicted, sample)

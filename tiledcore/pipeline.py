@@ -19,8 +19,8 @@ from tiledcore.hook import default_tiling
 from tiledcore.io.preview import Preview
 from tiledcore.io.stream import Rows
 from tiledcore.loop.checkpoint import Checkpoint
+from tiledcore.loop.engine import Report
 from tiledcore.loop.graph import Mode, StepGraphs
-from tiledcore.loop.report import Report
 from tiledcore.memory.planner import Budget
 from tiledcore.models import EARTH, EARTH_FLUX, EMBEDDED, NATIVE
 from tiledcore.parallel.ranks import current

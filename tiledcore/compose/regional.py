@@ -31,7 +31,7 @@ from tiledcore.compose.regional_tiles import evaluate, grid_of, split
 from tiledcore.compose.regions import Region, check_regions, region_weights, seed_noise
 from tiledcore.feature import Feature
 from tiledcore.geometry import Pair, both
-from tiledcore.loop.report import Report
+from tiledcore.loop.engine import Report
 from tiledcore.tiles.families import network_of
 from tiledcore.utils import replaced
 

@@ -1,1 +1,1 @@
-"""The denoising loop of one call: engine, fallback, CUDA graphs, checkpoints."""
+"""The denoising loop of one call: engine, CUDA graphs, checkpoints."""

@@ -4,8 +4,6 @@ Saved is what the loop carries from one evaluation to the next, and the generato
 pipeline again with the same arguments, which is checked.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import logging
@@ -32,7 +30,7 @@ logger = logging.getLogger(__name__)
 FILE = "checkpoint.pt"
 CALLBACKS = ("callback_on_step_end", "callback")
 # Arguments of a call that do not change what is denoised.
-FORM = ("self", "kwargs", "generator", "output_type", "return_dict", "callback_on_step_end_tensor_inputs")
+FORM = ("self", "kwargs", "output_type", "return_dict", "callback_on_step_end_tensor_inputs")
 SAMPLES = 64  # values of each weight that are compared
 
 
@@ -66,7 +64,7 @@ class Checkpoint:
     def remove(self) -> None:
         """Remove the file, and the folder if nothing else is in it."""
         self.file.unlink(missing_ok=True)
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
+        with suppress(OSError):  # not empty
             self.folder.rmdir()
 
 
@@ -153,13 +151,12 @@ class Run:
                 raise ValueError(f"checkpoint: {name} may change the latents, which a resumed run could not repeat")
         self.checkpoint, self.generators = checkpoint, _generators(call)
         self.settings = settings_of(pipe, call, settings)
-        self.saved = load(checkpoint)
-        self.done = 0 if self.saved is None else self.saved.index  # Evaluations that need not be made again
-        now = self.settings
-        there = now if self.saved is None else self.saved.settings
-        names = [name for name in {**there, **now} if there.get(name) != now.get(name)]
+        self.saved = load(checkpoint) or Saved(0, 0, self.settings, [], {})
+        there, now = self.saved.settings, self.settings
+        names = [name for name in there | now if there.get(name) != now.get(name)]
         if names:
-            differences = [f"{n}: {_short(there.get(n))} there, {_short(now.get(n))} now" for n in names[:3]]
+            values = [(name, there.get(name, "nothing"), now.get(name, "nothing")) for name in names[:3]]
+            differences = [f"{name}: {old:.60} there, {new:.60} now" for name, old, new in values]
             raise ValueError(
                 f"checkpoint: {checkpoint.file} is of another run ({'; '.join(differences)}); "
                 "remove it, or choose another folder"
@@ -167,7 +164,7 @@ class Run:
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Put the saved run into these tensors, and its generators into their state."""
-        if self.saved is None:
+        if self.saved.index == 0:
             return
         for name, tensor in tensors.items():
             tensor.copy_(self.saved.tensors[name])
@@ -221,10 +218,6 @@ def settings_of(pipe: Any, call: dict[str, Any], more: dict[str, Any]) -> dict[s
         "pipeline": type(pipe).__name__,
         "scheduler": f"{type(scheduler).__name__} {_hash(repr(numbers).encode())}",
     }
-    if call.get("generator") is not None:
-        settings["generator"] = _describe(
-            [f"seed {g.initial_seed()}, state {_hash(_bytes(g.get_state()))}" for g in _generators(call)]
-        )
     changes = {name: value for name, value in call.items() if name not in FORM + CALLBACKS}
     settings |= {name: _describe(value) for name, value in (changes | more).items()}
     for name, component in pipe.components.items():
@@ -234,6 +227,8 @@ def settings_of(pipe: Any, call: dict[str, Any], more: dict[str, Any]) -> dict[s
 
 
 def _describe(value: Any) -> str:
+    if isinstance(value, torch.Generator):
+        return f"seed {value.initial_seed()}, state {_hash(_bytes(value.get_state()))}"
     if isinstance(value, Tensor):
         return f"tensor {list(value.shape)} {value.dtype} {_hash(_bytes(value))}"
     if isinstance(value, Image.Image):
@@ -244,8 +239,7 @@ def _describe(value: Any) -> str:
         return str({str(k): _describe(v) for k, v in value.items()})
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_describe, value))}]"
-    plain = value is None or isinstance(value, bool | int | float | str)
-    return repr(value) if plain else type(value).__name__
+    return repr(value) if isinstance(value, bool | int | float | str | None) else type(value).__name__
 
 
 def _samples(module: torch.nn.Module) -> Iterator[bytes]:
@@ -262,8 +256,3 @@ def _samples(module: torch.nn.Module) -> Iterator[bytes]:
 
 def _hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
-
-
-def _short(text: str | None) -> str:
-    text = text or "nothing"
-    return text if len(text) <= 60 else f"{text[:57]}..."

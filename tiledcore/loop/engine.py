@@ -1,33 +1,84 @@
-"""The fused loop: inside a pipeline's own loop, each step is gather -> network -> one fused step.
+"""The loop of one call: fused, where each step is gather -> network -> one fused step; else the pipeline's own.
 
-Guidance and the scheduler's step are done on the engine's own buffers. The pipeline gets predictions of one pixel,
-which cost nothing, and a copy of the canvas after each step.
+Fused, guidance and the scheduler's step are done on the engine's own buffers. The pipeline gets predictions of one
+pixel, which cost nothing, and a copy of the canvas after each step. In the pipeline's own loop, the features run before
+and after the scheduler's ``step``.
 """
-
-from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial, wraps
-from typing import Any
+from inspect import signature
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tiledcore import ops
-from tiledcore._diffusers import acts_within
+from tiledcore._diffusers import FUSABLE, acts_within, is_flux, places_of
 from tiledcore.feature import Features, Start, Step
+from tiledcore.geometry import Pair
 from tiledcore.loop.checkpoint import CALLBACKS, Checkpoint, Run
-from tiledcore.loop.fallback import Fallback, fusable, why_not
 from tiledcore.loop.graph import Counters, Entry, StepGraphs, identity, refill
-from tiledcore.loop.report import Report
-from tiledcore.schedulers.solver import LinearSolver, NotLinear
+from tiledcore.ops.fused_step import MAX_SLOTS
+from tiledcore.schedulers.solver import LinearSolver, NotLinearError, linear_solver
 from tiledcore.tiles.denoiser import Forward, Prediction, TileDenoiser, run_all
-from tiledcore.tiles.families import Family, network_of
+from tiledcore.tiles.families import network_of, to_image, to_tokens
 from tiledcore.utils import label, replaced
 
 logger = logging.getLogger(__name__)
+
+# Arguments of a pipeline's call with which its loop does what the fused one does not.
+REFUSED = ("denoising_start", "denoising_end", "skip_guidance_layers", "ip_adapter_image", "ip_adapter_image_embeds")
+
+
+@dataclass
+class Report:
+    """How a call ran."""
+
+    fused: bool  # The engine moved the canvas; otherwise the pipeline's own loop and the scheduler's ``step`` did
+    reason: str | None  # Why it did not
+    evaluations: int  # Of the network on the whole canvas, by the engine
+    graph: Counters
+    resumed: int = 0  # Evaluations before them that a checkpoint spared
+    reductions: tuple[str, ...] = ()  # What was lowered because memory ran out, in order
+    plan: Any = None  # With a ``memory_budget``: the :class:`~tiledcore.memory.planner.Plan`, with its predicted peak
+    measured_bytes: int | None = None  # With a plan: the peak of tensors alive on the device, weights included
+    ranks: Any = None  # With several processes: the :class:`~tiledcore.parallel.ranks.Times` of each
+    region_tiles: int | None = None
+    """With regions, in tile mode: tiles evaluated in the last step, each once for every prompt in it."""
+
+
+def why_not(pipe: Any, call: dict[str, Any]) -> str | None:
+    """Why the fused loop cannot run this call, or None where it can."""
+    name = type(pipe).__name__
+    if name not in FUSABLE:
+        return f"{name} keeps its own loop"
+    for argument in REFUSED:
+        if call.get(argument) is not None:
+            return f"{argument} changes the pipeline's loop"
+    if (call.get("guidance_rescale") or 0.0) > 0 and (call.get("guidance_scale") or 0.0) > 1:  # else not guided
+        return "guidance_rescale needs the spread of the whole prediction"
+    if is_flux(pipe) and (call.get("true_cfg_scale") or 1.0) > 1 and call.get("negative_prompt") is not None:
+        return "true_cfg_scale: FLUX evaluates the two branches in two calls"
+    return None
+
+
+def solver_of(pipe: Any, timestep: float, eta: float) -> LinearSolver:
+    """Coefficients of a call's steps for the fused step. NotLinearError: why the scheduler must step itself."""
+    scheduler = pipe.scheduler
+    eta_too = "eta" in signature(scheduler.step).parameters and hasattr(pipe, "prepare_extra_step_kwargs")
+    places = places_of(scheduler, timestep)
+    if len(places) != 1:
+        raise NotLinearError(f"timestep {timestep:g} is none, or several, of its timesteps")
+    solver = linear_solver(scheduler, begin=places[0], **({"eta": eta} if eta_too else {}))
+    if solver.slots > MAX_SLOTS:
+        raise NotLinearError(f"needs {solver.slots} canvases of history, more than {MAX_SLOTS}")
+    if any(solver.uses_noise) and is_flux(pipe):
+        raise NotLinearError("draws noise in the shape of packed latents")
+    return solver
 
 
 class Buffers:
@@ -63,7 +114,7 @@ class Buffers:
 
 
 class Engine:
-    """The fused loop of one call. A context: inside it, the pipeline's scheduler is the engine's.
+    """The loop of one call. A context: inside it, the pipeline's scheduler is the engine's.
 
     ``call``: the arguments of the pipeline's call, by name. ``settings``: what else the image depends on, by name; a
     checkpoint compares it. ``features``: of the call, entered already. ``fused=False``: the pipeline's own loop.
@@ -71,6 +122,9 @@ class Engine:
     Raises:
         ValueError: the call cannot be saved in the checkpoint, or cannot go on from there.
     """
+
+    canvas_size: Pair = (0, 0)  # In canvas pixels; in the pipeline's own loop known once the network has been called
+    denoiser: TileDenoiser | None = None  # What evaluates, once it is known
 
     def __init__(
         self,
@@ -82,33 +136,30 @@ class Engine:
         checkpoint: Checkpoint | None = None,
         fused: bool = True,
     ) -> None:
-        self.pipe, self.graphs, self.scheduler, self.features = pipe, graphs, pipe.scheduler, features
-        self.own = Fallback(pipe, features)
-        self.generator = call.get("generator")
-        self.decodes = call.get("output_type") != "latent"
-        self.eta = call.get("eta", 0.0)
+        self.pipe, self.call, self.graphs, self.features = pipe, call, graphs, features
+        self.scheduler, (self.network, self.family) = pipe.scheduler, network_of(pipe)
         self.shows_latents = any(call.get(name) is not None for name in CALLBACKS)  # which may change them
         self._watching = ExitStack()
-        self.index = 0
-        self.denoiser: TileDenoiser | None = None  # what evaluates, once it is known
+        self.index = 0  # Evaluations that are done; in the pipeline's own loop, steps
         self.reason = why_not(pipe, call) if fused else "fused=False"
         self._solver: LinearSolver | None = None  # once decided, where the engine runs
         self._shown: Tensor | None = None
         self._saves = None if checkpoint is None else Run(checkpoint, pipe, call, settings)
-        self._resumed = 0 if self._saves is None else self._saves.done
+        self._resumed = 0 if self._saves is None else self._saves.saved.index  # Evaluations that a checkpoint spares
         self._check_saves()
         graphs.counters = Counters()
 
     def report(self) -> Report:
-        evaluations = max(0, self.index - self._resumed)
+        done = self.index if self.reason is None else 0
         reductions = () if self.denoiser is None else tuple(self.denoiser.reductions)
-        return Report(self.index > 0, self.reason, evaluations, self.graphs.counters, self._resumed, reductions)
+        evaluations = max(0, done - self._resumed)
+        return Report(done > 0, self.reason, evaluations, self.graphs.counters, self._resumed, reductions)
 
     def _check_saves(self) -> None:
         if self._saves is not None and self.reason is not None:
             raise ValueError(f"checkpoint: only the fused step can be resumed, and here: {self.reason}")
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> Self:
         if self.reason is not None and not self.features.watches:
             return self
         scheduler = self.scheduler
@@ -118,8 +169,9 @@ class Engine:
         def step(model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
             if self.reason is None:
                 return (self._latents(),)
-            result = own_step(self.own.before(model_output, timestep, sample), timestep, sample, *args, **kwargs)
-            self.own.after(result[0])
+            result = own_step(self._changed(model_output, timestep, sample), timestep, sample, *args, **kwargs)
+            self.index += 1
+            self.features.after_step(self.index, self._canvas(result[0]))
             return result
 
         self._watching.enter_context(replaced(scheduler, step=step))
@@ -140,37 +192,51 @@ class Engine:
         if self.reason is None and self._solver is None:
             first = float(torch.as_tensor(timestep).flatten()[0])
             self._watching.close()  # for a moment: the scheduler's own methods are read
-            solver = fusable(self.pipe, self.scheduler, first, self.eta)
-            if isinstance(solver, NotLinear):
-                self.reason = solver.reason
+            try:
+                self._solver = solver_of(self.pipe, first, self.call.get("eta", 0.0))
+            except NotLinearError as error:
+                self.reason = f"{type(self.scheduler).__name__}: {error}"
                 self._check_saves()
                 logger.warning("the scheduler's own step is used: %s", self.reason)
-            else:
-                self._solver = solver
             self.__enter__()
         return self.reason is None
 
-    def look(self, arguments: dict[str, Any], family: Family, denoiser: TileDenoiser) -> None:
+    def _changed(self, prediction: Tensor, timestep: Any, sample: Tensor) -> Tensor:
+        """What the scheduler's own ``step`` is given for its prediction: the features have changed it."""
+        if self.index == 0:
+            # A timestep that is there twice has one noise level.
+            timesteps = self.scheduler.timesteps[places_of(self.scheduler, timestep)[0] :]
+            self.features.begin(Start(self.scheduler, timesteps, self.canvas_size))
+        if not self.features.active(self.index):
+            return prediction
+        assert self.denoiser is not None and self.denoiser.placed is not None
+        dtype = torch.promote_types(prediction.dtype, torch.float32)
+        step = Step(self.index, self._canvas(sample), self.denoiser.placed)
+        changed = self.features.after_prediction(step, self._canvas(prediction).to(dtype))
+        return (to_tokens(changed) if self.family.packed else changed).to(prediction.dtype)
+
+    def _canvas(self, latents: Tensor) -> Tensor:
+        return to_image(latents, self.canvas_size) if self.family.packed else latents
+
+    def look(self, arguments: dict[str, Any], denoiser: TileDenoiser) -> None:
         """Take from the arguments of the network's forward what the pipeline has changed."""
         self.branches = 2 if getattr(self.pipe, "do_classifier_free_guidance", False) else 1
         if self.index == 0:
-            self._begin(arguments, family, denoiser)
+            self._begin(arguments, denoiser)
         elif self._shown is not None:
-            self._take_back(family.canvas(arguments).chunk(self.branches)[0])
+            self._take_back(self.family.canvas(arguments).chunk(self.branches)[0])
 
-    def _begin(self, arguments: dict[str, Any], family: Family, denoiser: TileDenoiser) -> None:
+    def _begin(self, arguments: dict[str, Any], denoiser: TileDenoiser) -> None:
         assert self._solver is not None
-        latents = family.canvas(arguments).chunk(self.branches)[0]
-        dtype = torch.promote_types(latents.dtype, torch.float32)
+        latents = self.family.canvas(arguments).chunk(self.branches)[0]
         timesteps = self._solver.timesteps  # still on the host
-        self._times: list[float] = family.clock(timesteps.float()).tolist()
-        solver = self._solver.to(latents.device, dtype)
-        self.family, self._solver = family, solver
-        network = network_of(self.pipe)[0]
-        self._refusal = self._never_captured(network, denoiser)
+        self._times: list[float] = self.family.clock(timesteps.float()).tolist()
+        dtype = torch.promote_types(latents.dtype, torch.float32)
+        self._solver = solver = self._solver.to(latents.device, dtype)
+        self._acts_within = acts_within(self.network)
         forms = [(t.shape, t.dtype, t.device) for t in tree_leaves(arguments) if isinstance(t, Tensor)]
         shapes = (tuple(latents.shape), latents.dtype, tuple(solver.table.shape), self.branches, *forms)
-        key = (identity(network), denoiser.config, denoiser.execution, any(solver.uses_noise), shapes)
+        key = (identity(self.network), denoiser.config, denoiser.execution, any(solver.uses_noise), shapes)
         self.entry: Entry = self.graphs.entry(key, lambda: Buffers(solver, latents))
         self.buffers: Buffers = self.entry.buffers
         self.buffers.table.copy_(solver.table)
@@ -182,7 +248,7 @@ class Engine:
             self._saves.restore(self.buffers.carried)
             self.buffers.step.fill_(self._resumed)
         # What the pipeline gets for a prediction: as many images, of one pixel, or one token.
-        self._stand_in = latents.new_zeros(latents.shape[0], *[1] * (arguments[family.sample].ndim - 1))
+        self._stand_in = latents.new_zeros(latents.shape[0], *[1] * (arguments[self.family.sample].ndim - 1))
 
     def _take_back(self, latents: Tensor) -> None:
         """The canvas as the pipeline has it; a callback may have changed it. Decided on the device, without waiting."""
@@ -204,7 +270,7 @@ class Engine:
         buffers, index = self.buffers, self.index
         size = (buffers.model_input.shape[2], buffers.model_input.shape[3])
         if index < self._resumed:
-            if index + 1 == self._resumed and self._saves is not None and self._saves.saved is not None:
+            if index + 1 == self._resumed and self._saves is not None:
                 self.features.resume(self._saves.saved.tensors, denoiser.tiling(*size, self._times[index]))
             self.index += 1
             return self._prediction()
@@ -213,7 +279,7 @@ class Engine:
         self.denoiser = buffers.denoiser = denoiser
         denoiser.branches = self.branches
         uniform = denoiser.place(size, self._times[index], buffers.model_input.device)
-        refusal = self._refusal or self._graph_refusal(uniform, conditions)
+        refusal = self._graph_refusal(denoiser, uniform, conditions)
         if refusal is None and self.graphs.backend is not None:
             if buffers.given is None:
                 buffers.given = tree_map_only(Tensor, torch.clone, (timestep, conditions))
@@ -225,11 +291,11 @@ class Engine:
             buffers.guidance.fill_(float(self.pipe.guidance_scale))
         if self._solver.uses_noise[index]:
             assert buffers.noise is not None
-            buffers.noise.copy_(self._solver.noise(self.generator, buffers.model_input))
+            buffers.noise.copy_(self._solver.noise(self.call.get("generator"), buffers.model_input))
         body = partial(self._step, denoiser, forward, timestep, conditions, index)
         self.graphs.run(self.entry, body, refusal, keeps=denoiser.attention)
         self.index += 1
-        if self.index == len(self._solver) and self.decodes:
+        if self.index == len(self._solver) and self.call.get("output_type") != "latent":  # it is decoded next
             self.graphs.release()
         if self._saves is not None:
             self._saves.after(self.index, len(self._solver), buffers.carried | self.features.tensors())
@@ -247,9 +313,7 @@ class Engine:
         options: dict[str, Any] = {"window": denoiser.config.window, "impl": denoiser.execution.impl}
         if self.features.active(index):
             assert denoiser.placed is not None
-            tiles, offsets, size, ramp = predicted
-            canvas = tiles if len(offsets) == 1 else ops.blend_tiles(tiles, offsets, size, ramp=ramp, **options)
-            canvas = canvas.to(buffers.state.dtype)
+            canvas = denoiser.blended(predicted).to(buffers.state.dtype)
             if guidance is not None:
                 unconditional, conditional = canvas.chunk(2)
                 canvas = unconditional + guidance * (conditional - unconditional)
@@ -261,16 +325,14 @@ class Engine:
     def _prediction(self) -> Tensor:
         return self._stand_in.repeat(self.branches, *[1] * (self._stand_in.ndim - 1))
 
-    def _never_captured(self, network: Any, denoiser: TileDenoiser) -> str | None:
-        """Why no step of the call can be captured in a CUDA graph, or None."""
+    def _graph_refusal(self, denoiser: TileDenoiser, uniform: bool, conditions: dict[str, Any]) -> str | None:
+        """Why this step cannot be captured in a CUDA graph, or None."""
         if denoiser.deal is not run_all:
             return "several processes exchange the predictions of a step"
         if self.shows_latents:
             return "a callback may change what the next step reads"
-        return acts_within(network)
-
-    def _graph_refusal(self, uniform: bool, conditions: dict[str, Any]) -> str | None:
-        """Why this step cannot be captured in a CUDA graph, or None."""
+        if self._acts_within is not None:
+            return self._acts_within
         if not uniform:
             return "the tiles of a step have several sizes, or differ from step to step"
         if conditions.get("regions") is not None:
@@ -284,5 +346,4 @@ class Engine:
         shown = self.buffers.state[0].to(self.buffers.model_input.dtype, copy=True)
         if self.shows_latents:
             self._shown = shown.clone()  # a callback may change what it is given in place
-        latents: Tensor = self.family.result(shown, None)
-        return latents
+        return self.family.result(shown, None)

@@ -4,8 +4,6 @@ A graph replays the same kernels on the same addresses. So a step's inputs and o
 with their graph under one key; the least recently used pair is dropped first.
 """
 
-from __future__ import annotations
-
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
@@ -89,7 +87,7 @@ class Entry:
     keeps: Any = None  # What the graph's kernels read beside the buffers: it must live as long as the graph
     refused: str | None = None
     eager_seconds: list[float] = field(default_factory=list)  # Of each step that was timed without a graph
-    settled: bool = False  # The replay has been timed and kept
+    replays: int = 0  # The second is timed
 
 
 @dataclass
@@ -126,6 +124,7 @@ class StepGraphs:
         """Drop all graphs with their memory. A step that was kept is captured again when it comes back."""
         for entry in self._entries.values():
             entry.replay = entry.keeps = None
+            entry.replays = entry.replays if entry.replays >= 2 else 0
 
     def run(self, entry: Entry, body: Body, refused: str | None = None, keeps: Any = None) -> None:
         """Run one step, eagerly or as a graph. ``body`` touches only the entry's buffers and what is in ``keeps``;
@@ -138,13 +137,11 @@ class StepGraphs:
         refused = refused or ("cuda_graph=False" if self.mode is False else broken)
         if refused is not None and self.mode is True:
             raise RuntimeError(f"cuda_graph=True: {refused}")
-        refused = refused or entry.refused
         # The first step allocates, compiles and loads; only the second is worth timing.
         warm = len(entry.eager_seconds) >= (1 if self.mode is True else 2)
-        if refused is None and entry.replay is None and warm:
-            if self._capture(entry, body, keeps):
-                return
-            refused = entry.refused
+        if not (refused or entry.refused) and entry.replay is None and warm:
+            self._capture(entry, body, keeps)
+        refused = refused or entry.refused
         if refused is None and entry.replay is not None:
             self._replay(entry, entry.replay)
             return
@@ -155,11 +152,8 @@ class StepGraphs:
             self.counters.reason = refused
             body()
 
-    def _capture(self, entry: Entry, body: Body, keeps: Any) -> bool:
-        """Make the step by a new graph; False where it could not be captured.
-
-        The caller then runs it eagerly: in the handler, the traceback would hold the tensors of the failed attempt.
-        """
+    def _capture(self, entry: Entry, body: Body, keeps: Any) -> None:
+        """Capture the step. If it fails, the caller runs it: here, the traceback would hold the attempt's tensors."""
         try:
             with using() as used:
                 replay = self.backend.capture(body)
@@ -168,24 +162,19 @@ class StepGraphs:
             if self.mode is True:
                 raise RuntimeError(f"cuda_graph=True: {reason}") from error
             self._drop(entry, reason)
-            return False
+            return
         self.counters.captures += 1
-        replay()
-        self.counters.replays += 1
         if self.mode == "auto" and self.backend.free_bytes() < RESERVE:
             self._drop(entry, "the graph's memory does not fit beside the rest")
         else:
             entry.replay, entry.keeps = replay, (body, keeps, used)
-        return True
 
     def _replay(self, entry: Entry, replay: Body) -> None:
         self.counters.replays += 1
-        if entry.settled or self.mode is True:
+        entry.replays += 1
+        if entry.replays != 2 or self.mode is True:
             replay()
-            return
-        gain = 1 - self.backend.seconds(replay) / entry.eager_seconds[-1]
-        entry.settled = gain > GAIN
-        if not entry.settled:
+        elif (gain := 1 - self.backend.seconds(replay) / entry.eager_seconds[-1]) <= GAIN:
             self._drop(entry, f"replay gains {gain:.1%}, and a graph is kept above {GAIN:.0%}")
 
     def _drop(self, entry: Entry, reason: str) -> None:

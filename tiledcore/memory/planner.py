@@ -18,8 +18,8 @@ import torch
 from tiledcore._diffusers import device_of, is_offloaded, offload_state
 from tiledcore.config import Execution, TilingConfig
 from tiledcore.geometry import Pair, both
+from tiledcore.loop.engine import Report
 from tiledcore.loop.graph import Counters
-from tiledcore.loop.report import Report
 from tiledcore.memory.architectures import architecture
 from tiledcore.memory.prediction import Phase, Predictor, parse_bytes, show_bytes
 from tiledcore.utils import replaced

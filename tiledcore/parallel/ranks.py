@@ -28,7 +28,7 @@ from tqdm import tqdm
 from tiledcore.feature import Feature
 from tiledcore.hook import NetworkHook
 from tiledcore.loop.checkpoint import FILE, Checkpoint, settings_of
-from tiledcore.loop.report import Report
+from tiledcore.loop.engine import Report
 from tiledcore.utils import replaced
 
 logger = logging.getLogger(__name__)

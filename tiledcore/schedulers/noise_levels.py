@@ -1,7 +1,5 @@
 """The noise level of a timestep, and how a prediction relates to the clean image."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

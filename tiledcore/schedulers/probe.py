@@ -17,8 +17,8 @@ PREDICTION, NOISE = -1, -2  # Sources of a new value, beside the earlier values,
 Row = dict[int, float]  # Source -> coefficient, of one value
 
 
-class UnsuitableError(Exception):
-    """Why a scheduler has no table."""
+class NotLinearError(Exception):
+    """Why a scheduler has no table; its own ``step`` must be called."""
 
 
 class _Exact(TorchFunctionMode):
@@ -35,10 +35,10 @@ class _Exact(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (torch.randn, torch.randn_like, torch.normal, Tensor.normal_):
             if func is not torch.randn or kwargs.get("generator") is not self.generator:
-                raise UnsuitableError("it draws noise from another generator than the caller's")
+                raise NotLinearError("it draws noise from another generator than the caller's")
             shape = tuple(args) if isinstance(args[0], int) else tuple(args[0])
             if shape != self.source.shape:
-                raise UnsuitableError(f"it draws noise of another shape than the sample's: {shape}")
+                raise NotLinearError(f"it draws noise of another shape than the sample's: {shape}")
             dtype = kwargs.get("dtype") or torch.get_default_dtype()
             self.drawn.append(dtype)
             return self.source.to(torch.promote_types(dtype, self.source.dtype), copy=True)
@@ -90,9 +90,9 @@ class Stepper:
                 scaled = self.scheduler.scale_model_input(scaled, timestep)
             result = self.scheduler.step(prediction, timestep, sample, return_dict=False, **self.kwargs)[0]
         if len(mode.drawn) > 1:
-            raise UnsuitableError(f"it draws noise {len(mode.drawn)} times in a step")
+            raise NotLinearError(f"it draws noise {len(mode.drawn)} times in a step")
         if result.shape != sample.shape:
-            raise UnsuitableError(f"a step makes {tuple(result.shape)} of a {tuple(sample.shape)} sample")
+            raise NotLinearError(f"a step makes {tuple(result.shape)} of a {tuple(sample.shape)} sample")
         return Outcome(result, scaled, mode.drawn[0] if mode.drawn else None)
 
 
@@ -114,7 +114,7 @@ def noise_dtype(stepper: Stepper) -> torch.dtype | None:
     one = torch.ones(1, 1, 1, 1, dtype=torch.float16)
     drawn = {stepper(index, one.clone(), one.clone(), one).drew for index in range(len(stepper.timesteps))} - {None}
     if len(drawn) > 1:
-        raise UnsuitableError("it draws noise of several dtypes")
+        raise NotLinearError("it draws noise of several dtypes")
     return next(iter(drawn - {torch.float16}), None)
 
 
@@ -134,7 +134,7 @@ def record(stepper: Stepper) -> list[Evaluation]:
         sources = [*known, PREDICTION, NOISE]
         scaled = _row(outcome.scaled, sources)
         if scaled.keys() - {before}:
-            raise UnsuitableError(f"at evaluation {index} the network's input is not a multiple of the sample")
+            raise NotLinearError(f"at evaluation {index} the network's input is not a multiple of the sample")
         after, made = made, made + 1
         rows: dict[int, Row] = {}
         held = []
@@ -157,7 +157,7 @@ def _row(vector: Tensor, sources: list[int]) -> Row:
     """The non-zero components of a vector, by source."""
     *components, rest = vector.flatten().tolist()
     if not torch.isfinite(vector).all():
-        raise UnsuitableError("its coefficients are not finite")
+        raise NotLinearError("its coefficients are not finite")
     if rest:
-        raise UnsuitableError(f"a step adds {rest:.3g}, which is no part of the sample, the prediction or its noise")
+        raise NotLinearError(f"a step adds {rest:.3g}, which is no part of the sample, the prediction or its noise")
     return {source: value for source, value in zip(sources, components, strict=True) if value}

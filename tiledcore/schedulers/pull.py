@@ -8,8 +8,6 @@ With ``w = 1`` and a deterministic step it is the skip residual of DemoFusion (D
 as in ILVR (Choi et al. 2021), on the clean image as in DiffuseHigh (Kim et al. 2025).
 """
 
-from __future__ import annotations
-
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass

@@ -12,19 +12,13 @@ import torch
 from torch import Tensor
 
 from tiledcore.ops import reference
-from tiledcore.schedulers.probe import NOISE, PREDICTION, Evaluation, Stepper, UnsuitableError, noise_dtype, record
+from tiledcore.schedulers.probe import NOISE, PREDICTION, Evaluation, Stepper, noise_dtype, record
+from tiledcore.schedulers.probe import NotLinearError as NotLinearError
 from tiledcore.utils import to_device
 
 _LARGE = 1e6  # Amplitude at which clipping and thresholding show
 _AGREEMENT = 1e-9  # Allowed relative error of the table in float64; rounding reaches 2e-15 (measured), clipping about 1
 _CLIPPING = ("clip_sample", "clip_denoised", "thresholding")  # Settings that are not linear, for the error message
-
-
-@dataclass(frozen=True)
-class NotLinear:
-    """Why a scheduler has no table; its own ``step`` must be called."""
-
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -71,8 +65,8 @@ class LinearSolver:
         return to_device(noise, like.device)
 
 
-def linear_solver(scheduler: Any, *, begin: int = 0, **step_kwargs: Any) -> LinearSolver | NotLinear:
-    """The coefficients of a scheduler after ``set_timesteps``, or why there are none. The scheduler is not changed.
+def linear_solver(scheduler: Any, *, begin: int = 0, **step_kwargs: Any) -> LinearSolver:
+    """The coefficients of a scheduler after ``set_timesteps``. The scheduler is not changed.
 
     Args:
         scheduler: a diffusers scheduler, or an object with the same ``timesteps``, ``step`` and ``scale_model_input``.
@@ -80,6 +74,7 @@ def linear_solver(scheduler: Any, *, begin: int = 0, **step_kwargs: Any) -> Line
         **step_kwargs: what the pipeline passes to ``step`` besides its generator, such as ``eta``.
 
     Raises:
+        NotLinearError: there are none; says why.
         ValueError: there are no timesteps, or the scheduler has already stepped.
     """
     timesteps = getattr(scheduler, "timesteps", None)
@@ -94,10 +89,10 @@ def linear_solver(scheduler: Any, *, begin: int = 0, **step_kwargs: Any) -> Line
         _check(Stepper(scheduler, begin, step_kwargs), solver)
         if any(solver.uses_noise):
             solver = replace(solver, noise_dtype=noise_dtype(Stepper(scheduler, begin, step_kwargs)))
-    except UnsuitableError as error:
-        return NotLinear(str(error))
+    except NotLinearError:
+        raise
     except Exception as error:
-        return NotLinear(f"its step cannot be read: {type(error).__name__}: {error}")
+        raise NotLinearError(f"its step cannot be read: {type(error).__name__}: {error}") from error
     return solver
 
 
@@ -164,4 +159,4 @@ def _check(stepper: Stepper, solver: LinearSolver) -> None:
         if not error <= _AGREEMENT:
             on = [name for name in _CLIPPING if getattr(stepper.scheduler, "config", {}).get(name)]
             cause = f"{', '.join(on)} is on" if on else "of no known cause"
-            raise UnsuitableError(f"evaluation {index} departs from its linear form by {error:.1e}: {cause}")
+            raise NotLinearError(f"evaluation {index} departs from its linear form by {error:.1e}: {cause}")
