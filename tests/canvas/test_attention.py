@@ -27,6 +27,10 @@ def install(
     return attention.install(network, config, Execution(guidance_batch=guidance_batch), own)
 
 
+def layers_of(network: Any) -> list[tuple[str, Any]]:
+    return [(name, layer) for name, layer in network.named_modules() if hasattr(layer, "set_processor")]
+
+
 @torch.no_grad()
 def run(network: Any, inputs: dict[str, Any]) -> Tensor:
     out = network(**inputs, return_dict=False)[0]
@@ -63,15 +67,15 @@ def test_halo_of_the_canvas_with_the_networks_own_positions_is_plain(family: str
 @NEIGHBOUR
 def test_a_small_halo_changes_the_result_and_remove_restores_it(family: str) -> None:
     network, inputs = make(family, 8, 12)
-    layers = {name: layer.processor for name, layer in attention._layers(network)}
+    layers = {name: layer.processor for name, layer in layers_of(network)}
     plain = run(network, inputs)
     hook = install(network, tile=4, halo=2)
     assert not torch.allclose(run(network, inputs), plain, atol=1e-3)
-    now = {name: layer.processor for name, layer in attention._layers(network)}
+    now = {name: layer.processor for name, layer in layers_of(network)}
     assert {name for name in layers if now[name] is not layers[name]} == set(hook.layers)
 
     remove(network)
-    assert all(layer.processor is layers[name] for name, layer in attention._layers(network))
+    assert all(layer.processor is layers[name] for name, layer in layers_of(network))
     assert torch.equal(run(network, inputs), plain)
     remove(network)  # nothing to do
 
@@ -204,7 +208,7 @@ def test_errors_name_what_is_wrong() -> None:
 
 def test_foreign_processors_are_refused_and_nothing_is_changed() -> None:
     network, _ = make("unet", 8, 8)
-    layers = dict(attention._layers(network))
+    layers = dict(layers_of(network))
     name = next(name for name in reversed(layers) if name.endswith("attn1"))
     foreign = IPAdapterAttnProcessor2_0(16, 16)
     layers[name].set_processor(foreign)

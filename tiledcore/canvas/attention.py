@@ -3,11 +3,11 @@
 Time and memory of attention are then linear in the canvas' area. Everything else of the network stays as it is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import wraps
 from inspect import signature
+from itertools import chain
 from threading import get_ident
 from typing import Any
 
@@ -51,15 +51,13 @@ class CanvasAttention:
         self._family = next(family for family in FAMILIES if isinstance(self._network, family.model))
         self._masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # Of text -> indices of what counts, or None
         self._names = tuple(signature(type(self._network).forward).parameters)[1:]
-        found = [
-            (name, layer, _processor(self._network, self.canvas, name, layer)) for name, layer in _layers(self._network)
-        ]
-        self.layers = tuple(name for name, _, new in found if new is not None)
-        self._former: list[tuple[Any, Any]] = []
-        for _, layer, new in found:  # only now that none of them was refused
-            if new is not None:
-                self._former.append((layer, layer.processor))
-                layer.set_processor(_of_this_thread(new, layer.processor))
+        layers = [(name, one) for name, one in self._network.named_modules() if hasattr(one, "set_processor")]
+        found = {name: (one, _processor(self._network, self.canvas, name, one)) for name, one in layers}
+        self.layers = tuple(name for name, (_, new) in found.items() if new is not None)
+        self.undo = ExitStack()  # Puts the former processors and calls back
+        for layer, new in map(found.__getitem__, self.layers):  # only now that none of them was refused
+            self.undo.callback(layer.set_processor, layer.processor)
+            layer.set_processor(_of_this_thread(new, layer.processor))
 
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
@@ -100,13 +98,11 @@ class CanvasAttention:
         tile = self.config.tile_on(canvas, self.native)
         halo = (tile[0] // 2, tile[1] // 2) if self.config.halo is None else both(self.config.halo)
         for level in range(len(self._network.config.block_out_channels) if unet else 1):
-            factor = 2**level
 
-            def down(size: Pair, factor: int = factor * pixels) -> Pair:
+            def down(size: Pair, factor: int = pixels * 2**level) -> Pair:
                 return -(-size[0] // factor), -(-size[1] // factor)
 
-            size = (-(-grid[0] // factor), -(-grid[1] // factor))
-            yield Windows(size, down(tile), down(halo), self.wrap, down(self.native))
+            yield Windows(down(canvas), down(tile), down(halo), self.wrap, down(self.native))
 
 
 class WindowPositions:
@@ -146,25 +142,15 @@ def install(network: Any, config: TilingConfig, execution: Execution, native: Pa
     """Make a denoiser run on canvases of any size: its global self-attention becomes neighbour attention.
 
     Every image token attends to its own tile widened by the halo (see :func:`tiledcore.ops.neighbor_attention`), and to
-    all text tokens where the network joins them. Sizes follow each layer's resolution, rounded up. A canvas of one tile
-    gives what the plain network gives. Processors, LoRA layers and fused projections are taken as they are now.
-    Convolutions do not wrap. Positions:
+    all text tokens where the network joins them. A canvas of one tile gives what the plain network gives. Processors,
+    LoRA layers and fused projections are taken as they are now. Convolutions do not wrap.
 
-    - ``UNet2DConditionModel``: none.
-    - ``SD3Transformer2DModel``, ``PixArtTransformer2DModel``: absolute, those of a native picture, repeated.
-    - ``FluxTransformer2DModel``, ``QwenImageTransformer2DModel``, ``ZImageTransformer2DModel``: rotary
-      (:mod:`tiledcore.canvas.windows`). Distances are as in training if ``tile + halo <= native``; with ``tile + 2 *
-      halo == native`` also the number of keys, which drifts least from native samples (``bench/modes.py``).
-    - ``SanaTransformer2DModel``: its attention is linear in the canvas already and stays global.
+    UNets have no positions. SD3 and PixArt have absolute ones: those of a native picture, repeated. FLUX, Qwen-Image
+    and Z-Image have rotary ones (:mod:`tiledcore.canvas.windows`): distances are as in training if ``tile + halo <=
+    native``; with ``tile + 2 * halo == native`` also the number of keys, which drifts least from native samples
+    (``bench/modes.py``). Sana's attention is linear in the canvas already and stays global.
 
-    Args:
-        network: the denoiser, compiled or not.
-        config: its tile, halo and wrap.
-        execution: its ``guidance_batch`` and ``impl``.
-        native: size (y, x) of the images that the network was trained on, in latent pixels.
-
-    Returns:
-        The hook; its ``layers`` are the names of those that changed.
+    ``native``: size (y, x) of the images that the network was trained on, in latent pixels.
 
     Raises:
         TypeError: the network is of no such class, or one of its layers has a processor that cannot be replaced.
@@ -175,40 +161,24 @@ def install(network: Any, config: TilingConfig, execution: Execution, native: Pa
     if not isinstance(inner, tuple(family.model for family in FAMILIES)):
         names = ", ".join(family.model.__name__ for family in FAMILIES)
         raise TypeError(f"network={type(inner).__name__}: canvas mode knows {names}")
-    embed = _patch_embed(inner)
-    if embed is not None and any(n % embed.patch_size for n in native):
+    embed = getattr(inner, "pos_embed", None) or getattr(inner, "patch_embed", None)
+    if not isinstance(embed, PatchEmbed) or embed.pos_embed is None:  # without absolute positions
+        embed = None
+    elif any(n % embed.patch_size for n in native):
         raise ValueError(f"native={native} must be multiples of the patch size {embed.patch_size}")
     remove(network)
     hook = CanvasAttention(network, config, execution, native)
-    intercept(network, hook, this_thread=True)
-    if embed is not None:
-        intercept(embed, WindowPositions(embed, native), this_thread=True)
+    for owner, around in ((network, hook), (embed, WindowPositions(embed, native))):
+        if owner is not None:
+            intercept(owner, around, this_thread=True)
+            hook.undo.callback(release, owner, around)
     return hook
 
 
 def remove(network: Any) -> None:
     """Undo :func:`install`: results are bit-identical to before. Does nothing if it was not done."""
-    hook = around_of(network, CanvasAttention)
-    if hook is None:
-        return
-    for layer, processor in hook._former:
-        layer.set_processor(processor)
-    release(network, hook)
-    embed = _patch_embed(uncompiled(network))
-    if embed is not None and (positions := around_of(embed, WindowPositions)) is not None:
-        release(embed, positions)
-
-
-def _patch_embed(network: Any) -> Any:
-    """The module that adds absolute positions, if the network has one."""
-    embed = getattr(network, "pos_embed", None) or getattr(network, "patch_embed", None)
-    return embed if isinstance(embed, PatchEmbed) and embed.pos_embed is not None else None
-
-
-def _layers(network: Any) -> Iterator[tuple[str, Any]]:
-    for name, module in network.named_modules():
-        if hasattr(module, "set_processor") and hasattr(module, "processor"):
-            yield name, module
+    if (hook := around_of(network, CanvasAttention)) is not None:
+        hook.undo.close()
 
 
 def _processor(network: Any, canvas: Canvas, name: str, layer: Any) -> Any:
@@ -220,7 +190,8 @@ def _processor(network: Any, canvas: Canvas, name: str, layer: Any) -> Any:
         return None
     if kind in JOINT and layer.added_kv_proj_dim is not None:
         return JointProcessor(canvas)
-    if kind in (*SELF, *JOINT) and layer.inner_kv_dim == layer.inner_dim and not layer.is_causal:
+    plain = kind in (*SELF, *JOINT) and layer.group_norm is None and not layer.residual_connection
+    if plain and layer.inner_kv_dim == layer.inner_dim and not layer.is_causal:
         return SelfProcessor(canvas)
     if kind is _diffusers.FluxAttnProcessor:
         return FluxProcessor(canvas, Rotary(tuple(network.config.axes_dims_rope), network.pos_embed.theta))
@@ -240,8 +211,5 @@ def _processor(network: Any, canvas: Canvas, name: str, layer: Any) -> Any:
 def _stack(outputs: list[Any]) -> Any:
     """One output, of the network's own class, from those of the batch's images."""
     samples = [out[0] for out in outputs]
-    if isinstance(samples[0], list):
-        together: Any = [sample for part in samples for sample in part]
-    else:
-        together = torch.cat(samples)
+    together: Any = list(chain.from_iterable(samples)) if isinstance(samples[0], list) else torch.cat(samples)
     return (together,) if isinstance(outputs[0], tuple) else type(outputs[0])(sample=together)

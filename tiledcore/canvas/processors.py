@@ -3,8 +3,6 @@
 Each keeps the layer's projections, norms and output; only the attention itself differs.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +29,7 @@ def attend_jointly(
     text: QKV | None,
     rotary: Rotary | None = None,
     kept: list[list[Tensor]] | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Any]:
     """What image and text tokens attend to: the image sees its window and all text, the text sees everything.
 
     With several prompts, an image token attends to its window and each text in turn, and the results are mixed by the
@@ -52,16 +50,13 @@ def attend_jointly(
         return _attend_texts(canvas, image, texts, rotary)
     outs = []
     for b in range(len(image.q)):  # the op knows no mask: leave out, image by image, the text that does not count
-        own = [_of(one, b, use[b]) for one, use in zip(texts, kept, strict=True)]
-        outs.append(_attend_texts(canvas, _of(image, b), own, rotary))
+        own = [
+            QKV(q[b : b + 1], k[b : b + 1, use[b]], v[b : b + 1, use[b]])
+            for (q, k, v), use in zip(texts, kept, strict=True)
+        ]
+        outs.append(_attend_texts(canvas, QKV(*(t[b : b + 1] for t in image)), own, rotary))
     image_out, text_out = zip(*outs, strict=True)
     return torch.cat(image_out), torch.cat(text_out)
-
-
-def _of(tokens: QKV, b: int, kept: Tensor | None = None) -> QKV:
-    """One image's queries, and its keys and values that count."""
-    q, k, v = (t[b : b + 1] for t in tokens)
-    return QKV(q, k, v) if kept is None else QKV(q, k.index_select(1, kept), v.index_select(1, kept))
 
 
 def _attend_texts(canvas: Canvas, image: QKV, texts: list[QKV], rotary: Rotary | None) -> tuple[Tensor, Tensor]:
@@ -156,25 +151,12 @@ class SelfProcessor:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
     ) -> Tensor:
         _no_mask(attention_mask)
         if encoder_hidden_states is not None:
             raise ValueError("encoder_hidden_states: a self-attention layer of canvas mode sees image tokens alone")
-        residual = x = hidden_states
-        if attn.spatial_norm is not None:
-            x = attn.spatial_norm(x, temb)
-        if residual.ndim == 4:
-            x = x.flatten(2).transpose(1, 2)
-        if attn.group_norm is not None:
-            x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
-        windows = self.canvas.level(x.shape[1])
-        x = _output(attn, attend(self.canvas, windows, _project(attn, x)))
-        if residual.ndim == 4:
-            x = x.transpose(-1, -2).reshape(residual.shape)
-        if attn.residual_connection:
-            x = x + residual
-        return x / attn.rescale_output_factor
+        windows = self.canvas.level(hidden_states.shape[1])
+        return _output(attn, attend(self.canvas, windows, _project(attn, hidden_states)))
 
 
 class CrossProcessor:
@@ -220,7 +202,6 @@ class JointProcessor:
     ) -> tuple[Tensor, Tensor]:
         """The layer's outputs of image and text; ``text`` is rotated already."""
         image, out = attend_jointly(self.canvas, _project(attn, hidden_states), text, self.rotary, kept)
-        assert out is not None
         out = out.flatten(2)
         return _output(attn, image), out if attn.context_pre_only else attn.to_add_out(out)
 
@@ -249,7 +230,6 @@ class FluxProcessor(JointProcessor):
         h, w = self.canvas.image().canvas
         text, image = _split(_project(attn, hidden_states), hidden_states.shape[1] - h * w)
         image_out, text_out = attend_jointly(self.canvas, image, turned(text), self.rotary)
-        assert text_out is not None
         return torch.cat([text_out, image_out], 1).flatten(2)
 
 

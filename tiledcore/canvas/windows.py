@@ -6,8 +6,6 @@ an image token would grow with the canvas. For them, positions are scaled down l
 every distance is one of training. So image queries and keys are rotated twice.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -46,7 +44,7 @@ class Windows:
         """Factor, at most 1, that scales positions on the canvas to those in a picture of the native size."""
         return min(1.0, *((m - 1) / (n - 1) for m, n in zip(self.native, self.canvas, strict=True) if n > 1), 1.0)
 
-    def unrolled(self) -> tuple[Windows, tuple[range, range]]:
+    def unrolled(self) -> tuple["Windows", tuple[range, range]]:
         """This canvas with its wrapped axes cut open and continued by what their windows reach.
 
         A rotation knows no wrap: neighbours across the border would be the canvas' width apart. The halo is cut to what
