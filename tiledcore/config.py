@@ -1,9 +1,7 @@
 """TilingConfig: how a canvas is cut into tiles and put together again. Execution: how that is computed."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Self
 
 from tiledcore import ops, validate
 from tiledcore.geometry import Pair, TileGrid, both
@@ -101,12 +99,12 @@ class TilingConfig:
     halo: int | Pair | None = None
 
     @classmethod
-    def fast(cls) -> TilingConfig:
+    def fast(cls) -> Self:
         """Moving tiles: no pixel is evaluated twice, except in three blended steps."""
         return cls(motion="moving")
 
     @classmethod
-    def best(cls) -> TilingConfig:
+    def best(cls) -> Self:
         """Tiles in place that overlap by a quarter, blended by a ramp: about 1.8 times the work of moving tiles."""
         return cls(overlap=0.25)
 
@@ -154,7 +152,7 @@ class TilingConfig:
         named = {"still": None, "moving": Motion()}
         return named[self.motion] if isinstance(self.motion, str) else self.motion
 
-    def refining(self) -> TilingConfig:
+    def refining(self) -> Self:
         """This tiling for a call that starts from an image: it has a composition, so only last steps are blended."""
         if (motion := self.moving) is None:
             return self

@@ -5,9 +5,6 @@ canvas pixel ``(offset + u) % size``. A *line* ``y`` is the border between pixel
 tiles: MultiDiffusion (Bar-Tal et al. 2023). Tiles that move in each step: SpotDiffusion (Frolov et al. 2024).
 """
 
-from __future__ import annotations
-
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from random import Random
@@ -110,27 +107,23 @@ class TileGrid(Tiling):
         snap: int = 1,
     ) -> None:
         canvas = (validate.integer("height", height, 1), validate.integer("width", width, 1))
-        tiles = validate.pair("tile", tile, 1)
-        overlaps = validate.pair("overlap", overlap, 0)
+        tiles, overlaps = validate.pair("tile", tile, 1), validate.pair("overlap", overlap, 0)
+        wraps = validate.flags("wrap", wrap)
         for axis, t, o in zip("yx", tiles, overlaps, strict=True):
             if o >= t:
                 raise ValueError(
                     f"overlap={overlap!r} must be smaller than tile={tile!r} on both axes: at most {t - 1} along {axis}"
                 )
-        wraps = validate.flags("wrap", wrap)
-        fitted = [
-            (t, o) if t <= size else (size, min(o, size // 2))
-            for size, t, o in zip(canvas, tiles, overlaps, strict=True)
-        ]
-        (h, overlap_y), (w, overlap_x) = fitted
-        count = math.prod(-(-size // (t - o)) for size, (t, o) in zip(canvas, fitted, strict=True))
+        fitted = zip(canvas, tiles, overlaps, strict=True)
+        (h, overlap_y), (w, overlap_x) = ((t, o) if t <= size else (size, min(o, size // 2)) for size, t, o in fitted)
+        count = -(-height // (h - overlap_y)) * -(-width // (w - overlap_x))
         if count > MOST_TILES:  # they would only fill the memory
             raise ValueError(
                 f"tile={(h, w)}, overlap={(overlap_y, overlap_x)}: about {count} tiles, more than {MOST_TILES}; "
                 "take larger ones"
             )
-        rows = tuple((y, h) for y in _snapped(height, h, overlap_y, wraps[0], snap))
-        cols = tuple((x, w) for x in _snapped(width, w, overlap_x, wraps[1], snap))
+        rows = tuple((y, h) for y in _spread(height, h, overlap_y, wraps[0], snap))
+        cols = tuple((x, w) for x in _spread(width, w, overlap_x, wraps[1], snap))
         super().__init__(height, width, (h, w), (overlap_y, overlap_x), wraps, rows, cols)
 
     def shifted(self, step: int, seed: int) -> Tiling:
@@ -155,21 +148,14 @@ class TileGrid(Tiling):
         return Tiling(self.height, self.width, self.tile_size, (0, 0), self.wrap, rows, cols)
 
 
-def _snapped(size: int, tile: int, overlap: int, wrap: bool, snap: int) -> tuple[int, ...]:
-    if snap == 1 or size % snap or tile % snap or overlap >= tile - snap:
-        return _spread(size, tile, overlap, wrap)
-    units = _spread(size // snap, tile // snap, -(-overlap // snap), wrap)
-    return tuple(snap * unit for unit in units)
-
-
-def _spread(size: int, tile: int, overlap: int, wrap: bool) -> tuple[int, ...]:
-    if wrap:
-        n = -(-size // (tile - overlap))
-        return tuple(i * size // n for i in range(n))
-    if size == tile:
-        return (0,)
-    n = -(-(size - overlap) // (tile - overlap))
-    return tuple(i * (size - tile) // (n - 1) for i in range(n))
+def _spread(size: int, tile: int, overlap: int, wrap: bool, snap: int) -> tuple[int, ...]:
+    """Where the tiles of one axis start, at multiples of ``snap`` if they can."""
+    if size % snap or tile % snap or overlap >= tile - snap:
+        snap = 1
+    size, tile, overlap = size // snap, tile // snap, -(-overlap // snap)
+    n = -(-(size if wrap else size - overlap) // (tile - overlap))
+    last, steps = (size, n) if wrap else (size - tile, max(1, n - 1))
+    return tuple(i * last // steps * snap for i in range(n))
 
 
 def _moved(size: int, tile: int, wrap: bool, random: float) -> tuple[Pair, ...]:

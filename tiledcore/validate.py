@@ -1,7 +1,5 @@
 """Checks of public arguments: each raises one ValueError that names the argument, its value and what is valid."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

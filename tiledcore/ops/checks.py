@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def check_tensor(
     name: str,
-    tensor: Tensor,
+    tensor: Any,
     dims: str,
     dtypes: Sequence[torch.dtype] = (),
     shape: tuple[int, ...] | None = None,

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend
 from tiledcore.ops.dispatch import Impl
 from tiledcore.utils import remembered
 
+aten = torch.ops.aten
 CHUNK_BYTES = {"cuda": 512 << 20, "cpu": 8 << 20}  # gathered at a time: fills a GPU, or stays near a CPU's caches
 
 Pair = tuple[int, int]
@@ -107,7 +108,6 @@ def _within(attend: Attend, count: int, q: Tensor, k: Tensor, v: Tensor, scale: 
 
 def _torchs_choice(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
     """What F.scaled_dot_product_attention would choose; that function itself gives no logarithm."""
-    aten = torch.ops.aten
     if q.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
     D, extra = q.shape[-1], -q.shape[-1] % 8  # these operators want a multiple of 8
@@ -134,13 +134,13 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Te
     return out.transpose(1, 2), logs[..., : q.shape[2]]  # some of its kernels pad them
 
 
-_aten = torch.ops.aten
-_cudnn = partial(_aten._scaled_dot_product_cudnn_attention, attn_bias=None, compute_log_sumexp=True)
 GATHERED: dict[Impl, Callable[..., Tensor]] = {
     "sdpa": partial(gathered, _torchs_choice),
     # FA3 or FA4 after torch.nn.attention.activate_flash_attention_impl
-    "flash": partial(gathered, _aten._scaled_dot_product_flash_attention),
-    "cudnn": partial(gathered, _cudnn),
+    "flash": partial(gathered, aten._scaled_dot_product_flash_attention),
+    "cudnn": partial(
+        gathered, partial(aten._scaled_dot_product_cudnn_attention, attn_bias=None, compute_log_sumexp=True)
+    ),
     "xformers": partial(gathered, _xformers),
 }
 """By the name of the implementation."""

@@ -80,13 +80,11 @@ def neighbor_attention(
         raise ValueError(f"q must be [B, tokens, heads, D] with no dimension 0, got {tuple(q.shape)}")
     if (global_k is None) != (global_v is None) or (global_q is not None and global_k is None):
         raise ValueError("global_k, global_v: give both or neither; global_q needs them")
-    for name, tensor in (("k", k), ("v", v)):
+    for name, tensor in (("k", k), ("v", v), ("global_q", q if global_q is None else global_q)):
         check_tensor(name, tensor, dims, (q.dtype,), (B, N, heads, D), q)
-    if global_q is not None:
-        check_tensor("global_q", global_q, dims, (q.dtype,), (B, N, heads, D), q)
-    if global_k is not None and global_v is not None:
-        for name, tensor in (("global_k", global_k), ("global_v", global_v)):
-            check_tensor(name, tensor, dims, (q.dtype,), (B, global_k.shape[1], heads, D), q)
+    if global_k is not None:
+        for name, text in (("global_k", global_k), ("global_v", global_v)):
+            check_tensor(name, text, dims, (q.dtype,), (B, global_k.shape[1], heads, D), q)
         if global_k.shape[1] == 0:
             global_q = global_k = global_v = None
     op = getattr(torch.ops.tiledcore, _op_name(impl, q.device, q.dtype, D, tile[0] * tile[1]))
@@ -96,19 +94,14 @@ def neighbor_attention(
 
 def _op_name(impl: Impl | None, device: torch.device, dtype: torch.dtype, D: int, queries: int) -> str:
     if impl is None and device.type == "cuda":
-        named = "sdpa" if D > TRITON_HEAD_DIM else fastest(device, D, queries)
+        named: Impl | None = "sdpa" if D > TRITON_HEAD_DIM else None
+        if named is None and FASTEST and torch.cuda.is_available() and not torch.version.hip:
+            major, minor = torch.cuda.get_device_capability(device)
+            entry = FASTEST.get((10 * major + minor, D), {})
+            named = next((entry[least] for least in sorted(entry, reverse=True) if least <= queries), None)
         if named is not None and unavailable("neighbor_attention", named, device, dtype) is None:
             impl = named
     return str(choose("neighbor_attention", impl, device, dtype)).removeprefix("tiledcore.")
-
-
-def fastest(device: torch.device, D: int, queries: int) -> Impl | None:
-    """What was measured to be the fastest on such a GPU with so many queries a tile; None: the usual order."""
-    if not FASTEST or torch.version.hip or not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability(device)
-    entry = FASTEST.get((10 * major + minor, D), {})
-    return next((entry[least] for least in sorted(entry, reverse=True) if least <= queries), None)
 
 
 # As torch.compiler.assume_constant_result, so that a compiled block has no graph break here, but without importing

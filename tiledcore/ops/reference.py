@@ -52,28 +52,16 @@ def axis_weights(starts: list[int], extent: int, size: int, window: str = "ramp"
     pixel with one tile is copied without rounding. ``starts``: first pixels of the tiles; ``extent``: pixels of a tile;
     ``size``: pixels of the canvas, a circle; ``ramp``: pixels over which a tile fades, for ``window="ramp"``.
     """
-    pixel = torch.arange(extent, dtype=torch.float64)
-    depth = torch.minimum(pixel + 0.5, extent - (pixel + 0.5))
-    deepest = torch.zeros(size, dtype=torch.float64)
-    covered = [(start + torch.arange(extent)) % size for start in starts]
-    for where in covered:
-        deepest[where] = torch.maximum(deepest[where], depth)
-
-    def gaussian(d: Tensor) -> Tensor:
-        # The distance from the tile's middle, as a share of the tile, is 0.5 - d / extent.
-        return torch.exp(-((0.5 - d / extent) ** 2) / (2 * 0.01))
-
-    weights = []
-    for where in covered:
-        if window == "mean":
-            weight = torch.ones(extent, dtype=torch.float64)
-        elif window == "gaussian":
-            weight = gaussian(depth) / gaussian(deepest[where])
-        else:
-            fade = 1 if window == "core" else ramp
-            weight = (1 - (deepest[where] - depth) / fade).clamp(0, 1)
-        weights.append(weight)
-    return torch.stack(weights)
+    where = (torch.tensor(starts)[:, None] + torch.arange(extent)) % size
+    middle = torch.arange(extent, dtype=torch.float64) + 0.5
+    depth = torch.minimum(middle, extent - middle).expand(where.shape)
+    deepest = torch.zeros(size, dtype=torch.float64).scatter_reduce(0, where.flatten(), depth.flatten(), "amax")[where]
+    if window == "mean":
+        return torch.ones_like(depth)
+    if window == "gaussian":  # the distance from the tile's middle, as a share of the tile, is 0.5 - depth / extent
+        own, best = (torch.exp(-((0.5 - d / extent) ** 2) / (2 * 0.01)) for d in (depth, deepest))
+        return own / best
+    return (1 - (deepest - depth) / (1 if window == "core" else ramp)).clamp(0, 1)
 
 
 def neighbor_attention(
