@@ -10,7 +10,15 @@ from tiny import tiny_sd, tiny_sdxl
 from tiny_transformers import tiny_flux
 
 from tiledcore import Execution, Motion, TiledPipeline, TilingConfig
-from tiledcore.compose.connected import SHARED, CanvasGraph, ConnectedDenoiser, Joint, _shared_statistics, connected
+from tiledcore.compose.connected import (
+    SHARED,
+    Beside,
+    CanvasGraph,
+    ConnectedDenoiser,
+    Joint,
+    _shared_statistics,
+    connected,
+)
 from tiledcore.geometry import TileGrid
 from tiledcore.tiles.denoiser import TileDenoiser
 
@@ -22,14 +30,14 @@ MANY = [Joint("x", (0, 1), (0, 1))]
 def test_an_image_joined_to_itself_is_continued_as_a_torus() -> None:
     graph = CanvasGraph(1, SELF)
     canvas = torch.randn(2, 3, 8, 10)  # both guidance branches
-    padded = graph.pad(canvas, (3, 4), graph.partners(None))
+    padded = Beside((3, 4), 1, graph.partners(None)).pad(canvas)
     assert torch.equal(padded, torch.nn.functional.pad(canvas, (4, 4, 3, 3), mode="circular"))
 
 
 def test_a_ring_of_two_sees_the_other_image_on_both_sides() -> None:
     graph = CanvasGraph(2, RING)
     canvases = torch.randn(4, 3, 6, 8)
-    padded = graph.pad(canvases, (5, 2), graph.partners(Random(0)))
+    padded = Beside((5, 2), 1, graph.partners(Random(0))).pad(canvases)
     assert padded.shape == (4, 3, 6, 12)  # y has no joints
     for image, other in ((0, 1), (1, 0), (2, 3), (3, 2)):
         expected = torch.cat([canvases[other][..., -2:], canvases[image], canvases[other][..., :2]], -1)

@@ -187,7 +187,7 @@ def test_a_scene_file_is_the_regions(tmp_path: Path) -> None:
         ('style = "x"\n[[region]]\nprompt = "a"\nbox = [0, 0, 8, 8]', "unknown key 'style'"),
         ('[[region]]\nprompt = "a"\nboks = [0, 0, 8, 8]', "region 1: unknown key 'boks': must be one of prompt, box"),
         ("[[region]]\nbox = [0, 0, 8, 8]", "region 1: prompt=None: must be a text"),
-        ('[[region]]\nprompt = "a"\nbox = [0, 0, "8", 8]', r"region 1: box=\(0, 0, '8', 8\)"),
+        ('[[region]]\nprompt = "a"\nbox = [0, 0, "8", 8]', r"region 1: box=\[0, 0, '8', 8\]"),
         ('[[region]]\nprompt = "a"\nbox = [0, 0, 8, 8]\nweight = "much"', "region 1: weight='much'"),
         ('[[region]]\nprompt = "a"\nmask = "none.png"', "none.png'.*: cannot be read: No such file"),
         ('[[region]]\nprompt = "a"\nmask = "scene.toml"', "cannot be read: not an image"),

@@ -5,12 +5,11 @@ the padding is cut off the prediction. If a side has several possible neighbours
 sides of such a group also share one strip of latents.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from random import Random
 from typing import Any, Literal
 
@@ -55,23 +54,25 @@ class CanvasGraph:
             raise ValueError(f"images={images}: must be at least 1")
         if not joints:
             raise ValueError("joints: must be at least one Joint")
-        self.images, self.joints = images, tuple(joints)
-        self.axes = tuple(axis for axis in ("y", "x") if any(joint.axis == axis for joint in joints))
+        self.images, self.joints, self.axes = images, tuple(joints), {joint.axis for joint in joints}
         for joint in joints:
             numbers = (*joint.before, *joint.behind)
             if joint.axis not in ("x", "y"):
                 raise ValueError(f"axis={joint.axis!r}: must be x or y")
             if not joint.before or not joint.behind or any(not 0 <= i < images for i in numbers):
                 raise ValueError(f"{joint}: needs images on both sides, numbered from 0 to {images - 1}")
-        for axis in self.axes:
-            for name in ("before", "behind"):
-                used = sorted(i for joint in joints if joint.axis == axis for i in getattr(joint, name))
-                if used != list(range(images)):
-                    raise ValueError(f"joints: along {axis}, {name} has images {used}, and must have each of them once")
+        for axis, name in product(sorted(self.axes), ("before", "behind")):
+            used = sorted(i for joint in joints if joint.axis == axis for i in getattr(joint, name))
+            if used != list(range(images)):
+                raise ValueError(f"joints: along {axis}, {name} has images {used}, and must have each of them once")
+
+    def on_axes(self, reach: Pair) -> Pair:
+        """``reach`` (y, x), with 0 for an axis without joints."""
+        return reach[0] * ("y" in self.axes), reach[1] * ("x" in self.axes)
 
     def partners(self, random: Random | None) -> Partners:
         """One neighbour for each side: drawn at random; without a generator the image itself, or else the first."""
-        found: Partners = {axis: ([0] * self.images, [0] * self.images) for axis in self.axes}
+        found: Partners = {axis: ([0] * self.images, [0] * self.images) for axis in sorted(self.axes)}
         for joint in self.joints:
             sides = (joint.behind, joint.before)
             for here, others, neighbours in zip(sides, sides[::-1], found[joint.axis], strict=True):
@@ -81,33 +82,33 @@ class CanvasGraph:
                     neighbours[i] = others[at]
         return found
 
-    def pad(self, canvases: Tensor, reach: Pair, partners: Partners) -> Tensor:
-        """Pad each canvas ``[k * images, C, H, W]`` with ``reach`` (y, x) pixels of its neighbours."""
-        groups = canvases.unflatten(0, (-1, self.images))
-        for axis in sorted(partners):  # x, then y
-            d, n = (-2, reach[0]) if axis == "y" else (-1, reach[1])
-            before, behind = partners[axis]
-            start, end = groups[:, before].narrow(d, groups.shape[d] - n, n), groups[:, behind].narrow(d, 0, n)
-            groups = torch.cat([start, groups, end], d)
-        return groups.flatten(0, 1)
-
-    def on_axes(self, reach: Pair) -> Pair:
-        """``reach`` (y, x), with 0 for an axis without joints."""
-        y, x = (n if axis in self.axes else 0 for axis, n in zip("yx", reach, strict=True))
-        return y, x
-
     def share(self, canvases: Tensor, width: int, random: Random) -> Tensor:
         """Give all sides of a group the strip of one of them, drawn at random. In corners the last axis wins."""
         groups = canvases.unflatten(0, (-1, self.images)).clone()
         for joint in self.joints:
             d = -2 if joint.axis == "y" else -1
-            size = groups.shape[d]
-            for sides, start in ((joint.before, size - width), (joint.behind, 0)):
+            for sides, start in ((joint.before, groups.shape[d] - width), (joint.behind, 0)):
                 if len(sides) > 1:
-                    chosen = groups[:, sides[int(random.random() * len(sides))]].narrow(d, start, width).clone()
-                    for i in sides:
-                        groups[:, i].narrow(d, start, width).copy_(chosen)
+                    strips = groups.narrow(d, start, width)
+                    strips[:, list(sides)] = strips[:, [sides[int(random.random() * len(sides))]]]
         return groups.flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Beside(Continuation):
+    """Each image is continued by its neighbours."""
+
+    partners: Partners
+
+    def pad(self, canvas: Tensor, pixels: int = 1) -> Tensor:
+        """Pad each canvas ``[k * images, C, H, W]`` with pixels of its neighbours."""
+        groups = canvas
+        for axis, (before, behind) in self.partners.items():  # x, then y
+            d, n = (-2, self.reach[0] * pixels) if axis == "y" else (-1, self.reach[1] * pixels)
+            groups = groups.unflatten(0, (-1, len(before)))
+            start, end = groups[:, before].narrow(d, groups.shape[d] - n, n), groups[:, behind].narrow(d, 0, n)
+            groups = torch.cat([start, groups, end], d).flatten(0, 1)
+        return groups
 
 
 class ConnectedDenoiser(TileDenoiser):
@@ -127,7 +128,7 @@ class ConnectedDenoiser(TileDenoiser):
         # Seeded by the timestep, so that both guidance branches of a step see the same neighbours.
         step = round(1000 * float(torch.as_tensor(timestep).flatten()[0]))
         random = Random(f"connected/{(self.config.moving or Motion()).seed}/{step}")
-        around = _Beside(self.reach, 1, self.graph, self.graph.partners(random))
+        around = Beside(self.reach, 1, self.graph.partners(random))
         canvases = around.crop(self.blended(super().evaluate(forward, around.pad(sample), timestep, **kwargs)))
         return self.whole(self.graph.share(canvases, -(-SHARED // self.unit), random))
 
@@ -184,22 +185,10 @@ def connected(
     call["latents"] = as_latents(pipe, noise)
     tiling = with_fade(pipe, tiling, fades=False)
     reach = min(decoder_reach(pipe.vae), height // factor), min(decoder_reach(pipe.vae), width // factor)
-    around = _Beside(graph.on_axes(reach), factor, graph, graph.partners(None))
+    around = Beside(graph.on_axes(reach), factor, graph.partners(None))
     kind = partial(ConnectedDenoiser, graph, graph.on_axes(both(context // unit)))
     with tiled(pipe, tiling, execution, kind=kind), wrapped(pipe.vae, around), _shared_statistics(pipe.vae):
         return list(pipe(**call).images)
-
-
-@dataclass(frozen=True)
-class _Beside(Continuation):
-    """Each image is continued by its neighbours."""
-
-    graph: CanvasGraph
-    partners: Partners
-
-    def pad(self, canvas: Tensor, pixels: int = 1) -> Tensor:
-        y, x = self.reach
-        return self.graph.pad(canvas, (y * pixels, x * pixels), self.partners)
 
 
 @contextmanager

@@ -1,12 +1,11 @@
 """Images as tensors: conversion, size, resizing, and transfer of colours."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
@@ -24,17 +23,14 @@ def to_tensor(image: Any) -> Tensor:
         return torch.cat([to_tensor(one) for one in image])
     if isinstance(image, Image.Image):
         image = np.asarray(image.convert("RGB"))
-    if isinstance(image, np.ndarray):
-        pixels = torch.from_numpy(np.ascontiguousarray(image))
-        image = (pixels if image.ndim == 4 else pixels[None]).movedim(-1, 1)
+    if isinstance(image, np.ndarray) and image.ndim >= 3:
+        image = torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, -3)
         image = image.float() / 255 if image.dtype == torch.uint8 else image
-    if isinstance(image, Tensor) and image.ndim in (3, 4):
-        image = image if image.ndim == 4 else image[None]
-        if image.shape[1] == 3 and image.is_floating_point():
-            low, high = (float(value) for value in image.aminmax())
-            if low < -0.25 or high > 1.25:  # what a resize overshoots is cut
-                raise ValueError(f"image: has values from {low:g} to {high:g}; floats must be in 0..1")
-            return image.float().clamp(0, 1)
+    if isinstance(image, Tensor) and image.ndim in (3, 4) and image.shape[-3] == 3 and image.is_floating_point():
+        low, high = (float(value) for value in image.aminmax())
+        if low < -0.25 or high > 1.25:  # what a resize overshoots is cut
+            raise ValueError(f"image: has values from {low:g} to {high:g}; floats must be in 0..1")
+        return image.reshape(-1, *image.shape[-3:]).float().clamp(0, 1)
     shape = f" of shape {tuple(image.shape)}" if isinstance(image, Tensor) else ""
     raise ValueError(f"image={type(image).__name__}{shape}: must be RGB: PIL, or a tensor [B, 3, H, W] in 0..1")
 
@@ -74,10 +70,8 @@ def resized(image: Any, size: tuple[int, int], factor: int) -> Any:
         return made.round().astype(np.uint8) if image.dtype == np.uint8 else made.astype(image.dtype)
     if image.shape[-3] != 3:
         return image
-    batch = image if image.ndim == 4 else image[None]
-    made = F.interpolate(batch.float(), size, mode="bicubic", antialias=True)
-    made = made.clamp(float(image.min()), float(image.max())).to(image.dtype)
-    return made if image.ndim == 4 else made[0]
+    made = F.interpolate(image.reshape(-1, *image.shape[-3:]).float(), size, mode="bicubic", antialias=True)
+    return made.clamp(float(image.min()), float(image.max())).to(image.dtype).reshape(*image.shape[:-2], *size)
 
 
 def match_colour(images: Any, source: Tensor, cycles: float = 4.0, wrap: tuple[bool, bool] = (False, False)) -> Any:
@@ -98,7 +92,5 @@ def match_colour(images: Any, source: Tensor, cycles: float = 4.0, wrap: tuple[b
     matched = pixels.add_(change).clamp_(0, 1)
     if isinstance(images, Tensor):
         return matched.to(images.dtype)
-    array = matched.movedim(1, -1).cpu().numpy()
-    if isinstance(images, np.ndarray):
-        return array
-    return [Image.fromarray((one * 255).round().astype(np.uint8)) for one in array]
+    form = "np" if isinstance(images, np.ndarray) else "pil"
+    return VaeImageProcessor().postprocess(matched, form, [False] * len(matched))

@@ -4,8 +4,6 @@ Blending the predictions of several prompts: Bar-Tal et al., MultiDiffusion, 202
 Diffusers, 2023. The code that runs regions is in :mod:`tiledcore.compose.regional`.
 """
 
-from __future__ import annotations
-
 import math
 import tomllib
 from collections.abc import Sequence
@@ -58,8 +56,7 @@ class Region:
         if (self.box is None) == (self.mask is None):
             given = "neither is" if self.box is None else "both are"
             raise ValueError(f"box, mask: {given} given, and a region has exactly one of them")
-        if self.box is not None:
-            box = self.box
+        if (box := self.box) is not None:
             valid = isinstance(box, tuple | list) and len(box) == 4 and all(type(n) is int for n in box)
             if not valid or box[2] <= box[0] or box[3] <= box[1]:
                 raise ValueError(
@@ -139,8 +136,7 @@ def region_weights(regions: Sequence[Region], size: Pair, pixels: int, wrap: tup
     proportion to ``weight c``. Returns ``[1 + len(regions), H, W]`` float32, the global prompt first, of sum 1.
     """
     weighted = torch.stack([region.weight * coverage(region, size, pixels, wrap) for region in regions])
-    opaque = [weighted[i] / max(region.weight, 1.0) for i, region in enumerate(regions)]
-    shown = torch.stack([1 - c for c in opaque]).prod(0)
+    shown = torch.stack([1 - c / max(region.weight, 1.0) for region, c in zip(regions, weighted, strict=True)]).prod(0)
     shares = weighted * ((1 - shown) / weighted.sum(0).clamp_min(torch.finfo(torch.float32).tiny))
     return torch.cat([shown[None], shares])
 
@@ -211,20 +207,17 @@ def load_scene(path: Path, width: int, height: int, wrap: tuple[bool, bool]) -> 
 def _read_region(folder: Path, table: dict[str, Any]) -> Region:
     if unknown := sorted(set(table) - set(KEYS)):
         raise ValueError(f"unknown key {unknown[0]!r}: must be one of {', '.join(KEYS)}")
-    named: dict[str, Any] = {"prompt": None} | table
-    if isinstance(named.get("box"), list):
-        named["box"] = tuple(named["box"])
-    if (mask := named.get("mask")) is not None:
+    if (mask := table.get("mask")) is not None:
         if not isinstance(mask, str):
             raise ValueError(f"mask={mask!r}: must be the name of an image file")
-        file = str(folder / mask)
+        file = folder / mask
         try:
-            named["mask"] = load_image(folder / mask).convert("L")
+            table["mask"] = load_image(file).convert("L")
         except (OSError, SyntaxError) as error:  # Pillow raises both on broken files
             reason = getattr(error, "strerror", None) or "not an image"
-            raise ValueError(f"mask={file!r}: cannot be read: {reason}") from error
-        named["mask"].filename = file
-    return Region(**named)
+            raise ValueError(f"mask={str(file)!r}: cannot be read: {reason}") from error
+        table["mask"].filename = str(file)
+    return Region(**{"prompt": None} | table)
 
 
 def _mask(mask: Any) -> NDArray[np.float32]:
