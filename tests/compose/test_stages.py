@@ -17,7 +17,7 @@ from tiny_transformers import build, call, tiny_flux, tiny_pixart_sigma, tiny_sd
 from tiledcore import Motion, Region, TiledPipeline, TilingConfig
 from tiledcore.compose.pictures import match_colour
 from tiledcore.compose.regions import scale_regions
-from tiledcore.compose.stages import Stage, StagePlan, Staging, enlarge, plan_call, plan_stages, staging
+from tiledcore.compose.stages import Stage, StagePlan, Staging, plan_call, plan_stages, staging
 from tiledcore.schedulers.pull import Pull
 from tiledcore.tiles.denoiser import TileDenoiser
 
@@ -111,7 +111,7 @@ def test_stages_one_by_one_are_the_librarys_own_calls() -> None:
     generator = torch.Generator().manual_seed(0)
     arguments: dict[str, Any] = {"num_inference_steps": 4, "output_type": "pt", "generator": generator}
     first = pipe("a coast", height=128, width=128, tiling=ONE, **arguments).images
-    picture = enlarge(first, (256, 256), "bicubic")
+    picture = torch.nn.functional.interpolate(first, (256, 256), mode="bicubic", antialias=True).clamp(0, 1)
     second = pipe("a coast", image=picture, strength=0.5, pull=pull, **arguments).images
     assert torch.equal(staged, second)
     matched = make(pipe, stages=Staging(strength=0.5, pull=pull))
@@ -127,20 +127,6 @@ def test_the_pipelines_own_stages_and_those_of_a_call() -> None:
     assert result.shape == (1, 3, 256, 192)
     assert torch.equal(result, make(tiny(), height=256, width=192, stages=given_))
     assert not torch.equal(result, make(pipe, height=256, width=192, stages=None))
-
-
-def test_an_upscaler_of_the_users() -> None:
-    seen: list[Any] = []
-
-    def nearest(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        seen.append((tuple(image.shape), size, float(image.min()) >= 0, float(image.max()) <= 1))
-        return torch.nn.functional.interpolate(image, size)
-
-    result = make(tiny(), stages=Staging(upscale=nearest), height=512, width=512)
-    assert result.shape == (1, 3, 512, 512)
-    assert seen == [((1, 3, 128, 128), (256, 256), True, True), ((1, 3, 256, 256), (512, 512), True, True)]
-    with pytest.raises(ValueError, match=r"upscale must return a tensor of shape \(1, 3, 256, 256\), got \(1, 3, 128"):
-        make(tiny(), stages=Staging(upscale=lambda image, size: image))
 
 
 def test_batches_and_output_types() -> None:
@@ -190,7 +176,6 @@ def test_transformers(family: Any) -> None:
         ({"match": "no"}, "match='no' must be True or False"),
         ({"sizes": [(1, 2, 3)]}, "must be Stages"),
         ({"strength": 0.0}, "strength=0.0 must be above 0 up to 1"),
-        ({"upscale": "latent"}, "upscale='latent' must be 'bicubic' or a function"),
     ],
 )
 def test_bad_stagings(kwargs: dict[str, Any], message: str) -> None:

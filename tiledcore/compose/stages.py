@@ -5,10 +5,8 @@ size. Each further stage enlarges it, adds noise, and denoises it in tiles, guid
 image (``pull``). Progressive upscaling: DemoFusion (Du et al. 2024); here each stage is plain image-to-image.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from typing import Any, Literal
@@ -25,9 +23,6 @@ from tiledcore.config import TilingConfig
 from tiledcore.geometry import Pair, both
 from tiledcore.schedulers.pull import Pull
 from tiledcore.tiles.families import network_of
-
-Upscaler = Callable[[Tensor, Pair], Tensor]
-"""``(image [B, 3, h, w] in 0..1, (H, W))`` -> ``[B, 3, H, W]`` in 0..1."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +52,6 @@ class Staging:
         factor: largest enlargement per stage and side, above 1 up to 4.
         strength: of every stage but the first, above 0 up to 1.
         pull: toward the low frequencies of the smaller image; None: no pull.
-        upscale: how an image is enlarged between stages: ``"bicubic"``, or a function of the image ``[B, 3, h, w]`` in
-            0..1 and the new (height, width).
         match: give each refined image the lowest frequencies of the first one (``match_colour``).
         sizes: the stages themselves; the last one has the size of the call.
 
@@ -69,7 +62,6 @@ class Staging:
     factor: float = 2.0
     strength: float = 0.6
     pull: Pull | None = field(default_factory=Pull)
-    upscale: Literal["bicubic"] | Upscaler = "bicubic"
     match: bool = True
     sizes: tuple[Stage, ...] | None = None
 
@@ -77,8 +69,6 @@ class Staging:
         if not (isinstance(self.factor, int | float) and 1 < self.factor <= 4):
             raise ValueError(f"stages: factor={self.factor!r} must be above 1 and at most 4")
         Stage(1, 1, self.strength)  # checks the strength
-        if self.upscale != "bicubic" and not callable(self.upscale):
-            raise ValueError(f"stages: upscale={self.upscale!r} must be 'bicubic' or a function")
         validate.flag("stages: match", self.match)
         if not all(isinstance(stage, Stage) for stage in self.sizes or ()):
             raise ValueError(f"stages: sizes={self.sizes!r} must be Stages")
@@ -125,14 +115,11 @@ def plan_stages(size: Pair, native: Pair, multiple: int, config: Staging, start:
     total = max(height / begin[0], width / begin[1])
     # The 0.02: rounding of the native size must not cost one more stage.
     count = max(0 if start is None else 1, math.ceil(math.log(total) / math.log(config.factor) - 0.02))
-    stages = []
-    if start is None:
-        h, w = begin if count else size  # equal to the native size up to rounding
-        stages.append(Stage(w, h, None))
+    h, w = begin if count else size  # equal to the native size up to rounding
+    stages = [Stage(w, h, None)] if start is None else []
     for index in range(1, count + 1):
         # Each axis has its own ratio, because a given image may have another aspect ratio than the result.
-        axes = zip(begin, size, strict=True)
-        h, w = (rounded(first * (last / first) ** (index / count)) for first, last in axes)
+        h, w = (rounded(a * (b / a) ** (index / count)) for a, b in zip(begin, size, strict=True))
         stages.append(Stage(w, h, config.strength))
     return stages
 
@@ -223,19 +210,18 @@ def steps_left(network: type, steps: int, strength: float) -> int:
 
 def plan_call(pipe: Any, call: dict[str, Any]) -> StagePlan:
     """The plan of a call of a :class:`~tiledcore.TiledPipeline`, checked; ``call`` has its arguments by name."""
-    image, factor = call.get("image"), pipe.vae_scale_factor
-    start = None if image is None else size_px(image, factor)
+    image, steps = call.get("image"), call.get("num_inference_steps")
+    start = None if image is None else size_px(image, pipe.vae_scale_factor)
     config = staging(call["stages"]) or Staging()
     strength = config.strength if call.get("strength") is None else call["strength"]
     config = replace(config, pull=call.get("pull") or config.pull, strength=strength)
     network, family = network_of(pipe.pipe)
-    height, width = start or (factor * side for side in both(family.native(pipe.pipe, network)))
+    height, width = start or (pipe.vae_scale_factor * side for side in both(family.native(pipe.pipe, network)))
     size = (call.get("height") or height, call.get("width") or width)
     plan = StagePlan(pipe, size, config, call.get("tiling") or pipe.tiling, start)
-    steps = call.get("num_inference_steps")
-    plan.costs(
-        signature(type(pipe.pipe).__call__).parameters["num_inference_steps"].default if steps is None else steps
-    )
+    if steps is None:
+        steps = signature(type(pipe.pipe).__call__).parameters["num_inference_steps"].default
+    plan.costs(steps)
     return plan
 
 
@@ -244,29 +230,33 @@ def from_pictures(pipe: Any, arguments: dict[str, Any], options: Any) -> Any:
     for name in ("rows", "checkpoint"):
         if getattr(options, name):
             raise ValueError(f"{name}: not with stages or keep_colour; leave it out, or give stages=None")
-    image, config = arguments.pop("image", None), staging(options.stages)
-    if config is not None and isinstance(options.prompt_for_tile, list | tuple):
-        raise ValueError("prompt_for_tile: each stage has its own tiles; give a function of a tile's box, not a list")
+    image, config = arguments.get("image"), staging(options.stages)
     if options.keep_colour and image is None:
         raise ValueError("keep_colour: needs an image whose colours to keep; give image= too")
     if options.keep_colour and arguments.get("output_type") == "latent":
         raise ValueError("keep_colour: works on pixels, and output_type='latent' has none")
     source = None if image is None else to_tensor(image)
-    more = ("execution", "preview", "regions", "prompt_for_tile")
-    call = arguments | {name: getattr(options, name) for name in more}
+    given = arguments | vars(options) | {"stages": config}
+    del given["asked"], given["keep_colour"]
     if config is None:
-        result = pipe(image=image, tiling=options.tiling, pull=options.pull, stages=None, **call)
+        result = pipe(**given)
     else:
+        if isinstance(options.prompt_for_tile, list | tuple):
+            raise ValueError(
+                "prompt_for_tile: each stage has its own tiles; give a function of a tile's box, not a list"
+            )
         if image is not None and any(region.seed is not None for region in options.regions):
             raise ValueError("regions: a seed is of initial noise, and a call with image= has none; leave one out")
-        _check_stages(pipe.pipe, arguments | {"image": image})
-        given = {"image": source, "tiling": options.tiling, "stages": config, "pull": options.pull}
-        plan = plan_call(pipe, arguments | given)
+        _check_stages(pipe.pipe, arguments)
+        plan = plan_call(pipe, given | {"image": source})
         check_regions(options.regions, plan.stages[-1].width, plan.stages[-1].height, both(plan.tiling.wrap))
-        result = run(pipe, plan, call, source)
-    if not options.keep_colour or source is None:
-        return result
-    images = match_colour(result[0], source)
+        result = run(pipe, plan, given, source)
+    return result if not options.keep_colour or source is None else _coloured(result, source)
+
+
+def _coloured(result: Any, source: Tensor, wrap: tuple[bool, bool] = (False, False)) -> Any:
+    """A pipeline's result, an object or a tuple, with :func:`match_colour` of its images."""
+    images = match_colour(result[0], source, wrap=wrap)
     if isinstance(result, tuple):
         return (images, *result[1:])
     result.images = images
@@ -291,7 +281,7 @@ def _check_stages(pipe: Any, call: dict[str, Any]) -> None:
         raise ValueError(f"stages: {name} has no image-to-image pipeline in diffusers") from error
     takes = signature(type(sibling).__call__).parameters
     for argument in call:
-        if argument in known and argument not in takes and argument not in ("height", "width", "image"):
+        if argument in known and argument not in takes and argument not in ("height", "width"):
             raise ValueError(f"stages: {type(sibling).__name__}, which refines them, has no {argument}; leave it out")
 
 
@@ -300,50 +290,34 @@ def run(pipe: Any, plan: StagePlan, call: dict[str, Any], image: Tensor | None =
 
     ``image``, ``[B, 3, H, W]`` in 0..1, is what the first stage enlarges, if the plan has one.
     """
-    return_dict, output_type = call.get("return_dict", True), call.get("output_type", "pil")
-    call = {name: value for name, value in call.items() if name not in ("strength", "return_dict", "output_type")}
-    result: Any = None
-    final, first = plan.stages[-1], image
+    output_type, result = call.get("output_type", "pil"), None
+    call = {name: value for name, value in call.items() if name not in ("image", "strength", "pull")}
+    final, first, wrap = plan.stages[-1], image, both(plan.tiling.wrap)
     for stage, tiling in zip(plan.stages, plan.tilings(), strict=True):
-        size, kind = (stage.height, stage.width), output_type if stage is final else "pt"
-        more: dict[str, Any] = {"height": stage.height, "width": stage.width, "tiling": tiling}
-        more |= texts_of_stage(call, size, (final.height, final.width), image is not None)
+        if result is not None:
+            image = result[0].float().clamp(0, 1)
+            first = image if first is None else first
+        kind = output_type if stage is final else "pt"
+        more: dict[str, Any] = {"height": stage.height, "width": stage.width, "tiling": tiling, "output_type": kind}
+        more |= {"stages": None} | _texts_of_stage(call, stage, final, image is not None)
         if image is not None:
-            more |= {"image": enlarge(image, size, plan.config.upscale), "strength": stage.strength}
-            more["pull"] = plan.config.pull
-        result = pipe(stages=None, output_type=kind, **call | more)
+            enlarged = F.interpolate(image, (stage.height, stage.width), mode="bicubic", antialias=True).clamp(0, 1)
+            more |= {"image": enlarged, "strength": stage.strength, "pull": plan.config.pull}
+        result = pipe(**call | more)
         if first is not None and plan.config.match and kind != "latent":
-            result.images = match_colour(result.images, first, wrap=both(plan.tiling.wrap))
-        if stage is final:
-            break
-        image = result.images.float().clamp(0, 1)
-        first = image if first is None else first
-    return result if return_dict else result.to_tuple()
+            result = _coloured(result, first, wrap)
+    return result
 
 
-def texts_of_stage(call: dict[str, Any], size: Pair, final: Pair, refines: bool) -> dict[str, Any]:
-    """``regions`` and ``prompt_for_tile``, which are of the ``final`` size (height, width) px, for a stage of ``size``.
+def _texts_of_stage(call: dict[str, Any], stage: Stage, final: Stage, refines: bool) -> dict[str, Any]:
+    """``regions`` and ``prompt_for_tile``, which are of the ``final`` size, for another stage.
 
     A stage that ``refines`` starts from the picture before it: its regions have no noise of their own.
     """
-    regions, prompt = scale_regions(call["regions"], final, size), call["prompt_for_tile"]
-    texts: dict[str, Any] = {"regions": [replace(one, seed=None) for one in regions] if refines else regions}
-    if prompt is not None:
-        y, x = final[0] / size[0], final[1] / size[1]
-        texts["prompt_for_tile"] = lambda box: prompt(
-            tuple(round(n * scale) for n, scale in zip(box, (x, y, x, y), strict=True))
-        )
-    return texts
-
-
-def enlarge(image: Tensor, size: Pair, upscale: Literal["bicubic"] | Upscaler) -> Tensor:
-    """An image ``[B, 3, h, w]`` in 0..1 at another size (height, width), in 0..1: bicubic or by a function."""
-    if callable(upscale):
-        enlarged = upscale(image, size)
-        wanted = (*image.shape[:2], *size)
-        if not isinstance(enlarged, Tensor) or enlarged.shape != wanted:
-            got = tuple(enlarged.shape) if isinstance(enlarged, Tensor) else type(enlarged).__name__
-            raise ValueError(f"stages: upscale must return a tensor of shape {wanted}, got {got}")
-    else:
-        enlarged = F.interpolate(image, size, mode="bicubic", antialias=True)
-    return enlarged.clamp(0, 1)
+    regions = scale_regions(call["regions"], (final.height, final.width), (stage.height, stage.width))
+    prompt, y, x = call["prompt_for_tile"], final.height / stage.height, final.width / stage.width
+    return {
+        "regions": [replace(region, seed=None) for region in regions] if refines else regions,
+        "prompt_for_tile": prompt
+        and (lambda box: prompt(tuple(round(n * scale) for n, scale in zip(box, (x, y, x, y), strict=True)))),
+    }
