@@ -32,7 +32,7 @@ from tiledcore.memory.architectures import architecture
 from tiledcore.memory.prediction import Predictor
 from tiledcore.models import call_defaults
 from tiledcore.parallel.forecast import forecast_for
-from tiledcore.parallel.launch import joined
+from tiledcore.parallel.ranks import joined
 
 # An H100 SXM: dense bf16 and the share of it that such networks reach; memory; links as they are reached, one way.
 FLOPS, REACHED, MEMORY = 989e12, 0.45, 3.35e12

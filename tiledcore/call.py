@@ -163,7 +163,7 @@ class Call:
         network, family = network_of(pipe)
         unit, native = family.unit(network), both(family.native(pipe, network))
         vae, factor, wrap = getattr(pipe, "vae", None), factor_of(pipe), both(tiling.wrap)
-        found: list[Any] = [] if self.ranks is None else [Sharing(self.ranks, pipe, hook)]
+        found: list[Any] = [] if self.ranks is None else [Sharing(self.ranks, hook)]
         if options.preview is not None:
             found.append(Previewing(options.preview, pipe, native, unit))
         if options.regions:

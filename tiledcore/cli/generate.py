@@ -40,7 +40,7 @@ def generate(args: argparse.Namespace) -> None:
     from tiledcore.io.stream import why_not_streamed
     from tiledcore.loop.checkpoint import Checkpoint, load, locked
     from tiledcore.memory.prediction import show_bytes
-    from tiledcore.parallel.launch import joined
+    from tiledcore.parallel.ranks import joined
 
     checkpoint = None if args.checkpoint is None else Checkpoint(args.checkpoint, args.checkpoint_every or 1)
     kept = checkpoint if leads() else None  # by one of the processes

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not launched():
                 say(f"tiledcore: {said}")
                 return 130 if interrupted else 2
-            from tiledcore.parallel.launch import tells
+            from tiledcore.parallel.ranks import tells
 
             if tells():
                 line = "" if leads() else "\n"  # rank 0's progress bar may stand there

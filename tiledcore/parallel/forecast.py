@@ -1,7 +1,5 @@
 """Forecast: how evenly the tile batches of a run can be dealt to ranks, and what they exchange."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

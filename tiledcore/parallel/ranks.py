@@ -2,27 +2,29 @@
 
 All processes make the same call (SPMD), and each holds the whole canvas. A process evaluates its part of the tile
 batches; then all predictions are exchanged, and each process makes the same step. A tile batch is never cut, so the
-image has the same bits for any number of processes.
+image has the same bits for any number of processes. For the command, :func:`joined` and :func:`tells` know torchrun.
 """
-
-from __future__ import annotations
 
 import logging
 import math
+import os
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NoReturn
 
 import diffusers
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 from tiledcore.feature import Feature
@@ -33,8 +35,8 @@ from tiledcore.utils import replaced
 
 logger = logging.getLogger(__name__)
 
-SENT = 256  # rows of an image in one message
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+TIMEOUT = timedelta(minutes=30)  # of one message: a rank may decode and write for so long while others wait
 
 
 class LostRankError(ConnectionError):
@@ -96,6 +98,7 @@ class Ranks:
         on_hosts = "cpu:gloo" in dist.get_backend_config()
         self.hosts = self.world if on_hosts else dist.new_group(backend="gloo")
         self.times = Times([0.0] * self.size)
+        self.copied: TemporaryDirectory[str] | None = None  # Rank 0's checkpoint, for the call that is running
 
     @property
     def leads(self) -> bool:
@@ -116,21 +119,6 @@ class Ranks:
             dist.all_gather_object(held, value, group=self.hosts)
         return held
 
-    def first_state(self, generators: Sequence[torch.Generator]) -> None:
-        """Set torch's own generators, and these, to the state that they have on rank 0."""
-        cuda = torch.cuda.is_initialized()
-        own = (
-            torch.get_rng_state(),
-            torch.cuda.get_rng_state() if cuda else None,
-            [one.get_state() for one in generators],
-        )
-        cpu, gpu, given = self.first(own)
-        torch.set_rng_state(cpu)
-        if cuda and gpu is not None:
-            torch.cuda.set_rng_state(gpu)
-        for generator, state in zip(generators, given, strict=True):
-            generator.set_state(state)
-
     def deal(self, parts: Sequence[Any], run: Callable[[Any], Tensor], sample: Tensor) -> list[Tensor]:
         """Stands in for :func:`tiledcore.tiles.denoiser.run_all`; out of memory on one rank is so on all."""
         began = time.perf_counter()
@@ -147,13 +135,11 @@ class Ranks:
         sizes = [part.shape[0] * channels * part.shape[1] * part.shape[2] for part in parts]
         lengths = [[n for n, o in zip(sizes, chosen, strict=True) if o == rank] for rank in range(self.size)]
         try:
-            flat = [torch.empty(sum(each), dtype=dtype, device=sample.device) for each in lengths]
-            if mine:
-                torch.cat([out.flatten() for out in mine], out=flat[self.rank])
+            own = torch.cat([out.flatten() for out in mine]) if mine else sample.new_empty(0, dtype=dtype)
+            mine.clear()
+            flat = self.share(own, [(sum(each),) for each in lengths])
         except torch.OutOfMemoryError as error:  # the others wait for this part: it is too late to try again
             raise RuntimeError(f"out of memory on rank {self.rank}, for the predictions of the others") from error
-        mine.clear()
-        self._exchange(flat)
         self.times.received += sum(one.nbytes for rank, one in enumerate(flat) if rank != self.rank)
         self.times.seconds += time.perf_counter() - began
         self.times.evaluations += 1
@@ -169,22 +155,24 @@ class Ranks:
         with self._found():
             dist.all_gather(told, own, group=self.hosts)
         rows = [row.tolist() for row in told]
-        if any(row[0] for row in rows):
-            which = next(rank for rank, row in enumerate(rows) if row[0])
-            raise torch.OutOfMemoryError(f"out of memory on rank {which}")
-        others = [rank for rank, row in enumerate(rows) if row[3] != rows[0][3]]
-        if others:
-            raise RuntimeError(
-                f"rank {others[0]} has another canvas than rank 0: the processes run different code, or on devices "
-                "that round differently"
-            )
+        for rank, row in enumerate(rows):
+            if row[0]:
+                raise torch.OutOfMemoryError(f"out of memory on rank {rank}")
+            if row[3] != rows[0][3]:
+                raise RuntimeError(
+                    f"rank {rank} has another canvas than rank 0: the processes run different code, or on devices "
+                    "that round differently"
+                )
         self.times.busy = [seconds + row[4] / 1e9 for seconds, row in zip(self.times.busy, rows, strict=True)]
         channels, dtype = max((row[1], row[2]) for row in rows)
         return channels, DTYPES[dtype]
 
-    def _exchange(self, flat: Sequence[Tensor]) -> None:
-        """Each rank gives its part to all others."""
-        group = self.world if flat[0].is_cuda else self.hosts
+    def share(self, own: Tensor, shapes: Sequence[Sequence[int]] | None = None) -> list[Tensor]:
+        """The tensors of all ranks, of one dtype, on this rank's device; ``shapes`` of all, where they are known."""
+        shapes = self.all(own.shape) if shapes is None else shapes
+        flat = [own.new_empty(math.prod(shape)) for shape in shapes]
+        flat[self.rank] = own.flatten()
+        group = self.world if own.is_cuda else self.hosts
         with self._found():
             works = [
                 dist.broadcast(one.view(torch.uint8), src=rank, group=group, async_op=True)
@@ -193,41 +181,26 @@ class Ranks:
             ]
             for work in works:
                 work.wait()
+        return [one.view(*shape) for one, shape in zip(flat, shapes, strict=True)]
 
-    def share(self, own: Tensor, alike: bool = False) -> list[Tensor]:
-        """The tensors of all ranks, of one dtype, on this rank's device. ``alike``: all have the shape of ``own``."""
-        shapes = [own.shape] * self.size if alike else self.all(own.shape)
-        flat = [torch.empty(math.prod(shape), dtype=own.dtype, device=own.device) for shape in shapes]
-        flat[self.rank].copy_(own.flatten())
-        self._exchange(flat)
-        return [one.view(shape) for one, shape in zip(flat, shapes, strict=True)]
-
-    def turn(self, given: Tensor, lengths: Sequence[int], got: Tensor, got_lengths: Sequence[int]) -> None:
+    def turn(self, given: Tensor, got: Tensor, lengths: Sequence[int], got_lengths: Sequence[int]) -> None:
         """Each rank gives a part of ``given`` to each, by rank, and gets the others' in ``got``; both are flat."""
-        item = given.element_size()
-        sizes = [item * length for length in got_lengths], [item * length for length in lengths]
+        sent, read = ([given.element_size() * n for n in each] for each in (lengths, got_lengths))
         with self._found():
             group = self.world if given.is_cuda else self.hosts
-            dist.all_to_all_single(got.view(torch.uint8), given.view(torch.uint8), *sizes, group=group)
+            dist.all_to_all_single(got.view(torch.uint8), given.view(torch.uint8), read, sent, group=group)
 
-    def send(self, rows: Tensor) -> None:
-        """Send rows ``[B, C, H, W]`` to rank 0, some at a time, as it asks for them."""
+    def send(self, value: Any) -> None:
+        """Give rank 0 a value, when it asks for it by :meth:`received`."""
         with self._found():
-            dist.send(torch.tensor([*rows.shape, DTYPES.index(rows.dtype)]), dst=0, group=self.hosts)
-            for piece in rows.split(SENT, dim=2):
-                dist.send(piece.contiguous().flatten().view(torch.uint8), dst=0, group=self.hosts)
+            dist.send_object_list([value], dst=0, group=self.hosts)
 
-    def received(self, rank: int) -> Iterator[Tensor]:
-        """What another rank sends, on the host."""
-        header = torch.empty(5, dtype=torch.int64)
+    def received(self, rank: int) -> Any:
+        """What another rank sends."""
+        held = [None]
         with self._found():
-            dist.recv(header, src=rank, group=self.hosts)
-        *batch, height, width, dtype = header.tolist()
-        for start in range(0, height, SENT):
-            piece = torch.empty(*batch, min(SENT, height - start), width, dtype=DTYPES[dtype])
-            with self._found():
-                dist.recv(piece.flatten().view(torch.uint8), src=rank, group=self.hosts)
-            yield piece
+            dist.recv_object_list(held, src=rank, group=self.hosts)
+        return held[0]
 
     @contextmanager
     def _found(self) -> Iterator[None]:
@@ -263,14 +236,14 @@ def current() -> Ranks | None:
 class Sharing(Feature):
     """The tile batches of one call are dealt to the ranks; only rank 0 shows progress."""
 
-    def __init__(self, ranks: Ranks, pipe: Any, hook: NetworkHook) -> None:
-        self.ranks, self.pipe, self.hook = ranks, pipe, hook
+    def __init__(self, ranks: Ranks, hook: NetworkHook) -> None:
+        self.ranks, self.hook = ranks, hook
 
     def enter(self, stack: ExitStack) -> None:
         self.ranks.times = Times([0.0] * self.ranks.size)
         self.hook.denoiser.deal = self.ranks.deal
         if not self.ranks.leads:
-            stack.enter_context(replaced(self.pipe, progress_bar=partial(tqdm, disable=True)))
+            stack.enter_context(replaced(self.hook.pipe, progress_bar=partial(tqdm, disable=True)))
 
     def report(self, report: Report) -> None:
         report.ranks = self.ranks.times
@@ -280,7 +253,7 @@ def same_call(ranks: Ranks, pipe: Any, arguments: dict[str, Any], more: dict[str
     """Compare versions, weights and arguments of all ranks, then give them rank 0's random state."""
     given = arguments.get("generator")
     generators: Sequence[Any] = given if isinstance(given, list | tuple) else [] if given is None else [given]
-    rest = {name: value for name, value in arguments.items() if name != "generator"}
+    rest = arguments | {"generator": None}
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "generators": len(generators)}
     form = {name: arguments.get(name) for name in ("output_type", "return_dict")}
     told = ranks.all(settings_of(pipe, rest, {**versions, **form, **more}))
@@ -291,7 +264,11 @@ def same_call(ranks: Ranks, pipe: Any, arguments: dict[str, Any], more: dict[str
                     f"parallel: all processes must make the same call, and {name} is {settings.get(name)} on rank "
                     f"{rank}, {told[0].get(name)} on rank 0"
                 )
-    ranks.first_state(generators)
+    own = [*generators, torch.default_generator]
+    if torch.cuda.is_initialized():
+        own.append(torch.cuda.default_generators[torch.cuda.current_device()])
+    for generator, state in zip(own, ranks.first([one.get_state() for one in own]), strict=False):
+        generator.set_state(state)
 
 
 def options_of(ranks: Ranks, options: Any) -> Any:
@@ -305,20 +282,67 @@ def options_of(ranks: Ranks, options: Any) -> Any:
     return replace(options, preview=None, rows=None if options.rows is None else consume)
 
 
-@dataclass(frozen=True)
-class _Copied(Checkpoint):
-    """Rank 0's checkpoint in a folder that is removed with this object."""
-
-    kept: TemporaryDirectory[str] | None = None
-
-
 def _checkpoint(ranks: Ranks, checkpoint: Checkpoint) -> Checkpoint:
     """On rank 0 the checkpoint itself, on the others a copy of what it has saved, which nobody reads again."""
     file = checkpoint.file
     saved = ranks.first(file.read_bytes() if ranks.leads and file.exists() else None)
     if ranks.leads:
         return checkpoint
-    folder = TemporaryDirectory(prefix="tiledcore-")
+    ranks.copied = TemporaryDirectory(prefix="tiledcore-")
+    folder = Path(ranks.copied.name)
     if saved is not None:
-        (Path(folder.name) / FILE).write_bytes(saved)
-    return _Copied(Path(folder.name), every=2**62, kept=folder)
+        (folder / FILE).write_bytes(saved)
+    return Checkpoint(folder, every=2**62)
+
+
+# ----------------------------------------------------------------------------- processes that torchrun started
+
+_store: Any = None  # torchrun's own, which outlives each of the processes
+
+
+@contextmanager
+def joined(device: str | None) -> Iterator[Ranks]:
+    """Inside the ``with`` block, the processes of torchrun are one group.
+
+    ``device`` None or ``"cuda"``: each process of a host takes a CUDA device of its own, if there are any; ValueError
+    where they are too few. Another, such as ``"cuda:0"``, is shared by all of them.
+    """
+    global _store
+    signal.signal(signal.SIGTERM, _end)
+    cuda = device in (None, "cuda") and torch.cuda.is_available()
+    if cuda:
+        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= count:
+            raise ValueError(
+                f"torchrun: {os.environ['LOCAL_WORLD_SIZE']} processes on a host with {count} CUDA devices; give "
+                f"--nproc-per-node {count}, or let them share one by --device cuda:0"
+            )
+        torch.cuda.set_device(local)
+    _store, rank, size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    group = dist.PrefixStore("tiledcore", _store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=TIMEOUT)
+    if rank > 0:
+        logging.getLogger("tiledcore").setLevel(logging.ERROR)
+    ranks = current()
+    assert ranks is not None
+    yield ranks
+    dist.destroy_process_group()  # after an error the others may be gone, and this would wait for them
+
+
+class EndedError(Exception):
+    """Torchrun ended this process, because another one ended."""
+
+
+def _end(*_: Any) -> NoReturn:
+    raise EndedError("another of the processes ended")
+
+
+def tells() -> bool:
+    """Whether this is the first process that tells of an error."""
+    if _store is None:
+        return os.environ.get("RANK") == "0"
+    try:
+        return bool(_store.add("tiledcore error", 1) == 1)
+    except RuntimeError:  # torchrun itself is gone
+        return True

@@ -4,8 +4,6 @@
 bounded memory, where only the results of reductions are exchanged: equal to one process up to rounding.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -31,9 +29,9 @@ Forward = Callable[..., Tensor]
 Rows = tuple[int, int]  # first and last + 1
 
 
-def own_rows(ranks: Ranks, height: int) -> Rows:
-    """The rows of a decoder's input of ``height`` rows that are this rank's."""
-    return height * ranks.rank // ranks.size, height * (ranks.rank + 1) // ranks.size
+def bounds_of(ranks: Ranks, length: int) -> list[int]:
+    """Where each rank's part of ``length`` rows or groups begins, and the end of the last one."""
+    return [length * rank // ranks.size for rank in range(ranks.size + 1)]
 
 
 def divides(network: Any, height: int, ranks: int) -> bool:
@@ -74,13 +72,8 @@ def _on_own_rows(ranks: Ranks, decoder: Any, height: int) -> Iterator[tuple[Any,
     each rank gets all rows of some groups. The attention of the middle block gets all rows; so do convolutions of one
     pixel in half precision, whose bits depend on the number of pixels.
     """
-    bounds = [height * rank // ranks.size for rank in range(ranks.size + 1)]
+    bounds = bounds_of(ranks, height)
     low, high = bounds[ranks.rank : ranks.rank + 2]
-
-    def cut(whole: Tensor) -> Tensor:
-        scale = whole.shape[2] // height
-        rows = whole[:, :, scale * low : scale * high]
-        return torch.empty_like(rows).copy_(rows)
 
     rooms: dict[str, Tensor] = {}
 
@@ -95,28 +88,26 @@ def _on_own_rows(ranks: Ranks, decoder: Any, height: int) -> Iterator[tuple[Any,
         batch, channels, _, width = parts[0].shape
         rows = sum(part.shape[2] for part in parts)
         room = flat("whole", own, batch * channels * rows * width)
-        if own.is_contiguous():
-            return torch.cat(list(parts), 2, out=room.view(batch, channels, rows, width))
-        return torch.cat(list(parts), 2, out=room.view(batch, rows, width, channels).permute(0, 3, 1, 2))
+        plain, last = room.view(batch, channels, rows, width), room.view(batch, rows, width, channels)
+        return torch.cat(list(parts), 2, out=plain if own.is_contiguous() else last.permute(0, 3, 1, 2))
 
     def turned(parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
         """Each rank gives part i to rank i; returns what this one gets, of ``shapes``, by rank."""
-        lengths, given_lengths = [math.prod(shape) for shape in shapes], [part.numel() for part in parts]
-        given, got = (flat(name, parts[0], sum(n)) for name, n in (("given", given_lengths), ("got", lengths)))
-        for room, part in zip(given.split(given_lengths), parts, strict=True):
+        lengths = [part.numel() for part in parts], [math.prod(shape) for shape in shapes]
+        given, got = (flat(name, parts[0], sum(n)) for name, n in zip(("given", "got"), lengths, strict=True))
+        for room, part in zip(given.split(lengths[0]), parts, strict=True):
             room.view(part.shape).copy_(part)
-        ranks.turn(given, given_lengths, got, lengths)
-        return [one.view(*shape) for one, shape in zip(got.split(lengths), shapes, strict=True)]
+        ranks.turn(given, got, *lengths)
+        return [one.view(*shape) for one, shape in zip(got.split(lengths[1]), shapes, strict=True)]
 
-    def first(conv: nn.Conv2d) -> Forward:
-        original = conv.forward
-        return lambda whole: cut(original(whole))
-
-    def on_all(module: Any) -> Forward:
+    def on_all(module: Any, given_whole: bool = False) -> Forward:
         original = module.forward
 
         def forward(own: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return cut(original(joined(ranks.share(own), own), *args, **kwargs))
+            whole = original(own if given_whole else joined(ranks.share(own), own), *args, **kwargs)
+            scale = whole.shape[2] // height
+            rows = whole[:, :, scale * low : scale * high]
+            return torch.empty_like(rows).copy_(rows)
 
         return forward
 
@@ -125,8 +116,8 @@ def _on_own_rows(ranks: Ranks, decoder: Any, height: int) -> Iterator[tuple[Any,
         reach, rank = conv.kernel_size[0] // 2, ranks.rank
 
         def forward(own: Tensor) -> Tensor:
-            edges = ranks.share(torch.cat([own[:, :, :reach], own[:, :, -reach:]], 2), alike=True)
-            none = torch.zeros_like(edges[0][:, :, :reach])
+            beside = torch.cat([own[:, :, :reach], own[:, :, -reach:]], 2)
+            edges, none = ranks.share(beside, [beside.shape] * ranks.size), torch.zeros_like(own[:, :, :reach])
             above = edges[rank - 1][:, :, reach:] if rank > 0 else none
             below = edges[rank + 1][:, :, :reach] if rank + 1 < ranks.size else none
             seen = joined([above, own, below], own)
@@ -135,8 +126,7 @@ def _on_own_rows(ranks: Ranks, decoder: Any, height: int) -> Iterator[tuple[Any,
         return forward
 
     def norm(module: nn.GroupNorm) -> Forward:
-        groups = [module.num_groups * rank // ranks.size for rank in range(ranks.size + 1)]
-        each = module.num_channels // module.num_groups
+        groups, each = bounds_of(ranks, module.num_groups), module.num_channels // module.num_groups
         channels = [each * (stop - start) for start, stop in pairwise(groups)]
         count, mine = channels[ranks.rank], slice(each * groups[ranks.rank], each * groups[ranks.rank + 1])
 
@@ -161,12 +151,10 @@ def _on_own_rows(ranks: Ranks, decoder: Any, height: int) -> Iterator[tuple[Any,
         elif type(module) is nn.GroupNorm and module not in within:
             yield module, norm(module)
         elif type(module) is nn.Conv2d and module not in within:
-            if is_first:
-                yield module, first(module)
-            elif module.kernel_size[0] > 1:
+            if not is_first and module.kernel_size[0] > 1:
                 yield module, convolution(module)
-            elif module.weight.element_size() <= 2:
-                yield module, on_all(module)
+            elif is_first or module.weight.element_size() <= 2:
+                yield module, on_all(module, given_whole=is_first)
             is_first = False
 
 
@@ -239,8 +227,8 @@ def slabs(
     if not divides(network, height, ranks.size):
         yield from rows_of(network, given, band_px, budget)
         return
-    own, layers = own_rows(ranks, height), program(network)
-    needed, scale = rows_needed(layers, own, height), 1
+    own, layers = bounds_of(ranks, height)[ranks.rank : ranks.rank + 2], program(network)
+    needed, scale = rows_needed(layers, (own[0], own[1]), height), 1
     cut: list[Layer] = []
     for layer, (rows, mine), (after, _) in zip(layers, needed, needed[1:], strict=False):
         keep = (after[0] - rows[0] * layer.upsample, after[1] - rows[0] * layer.upsample)
@@ -248,13 +236,13 @@ def slabs(
         scale *= layer.upsample
     piece = given[:, :, needed[0][0][0] : needed[0][0][1]]
     bands = run(network, piece, plan(network, piece, band_px, budget), cut)
-    if to_first and ranks.leads:
+    if not to_first:
+        yield from ranks.share(joined(bands, (own[1] - own[0]) * scale))
+    elif ranks.leads:
         yield from bands
         for rank in range(1, ranks.size):
-            yield from ranks.received(rank)
-        return
-    slab = joined(bands, (own[1] - own[0]) * scale)
-    if to_first:
-        ranks.send(slab.cpu())
+            while (band := ranks.received(rank)) is not None:
+                yield band
     else:
-        yield from ranks.share(slab)
+        for one in [*(band.cpu().clone() for band in bands), None]:  # all are there before rank 0 asks
+            ranks.send(one)
