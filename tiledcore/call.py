@@ -1,7 +1,5 @@
 """Call: one call of a TiledPipeline as an object, with arguments, size, image and tiling resolved."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -10,7 +8,7 @@ from functools import partial
 from inspect import signature
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -67,7 +65,7 @@ class Options:
     preview: Preview | None
 
     @classmethod
-    def of(cls, regions: Any, **others: Any) -> Options:
+    def of(cls, regions: Any, **others: Any) -> Self:
         """Check options; paths become a :class:`Checkpoint` and a :class:`Preview`, which check them."""
         for name, kind in {"checkpoint": Checkpoint, "preview": Preview}.items():
             if isinstance(others[name], str | PathLike):
@@ -127,7 +125,7 @@ class Call:
     @classmethod
     def resolve(
         cls, pipe: Any, arguments: dict[str, Any], options: Options, budget: Budget | None, ranks: Ranks | None
-    ) -> Call:
+    ) -> Self:
         """Resolve pipeline, image, size, tiling and plan of a call of ``pipe``; ``arguments`` are given by name."""
         tiling, execution = options.tiling, options.execution
         if ranks is not None:
@@ -167,9 +165,9 @@ class Call:
         if options.preview is not None:
             found.append(Previewing(options.preview, pipe, native, unit))
         if options.regions:
-            found.append(Regional(pipe, network, options.regions, hook))
+            found.append(Regional(hook, options.regions))
         if options.prompt_for_tile is not None:
-            found.append(TilePrompts(pipe, network, options.prompt_for_tile, hook))
+            found.append(TilePrompts(hook, options.prompt_for_tile))
         if vae is not None:
             around = continuation(vae, wrap, factor)
             stream = Streamed(pipe, options.rows, around)
@@ -192,16 +190,14 @@ class Call:
             raise ValueError("checkpoint: only the fused step can be resumed; leave out fused=False")
         if self.plan is not None:
             graphs.release()  # the plan counts the memory of one step, not of graphs of other sizes beside it
-        bound = signature(type(self.pipe).__call__).bind_partial(self.pipe, **self.arguments)
-        bound.apply_defaults()
-        settings = settings_in(self.tiling, self.options)
+        call, settings = completed(self.pipe, self.arguments), settings_in(self.tiling, self.options)
         with (
             within(wrapper, self.pipe, self.plan),
             current_device(device_of(self.pipe)),
             nullcontext() if checkpoint is None else locked(checkpoint),
             tiled(self.pipe, self.tiling, self.execution, self.arguments) as hook,
             Features.entered(self.features(hook)) as features,
-            Engine(self.pipe, dict(bound.arguments), settings, graphs, features, checkpoint, fused) as engine,
+            Engine(self.pipe, call, settings, graphs, features, checkpoint, fused) as engine,
         ):
             hook.engine = engine
             if graphs.backend is None and device_of(self.pipe).type == "cuda":
@@ -269,14 +265,18 @@ def _with_size(pipe: Any, arguments: dict[str, Any]) -> Pair | None:
     return None if height is None or width is None else (height, width)
 
 
+def completed(pipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of ``pipe`` with the defaults of all others."""
+    bound = signature(type(pipe).__call__).bind_partial(pipe, **arguments)
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
 def _check_strength(pipe: Any, arguments: dict[str, Any]) -> None:
     """ValueError where ``strength`` leaves no step: the networks would get empty batches."""
-    takes = signature(type(pipe).__call__).parameters
-    strength, steps = (
-        arguments[name] if name in arguments else takes[name].default if name in takes else None
-        for name in ("strength", "num_inference_steps")
-    )
-    others = any(arguments.get(name) is not None for name in ("timesteps", "sigmas", "denoising_start"))
+    call = completed(pipe, arguments)
+    strength, steps = call.get("strength"), call.get("num_inference_steps")
+    others = any(call.get(name) is not None for name in ("timesteps", "sigmas", "denoising_start"))
     if strength is None or steps is None or others:
         return
     if steps_left(network_of(pipe)[1].model, steps, strength) < 1:

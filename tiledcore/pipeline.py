@@ -1,10 +1,8 @@
 """TiledPipeline: a drop-in for a diffusers pipeline that makes images of any size."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from os import PathLike
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from diffusers import AutoencoderKL, DiffusionPipeline
 
@@ -75,7 +73,7 @@ class TiledPipeline:
         self.memory_budget, self.stages, self.parallel = memory_budget, stages, parallel
 
     @classmethod
-    def from_pretrained(cls, model: str | PathLike[str] | None = None, **kwargs: Any) -> TiledPipeline:
+    def from_pretrained(cls, model: str | PathLike[str] | None = None, **kwargs: Any) -> Self:
         """Open a checkpoint: a hub id, a folder, or an embedded model: ``"earth"`` (default) or ``"earth-flux"``.
 
         ``kwargs`` are those of the constructor and those of ``DiffusionPipeline.from_pretrained`` (``torch_dtype``,
@@ -92,7 +90,7 @@ class TiledPipeline:
         return cls(pipe, **own)
 
     @classmethod
-    def from_pipe(cls, pipe: Any, **kwargs: Any) -> TiledPipeline:
+    def from_pipe(cls, pipe: Any, **kwargs: Any) -> Self:
         """Wrap an existing pipeline; ``kwargs`` are those of the constructor."""
         return cls(pipe, **kwargs)
 
@@ -117,7 +115,7 @@ class TiledPipeline:
         factor = factor_of(self.pipe)
         return (tiling or self.tiling).grid(height // factor, width // factor, family.native(self.pipe, network))
 
-    def to(self, *args: Any, **kwargs: Any) -> TiledPipeline:
+    def to(self, *args: Any, **kwargs: Any) -> Self:
         if self._budget is None or not self._budget.keeps_off(self.pipe, *args, **kwargs):
             self.pipe.to(*args, **kwargs)
         return self

@@ -189,7 +189,7 @@ def test_a_pipeline_tiled_by_hand() -> None:
     plain = run()
     with tiled(pipe, TILES) as hook:
         before = run()
-        with Features.entered([Regional(pipe, pipe.unet, regions, hook)]):
+        with Features.entered([Regional(hook, regions)]):
             assert_close(run(), expected)
             assert_close(run(), expected)
         assert torch.equal(run(), before)

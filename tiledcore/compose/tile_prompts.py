@@ -1,10 +1,9 @@
 """A prompt for each tile: every tile is evaluated with its own text, and predictions blend as ever."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +11,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tiledcore.compose.regional import Regional
 from tiledcore.geometry import Pair
+from tiledcore.hook import NetworkHook
 from tiledcore.tiles.conditioning import TileBatch
-
-if TYPE_CHECKING:
-    from tiledcore.tiles.denoiser import Prediction, TileDenoiser
+from tiledcore.tiles.denoiser import Prediction, TileDenoiser
 
 Box = tuple[int, int, int, int]
 PromptForTile = Callable[[Box], str | None] | Sequence[str | None]
@@ -30,8 +28,8 @@ class TilePrompts(Regional):
     wraps, a box may end past the canvas.
     """
 
-    def __init__(self, pipe: Any, network: Any, texts: PromptForTile, hook: Any) -> None:
-        super().__init__(pipe, network, (), hook)
+    def __init__(self, hook: NetworkHook, texts: PromptForTile) -> None:
+        super().__init__(hook, ())
         config = hook.denoiser.config
         if config.mode != "tiles":
             raise ValueError(f"prompt_for_tile: not with mode={config.mode!r}; give mode='tiles' or regions=")
@@ -54,8 +52,8 @@ class TilePrompts(Regional):
     ) -> Prediction:
         if not self._known:
             self._encode(denoiser, (sample.shape[2], sample.shape[3]))
-        kept = len(kwargs["encoder_hidden_states"]) - len(self._encoded[0][0])
-        more = partial(self._changes, kwargs, kept)
+        images = len(kwargs["encoder_hidden_states"])
+        more = partial(self._changes, images, images - len(self._encoded[0][0]))
         others = {name: value for name, value in kwargs.items() if name != "timestep"}
         others["per_tile"] = [more, *kwargs.get("per_tile", ())]  # a ControlNet gets the tile's text too
         return denoiser.evaluate(forward, sample, kwargs["timestep"], **others)
@@ -84,25 +82,20 @@ class TilePrompts(Regional):
                 full = encoded[0].new_ones(encoded[0].shape[1], dtype=torch.bool)  # in place of a mask that is None
                 self._rows[text] = [full if value is None else value[i] for value in encoded]
 
-    def _changes(self, kwargs: dict[str, Any], kept: int, part: TileBatch, given: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a tile batch that depend on the prompt; ``kept`` rows are of a negative prompt."""
-        places = [(y, x) for y, x in part.offsets.tolist()]
-        texts = [self._known[place, part.tile] for place in places]
-        changed: dict[str, Any] = {}
-        for name, place in self._text.items():
-            name, _, entry = name.partition(".")
-            value = kwargs.get(name)
-            if value is None and name == "encoder_hidden_states_mask":
-                value = kwargs["encoder_hidden_states"].new_ones(kwargs["encoder_hidden_states"].shape[:2])
-            if value is None or (entry and entry not in value):
-                continue
-            old = value[entry] if entry else value
+    def _changes(self, images: int, kept: int, part: TileBatch, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a tile batch that depend on the prompt. The first ``kept`` images have a negative one."""
+        texts = [self._known[(y, x), part.tile] for y, x in part.offsets.tolist()]
+        wanted = list(product(range(images)[part.images], texts))
+
+        def change(name: str, place: int, old: Tensor | None) -> Tensor | None:
+            if old is None and name == "encoder_hidden_states_mask":
+                old = torch.ones_like(given["encoder_hidden_states"][..., 0])
+            if old is None:
+                return None
             rows = [
-                row if i < kept or text is None else self._rows[text][place].to(row)
-                for i, row in enumerate(old)
-                for text in texts
+                row if image < kept or text is None else self._rows[text][place].to(row)
+                for row, (image, text) in zip(old, wanted, strict=True)
             ]
-            # Texts of several lengths: the network takes a mask of them.
-            new = pad_sequence(rows, batch_first=True).unflatten(0, (len(old), len(texts)))[part.images].flatten(0, 1)
-            changed[name] = {**given[name], entry: new} if entry else new
-        return changed
+            return pad_sequence(rows, batch_first=True)  # of several lengths: the network takes a mask of them
+
+        return self._changed(given, change)
