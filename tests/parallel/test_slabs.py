@@ -22,7 +22,7 @@ from tiledcore import TiledPipeline
 from tiledcore.parallel.ranks import current
 from tiledcore.parallel.slabs import divided, rows_needed, slabs
 from tiledcore.vae.exact import exact_bands
-from tiledcore.vae.plan import program
+from tiledcore.vae.layers import program
 
 
 def four_levels() -> AutoencoderKL:

@@ -16,7 +16,6 @@ from tiledcore import TiledPipeline
 from tiledcore.vae import exact as bands
 from tiledcore.vae.bands import Statistics
 from tiledcore.vae.live_bytes import LiveBytes
-from tiledcore.vae.plan import choose
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LEVELS = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
@@ -143,12 +142,12 @@ def test_less_memory_means_more_work_and_the_same_image(direction: str) -> None:
 
 def test_the_highest_bands_that_recompute_least() -> None:
     decoder, shape = build("short").decoder, (1, 4, 128, 128)
-    ample = choose(decoder, shape, math.inf)
+    ample = bands.choose(decoder, shape, math.inf)
     assert ample.band_px == 512 and ample.recomputed == 1
     less = 0.6 * ample.peak_bytes
-    lower = choose(decoder, shape, less)
-    assert lower.band_px < 512 and lower.recomputed <= choose(decoder, shape, less, 512).recomputed
-    assert choose(decoder, shape, 1).band_px == 64
+    lower = bands.choose(decoder, shape, less)
+    assert lower.band_px < 512 and lower.recomputed <= bands.choose(decoder, shape, less, 512).recomputed
+    assert bands.choose(decoder, shape, 1).band_px == 64
 
 
 def allocated_peak(run: Any) -> int:
@@ -199,7 +198,7 @@ def test_rows_come_top_to_bottom_and_the_peak_does_not_grow_with_the_height() ->
     rows = list(bands.rows_of(vae.decoder, latents, 64))
     assert len(rows) > 2 and max(row.shape[2] for row in rows) <= 80
     assert relative(torch.cat(rows, 2), whole(vae, latents, "decode")) < 1e-5
-    short, tall = (choose(vae.decoder, (1, 4, height, 10), 1e9, 64).peak_bytes for height in (40, 200))
+    short, tall = (bands.choose(vae.decoder, (1, 4, height, 10), 1e9, 64).peak_bytes for height in (40, 200))
     assert tall == short
 
 

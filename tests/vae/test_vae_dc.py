@@ -16,7 +16,7 @@ from tiny_transformers import call, tiny_sana
 from tiledcore import TiledPipeline
 from tiledcore.vae import exact as bands
 from tiledcore.vae.bands import Save, UnsupportedError
-from tiledcore.vae.dc import LinearAttention
+from tiledcore.vae.layers import LinearAttention
 from tiledcore.vae.live_bytes import LiveBytes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -39,8 +39,8 @@ from tiledcore.schedulers.solver import LinearSolver
 from tiledcore.tiles.denoiser import TileDenoiser
 from tiledcore.tiles.fade import Fade
 from tiledcore.tiles.families import FAMILIES
+from tiledcore.vae.exact import choose
 from tiledcore.vae.live_bytes import LiveBytes
-from tiledcore.vae.plan import choose
 
 SLOTS = 2
 """Canvases of scheduler state: those of a second-order multistep scheduler."""

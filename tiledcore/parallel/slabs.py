@@ -19,8 +19,8 @@ from tiledcore.parallel.ranks import Ranks
 from tiledcore.utils import replaced
 from tiledcore.vae.bands import Add, Band, Conv, Layer, Pointwise, Save, Statistics, Stream
 from tiledcore.vae.exact import joined, plan, rows_of, run
-from tiledcore.vae.kl import Attention as BandAttention
-from tiledcore.vae.plan import program
+from tiledcore.vae.layers import Attention as BandAttention
+from tiledcore.vae.layers import program
 
 LEAST_PIXELS = 512 * 512
 """A smaller image is decoded by every rank, because the exchange would take longer."""
@@ -208,9 +208,7 @@ class _Slab(Layer):
     def finish(self) -> None:
         layer = self.layer
         if isinstance(layer, Statistics):
-            count, mean, variance = layer.merged()
-            told = self.ranks.all((count, mean.cpu(), variance.cpu()))
-            layer.parts = [(n, m.to(mean.device), v.to(mean.device)) for n, m, v in told]
+            layer.sums = sum(self.ranks.all(layer.sums.cpu())).to(layer.sums.device)
         elif isinstance(layer, BandAttention):
             layer.keys, layer.values = (torch.cat(self.ranks.share(t), 1) for t in (layer.keys, layer.values))
         layer.finish()

@@ -6,8 +6,6 @@ travels with its band. A layer that depends on all rows (GroupNorm's statistics,
 its input before its first output: a reduction.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiledcore import ops
-
-Function = Callable[[Tensor], Tensor]  # of each pixel by itself: a 1x1 convolution or something simpler
 
 
 class UnsupportedError(TypeError):
@@ -85,39 +81,24 @@ class Statistics(Layer):
     def __init__(self, norm: Any) -> None:
         self.norm = known(norm, nn.GroupNorm, affine=True)
         self.dtype = torch.promote_types(norm.weight.dtype, torch.float32)
-        self.mean = self.rstd = torch.empty(0)
 
     def start(self, pixels: int) -> None:
-        self.parts: list[tuple[int, Tensor, Tensor]] = []  # number of values, mean and variance of each band
+        self.sums: Any = 0  # float64 [3, B, groups]: the number of values, their sum, the sum of their squares
 
     def update(self, rows: Tensor) -> None:
         grouped = rows.to(self.dtype).unflatten(1, (self.norm.num_groups, -1))
-        variance, mean = torch.var_mean(grouped, dim=(2, 3, 4), correction=0)
-        self.parts.append((grouped[0, 0].numel(), mean, variance))
-
-    def merged(self) -> tuple[int, Tensor, Tensor]:
-        """The number of all values, and their mean and variance, float64 ``[B, groups]``."""
-        total = sum(n for n, _, _ in self.parts)
-        mean = sum(m.double() * (n / total) for n, m, _ in self.parts)
-        variance = sum((v.double() + (m.double() - mean).square()) * (n / total) for n, m, v in self.parts)
-        return total, torch.as_tensor(mean), torch.as_tensor(variance)
+        variance, mean = (one.double() for one in torch.var_mean(grouped, dim=(2, 3, 4), correction=0))
+        sums = torch.stack([torch.ones_like(mean), mean, variance + mean.square()])
+        self.sums = self.sums + sums * grouped[0, 0].numel()
 
     def finish(self) -> None:
-        _, mean, variance = self.merged()
+        mean, squares = self.sums[1:] / self.sums[0]
+        variance = (squares - mean.square()).clamp_(min=0)
         self.mean, self.rstd = mean.to(self.dtype), (variance + self.norm.eps).rsqrt().to(self.dtype)
-        self.parts = []
 
     def apply(self, rows: Tensor, silu: bool, out: Tensor | None = None) -> Tensor:
         norm = self.norm
         return ops.group_norm_silu(rows, self.mean, self.rstd, norm.weight, norm.bias, silu=silu, out=out)
-
-
-def convolution(conv: Any) -> Any:
-    """The module, if :class:`Conv` can compute it; else raises UnsupportedError."""
-    known(conv, nn.Conv2d, padding_mode="zeros", dilation=(1, 1))
-    if isinstance(conv.padding, str) or conv.kernel_size[0] < conv.stride[0]:
-        raise UnsupportedError(f"{conv} skips rows, or its padding is not in numbers")
-    return conv
 
 
 class Conv(Layer):
@@ -135,14 +116,16 @@ class Conv(Layer):
     def __init__(
         self, conv: Any, statistics: Statistics | None = None, upsample: int = 1, pad: Sequence[int] | None = None
     ) -> None:
-        self.conv, self.statistics, self.upsample = convolution(conv), statistics, upsample
+        self.conv, self.statistics, self.upsample = conv, statistics, upsample
+        known(conv, nn.Conv2d, padding_mode="zeros", dilation=(1, 1))
+        if isinstance(conv.padding, str) or conv.kernel_size[0] < conv.stride[0]:
+            raise UnsupportedError(f"{conv} skips rows, or its padding is not in numbers")
         y, x = conv.padding
         self.pad = pad or (y, y, x, x)
         self.kernel, self.stride = conv.kernel_size[0], conv.stride[0]
 
     def run(self, source: Stream) -> Stream:
-        held: Tensor | None = None  # input rows that the next band also needs
-        waiting: Tensor | None = None  # rows of the residual that come before their output
+        held = waiting = None  # input rows that the next band also needs; rows of the residual before their output
         for band in source:
             window = self._window(band.tensors.pop(0), held, band.last)
             rows = max(0, (window.shape[2] - self.kernel) // self.stride + 1)
@@ -192,7 +175,7 @@ class Conv(Layer):
 class Pointwise(Layer):
     """A function of each pixel of the main path."""
 
-    def __init__(self, function: Function = lambda x: x) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor] = lambda x: x) -> None:
         self.function = function
 
     def change(self, band: Band) -> None:
@@ -211,10 +194,6 @@ class Add(Pointwise):
 
     def change(self, band: Band) -> None:
         band.tensors[0].add_(self.function(band.tensors.pop()))
-
-
-def activation(module: Any) -> Layer:
-    return Pointwise(known(module, nn.ReLU, nn.SiLU))
 
 
 def split(source: Stream, rows: int) -> Stream:

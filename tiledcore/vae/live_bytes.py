@@ -1,9 +1,8 @@
 """Count the bytes of the tensors that are alive while code runs; works on real, meta and fake tensors."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,9 +30,7 @@ class LiveBytes(TorchDispatchMode):
         self.scratch, self.meta = scratch, meta
         self.now = self.peak = 0
         self._alive: dict[int, weakref.ref[Any]] = {}
-        for module in modules:
-            for tensor in (*module.parameters(), *module.buffers()):
-                self._add(tensor)
+        self._add(self._storages([[*module.parameters(), *module.buffers()] for module in modules]))
 
     def reset(self) -> int:
         """Start a new peak; returns the old one."""
@@ -42,32 +39,23 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if new := [t for t in _tensors(result) if _key(t) not in self._alive]:
-            given = {_key(t) for t in _tensors((args, kwargs))}
-            for tensor in new:
-                if _key(tensor) not in given:  # else it is a view of an older tensor
-                    self._add(tensor)
+        if new := {key: one for key, one in self._storages(result).items() if key not in self._alive}:
+            given = self._storages((args, kwargs))  # a tensor that shares one of these is a view of an older one
+            self._add({key: one for key, one in new.items() if key not in given})
         self.peak = max(self.peak, self.now + self.scratch(func, args))
         return result
 
-    def _add(self, tensor: Tensor) -> None:
-        storage, key = tensor.untyped_storage(), _key(tensor)
-        if key in self._alive or (tensor.is_meta and not self.meta):
-            return
-        size = storage.nbytes()
-
-        def gone(_: Any) -> None:
-            del self._alive[key]
-            self.now -= size
-
-        self._alive[key] = weakref.ref(storage, gone)
-        self.now += size
+    def _add(self, storages: dict[int, Any]) -> None:
+        for key, storage in storages.items():
+            self._alive[key] = weakref.ref(storage, partial(self._gone, key, storage.nbytes()))
+            self.now += storage.nbytes()
         self.peak = max(self.peak, self.now)
 
+    def _gone(self, key: int, size: int, _: Any) -> None:
+        del self._alive[key]
+        self.now -= size
 
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    def _storages(self, value: Any) -> dict[int, Any]:
+        """The storages of the tensors in a structure that count, by their address."""
+        tensors = (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and (self.meta or not leaf.is_meta))
+        return {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors)}

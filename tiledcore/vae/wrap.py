@@ -5,8 +5,6 @@ rows and columns from its other side, as far as the convolutions see, and the pa
 has no seam. Attention and normalisation also see the padding, which changes the tone of the whole image a little.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
