@@ -134,7 +134,7 @@ def tile_lines(config: TilingConfig) -> set[int]:
     if config.moving or config.tile == SIDE:
         return set(range(0, SIDE, TILE))
     if config.window == "core":
-        return {start for start, _ in grid.core_rows}
+        return {start for start, _ in grid.cores[0]}
     return {line % SIDE for start, size in grid.rows for line in (start, start + size)}
 
 

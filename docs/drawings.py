@@ -54,10 +54,10 @@ def tiles() -> str:
         parts.append(
             rect(10 + scale * x, top + scale * y, scale * w, scale * h, COLOURS[i % 2], COLOURS[i % 2], **more)
         )
-    for line in [start for start, _ in grid.core_cols][1:]:
+    for line in [start for start, _ in grid.cores[1]][1:]:
         x = 10 + scale * line
         parts.append(curve([(x, top), (x, top + scale * grid.height)], GREY, stroke_dasharray="4 4"))
-    for line in [start for start, _ in grid.core_rows][1:]:
+    for line in [start for start, _ in grid.cores[0]][1:]:
         y = top + scale * line
         parts.append(curve([(10, y), (10 + scale * grid.width, y)], GREY, stroke_dasharray="4 4"))
     base = top + scale * grid.height + 100

@@ -30,7 +30,7 @@ def axes(tiling: Tiling) -> list[tuple[int, int, int, bool, tuple[int, ...], Any
             tiling.overlap,
             tiling.wrap,
             [tuple(start for start, _ in parts) for parts in (tiling.rows, tiling.cols)],
-            (tiling.core_rows, tiling.core_cols),
+            tiling.cores,
             strict=True,
         )
     )
@@ -96,17 +96,17 @@ def test_cores_partition_the_canvas_inside_their_tiles(grid: TileGrid) -> None:
             assert set(core) <= set(pixels(size, offset, tile, wrap))
             owned += core
         assert sorted(owned) == list(range(size))
-    assert len(grid.core_rows) * len(grid.core_cols) == len(grid)
+    assert len(grid.cores[0]) * len(grid.cores[1]) == len(grid)
 
 
 def test_cores_meet_in_the_middle_of_the_overlap() -> None:
     grid = TileGrid(56, 56, 32, 8)
     assert grid.rows == ((0, 32), (24, 32))
-    assert grid.core_rows == ((0, 28), (28, 28))
+    assert grid.cores[0] == ((0, 28), (28, 28))
     assert grid.lines == ((24, 28, 32), (24, 28, 32))
     around = TileGrid(48, 48, 32, 8, wrap=True)
     assert around.rows == ((0, 32), (24, 32))
-    assert around.core_rows == ((4, 24), (28, 24))
+    assert around.cores[0] == ((4, 24), (28, 24))
     assert around.lines[0] == (0, 4, 8, 24, 28, 32)
 
 
@@ -125,7 +125,7 @@ def test_lines_are_all_borders_but_an_open_canvas_has_none_at_its_edge(grid: Til
 def test_shifted_tiles_partition_the_canvas(grid: TileGrid, seed: int, step: int) -> None:
     shifted = grid.shifted(step, seed)
     assert shifted == grid.shifted(step, seed)
-    assert shifted.area_factor == 1 and (shifted.core_rows, shifted.core_cols) == (shifted.rows, shifted.cols)
+    assert shifted.area_factor == 1 and shifted.cores == (shifted.rows, shifted.cols)
     canvas = (grid.height, grid.width)
     for size, tile, wrap, parts in zip(canvas, grid.tile_size, grid.wrap, (shifted.rows, shifted.cols), strict=True):
         assert sorted(p for start, length in parts for p in pixels(size, start, length, wrap)) == list(range(size))

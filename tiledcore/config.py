@@ -62,7 +62,7 @@ class Execution:
 
     def __post_init__(self) -> None:
         validate.integer("tile_batch", self.tile_batch, 1)
-        validate.flag("guidance_batch", self.guidance_batch)
+        validate.choice("guidance_batch", self.guidance_batch, (True, False))
         validate.choice("impl", self.impl, (None, "reference", "native", "triton", "sdpa"))
 
 

@@ -57,24 +57,19 @@ class Tiling:
         return sum(h for _, h in self.rows) * sum(w for _, w in self.cols) / (self.height * self.width)
 
     @cached_property
-    def core_rows(self) -> tuple[Pair, ...]:
-        """(start, size) of each tile row's core. Cores meet in the middle of what two tiles share.
+    def cores(self) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
+        """(start, size) of the core of each row of tiles, and of each column. Cores meet in the middle of an overlap.
 
-        A start lies in ``[0, height)``; on a wrapped axis a core may cross the border.
+        A start lies on the canvas; on a wrapped axis a core may cross the border.
         """
-        return _cores(self.height, self.rows, self.wrap[0])
-
-    @cached_property
-    def core_cols(self) -> tuple[Pair, ...]:
-        """(start, size) of each tile column's core, see :attr:`core_rows`."""
-        return _cores(self.width, self.cols, self.wrap[1])
+        return _cores(self.height, self.rows, self.wrap[0]), _cores(self.width, self.cols, self.wrap[1])
 
     @cached_property
     def lines(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The (y, x) lines where seams could show: tiles start or end, or cores meet. 0 only on a wrapped axis."""
         return (
-            _lines(self.height, self.wrap[0], self.rows, self.core_rows),
-            _lines(self.width, self.wrap[1], self.cols, self.core_cols),
+            _lines(self.height, self.wrap[0], self.rows, self.cores[0]),
+            _lines(self.width, self.wrap[1], self.cols, self.cores[1]),
         )
 
 

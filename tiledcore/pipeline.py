@@ -201,7 +201,7 @@ def _checked(name: str, value: Any) -> dict[str, Any]:
     if name == "execution":
         return {name: value or Execution()}
     if name == "fused":
-        validate.flag(name, value)
+        validate.choice(name, value, (True, False))
     if name == "parallel":
         validate.choice(name, value, ("auto", False))
     if name == "stages":

@@ -32,12 +32,6 @@ def flags(name: str, value: object) -> tuple[bool, bool]:
     return valid[0], valid[1]
 
 
-def flag(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} must be True or False")
-    return value
-
-
 def choice(name: str, value: object, valid: Sequence[Any]) -> None:
     """One of some values."""
     if not any(value is v or (type(value) is type(v) and value == v) for v in valid):

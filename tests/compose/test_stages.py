@@ -173,7 +173,7 @@ def test_transformers(family: Any) -> None:
         ({"factor": 1.0}, "factor=1.0 must be above 1 and at most 4"),
         ({"factor": math.nan}, "factor=nan"),
         ({"factor": "2"}, "factor='2' must be above 1 and at most 4"),
-        ({"match": "no"}, "match='no' must be True or False"),
+        ({"match": "no"}, "match='no' must be one of True, False"),
         ({"sizes": [(1, 2, 3)]}, "must be Stages"),
         ({"strength": 0.0}, "strength=0.0 must be above 0 up to 1"),
     ],

@@ -160,7 +160,7 @@ def test_time_ids_are_the_tile_as_a_crop_of_the_canvas() -> None:
         (TilingConfig, {"mode": "canvas", "motion": "moving"}, "mode='canvas' has neither"),
         (TilingConfig, {"halo": 2}, "halo=2: only for mode='canvas'"),
         (Execution, {"tile_batch": 0}, "tile_batch=0 must be an int of at least 1"),
-        (Execution, {"guidance_batch": 1}, "guidance_batch=1 must be True or False"),
+        (Execution, {"guidance_batch": 1}, "guidance_batch=1 must be one of True, False"),
         (Execution, {"impl": "cuda"}, "impl='cuda' must be one of"),
     ],
 )

@@ -99,7 +99,7 @@ def test_tiles_fade_where_their_cores_meet_once_they_have_moved() -> None:
     changed = (fade.after_prediction(Step(3, canvas, overlapping), prediction) != prediction).any(0).any(0)
     y, x = (
         fade_weights(n, [c for c, _ in cores], 3.0, False) > 0
-        for n, cores in ((40, overlapping.core_rows), (48, overlapping.core_cols))
+        for n, cores in ((40, overlapping.cores[0]), (48, overlapping.cores[1]))
     )
     assert torch.equal(changed, y[:, None] | x)
     # They have not moved.

@@ -19,14 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from tiledcore import _diffusers
 from tiledcore._diffusers import ADDED, CROSS, JOINT, SELF, TEXT_MULTIPLE, PatchEmbed, uncompiled
-from tiledcore.canvas.processors import (
-    CrossProcessor,
-    FluxProcessor,
-    JointProcessor,
-    QwenProcessor,
-    SelfProcessor,
-    ZImageProcessor,
-)
+from tiledcore.canvas import processors
 from tiledcore.canvas.windows import Canvas, Rotary, Windows
 from tiledcore.config import Execution, TilingConfig
 from tiledcore.geometry import Pair, both
@@ -185,23 +178,23 @@ def _processor(network: Any, canvas: Canvas, name: str, layer: Any) -> Any:
     """What stands in for a layer's processor; None where the layer stays as it is."""
     kind = type(layer.processor)
     if kind not in ADDED and getattr(layer, "is_cross_attention", False):
-        return CrossProcessor(canvas, layer.processor) if kind in CROSS else None
+        return processors.CrossProcessor(canvas, layer.processor) if kind in CROSS else None
     if isinstance(network, diffusers.SanaTransformer2DModel):
         return None
     if kind in JOINT and layer.added_kv_proj_dim is not None:
-        return JointProcessor(canvas)
+        return processors.JointProcessor(canvas)
     plain = kind in (*SELF, *JOINT) and layer.group_norm is None and not layer.residual_connection
     if plain and layer.inner_kv_dim == layer.inner_dim and not layer.is_causal:
-        return SelfProcessor(canvas)
+        return processors.SelfProcessor(canvas)
     if kind is _diffusers.FluxAttnProcessor:
-        return FluxProcessor(canvas, Rotary(tuple(network.config.axes_dims_rope), network.pos_embed.theta))
+        return processors.FluxProcessor(canvas, Rotary(tuple(network.config.axes_dims_rope), network.pos_embed.theta))
     if kind is _diffusers.QwenDoubleStreamAttnProcessor2_0 and not network.config.use_layer3d_rope:
         rotary = Rotary(tuple(network.config.axes_dims_rope), network.pos_embed.theta, network.pos_embed.scale_rope)
-        return QwenProcessor(canvas, rotary)
+        return processors.QwenProcessor(canvas, rotary)
     if kind is _diffusers.ZSingleStreamAttnProcessor:
         if name.startswith(("context_refiner", "siglip_refiner")):  # no image tokens
             return None
-        return ZImageProcessor(canvas, Rotary(tuple(network.axes_dims), network.rope_theta))
+        return processors.ZImageProcessor(canvas, Rotary(tuple(network.axes_dims), network.rope_theta))
     raise TypeError(
         f"{name}: {kind.__name__} cannot be replaced by neighbour attention; remove the adapter that set it "
         f"(IP-Adapter, PAG, custom diffusion), or use tile mode"

@@ -3,7 +3,6 @@
 Each keeps the layer's projections, norms and output; only the attention itself differs.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,22 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiledcore import ops
-from tiledcore.canvas.windows import QKV, Box, Canvas, Placed, Rotary, Windows, place, rotate
+from tiledcore.canvas.windows import QKV, Box, Canvas, Placed, Rotary, place, rotate
 from tiledcore.geometry import Pair
 from tiledcore.utils import label
-
-
-def attend(canvas: Canvas, windows: Windows, tokens: QKV, **text: Any) -> Tensor:
-    """Neighbour attention of image tokens ``[B, N, heads, D]``, to the text's ``global_q``, ``_k`` and ``_v`` too."""
-    with label("attention"):
-        text |= {name: getattr(windows, name) for name in ("canvas", "tile", "halo", "wrap")}
-        return ops.neighbor_attention(*tokens, impl=canvas.impl, **text)
 
 
 def attend_jointly(
     canvas: Canvas,
     image: QKV,
-    text: QKV | None,
+    text: QKV | None = None,
     rotary: Rotary | None = None,
     kept: list[list[Tensor]] | None = None,
 ) -> tuple[Tensor, Any]:
@@ -36,7 +28,7 @@ def attend_jointly(
     prompts' shares in that token; a text sees itself and the whole image.
 
     Args:
-        canvas: whose :meth:`Canvas.image` the image tokens are.
+        canvas: one of whose levels has so many image tokens.
         image: ``[B, N, heads, D]``, not rotated yet.
         text: ``[B, T, heads, D]``, rotated relative to the image's frame.
         rotary: how positions turn image tokens, or None.
@@ -60,7 +52,7 @@ def attend_jointly(
 
 
 def _attend_texts(canvas: Canvas, image: QKV, texts: list[QKV], rotary: Rotary | None) -> tuple[Tensor, Tensor]:
-    placed, size = place(canvas, image, rotary), canvas.image().canvas
+    placed, size = place(canvas, image, rotary), canvas.level(image.q.shape[1]).canvas
     text_out = torch.cat([_attend_text(one, placed.far_k, image.v) for one in texts], 1)
     if not canvas.prompts:
         return _attend_image(canvas, placed, placed.inside, texts[0]), text_out
@@ -81,14 +73,16 @@ def _attend_image(canvas: Canvas, placed: Placed, part: Box, text: QKV | None) -
     def cut(tokens: Tensor, size: Pair, box: Box) -> Tensor:
         return tokens.unflatten(1, size)[:, box[0], box[1]].flatten(1, 2)
 
-    given: dict[str, Tensor | None] = {}
+    size = (around[0].stop - around[0].start, around[1].stop - around[1].start)
+    given: dict[str, Any] = {"canvas": size, "tile": windows.tile, "halo": windows.halo, "wrap": windows.wrap}
     if text is not None:
         far_q = None if placed.far_q is None else cut(placed.far_q, windows.canvas, around)
-        given = {"global_q": far_q, "global_k": text.k, "global_v": text.v}
+        given |= {"global_q": far_q, "global_k": text.k, "global_v": text.v}
     near = QKV(*(cut(t, windows.canvas, around) for t in placed.near))
-    size = (around[0].stop - around[0].start, around[1].stop - around[1].start)
     rows, columns = (slice(p.start - a.start, p.stop - a.start) for p, a in zip(part, around, strict=True))
-    return cut(attend(canvas, replace(windows, canvas=size), near, **given), size, (rows, columns))
+    with label("attention"):
+        out = ops.neighbor_attention(*near, **given, impl=canvas.impl)
+    return cut(out, size, (rows, columns))
 
 
 def _attend_text(text: QKV, image_k: Tensor, image_v: Tensor) -> Tensor:
@@ -155,8 +149,7 @@ class SelfProcessor:
         _no_mask(attention_mask)
         if encoder_hidden_states is not None:
             raise ValueError("encoder_hidden_states: a self-attention layer of canvas mode sees image tokens alone")
-        windows = self.canvas.level(hidden_states.shape[1])
-        return _output(attn, attend(self.canvas, windows, _project(attn, hidden_states)))
+        return _output(attn, attend_jointly(self.canvas, _project(attn, hidden_states))[0])
 
 
 class CrossProcessor:
@@ -257,13 +250,12 @@ class QwenProcessor(JointProcessor):
         return self.two_streams(attn, hidden_states, _rotated(text, turns), self.canvas.text_kept)
 
 
-class ZImageProcessor:
+class ZImageProcessor(JointProcessor):
     """Z-Image's single-stream attention, in place of ``ZSingleStreamAttnProcessor``, image first."""
 
-    def __init__(self, canvas: Canvas, rotary: Rotary) -> None:
-        self.canvas, self.rotary = canvas, rotary
+    rotary: Rotary
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self,
         attn: Any,
         hidden_states: Tensor,

@@ -201,26 +201,24 @@ class Placed(NamedTuple):
 
 def place(canvas: Canvas, image: QKV, rotary: Rotary | None) -> Placed:
     """Rotate image tokens, if their network does, for each kind of key that they meet."""
-    windows = canvas.image()
-    whole = (slice(0, windows.canvas[0]), slice(0, windows.canvas[1]))
+    windows = canvas.level(image.k.shape[1])
+    h, w = windows.canvas
     if rotary is None:
-        return Placed(windows, image, None, image.k, whole)
+        return Placed(windows, image, None, image.k, (slice(0, h), slice(0, w)))
     device = image.q.device
     rows, columns = (torch.arange(n, device=device) for n in windows.canvas)
     picture = canvas.table((device, "picture"), lambda: rotary.picture(windows, rows, columns))
     far_q, far_k = rotate(image.q, picture), rotate(image.k, picture)
     flat, ranges = windows.unrolled()
+    inside = (slice(-ranges[0].start, h - ranges[0].start), slice(-ranges[1].start, w - ranges[1].start))
     rolled = flat.canvas != windows.canvas
     if not rolled and windows.shrink == 1:
-        return Placed(flat, QKV(far_q, far_k, image.v), None, far_k, whole)
+        return Placed(flat, QKV(far_q, far_k, image.v), None, far_k, inside)
     rows, columns = (torch.arange(r.start, r.stop, device=device) for r in ranges)
     spread = canvas.table((device, "canvas"), lambda: rotary.grid(rows, columns))
-    inside = whole
     if rolled:
-        h, w = windows.canvas
         at = canvas.table((device, "unrolled"), lambda: (rows[:, None] % h * w + columns % w).flatten())
         image = QKV(*(t.index_select(1, at) for t in image))
         far_q = far_q.index_select(1, at)
-        inside = (slice(-ranges[0].start, h - ranges[0].start), slice(-ranges[1].start, w - ranges[1].start))
     near = QKV(rotate(image.q, spread), rotate(image.k, spread), image.v)
     return Placed(flat, near, far_q, far_k, inside)

@@ -69,7 +69,7 @@ class Staging:
         if not (isinstance(self.factor, int | float) and 1 < self.factor <= 4):
             raise ValueError(f"stages: factor={self.factor!r} must be above 1 and at most 4")
         Stage(1, 1, self.strength)  # checks the strength
-        validate.flag("stages: match", self.match)
+        validate.choice("stages: match", self.match, (True, False))
         if not all(isinstance(stage, Stage) for stage in self.sizes or ()):
             raise ValueError(f"stages: sizes={self.sizes!r} must be Stages")
 

@@ -10,9 +10,9 @@ Values of tensors are checked on the CPU only, because reading them would wait f
 """
 
 from tiledcore.ops.blend_tiles import blend_tiles as blend_tiles
-from tiledcore.ops.checks import WINDOWS as WINDOWS
-from tiledcore.ops.checks import Window as Window
+from tiledcore.ops.dispatch import WINDOWS as WINDOWS
 from tiledcore.ops.dispatch import Impl as Impl
+from tiledcore.ops.dispatch import Window as Window
 from tiledcore.ops.dispatch import choose as choose
 from tiledcore.ops.dispatch import unavailable as unavailable
 from tiledcore.ops.fused_step import fused_step as fused_step

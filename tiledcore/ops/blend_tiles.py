@@ -2,11 +2,10 @@
 
 from torch import Tensor
 
-from tiledcore.ops import reference
-from tiledcore.ops.checks import FLOATS, Window, check_offsets, check_size, check_tensor, check_window
-from tiledcore.ops.dispatch import Impl, choose, define
+from tiledcore.ops import dispatch, reference
+from tiledcore.ops.dispatch import FLOATS, Impl, Window, check_offsets, check_size, check_tensor, check_window, choose
 
-define(
+dispatch.define(
     "blend_tiles",
     "(Tensor tiles, Tensor offsets, SymInt height, SymInt width, str window, int ramp) -> Tensor",
     fake=lambda tiles, offsets, h, w, *_: tiles.new_empty((tiles.shape[0] // offsets.shape[0], tiles.shape[1], h, w)),
@@ -46,7 +45,6 @@ def blend_tiles(
         canvas_size: ``(H, W)`` in pixels, at least the tile's.
         window: which weights.
         ramp: pixels over which a tile fades, at least 1; for ``"ramp"``.
-        impl: ``"reference"``, ``"native"`` or ``"triton"``.
 
     Returns:
         ``[B, C, H, W]`` of the tiles' dtype, contiguous.

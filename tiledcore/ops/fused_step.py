@@ -3,13 +3,12 @@
 import torch
 from torch import Tensor
 
-from tiledcore.ops import reference
-from tiledcore.ops.checks import FLOATS, Window, check_offsets, check_size, check_tensor, check_window, readable
-from tiledcore.ops.dispatch import Impl, choose, define
+from tiledcore.ops import dispatch, reference
+from tiledcore.ops.dispatch import FLOATS, Impl, Window, check_offsets, check_size, check_tensor, check_window, choose
 
 MAX_SLOTS = 8  # Slots of state that every implementation takes: the sample and up to seven of history
 
-define(
+dispatch.define(
     "fused_step",
     "(Tensor tiles, Tensor offsets, Tensor(a!) state, Tensor table, Tensor input_scale, Tensor step, "
     "Tensor(b!) model_input, Tensor? guidance_scale, Tensor? noise, str window, int ramp) -> ()",
@@ -61,7 +60,6 @@ def fused_step(
             CUDA.
         window: which weights, see :func:`blend_tiles`.
         ramp: pixels over which a tile fades, at least 1; for ``"ramp"``.
-        impl: ``"reference"``, ``"native"`` or ``"triton"``.
     """
     check_tensor("tiles", tiles, "[T*G*B, C, h, w]", FLOATS)
     exact = torch.promote_types(tiles.dtype, torch.float32)
@@ -86,7 +84,7 @@ def fused_step(
         check_tensor("guidance_scale", guidance_scale, "[1] or [B]", (exact,), (images,), tiles)
     if noise is not None:
         check_tensor("noise", noise, "[B, C, H, W]", (exact,), (B, C, H, W), tiles)
-    if readable(step):
+    if dispatch.readable(step):
         if not 0 <= (i := int(step)) < n:
             raise ValueError(f"step={i} must be at least 0 and less than the {n} evaluations of table")
         if noise is None and bool((table[i, :, -1] != 0).any()):

@@ -3,8 +3,7 @@
 from torch import Tensor
 
 from tiledcore.ops import reference
-from tiledcore.ops.checks import check_offsets, check_size, check_tensor
-from tiledcore.ops.dispatch import Impl, choose, define
+from tiledcore.ops.dispatch import Impl, check_offsets, check_size, check_tensor, choose, define
 
 define(
     "gather_tiles",
@@ -24,7 +23,6 @@ def gather_tiles(canvas: Tensor, offsets: Tensor, tile: tuple[int, int], *, impl
         offsets: ``[T, 2]`` int32 on the canvas's device: (y, x) of each tile's first pixel, ``0 <= y < H``, ``0 <= x <
             W``.
         tile: ``(h, w)`` in pixels, at most ``(H, W)``.
-        impl: ``"reference"``, ``"native"`` or ``"triton"``.
 
     Returns:
         ``[T*B, C, h, w]``, contiguous.

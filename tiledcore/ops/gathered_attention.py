@@ -21,8 +21,6 @@ CHUNK_BYTES = {"cuda": 512 << 20, "cpu": 8 << 20}  # gathered at a time: fills a
 
 Pair = tuple[int, int]
 Attend = Callable[..., Any]
-"""Attention ``(q, k, v, scale=scale)`` of ``[sequences, heads, n, D]``. Returns the result and, first among others, the
-logarithm of the softmax's sum, ``[sequences, heads, n]`` or with a last dimension of 1."""
 
 
 @remembered
@@ -37,16 +35,13 @@ def pieces(
     found: list[tuple[Tensor, Tensor]] = []
     for rows, row_window in by_row:
         for columns, column_window in by_column:
-            queries = _tokens(rows, columns, canvas[1]).to(device)
-            keys = _tokens(row_window, column_window, canvas[1]).to(device)
+            queries, keys = (
+                (y[:, None, :, None] * canvas[1] + x[None, :, None, :]).flatten(2).flatten(0, 1).to(device)
+                for y, x in ((rows, columns), (row_window, column_window))
+            )
             step = max(1, most // (queries.shape[1] + keys.shape[1]))
             found += zip(queries.split(step), keys.split(step), strict=True)
     return found
-
-
-def _tokens(rows: Tensor, columns: Tensor, width: int) -> Tensor:
-    """``[tiles of the axis, n]`` rows and columns to ``[tiles, n]`` tokens."""
-    return (rows[:, None, :, None] * width + columns[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
 def _axis(size: int, tile: int, halo: int, wrap: bool) -> list[tuple[Tensor, Tensor]]:
@@ -75,7 +70,11 @@ def gathered(
     global_v: Tensor | None,
     *geometry: Any,
 ) -> Tensor:
-    """Neighbour attention; arguments as in :func:`tiledcore.ops.neighbor_attention`, already checked."""
+    """Neighbour attention; arguments as in :func:`tiledcore.ops.neighbor_attention`, already checked.
+
+    ``attend``: attention ``(q, k, v, scale=scale)`` of ``[sequences, heads, n, D]``. It returns the result and, first
+    among others, the logarithm of the softmax's sum, ``[sequences, heads, n]`` or with a last dimension of 1.
+    """
     *axes, scale = geometry
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     budget = CHUNK_BYTES.get(q.device.type, CHUNK_BYTES["cpu"])

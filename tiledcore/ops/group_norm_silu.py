@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from tiledcore.ops import reference
-from tiledcore.ops.checks import FLOATS, check_tensor
-from tiledcore.ops.dispatch import Impl, choose, define
+from tiledcore.ops.dispatch import FLOATS, Impl, check_tensor, choose, define
 
 
 def _reference(*arguments: Any) -> None:
@@ -55,7 +54,6 @@ def group_norm_silu(
         silu: if False, the result is ``v``.
         out: result tensor of the shape and dtype of ``x``, with contiguous planes; may be ``x`` itself. None: a new
             one.
-        impl: ``"reference"``, ``"native"`` or ``"triton"``.
 
     Returns:
         ``out``.

@@ -5,8 +5,7 @@ from torch import Tensor
 
 from tiledcore import validate
 from tiledcore.ops import reference
-from tiledcore.ops.checks import FLOATS, check_size, check_tensor
-from tiledcore.ops.dispatch import Impl, choose, define, unavailable
+from tiledcore.ops.dispatch import FLOATS, Impl, check_size, check_tensor, choose, define, unavailable
 from tiledcore.ops.gathered_attention import GATHERED
 
 TRITON_HEAD_DIM = 160  # the widest head that the Triton kernel takes
@@ -63,8 +62,6 @@ def neighbor_attention(
         global_q: ``[B, H*W, heads, D]``, queries for the global keys where they differ (rotary positions); None means
             q.
         global_k, global_v: ``[B, G, heads, D]``, keys and values that every query sees; both or neither.
-        impl: ``"reference"``, ``"native"``, ``"triton"``, or by gathering ``"sdpa"``, ``"flash"``, ``"cudnn"`` or
-            ``"xformers"``.
 
     Returns:
         ``[B, H*W, heads, D]`` of q's dtype, contiguous.

@@ -9,13 +9,11 @@ from torch import Tensor
 
 def gather_tiles(canvas: Tensor, offsets: Tensor, tile: tuple[int, int]) -> Tensor:
     """Cut the tiles out of the canvas; see :func:`tiledcore.ops.gather_tiles`."""
-    height, width = canvas.shape[-2:]
-    cut = []
-    for y, x in offsets.tolist():
-        rows = (y + torch.arange(tile[0], device=canvas.device)) % height
-        columns = (x + torch.arange(tile[1], device=canvas.device)) % width
-        cut.append(canvas[:, :, rows[:, None], columns[None, :]])
-    return torch.cat(cut)
+    rows, columns = (
+        (start[:, None] + torch.arange(extent, device=canvas.device)) % size
+        for start, extent, size in zip(offsets.T, tile, canvas.shape[-2:], strict=True)
+    )
+    return canvas[:, :, rows[:, :, None], columns[:, None]].permute(2, 0, 1, 3, 4).flatten(0, 1).contiguous()
 
 
 def blend_tiles(

@@ -49,14 +49,6 @@ class _Exact(TorchFunctionMode):
         return result
 
 
-class Outcome(NamedTuple):
-    """What one evaluation gave."""
-
-    sample: Tensor
-    scaled: Tensor  # the network's input
-    drew: torch.dtype | None  # the dtype of the noise, if it drew any
-
-
 class Stepper:
     """A CPU copy of the scheduler, called as diffusers' pipelines call it."""
 
@@ -82,7 +74,10 @@ class Stepper:
         leaves = tree_leaves(vars(self.scheduler))
         return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.shape == shape]
 
-    def __call__(self, index: int, sample: Tensor, prediction: Tensor, noise: Tensor) -> Outcome:
+    def __call__(
+        self, index: int, sample: Tensor, prediction: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor, torch.dtype | None]:
+        """One evaluation: the new sample, the network's input, and the dtype of the noise, if it drew any."""
         timestep = self.timesteps[index]
         with _Exact(noise, self.generator) as mode:
             scaled = sample.clone()
@@ -93,7 +88,7 @@ class Stepper:
             raise NotLinearError(f"it draws noise {len(mode.drawn)} times in a step")
         if result.shape != sample.shape:
             raise NotLinearError(f"a step makes {tuple(result.shape)} of a {tuple(sample.shape)} sample")
-        return Outcome(result, scaled, mode.drawn[0] if mode.drawn else None)
+        return result, scaled, mode.drawn[0] if mode.drawn else None
 
 
 class Evaluation(NamedTuple):
@@ -112,7 +107,7 @@ def noise_dtype(stepper: Stepper) -> torch.dtype | None:
     A generator's numbers depend on it, and some schedulers draw float32 for half-precision samples.
     """
     one = torch.ones(1, 1, 1, 1, dtype=torch.float16)
-    drawn = {stepper(index, one.clone(), one.clone(), one).drew for index in range(len(stepper.timesteps))} - {None}
+    drawn = {stepper(index, one.clone(), one.clone(), one)[2] for index in range(len(stepper.timesteps))} - {None}
     if len(drawn) > 1:
         raise NotLinearError("it draws noise of several dtypes")
     return next(iter(drawn - {torch.float16}), None)
@@ -129,11 +124,11 @@ def record(stepper: Stepper) -> list[Evaluation]:
         size = len(known) + 3
         unit = torch.eye(size, dtype=torch.float64).reshape(size, 1, 1, 1, size)
         stepper.exchange({id(tensor): unit[known.index(value)].clone() for tensor, value in held})
-        outcome = stepper(index, unit[0].clone(), unit[-3].clone(), unit[-2].clone())
+        sample, scaled, drew = stepper(index, unit[0].clone(), unit[-3].clone(), unit[-2].clone())
 
         sources = [*known, PREDICTION, NOISE]
-        scaled = _row(outcome.scaled, sources)
-        if scaled.keys() - {before}:
+        scale = _row(scaled, sources)
+        if scale.keys() - {before}:
             raise NotLinearError(f"at evaluation {index} the network's input is not a multiple of the sample")
         after, made = made, made + 1
         rows: dict[int, Row] = {}
@@ -147,8 +142,8 @@ def record(stepper: Stepper) -> list[Evaluation]:
                 rows[value] = row
             held.append((tensor, value))
         # The new sample is always a new value, because the pipeline may change it before the next evaluation.
-        rows[after] = _row(outcome.sample, sources)
-        program.append(Evaluation(before, after, rows, scaled.get(before, 0.0), outcome.drew is not None))
+        rows[after] = _row(sample, sources)
+        program.append(Evaluation(before, after, rows, scale.get(before, 0.0), drew is not None))
         before = after
     return program
 

@@ -148,13 +148,13 @@ def _check(stepper: Stepper, solver: LinearSolver) -> None:
     corner, table, scales = torch.zeros(1, 2, dtype=torch.int32), solver.table, solver.input_scale
     for index in range(len(solver)):
         prediction, noise = draw(), draw()
-        outcome = stepper(index, sample.clone(), prediction.clone(), noise.clone())
+        after, own_input, _ = stepper(index, sample.clone(), prediction.clone(), noise.clone())
         scaled = float(scales[index]) * state[0]
         at, scratch = torch.tensor([index]), torch.empty_like(sample)
         reference.fused_step(prediction, corner, state, table, scales, at, scratch, noise=noise)
-        largest = torch.stack([sample, prediction, noise, outcome.sample]).abs().view(4, 3, -1).amax((0, 2))
-        sample = outcome.sample
-        errors = torch.stack([scaled - outcome.scaled, state[0] - sample]).abs().view(2, 3, -1).amax(2) / largest
+        largest = torch.stack([sample, prediction, noise, after]).abs().view(4, 3, -1).amax((0, 2))
+        sample = after
+        errors = torch.stack([scaled - own_input, state[0] - sample]).abs().view(2, 3, -1).amax(2) / largest
         error = float(errors.max())
         if not error <= _AGREEMENT:
             on = [name for name in _CLIPPING if getattr(stepper.scheduler, "config", {}).get(name)]

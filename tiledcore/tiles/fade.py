@@ -74,7 +74,7 @@ class Fade(Feature):
 
     def _beside_lines(self, tiles: Tiling, like: Tensor) -> Tensor:
         """The weights ``[H, W]`` of the step before."""
-        axes = zip((tiles.height, tiles.width), (tiles.core_rows, tiles.core_cols), self.wrap, strict=True)
+        axes = zip((tiles.height, tiles.width), tiles.cores, self.wrap, strict=True)
         y, x = (
             fade_weights(size, [start for start, _ in parts], self.width, wrap, like.device)
             for size, parts, wrap in axes
