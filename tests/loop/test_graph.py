@@ -246,10 +246,8 @@ def test_what_a_graph_reads_lives_as_long_as_it() -> None:
 @pytest.mark.parametrize("name", ["patch_lists", "pieces"])
 def test_lists_that_a_graph_reads_live_when_they_are_remembered_no_longer(name: str) -> None:
     """Kernels read lists of tokens on the device, of which only the last 64 are remembered."""
-    module = (
-        "tiledcore.kernels.neighbor_attention_patches" if name == "patch_lists" else "tiledcore.ops.gathered_attention"
-    )
-    lists = getattr(importlib.import_module(module), name)
+    module = "kernels.neighbor_attention_patches" if name == "patch_lists" else "ops.neighbor_attention"
+    lists = getattr(importlib.import_module(f"tiledcore.{module}"), name)
     more = ((8, 8), (8, 8)) if name == "patch_lists" else (1 << 20,)
 
     def made(size: int) -> Any:

@@ -14,8 +14,8 @@ from tolerance import assert_close
 from torch import Tensor
 
 from tiledcore import ops
-from tiledcore.ops import dispatch, gathered_attention
-from tiledcore.ops.gathered_attention import pieces
+from tiledcore.ops import dispatch
+from tiledcore.ops.neighbor_attention import GATHERED, gathered, pieces
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -56,7 +56,7 @@ def test_xformers_gets_equal_windows(padding: int, monkeypatch: pytest.MonkeyPat
     @examples(20, 200)
     @given(case=cases(torch.float64, most=7))
     def agrees(case: Case) -> None:
-        result = gathered_attention.GATHERED["xformers"](*arguments(case))
+        result = GATHERED["xformers"](*arguments(case))
         torch.testing.assert_close(result, case.exact(), rtol=1e-12, atol=1e-13)
 
     agrees()
@@ -71,7 +71,7 @@ def test_operators_are_called_with_equal_windows(own_queries: bool) -> None:
         return out, logs[..., None], *[None] * 7
 
     case = random_case((9, 10), (4, 4), (2, 1), (False, True), G=5, own_queries=own_queries, D=16)
-    result = gathered_attention.gathered(operator, *arguments(case))
+    result = gathered(operator, *arguments(case))
     assert_close(result, case.exact(), case.plain())
 
 

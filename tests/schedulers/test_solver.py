@@ -12,7 +12,6 @@ from scheduler_cases import FALLBACK, LINEAR, Case, Result, diffusers_loop, meas
 from solver_loop import run, step, writes
 
 from tiledcore import utils
-from tiledcore.schedulers import probe
 from tiledcore.schedulers import solver as solver_module
 from tiledcore.schedulers.solver import LinearSolver, NotLinearError, linear_solver
 
@@ -241,7 +240,7 @@ def test_bad_arguments_are_named() -> None:
 
 
 def test_importing_it_needs_no_diffusers() -> None:
-    for module in (solver_module, probe, utils):
+    for module in (solver_module, utils):
         assert module.__file__ is not None
         body = ast.parse(Path(module.__file__).read_text(encoding="utf-8")).body
         imported = {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
@@ -249,7 +248,6 @@ def test_importing_it_needs_no_diffusers() -> None:
         assert not {name for name in imported if name.split(".")[0] in ("diffusers", "transformers", "triton")}
         assert {name for name in imported if name.startswith("tiledcore")} <= {
             "tiledcore.ops",
-            "tiledcore.schedulers.probe",
             "tiledcore.utils",
         }
 

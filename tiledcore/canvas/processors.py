@@ -25,14 +25,9 @@ def attend_jointly(
     """What image and text tokens attend to: the image sees its window and all text, the text sees everything.
 
     With several prompts, an image token attends to its window and each text in turn, and the results are mixed by the
-    prompts' shares in that token; a text sees itself and the whole image.
-
-    Args:
-        canvas: one of whose levels has so many image tokens.
-        image: ``[B, N, heads, D]``, not rotated yet.
-        text: ``[B, T, heads, D]``, rotated relative to the image's frame.
-        rotary: how positions turn image tokens, or None.
-        kept: per prompt and image, the indices of the text tokens that count as keys; None means all.
+    prompts' shares in that token; a text sees itself and the whole image. ``image``: ``[B, N, heads, D]``, not rotated
+    yet. ``text``: ``[B, T, heads, D]``, rotated relative to the image's frame. ``kept``: per prompt and image, the
+    indices of the text tokens that count as keys; None means all.
     """
     if text is None:
         placed = place(canvas, image, rotary)

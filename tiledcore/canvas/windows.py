@@ -50,10 +50,9 @@ class Windows:
         A rotation knows no wrap: neighbours across the border would be the canvas' width apart. The halo is cut to what
         no position can reach from both sides. Also returns where rows and columns lie on this canvas, modulo its size.
         """
-        axes = [_unroll(*axis) for axis in zip(self.canvas, self.tile, self.halo, self.wrap, strict=True)]
-        (rows, hy), (columns, hx) = axes
-        open_canvas = (len(rows), len(columns))
-        return Windows(open_canvas, self.tile, (hy, hx), (False, False), self.native), (rows, columns)
+        axes = zip(self.canvas, self.tile, self.halo, self.wrap, strict=True)
+        (rows, hy), (columns, hx) = (_unroll(*axis) for axis in axes)
+        return Windows((len(rows), len(columns)), self.tile, (hy, hx), (False, False), self.native), (rows, columns)
 
     def around(self, part: Box) -> Box:
         """What the windows of some rows and columns need: from a whole tile on, and all of an axis that wraps."""

@@ -98,18 +98,9 @@ class Buffers:
 
     def advance(self, predicted: Prediction, **options: Any) -> None:
         """Make the step from the tiles' predictions; ``options`` are those of :func:`tiledcore.ops.fused_step`."""
-        ops.fused_step(
-            predicted.tiles.contiguous(),
-            predicted.offsets,
-            self.state,
-            self.table,
-            self.input_scale,
-            self.step,
-            model_input=self.model_input,
-            noise=self.noise,
-            ramp=predicted.ramp,
-            **options,
-        )
+        options |= {"model_input": self.model_input, "noise": self.noise, "ramp": predicted.ramp}
+        given = (predicted.tiles.contiguous(), predicted.offsets, self.state, self.table, self.input_scale, self.step)
+        ops.fused_step(*given, **options)
         self.step.add_(1)
 
 

@@ -33,8 +33,7 @@ from tiledcore.geometry import Pair, TileGrid, both
 from tiledcore.loop.engine import Buffers, Engine
 from tiledcore.loop.graph import StepGraphs
 from tiledcore.memory.architectures import Architecture, tensor_bytes
-from tiledcore.ops.gathered_attention import CHUNK_BYTES
-from tiledcore.ops.neighbor_attention import FASTEST, IMPLS
+from tiledcore.ops.neighbor_attention import CHUNK_BYTES, FASTEST, IMPLS
 from tiledcore.schedulers.solver import LinearSolver
 from tiledcore.tiles.denoiser import TileDenoiser
 from tiledcore.tiles.fade import Fade
