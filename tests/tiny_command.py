@@ -69,7 +69,7 @@ def error(capsys: pytest.CaptureFixture[str]) -> str:
     out, err = capsys.readouterr()
     *before, last = err.splitlines()
     assert out == ""
-    assert all(re.match(r"loading|planning|predicting|denoising|decoding|\s*\d+%|$", line) for line in before)
+    assert all(re.match(r"loading|planning|stage|denoising|decoding|\s*\d+%|$", line) for line in before)
     assert last.startswith("tiledcore: error: ")
     return last
 

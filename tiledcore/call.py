@@ -232,10 +232,14 @@ def sibling(pipe: Any, arguments: dict[str, Any]) -> Any:
             raise ValueError("mask_image: needs an image to change; give image= too")
         return pipe
     found = pipe
-    if masked and "mask_image" not in signature(type(pipe).__call__).parameters:
-        found = AutoPipelineForInpainting.from_pipe(pipe)
-    if "image" not in signature(type(found).__call__).parameters:
-        found = AutoPipelineForImage2Image.from_pipe(found)
+    try:
+        if masked and "mask_image" not in signature(type(pipe).__call__).parameters:
+            found = AutoPipelineForInpainting.from_pipe(pipe)
+        if "image" not in signature(type(found).__call__).parameters:
+            found = AutoPipelineForImage2Image.from_pipe(found)
+    except ValueError as error:
+        name = "mask_image" if masked else "image"
+        raise ValueError(f"{name}: diffusers has no pipeline for it that goes with {type(pipe).__name__}") from error
     if found is not pipe:
         share_settings(pipe, found)
     return found

@@ -14,10 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_command import error, generate
-from tiny_transformers import build, tiny_flux, tiny_sd3
 
-from tiledcore import TiledPipeline
-from tiledcore.cli.generate import _check_prompt
 from tiledcore.cli.main import main
 
 
@@ -78,25 +75,6 @@ def test_a_plan_says_what_is_counted(capsys: pytest.CaptureFixture[str]) -> None
     out, err = capsys.readouterr()
     assert out.splitlines()[-1] == "tensors on the device are counted, not the whole process"
     assert err == "planning earth at 256x256 px: one step is simulated, up to a minute\n"
-
-
-# ----------------------------------------------------------------------------- how much of a prompt is read
-
-
-@pytest.mark.parametrize(
-    ("make", "words", "call", "expected"),
-    [
-        (tiny_sd3, 30, {}, None),  # CLIP reads 40 tokens, T5 reads on to 256
-        (tiny_sd3, 30, {"max_sequence_length": 50}, "of which the model reads the first 50"),
-        (tiny_flux, 30, {"max_sequence_length": 24}, "of which the model reads the first 40"),
-    ],
-)
-def test_how_much_of_a_prompt_is_read(
-    make: Any, words: int, call: dict[str, Any], expected: str | None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    _check_prompt(TiledPipeline(build(make)), "long " * words, call)
-    err = capsys.readouterr().err
-    assert err == "" if expected is None else expected in err
 
 
 # ----------------------------------------------------------------------------- weights that are pickles

@@ -1,5 +1,6 @@
 """The sizes that a model can make: one rule for all commands, checked before anything is loaded."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +11,9 @@ from PIL import Image
 from tiny_command import error, fail
 
 from tiledcore import TiledPipeline
+from tiledcore.cli.generate import check
 from tiledcore.cli.main import main, parser
-from tiledcore.cli.model import default_dtype, read_model, unit_of
-from tiledcore.cli.request import check
+from tiledcore.cli.model import default_dtype, unit_of
 from tiledcore.tiles.families import FAMILIES
 
 # Of each family's published models: the network's and the autoencoder's configuration, and the unit in px.
@@ -29,9 +30,13 @@ UNITS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model.__name__)
-def test_the_unit_of_every_family(family: Any) -> None:
+def test_the_unit_of_every_family(family: Any, tmp_path: Path) -> None:
     config, vae, expected = UNITS[family.model.__name__]
-    assert unit_of(family.model.__name__, config, vae) == expected
+    role = "unet" if "UNet" in family.model.__name__ else "transformer"
+    for part, content in ((role, config | {"_class_name": family.model.__name__}), ("vae", vae)):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(json.dumps(content))
+    assert unit_of(str(tmp_path)) == expected
     factor = 32 if "encoder_block_out_channels" in vae else 8
     assert factor * family.patch(SimpleNamespace(config=SimpleNamespace(**config))) == expected
 
@@ -49,7 +54,7 @@ def test_other_sizes_are_refused_with_the_nearest(
     model: str, size: str, nearest: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(TiledPipeline, "from_pretrained", fail(AssertionError("loaded")))
-    for command in (["generate", "x", "--out", "a.png"], ["profile", "x"], ["plan", "--budget", "1GiB"]):
+    for command in (["generate", "x", "--out", "a.png"], ["plan", "--budget", "1GiB"]):
         assert main([*command, "--model", model, "--size", size]) == 2
         message = error(capsys)
         assert f"--size {size}" in message and nearest in message
@@ -76,10 +81,8 @@ def test_the_size_of_an_init_image_is_rounded_down(
     assert args.size == expected
 
 
-def test_what_the_embedded_models_say() -> None:
-    earth, flux = read_model("earth"), read_model("earth-flux")
-    assert (earth.unit, earth.native, earth.channels, earth.pipeline) == (8, (32, 32), 8, "StableDiffusionPipeline")
-    assert (flux.unit, flux.native, flux.pipeline) == (16, None, "FluxPipeline")
+def test_the_units_of_models_that_are_here_and_not() -> None:
+    assert [unit_of(name) for name in ("earth", "earth-flux", "nobody/nothing", "./none")] == [8, 16, 8, 8]
 
 
 @pytest.mark.parametrize(("bf16", "amx"), [(False, False), (True, False), (False, True)])

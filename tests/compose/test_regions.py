@@ -189,7 +189,7 @@ def test_a_scene_file_is_the_regions(tmp_path: Path) -> None:
         ("[[region]]\nbox = [0, 0, 8, 8]", "region 1: prompt=None: must be a text"),
         ('[[region]]\nprompt = "a"\nbox = [0, 0, "8", 8]', r"region 1: box=\[0, 0, '8', 8\]"),
         ('[[region]]\nprompt = "a"\nbox = [0, 0, 8, 8]\nweight = "much"', "region 1: weight='much'"),
-        ('[[region]]\nprompt = "a"\nmask = "none.png"', "none.png'.*: cannot be read: No such file"),
+        ('[[region]]\nprompt = "a"\nmask = "none.png"', "none.png: cannot be read: No such file"),
         ('[[region]]\nprompt = "a"\nmask = "scene.toml"', "cannot be read: not an image"),
         ('[[region]]\nprompt = "a"\nmask = 3', "region 1: mask=3: must be the name of an image file"),
     ],

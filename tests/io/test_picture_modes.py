@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image
 
 from tiledcore.io.deepzoom import Levels
-from tiledcore.io.images import MOST_PIXELS, PictureError, is_transparent, load_image, read_metadata, to_rgb
+from tiledcore.io.images import MOST_PIXELS, PictureError, load_image, read_metadata, to_rgb
 
 GREY = (0, 1, 127, 128, 254, 255)
 
@@ -34,8 +34,6 @@ SIXTEEN = [257 * value for value in GREY]
         grey(GREY, np.uint8),
         grey(SIXTEEN, np.uint16),
         grey(SIXTEEN, np.int32),
-        grey(GREY, np.int32),
-        grey(GREY, np.float32),
         grey([value / 255 for value in GREY], np.float32),
         grey(GREY, np.uint8).convert("LA"),
         grey(GREY, np.uint8).convert("P"),
@@ -71,19 +69,13 @@ def test_black_and_white() -> None:
     assert row(to_rgb(image)) == [(0, 0, 0), (255, 255, 255)]
 
 
-def test_lab() -> None:
-    colours = [(200, 60, 30), (20, 90, 220), (128, 128, 128)]
-    image = Image.new("RGB", (3, 1))
-    image.putdata(colours)
-    srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-    converted = ImageCms.profileToProfile(image, srgb, lab, outputMode="LAB")
-    assert converted is not None and converted.mode == "LAB"
-    assert (
-        np.abs(np.array(row(to_rgb(converted))) - np.array(colours)).max() <= 8
-    )  # a and b have 8 bits, and blue is far out
+@pytest.mark.parametrize("mode", ["LAB", "La"])
+def test_colours_that_pillow_does_not_convert(mode: str) -> None:
+    with pytest.raises(PictureError, match=f"image: has colours of mode {mode}; convert it to RGB first"):
+        to_rgb(Image.new(mode, (2, 2)))
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGBa", "La", "PNG"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGBa", "PNG"])
 def test_transparent_pixels_are_white_and_said_once(
     mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -91,9 +83,7 @@ def test_transparent_pixels_are_white_and_said_once(
     image = Image.new("RGBA", (3, 1))
     image.putdata([(90, 90, 90, 0), (90, 90, 90, 255), (90, 90, 90, 128)])
     expected = [255, 90, 172]
-    if mode in ("LA", "La"):
-        image = image.convert("LA")
-    if mode in ("RGBa", "La"):
+    if mode in ("LA", "RGBa"):
         image = image.convert(mode)
     if mode in ("P", "PNG"):  # one colour of these is transparent
         image = Image.new("P" if mode == "P" else "L", (3, 1))
@@ -102,7 +92,6 @@ def test_transparent_pixels_are_white_and_said_once(
             image.putpalette([n for value in range(256) for n in (value,) * 3])
         image.save(tmp_path / "a.png", transparency=0)
         image = Image.open(tmp_path / "a.png")
-    assert is_transparent(image)
     pixels = row(to_rgb(image, "a.png"))
     assert np.abs(np.array(pixels) - np.array(expected)[:, None]).max() <= 1
     assert [record.message for record in caplog.records] == ["a.png: has transparent pixels, which are drawn on white"]
@@ -110,11 +99,13 @@ def test_transparent_pixels_are_white_and_said_once(
 
 def test_an_opaque_alpha_is_no_matter(caplog: pytest.LogCaptureFixture) -> None:
     assert row(to_rgb(Image.new("RGBA", (1, 1), (1, 2, 3, 255)))) == [(1, 2, 3)]
-    assert not is_transparent(Image.new("LA", (1, 1), (1, 255))) and caplog.records == []
+    assert row(to_rgb(Image.new("LA", (1, 1), (1, 255)))) == [(1, 1, 1)] and caplog.records == []
 
 
 @pytest.mark.parametrize(
-    "values", [[-1, 4], [0, 70000], [0.0, np.nan], [-0.5, 0.5], [0.0, 256.0], [0.0, np.inf]], ids=str
+    "values",
+    [[-1, 4], [0, 255], [0, 70000], [0.0, 255.0], [0.0, np.nan], [-0.5, 0.5], [0.0, 256.0], [0.0, np.inf]],
+    ids=str,
 )
 def test_no_known_white(values: list[float], tmp_path: Path) -> None:
     image = grey(values, np.int32 if isinstance(values[0], int) else np.float32)
@@ -167,7 +158,7 @@ def test_a_picture_that_declares_more_than_the_limit(tmp_path: Path) -> None:
     with pytest.raises(PictureError, match="32768x32769"):
         load_image(path)
     path.write_bytes(png_header(16384, 16384))  # Pillow's own limit is a quarter of this
-    with pytest.raises(OSError, match=r"truncated|broken"):
+    with pytest.raises(PictureError, match=r"a\.png: cannot be read: not an image"):
         load_image(path)
 
 
@@ -175,7 +166,7 @@ def test_a_picture_that_declares_more_than_the_limit(tmp_path: Path) -> None:
 def test_only_ordinary_files_are_read(read: Any, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     for path in (tmp_path / "pipe.png", Path("/dev/zero")):
-        with pytest.raises(OSError, match="Is a device or a pipe, not an ordinary file"):
+        with pytest.raises((OSError, PictureError), match="Is a device or a pipe, not an ordinary file"):
             read(path)
     Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
     (tmp_path / "link.png").symlink_to(tmp_path / "a.png")

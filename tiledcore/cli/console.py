@@ -3,8 +3,6 @@
 It imports nothing large, so that ``--help`` is quick.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import warnings
@@ -29,10 +27,6 @@ SCHEDULERS = {
     "tcd": "TCDScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
-
-
-class CommandError(Exception):
-    """An error that the user can correct; the message says how."""
 
 
 def launched() -> bool:

@@ -1,14 +1,13 @@
-"""What would be done, before it is done: ``generate --explain``, and the memory that ``plan`` predicts."""
+"""What would be done, before it is done: ``generate --explain``, and ``plan``."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from tiledcore.cli.console import DTYPES, CommandError, quiet, say
+from tiledcore.cli.console import DTYPES, quiet, say
 from tiledcore.cli.model import MEET, check_size, default_dtype
 from tiledcore.geometry import both
 
@@ -16,10 +15,6 @@ if TYPE_CHECKING:
     from tiledcore.memory.planner import Plan
     from tiledcore.pipeline import TiledPipeline
 
-LARGE = 2048 * 2048
-"""Pixels. To decode more of them whole takes gigabytes."""
-MANY = 10_000
-"""Tiles in one step. A step with more of them is not simulated, because that takes minutes."""
 HINT = "tiles alone repeat the subject, because none of them sees the whole; --stages auto makes one composition"
 
 
@@ -51,41 +46,16 @@ def explain(args: argparse.Namespace, pipe: TiledPipeline, metadata: dict[str, A
         ("steps", f"{metadata['steps']} of {metadata['scheduler']}, guidance {metadata['guidance']}; {steps}"),
         *(("stage", line) for line in metadata.get("stages", [])),
         ("decode", f"whole: {whole}" if whole else "row by row into the file; the whole image is not needed"),
-        ("memory", memory(args, pipe, tiling["tiles"], whole is not None)),
         ("seed", f"{metadata['seed']}" + ("" if args.seed is not None else "; random, because there is no --seed")),
         *((("hint", HINT),) if tiling["tiles"] > 1 and args.stages is None and args.init_image is None else ()),
-        ("then", f"tiledcore view {shlex.quote(str(args.out))}"),
     ]
     return "\n".join(f"{name:<8}{text}" for name, text in lines)
-
-
-def memory(args: argparse.Namespace, pipe: TiledPipeline, tiles: int, whole: bool) -> str:
-    """The predicted peak of tensors on the device, in words; takes seconds, because one step is simulated."""
-    if tiles > MANY and pipe.tiling.mode == "tiles":
-        return f"not predicted: to simulate a step of {tiles} tiles would take minutes"
-    from tiledcore.io.stream import CPU_BUDGET
-    from tiledcore.memory.architectures import architecture
-    from tiledcore.memory.planner import COUNTED_BYTES, Planner
-    from tiledcore.memory.prediction import Predictor, parse_bytes, show_bytes
-
-    try:
-        predictor = Predictor(architecture(pipe.pipe), pipe.device.type)
-        found = Planner(predictor, parse_bytes(args.budget or "1024TiB")).plan(args.size, pipe.tiling, pipe.execution)
-    except TypeError as error:  # of a network that cannot be simulated
-        return f"not predicted: {error}"
-    peaks, more = {phase.name: phase.peak for phase in found.phases}, ""
-    if args.budget is None and not whole and args.size[0] * args.size[1] > LARGE:
-        peaks.pop("decode")
-        room = f"at most {show_bytes(CPU_BUDGET)} more" if pipe.device.type == "cpu" else "as much as is free"
-        more = f"; the decode takes {room}, in bands of rows"
-    each = ", ".join(f"{name} {show_bytes(peak)}" for name, peak in peaks.items())
-    return f"{show_bytes(max(peaks.values()))} predicted ({each}){more}; {COUNTED_BYTES}"
 
 
 def plan(args: argparse.Namespace) -> None:
     """Print the memory that an image is predicted to need, and the choices that make it fit a budget."""
     if isinstance(args.size, int):
-        raise CommandError(f"--size {args.size}x: give WIDTHxHEIGHT, such as 2048x1024")
+        raise ValueError(f"--size {args.size}x: give WIDTHxHEIGHT, such as 2048x1024")
     say(f"planning {args.model} at {args.size[0]}x{args.size[1]} px: one step is simulated, up to a minute")
     quiet()
     import torch
@@ -102,13 +72,10 @@ def plan(args: argparse.Namespace) -> None:
     problem = shared = None
     try:
         predictor = Predictor(architecture(args.model, dtype), args.device)
-        planner = Planner(predictor, parse_bytes(args.budget), args.images)
         check_size(args.size, predictor.unit)
-        found = planner.plan(args.size, tiling)
+        found = Planner(predictor, parse_bytes(args.budget), args.images).plan(args.size, tiling)
     except DoesNotFit as error:
         found, problem = error.leanest, error
-    except TypeError as error:
-        raise CommandError(str(error)) from error
     if args.gpus > 1:
         rows = args.images * predictor.model.branches
         shared = forecast_for(predictor, found.tiling, found.execution, found.size, rows, args.gpus)
@@ -118,7 +85,7 @@ def plan(args: argparse.Namespace) -> None:
     else:
         print(table(found) if shared is None else f"{table(found)}\n{shared}")
     if problem is not None:
-        raise CommandError(str(problem))
+        raise problem
 
 
 def table(found: Plan) -> str:

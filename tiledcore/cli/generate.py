@@ -1,4 +1,4 @@
-"""The commands ``generate`` and ``profile``: check the arguments, open the model, run it, write the file.
+"""The command ``generate``: check the arguments, open the model, run it, write the file.
 
 torch and diffusers take seconds to import, so they are imported only after the arguments are checked.
 """
@@ -7,24 +7,24 @@ from __future__ import annotations
 
 import argparse
 import secrets
-import shlex
-import textwrap
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from inspect import signature
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from tiledcore import __version__
-from tiledcore.cli.console import SCHEDULERS, STRENGTH, CommandError, launched, leads, quiet, say
-from tiledcore.cli.model import check_size, check_tile, open_pipeline
-from tiledcore.cli.request import check
+from tiledcore.cli.console import SCHEDULERS, SIZE, STRENGTH, launched, leads, quiet, say
+from tiledcore.cli.model import check_size, open_pipeline, unit_of
 from tiledcore.geometry import both
-from tiledcore.io.writers import FORMATS, Band, write_rows
+from tiledcore.io.images import check_regular, load_image
+from tiledcore.io.preview import Preview
+from tiledcore.io.writers import FORMATS, Band, check_target, write_rows
 from tiledcore.models import call_defaults
 
 if TYPE_CHECKING:
@@ -36,13 +36,15 @@ def generate(args: argparse.Namespace) -> None:
     image = check(args)
     say(f"loading {args.model}")
     quiet()
+    from diffusers.utils.logging import set_verbosity_warning
+
     from tiledcore.cli.explain import explain
     from tiledcore.io.stream import why_not_streamed
     from tiledcore.loop.checkpoint import Checkpoint, load, locked
     from tiledcore.memory.prediction import show_bytes
     from tiledcore.parallel.ranks import joined
 
-    checkpoint = None if args.checkpoint is None else Checkpoint(args.checkpoint, args.checkpoint_every or 1)
+    checkpoint = None if args.checkpoint is None else Checkpoint(args.checkpoint)
     kept = checkpoint if leads() else None  # by one of the processes
     group = joined(args.device) if launched() else nullcontext()  # the processes that torchrun started
     with group as ranks, nullcontext() if kept is None else locked(kept):
@@ -53,6 +55,8 @@ def generate(args: argparse.Namespace) -> None:
         seed = secrets.randbelow(2**32) if seed is None else seed
         seed = seed if ranks is None else ranks.first(seed)
         pipe = open_pipeline(args, seed)
+        if leads():
+            set_verbosity_warning()  # such as of a prompt that is cut off
         call = call_arguments(args, pipe, image)
         metadata = _describe(args, pipe, call, seed)
         whole = why_not_streamed(pipe.pipe)
@@ -60,14 +64,15 @@ def generate(args: argparse.Namespace) -> None:
             whole = "--stages, --keep-colour and --mask work on the whole picture"
         if args.explain:
             if leads():
-                say("predicting the memory: one step is simulated")
                 print(explain(args, pipe, metadata, whole))
             return
-        _announce(args, pipe, metadata, whole)
-        _make(args, pipe, call | {"checkpoint": checkpoint, "preview": args.preview}, metadata, whole is not None)
+        (width, height), tiling = args.size, metadata["tiling"]
+        tiles = f"{tiling['tiles']} tiles of {tiling['tile'][0]}x{tiling['tile'][1]} latent pixels"
+        say(f"denoising {width}x{height} px: {tiles}, {metadata['steps']} steps, seed {seed}")
+        _make(args, pipe, call | {"checkpoint": checkpoint, "preview": args.preview}, metadata, whole)
         if kept is not None:
             kept.remove()
-    report, tiling = pipe.report, metadata["tiling"]
+    report = pipe.report
     if report is not None and report.plan is not None:
         say(
             f"memory: {show_bytes(report.measured_bytes or 0)} of tensors at the peak, {show_bytes(report.plan.needs)} "
@@ -77,80 +82,86 @@ def generate(args: argparse.Namespace) -> None:
         say(str(report.ranks))
     if FORMATS[args.out.suffix.lower()][0] not in ("PNG", "TIFF"):
         say(f"{args.out}: without its settings, which only a PNG or TIFF can hold")
-    tiles = f"{tiling['tiles']} tiles, area factor {tiling['area_factor']:.2f}"
     elapsed = time.perf_counter() - started
-    say(f"{args.out}: {args.size[0]}x{args.size[1]}, seed {seed}, {tiles}, {elapsed:.1f} s")
-    say(f"next: tiledcore view {shlex.quote(str(args.out))}")
+    say(f"{args.out}: {width}x{height}, seed {seed}, area factor {tiling['area_factor']:.2f}, {elapsed:.1f} s")
 
 
-def profile(args: argparse.Namespace) -> None:
-    """Run it under torch.profiler and print where the time went."""
-    image = check(args)
-    say(f"loading {args.model}")
-    quiet()
-    import torch
-    from torch.profiler import ProfilerActivity
+def check(args: argparse.Namespace) -> Image.Image | None:
+    """Check what can be known before torch is imported; returns the init image.
 
-    seed = 0 if args.seed is None else args.seed
-    pipe = open_pipeline(args, seed)
-    call = call_arguments(args, pipe, image)
-    on_cuda = torch.device(args.device).type == "cuda"
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_cuda else [])
-    with torch.profiler.profile(activities=activities) as profiler:
-        pipe(**call, generator=torch.Generator().manual_seed(seed))
-    print(_times(profiler.key_averages(), on_cuda))
+    ``args`` gets the ``size``, ``mask``, ``preview`` and ``scene`` of the call.
+    An error (ValueError) names the option, its value and what is valid.
+    """
+    for option, text in (("PROMPT", args.prompt), ("--negative-prompt", args.negative_prompt)):
+        if text is not None and text != text.encode(errors="ignore").decode():
+            raise ValueError(f"{option}: is not valid UTF-8")
+    for option, given, other, there in (
+        ("--strength", args.strength, "--init-image or --stages", args.init_image or args.stages),
+        ("--mask", args.mask, "--init-image", args.init_image),
+        ("--keep-colour", args.keep_colour, "--init-image", args.init_image),
+        ("--preview-every", args.preview_every, "--preview", args.preview),
+        (f"--size {args.size}x", isinstance(args.size, int), "--init-image", args.init_image),
+    ):
+        if given and not there:
+            raise ValueError(f"{option}: only used with {other}")
+    image, unit = None, unit_of(args.model)
+    if args.init_image is not None:
+        image = load_image(args.init_image)
+        if args.size is None or isinstance(args.size, int):
+            args.size = tuple(max(unit, side * (args.size or 1) // unit * unit) for side in image.size)
+        if args.mask is not None:
+            args.mask = _mask(args.mask, image.size)
+    args.size = args.size or SIZE
+    width, height = args.size
+    check_size(args.size, unit)
+    check_target(args.out, args.size)
+    if args.preview is not None:
+        for option, path in (("--out", args.out), ("--init-image", args.init_image)):
+            if path is not None and args.preview.resolve() == path.resolve():
+                raise ValueError(f"--preview {args.preview}: is {option}; give it another name")
+        args.preview = Preview(args.preview, args.preview_every or Preview.every)
+    args.scene = []
+    if args.regions is not None:
+        from tiledcore.compose.regions import load_scene
+
+        check_regular(args.regions)
+        args.scene = load_scene(args.regions, width, height, ("y" in args.wrap, "x" in args.wrap))
+    return image
 
 
-def _times(events: Any, on_cuda: bool) -> str:
-    """Time of each labelled part of ``key_averages()`` as text, and the shares of the engine and the network."""
-    from tiledcore.utils import LABELS, PREFIX
-
-    found = {e.key.removeprefix(PREFIX): e for e in events if e.key.startswith(PREFIX)}
-    clock = "device_time_total" if on_cuda else "cpu_time_total"
-    seconds = {name: getattr(found[name], clock) / 1e6 for name in LABELS if name in found}
-    total = sum(value for name, value in seconds.items() if name != "attention")  # a part of the network
-    lines = [f"{'part':<22}{'calls':>7}{'seconds':>10}{'share':>9}"]
-    for name, value in seconds.items():
-        shown = "  of it, attention" if name == "attention" else name
-        lines.append(f"{shown:<22}{found[name].count:>7}{value:>10.3f}{value / total:>9.1%}")
-    network = seconds.get("network", 0.0) / (total - seconds.get("decode", 0.0))
-    return "\n".join([*lines, f"of the loop: network {network:.1%}, engine {1 - network:.1%}"])
-
-
-def _announce(args: argparse.Namespace, pipe: TiledPipeline, metadata: dict[str, Any], whole: str | None) -> None:
-    """Say what will happen; ``whole`` is why the image is decoded whole, or None. The progress bar shows the time."""
-    from tiledcore.cli.explain import LARGE, memory
-
-    (width, height), tiling = args.size, metadata["tiling"]
-    tiles = f"{tiling['tiles']} tiles of {tiling['tile'][0]}x{tiling['tile'][1]} latent pixels"
-    say(f"denoising {width}x{height} px: {tiles}, {metadata['steps']} steps, seed {metadata['seed']}")
-    if width * height <= LARGE:
-        return
-    if args.device == "cpu" and args.budget is None:  # there the simulation is short beside the run
-        say(f"memory: {memory(args, pipe, tiling['tiles'], whole is not None)}")
-    if whole is not None:
-        say(f"decoding the whole image in memory: {whole}")
+def _mask(path: Path, size: tuple[int, int]) -> Image.Image:
+    mask = load_image(path).convert("L")
+    if mask.size != size:
+        raise ValueError(f"--mask {path}: is {mask.width}x{mask.height} px, --init-image {size[0]}x{size[1]} px")
+    if not any(mask.histogram()[128:]):
+        raise ValueError(f"--mask {path}: nothing in it is white, so there is nothing to change")
+    return mask
 
 
 def _make(
-    args: argparse.Namespace, pipe: TiledPipeline, call: dict[str, Any], metadata: dict[str, Any], whole: bool
+    args: argparse.Namespace, pipe: TiledPipeline, call: dict[str, Any], metadata: dict[str, Any], whole: str | None
 ) -> None:
-    """Make the image and write it."""
+    """Make the image and write it; ``whole`` is why it is decoded whole, or None."""
     import torch
+
+    from tiledcore.call import EXACT_DECODE_PIXELS
 
     def write(bands: Iterable[Band], size: tuple[int, int]) -> None:
         try:
             write_rows(args.out, size, bands, metadata)
         except OSError as error:
-            raise CommandError(f"{args.out} was not written: {error.strerror or error}") from error
+            raise OSError(f"{args.out} was not written: {error.strerror or error}") from error
 
     def rows(bands: Iterator[Band]) -> None:
         say("decoding")
         write(bands, args.size)
 
+    if whole is not None and args.size[0] * args.size[1] > EXACT_DECODE_PIXELS:
+        say(f"decoding the whole image in memory: {whole}")
     # Drawn on the CPU, so that a seed means the same noise on every device.
-    output = pipe(**call, generator=torch.Generator().manual_seed(metadata["seed"]), rows=None if whole else rows)
-    if not whole:
+    generator = torch.Generator().manual_seed(metadata["seed"])
+    output = pipe(**call, generator=generator, rows=rows if whole is None else None)
+    if whole is None:
         return
     if any(getattr(output, "nsfw_content_detected", None) or []):
         say("the model's safety checker made the image black")
@@ -163,14 +174,23 @@ def _make(
 
 def call_arguments(args: argparse.Namespace, pipe: TiledPipeline, image: Image.Image | None) -> dict[str, Any]:
     """The arguments of the pipeline's call; what is stored in the file is always given, never left to a default."""
+    from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+
+    from tiledcore.call import size_unit
     from tiledcore.tiles.families import network_of
 
+    check_size(args.size, size_unit(pipe.pipe))
     network, family = network_of(pipe.pipe)
-    native = family.native(pipe.pipe, network)
-    check_size(args.size, pipe.vae_scale_factor * family.patch(network))
-    check_tile(args.tile, both(native))
-    cls = type(pipe.pipe)
+    native, cls = both(family.native(pipe.pipe, network)), type(pipe.pipe)
+    if args.tile is not None and any(4 * side < own for side, own in zip(args.tile, native, strict=True)):
+        raise ValueError(  # an image would take a hundred thousand of them, and show nothing
+            f"--tile {args.tile[0]}x{args.tile[1]}: each side must be at least a quarter of the model's own "
+            f"{native[0]}x{native[1]} latent pixels"
+        )
     known = {k: v.default for k, v in signature(cls.__call__).parameters.items()}
+    alone = cls in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values() and "ControlNet" not in cls.__name__
+    if image is None and "image" in known and not alone:
+        raise ValueError(f"--model {args.model}: {cls.__name__} starts from an image; give --init-image")
     call: dict[str, Any] = {"num_inference_steps": known["num_inference_steps"]} | call_defaults(args.model)
     # The name of guidance with two branches, for a transformer without distilled guidance.
     guidance = "true_cfg_scale" if "true_cfg_scale" in call else "guidance_scale"
@@ -179,18 +199,13 @@ def call_arguments(args: argparse.Namespace, pipe: TiledPipeline, image: Image.I
         if (value := getattr(args, option[2:].replace("-", "_"))) is None:
             continue
         if name not in known:
-            raise CommandError(f"{option}: {cls.__name__} takes no {name}")
+            raise ValueError(f"{option}: {cls.__name__} takes no {name}")
         call[name] = value
     if guidance in known:
         call.setdefault(guidance, known[guidance])
     call.update(prompt=args.prompt, width=args.size[0], height=args.size[1])
-    for prompt in [args.prompt, *(region.prompt for region in args.scene)]:
-        _check_prompt(pipe, prompt, call)
     if image is not None:
-        strength, steps = STRENGTH if args.strength is None else args.strength, call["num_inference_steps"]
-        if int(strength * steps) < 1:
-            raise CommandError(f"--strength {strength}: leaves none of {steps} steps")
-        call.update(image=image, strength=strength, keep_colour=args.keep_colour)
+        call.update(image=image, strength=args.strength or STRENGTH, keep_colour=args.keep_colour)
         if args.mask is not None:
             call["mask_image"] = args.mask.resize(args.size)
     elif args.strength is not None:
@@ -202,39 +217,6 @@ def call_arguments(args: argparse.Namespace, pipe: TiledPipeline, image: Image.I
     if args.scene:
         call["regions"] = args.scene
     return call
-
-
-def _stages(pipe: TiledPipeline, call: dict[str, Any]) -> list[str]:
-    """The stages of a call in words; says what they cost."""
-    from tiledcore.compose.stages import plan_call
-
-    costs = plan_call(pipe, call).costs(call["num_inference_steps"])
-    lines = []
-    for index, cost in enumerate(costs, 1):
-        strength = "" if cost.stage.strength is None else f" from strength {cost.stage.strength:g}"
-        lines.append(f"{cost.stage.width}x{cost.stage.height}, {cost.steps} steps{strength}, {cost.tiles} tiles")
-        say(f"stage {index}: {lines[-1]}")
-    floor = sum(cost.canvases for cost in costs) / costs[-1].steps
-    say(f"all stages: {floor:.2f} x the floor of the last one's steps")
-    return lines
-
-
-def _check_prompt(pipe: TiledPipeline, prompt: str, call: dict[str, Any]) -> None:
-    """Say so if every text encoder reads only the beginning of a prompt."""
-    default = signature(type(pipe.pipe).__call__).parameters.get("max_sequence_length")
-    read = []
-    for number in ("", "_2", "_3"):
-        tokenizer, encoder = (getattr(pipe, f"{part}{number}", None) for part in ("tokenizer", "text_encoder"))
-        if tokenizer is None or encoder is None:
-            continue
-        limit = tokenizer.model_max_length
-        if default is not None and "CLIP" not in type(tokenizer).__name__:  # T5 and language models
-            limit = call.get("max_sequence_length", default.default)
-        read.append((len(tokenizer(prompt).input_ids), limit))
-    if read and all(length > limit for length, limit in read):
-        length, limit = max(read, key=lambda pair: pair[1])
-        start = textwrap.shorten(prompt, 40, placeholder=" ...")
-        say(f"the prompt has {length} tokens, of which the model reads the first {limit}: {start}")
 
 
 def _describe(args: argparse.Namespace, pipe: TiledPipeline, call: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -265,10 +247,21 @@ def _describe(args: argparse.Namespace, pipe: TiledPipeline, call: dict[str, Any
     return metadata
 
 
-def _describe_tiling(args: argparse.Namespace, pipe: TiledPipeline, call: dict[str, Any]) -> dict[str, Any]:
-    from tiledcore.tiles.families import network_of
+def _stages(pipe: TiledPipeline, call: dict[str, Any]) -> list[str]:
+    """The stages of a call in words."""
+    from tiledcore.compose.stages import plan_call
 
-    network, family = network_of(pipe.pipe)
+    lines = []
+    for index, cost in enumerate(plan_call(pipe, call).costs(call["num_inference_steps"]), 1):
+        strength = "" if cost.stage.strength is None else f" from strength {cost.stage.strength:g}"
+        lines.append(f"{cost.stage.width}x{cost.stage.height}, {cost.steps} steps{strength}, {cost.tiles} tiles")
+        say(f"stage {index}: {lines[-1]}")
+    return lines
+
+
+def _describe_tiling(args: argparse.Namespace, pipe: TiledPipeline, call: dict[str, Any]) -> dict[str, Any]:
+    from tiledcore.call import size_unit
+
     config, factor, grid = pipe.tiling, pipe.vae_scale_factor, pipe.grid(args.size[1], args.size[0])
     # Of a shifted grid the lines are those of the unshifted one: each step has its own.
     lines_y, lines_x = grid.lines
@@ -290,5 +283,5 @@ def _describe_tiling(args: argparse.Namespace, pipe: TiledPipeline, call: dict[s
         "area_factor": round(config.area_factor(grid, steps), 4),
         "lines_y": [factor * y for y in lines_y],
         "lines_x": [factor * x for x in lines_x],
-        "period": factor * family.patch(network),  # of the grid that the network draws by itself
+        "period": size_unit(pipe.pipe),  # of the grid that the network draws by itself
     }

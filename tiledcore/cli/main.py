@@ -1,7 +1,5 @@
 """The command line ``tiledcore``: its options, and one line for every error."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import re
@@ -10,19 +8,19 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar, cast
 
 from tiledcore import __version__
-from tiledcore.cli.console import DTYPES, SCHEDULERS, STRENGTH, CommandError, Lasting, launched, leads, say
+from tiledcore.cli.console import DTYPES, SCHEDULERS, STRENGTH, Lasting, launched, leads, say
 
 T = TypeVar("T")
 
 WINDOWS = ("ramp", "core", "mean", "gaussian")
 # The module of a command, where it has another name. It is only imported when the command runs.
-MODULES = {"profile": "generate", "plan": "explain", "info": "view"}
+MODULES = {"plan": "explain", "info": "view"}
 EXAMPLES = """\
 tiledcore generate "relief map of a rugged coast" --size 2048x2048 --out coast.png
 tiledcore generate "a river delta" --size 1024x512 --wrap x --seed 7 --out delta.png
@@ -41,8 +39,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(EXAMPLES)
             return 0
         try:
-            if empty := [arg for arg in given if re.fullmatch(r"--?[\w-]+=--", arg)]:  # argparse fails on it
-                raise CommandError(f"{empty[0][:-3]}: '--' is no value (see tiledcore --help)")
             args = parser("--help-all" in given).parse_args(given)
             module = import_module(f"tiledcore.cli.{MODULES.get(args.command, args.command)}")
             getattr(module, args.command)(args)
@@ -67,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise CommandError(f"{message} (see {self.prog} --help)")
+        raise ValueError(f"{message} (see {self.prog} --help)")
 
 
 def parser(everything: bool = False) -> argparse.ArgumentParser:
@@ -75,13 +71,8 @@ def parser(everything: bool = False) -> argparse.ArgumentParser:
     top = _Parser(prog="tiledcore", description="One coherent image of any size from many tiles.")
     top.add_argument("--version", action="version", version=f"tiledcore {__version__}")
     commands = top.add_subparsers(required=True, dest="command", metavar="COMMAND")
-    for name, usage, text in (  # text: a line in the list of commands
-        ("generate", "PROMPT --out FILE", "make an image"),
-        ("profile", "PROMPT", "where the time of generate goes"),
-    ):
-        usage = f"tiledcore {name} {usage} [options]"
-        making = commands.add_parser(name, help=text, usage=usage, add_help=False)
-        _add_generate(making, everything, writes=name == "generate")
+    usage = "tiledcore generate PROMPT --out FILE [options]"
+    _add_generate(commands.add_parser("generate", help="make an image", usage=usage, add_help=False), everything)
     _add_plan(commands.add_parser("plan", help="how an image would fit a memory budget"))
     viewing = commands.add_parser("view", help="show a picture of any size, its tiles and regions in a browser")
     viewing.add_argument("file", type=Path, help="a picture: a TIFF of any size, or what fits into memory")
@@ -93,8 +84,8 @@ def parser(everything: bool = False) -> argparse.ArgumentParser:
     return top
 
 
-def _add_generate(parser: argparse.ArgumentParser, everything: bool, writes: bool) -> None:
-    """The options of ``generate``, and of ``profile``, which writes no image; ``rare`` ones only if ``everything``."""
+def _add_generate(parser: argparse.ArgumentParser, everything: bool) -> None:
+    """The options of ``generate``; the help lists ``rare`` ones only if ``everything``."""
 
     def group(title: str) -> Callable[..., None]:
         add_argument = parser.add_argument_group(title).add_argument
@@ -106,8 +97,7 @@ def _add_generate(parser: argparse.ArgumentParser, everything: bool, writes: boo
 
     add = group("the image")
     add("prompt", metavar="PROMPT", help="what it shows")
-    if writes:
-        add("--out", type=Path, required=True, metavar="FILE", help=".png or .tif (hold the settings), .jpg or .webp")
+    add("--out", type=Path, required=True, metavar="FILE", help=".png or .tif (hold the settings), .jpg or .webp")
     add("--size", type=_size, metavar="WIDTHxHEIGHT", help="in px; default 1024x1024, or that of --init-image")
     add("--seed", type=_integer(0, 2**64 - 1), metavar="N", help="default: random, and printed")
     add("--negative-prompt", rare=True, metavar="PROMPT", help="what it must not show")
@@ -132,14 +122,10 @@ def _add_generate(parser: argparse.ArgumentParser, everything: bool, writes: boo
     add("--keep-colour", rare=True, action="store_true", help="give the result the low frequencies of --init-image")
 
     add = group("long runs and memory")
-    if writes:
-        every = {"type": _integer(1), "metavar": "N", "rare": True}
-        add("--checkpoint", type=Path, metavar="DIR", help="save the run there, and go on from what is there")
-        add("--checkpoint-every", **every, help="evaluations between two saves; default 1")
-        add("--preview", type=Path, metavar="FILE", help="show a small picture there meanwhile")
-        add("--preview-every", **every, help="evaluations between two previews; default 5")
-    else:
-        parser.set_defaults(out=None, checkpoint=None, preview=None, checkpoint_every=None, preview_every=None)
+    add("--checkpoint", type=Path, metavar="DIR", help="save the run there, and go on from what is there")
+    add("--preview", type=Path, metavar="FILE", help="show a small picture there meanwhile")
+    every = "evaluations between two previews; default 5"
+    add("--preview-every", rare=True, type=_integer(1), metavar="N", help=every)
     add("--budget", metavar="BYTES", help="of tensors, such as 24GiB: run within it or refuse")
     add("--device", rare=True, type=_device, metavar="NAME", help="default cuda where there is one, else cpu")
     add("--dtype", rare=True, choices=DTYPES, help="default fp16 on cuda; bf16 on a CPU that computes in it; else fp32")
@@ -149,18 +135,17 @@ def _add_generate(parser: argparse.ArgumentParser, everything: bool, writes: boo
     add = group("tiling (sizes in latent pixels, usually of 8 px; default of UNets and FLUX: --motion moving)")
     mode = "windows through the model, or one whole canvas; default tiles"
     add("--mode", rare=True, choices=("tiles", "canvas"), help=mode)
-    add("--tile", rare=True, type=_pair(1), metavar="N|HxW", help="default: the model's own size")
-    add("--overlap", rare=True, type=_pair(0), metavar="N|HxW", help="of adjacent tiles; default: tile / 8")
+    add("--tile", rare=True, type=_pair, metavar="N|HxW", help="default: the model's own size")
+    add("--overlap", rare=True, type=_pair, metavar="N|HxW", help="of adjacent tiles; default: tile / 8")
     add("--window", rare=True, choices=WINDOWS, help="how tiles are blended; default ramp")
     add("--ramp", rare=True, type=_integer(1), metavar="N", help="width of the ramp; default: the overlap")
     motion = "whether tiles move from step to step; then they hardly overlap"
     add("--motion", rare=True, choices=("still", "moving"), help=motion)
     halo = "canvas mode: what a tile's attention sees of its neighbours; default: tile / 2"
-    add("--halo", rare=True, type=_pair(0), metavar="N|HxW", help=halo)
+    add("--halo", rare=True, type=_pair, metavar="N|HxW", help=halo)
 
     add = group("help")
-    if writes:
-        add("--explain", action="store_true", help="print what would be done and why, and stop")
+    add("--explain", action="store_true", help="print what would be done and why, and stop")
     add("-h", "--help", action="help", help="show the common options")
     add("--help-all", action="help", help="show all options")
 
@@ -179,53 +164,49 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="as JSON")
 
 
-def _typed(pattern: str, convert: Callable[[re.Match[str]], T | None], valid: str) -> Callable[[str], T]:
-    """The type of an option: its text must match, and ``convert`` gives the value, or None if the text is wrong."""
+def _typed(convert: Callable[[str], T | None], valid: str) -> Callable[[str], T]:
+    """The type of an option: ``convert`` gives the value of its text, or None or a ValueError if the text is wrong."""
 
     def parse(text: str) -> T:
-        match = re.fullmatch(pattern, text, re.ASCII)
-        if match is None or (value := convert(match)) is None:
-            raise argparse.ArgumentTypeError(f"{text!r} {valid}")
-        return value
+        with suppress(ValueError):
+            if (value := convert(text)) is not None:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} {valid}")
 
     return parse
 
 
-_device = _typed(r"cpu|cuda(:\d{1,3})?", lambda match: match[0], "must be cpu, cuda or cuda:N")
-_size = _typed(
-    r"([1-9]\d?)x|([1-9]\d{0,5})x([1-9]\d{0,5})",
-    lambda match: int(match[1]) if match[1] else (int(match[2]), int(match[3])),
-    "is not WIDTHxHEIGHT, such as 2048x1024",
-)
-
-
-def _pair(low: int) -> Callable[[str], tuple[int, int]]:
-    def convert(match: re.Match[str]) -> tuple[int, int] | None:
-        pair = int(match[1]), int(match[2] or match[1])
-        return pair if min(pair) >= low else None
-
-    return _typed(r"(\d{1,6})(?:x(\d{1,6}))?", convert, f"is not N or HxW from {low}, as in 32 or 32x64")
-
-
 def _integer(low: int, high: int = 10**6) -> Callable[[str], int]:
-    def convert(match: re.Match[str]) -> int | None:
-        return value if low <= (value := int(match[0])) <= high else None
-
-    return _typed(r"\d{1,20}", convert, f"is not an integer from {low} to {high}")
+    return _typed(
+        lambda text: n if low <= (n := int(text)) <= high else None, f"is not an integer from {low} to {high}"
+    )
 
 
 def _number(low: float, high: float, above: bool = False, word: str | None = None) -> Callable[[str], float | str]:
     """A number from ``low``, or ``above`` it, to ``high``; or else ``word``."""
 
-    def convert(match: re.Match[str]) -> float | str | None:
-        if match[0] == word:
-            return word
-        value = float(match[0])
+    def convert(text: str) -> float | str | None:
+        if text == word:
+            return text
+        value = float(text)
         return value if low < value <= high or (value == low and not above) else None
 
     valid = f"a number above {low:g} up to {high:g}" if above else f"a number from {low:g} to {high:g}"
-    pattern = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?" + (f"|{word}" if word else "")
-    return _typed(pattern, convert, f"is not {f'{word} or ' if word else ''}{valid}")
+    return _typed(convert, f"is not {f'{word} or ' if word else ''}{valid}")
+
+
+def _matching(pattern: str, convert: Callable[..., T], valid: str) -> Callable[[str], T]:
+    """A text that matches ``pattern``, whose groups ``convert`` takes."""
+    return _typed(lambda text: convert(*match.groups()) if (match := re.fullmatch(pattern, text)) else None, valid)
+
+
+_device = _matching(r"(cpu|cuda(?::\d{1,3})?)", str, "must be cpu, cuda or cuda:N")
+_pair = _matching(r"(\d{1,6})(?:x(\d{1,6}))?", lambda y, x: (int(y), int(x or y)), "is not N or HxW, as in 32 or 32x64")
+_size = _matching(
+    r"([1-9]\d{0,5})x(?:([1-9]\d{0,5}))?",
+    lambda width, height: (int(width), int(height)) if height else int(width),
+    "is not WIDTHxHEIGHT, such as 2048x1024",
+)
 
 
 def _explain(error: BaseException) -> str:
@@ -235,7 +216,9 @@ def _explain(error: BaseException) -> str:
     memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if memory or (isinstance(error, RuntimeError) and re.search("out of memory|allocate memory", str(error), re.I)):
         return "out of memory: lower --tile-batch, use --dtype fp16, or make --size smaller"
-    if isinstance(error, CommandError | ValueError | OSError) and text:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, ValueError | OSError) and text:
         return text
     return f"{type(error).__name__}: {text} (TILEDCORE_DEBUG=1 shows where)"
 

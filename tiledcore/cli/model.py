@@ -1,4 +1,4 @@
-"""The model of a command: what its folder says, checked before torch is imported, and how it is opened."""
+"""The model of a command: the sizes that it can make, and how it is opened."""
 
 from __future__ import annotations
 
@@ -7,85 +7,50 @@ import inspect
 import json
 import re
 import textwrap
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tiledcore.cli.console import DTYPES, SCHEDULERS, CommandError, say
-from tiledcore.models import EARTH, EMBEDDED
+from tiledcore.cli.console import DTYPES, SCHEDULERS, say
+from tiledcore.models import EMBEDDED
 
 if TYPE_CHECKING:
     from tiledcore.config import TilingConfig
+    from tiledcore.geometry import Pair
     from tiledcore.pipeline import TiledPipeline
 
-Pair = tuple[int, int]
-
-VAE_FACTOR = 8  # of nearly all autoencoders
 # Their pipelines pack 2x2 latent pixels into a token; the configuration does not say so.
 PACKED = ("FluxTransformer2DModel", "QwenImageTransformer2DModel")
-INPAINTED_CHANNELS = (4, 9)
-"""Of the UNets that diffusers' inpainting pipelines take."""
 # Options that decide how tiles meet, named as in TilingConfig.
 MEET = ("mode", "overlap", "window", "ramp", "motion", "halo")
 # What a model was trained with, so that its scheduler must support it.
 CONVENTIONS = ("prediction_type", "timestep_spacing", "rescale_betas_zero_snr")
 
 
-@dataclass(frozen=True)
-class Model:
-    """What is known of a model before it is loaded; of a hub model that is not in the cache only its name."""
+def unit_of(model: str) -> int:
+    """What each side of an image must be a multiple of, px: the VAE's factor times the side of a token.
 
-    name: str
-    unit: int = VAE_FACTOR  # Each side of an image must be a multiple of it, px
-    native: Pair | None = None  # (height, width) that the network was trained at, latent pixels, where that is said
-    pipeline: str | None = None  # Class in diffusers
-    network: str | None = None  # Class in diffusers
-    channels: int | None = None  # That the network takes
-
-
-def read_model(name: str) -> Model:
-    """Read the configuration files of an embedded model, a folder, or a model on the hub; refuse what is not tiled."""
-    folder = _folder(name)
-    if folder is None:
-        return Model(name)
-    index = _json(folder / "model_index.json")
-    if index is None:
-        raise CommandError(f"--model {name}: there is no model_index.json in {folder}")
-    role, pipeline = "unet" if "unet" in index else "transformer", index.get("_class_name")
-    if role not in index:
-        raise CommandError(f"--model {name}: has neither a UNet nor a transformer, and cannot be tiled")
-    if not isinstance(pipeline, str):
-        raise CommandError(f"--model {name}: its pipeline is code of its own ({pipeline}); only diffusers' own are run")
-    if "vae" not in index:
-        raise CommandError(f"--model {name}: {pipeline} has no autoencoder (vae), and cannot be tiled")
-    config = _json(folder / role / "config.json")
-    vae = _json((EARTH if name in EMBEDDED else folder) / "vae" / "config.json")
-    if config is None or vae is None:
-        if name in EMBEDDED or Path(name).is_dir():
-            raise CommandError(f"--model {name}: {'vae' if config else role}/config.json is not there or not JSON")
-        return Model(name, pipeline=pipeline)
-    network, size = str(config.get("_class_name")), config.get("sample_size")
-    if role == "unet" and size is None:
-        raise CommandError(f"--model {name}: its UNet names no native size (sample_size), and cannot be tiled")
-    try:
-        if not isinstance(size, int | list | None):
-            raise TypeError(f"sample_size={size!r}")
-        height, width = size if isinstance(size, list) else (size or 0, size or 0)
-        native = None if size is None else (int(height), int(width))
-        return Model(name, unit_of(network, config, vae), native, pipeline, network, config.get("in_channels"))
-    except (TypeError, ValueError, LookupError) as error:
-        raise CommandError(f"--model {name}: its configuration is damaged: {error}") from error
-
-
-def unit_of(network: str, config: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
-    """The VAE's factor times the side of a token, px: each side of an image must be a multiple of it."""
+    As far as files on this machine say it, without torch; what is wrong with them is found when the model is opened.
+    """
+    network = _read(model, "transformer") or _read(model, "unet")
+    vae = _read("earth" if model in EMBEDDED else model, "vae")
     levels = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")  # AutoencoderDC has the second
-    factor = 2 ** (len(levels) - 1) if levels else VAE_FACTOR
-    if network in PACKED:
-        return int(2 * factor)
-    patches = config.get("all_patch_size") or [1]  # of Z-Image
-    return int(config.get("patch_size") or patches[0]) * factor
+    patches = network.get("all_patch_size") or [1]  # of Z-Image
+    side = 2 if network.get("_class_name") in PACKED else network.get("patch_size") or patches[0]
+    return side * (2 ** (len(levels) - 1) if levels else 8)
+
+
+def _read(model: str, part: str) -> dict[str, Any]:
+    """The configuration of a part of a model, from its folder or from the cache of the hub; {} if it is in neither."""
+    path: Any = EMBEDDED.get(model, Path(model)) / part / "config.json"
+    try:
+        if not path.is_file():
+            from huggingface_hub import try_to_load_from_cache
+
+            path = Path(try_to_load_from_cache(model, f"{part}/config.json"))  # type: ignore[arg-type]
+        return dict(json.loads(path.read_text()))
+    except (OSError, TypeError, ValueError):
+        return {}
 
 
 def check_size(size: Pair, unit: int) -> None:
@@ -93,71 +58,10 @@ def check_size(size: Pair, unit: int) -> None:
     below = [max(unit, side // unit * unit) for side in size]
     above = [-(-side // unit) * unit for side in size]
     if above != list(size):
-        raise CommandError(
+        raise ValueError(
             f"--size {size[0]}x{size[1]}: each side must be a multiple of {unit} px, such as "
             f"{below[0]}x{below[1]} or {above[0]}x{above[1]}"
         )
-
-
-def check_tile(tile: Pair | None, native: Pair) -> None:
-    """Refuse tiles (height, width) so small that an image takes a hundred thousand of them and shows nothing."""
-    least = [-(-side // 4) for side in native]
-    if tile is not None and (tile[0] < least[0] or tile[1] < least[1]):
-        raise CommandError(
-            f"--tile {tile[0]}x{tile[1]}: at least {least[0]}x{least[1]} latent pixels, "
-            f"a quarter of the model's own {native[0]}x{native[1]}"
-        )
-
-
-def check_classes(model: Model, options: Mapping[str, Any]) -> None:
-    """Refuse what diffusers has no class for; ``options`` are those of the command. Loads nothing."""
-    if model.pipeline is None:
-        return
-    import diffusers
-    from diffusers.pipelines import auto_pipeline as auto
-
-    cls = getattr(diffusers, model.pipeline, None)
-    if not (inspect.isclass(cls) and issubclass(cls, diffusers.DiffusionPipeline)):
-        raise CommandError(
-            f"--model {model.name}: diffusers {diffusers.__version__} has no pipeline {model.pipeline}, "
-            "which its model_index.json names"
-        )
-    given = {name for name, value in options.items() if value is not None}
-    key = next((key for key, found in auto.AUTO_TEXT2IMAGE_PIPELINES_MAPPING.items() if found is cls), None)
-    if "image" in inspect.signature(cls.__call__).parameters:
-        if (key is None or "ControlNet" in model.pipeline) and "init_image" not in given:
-            raise CommandError(f"--model {model.name}: {model.pipeline} starts from an image; give --init-image")
-        return
-    for option, mapping in (
-        ("mask", auto.AUTO_INPAINT_PIPELINES_MAPPING),
-        ("init_image", auto.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING),
-        ("stages", auto.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING),
-    ):
-        if option in given and key not in mapping:
-            option = option.replace("_", "-")
-            raise CommandError(f"--{option}: diffusers has no pipeline for it that goes with {model.pipeline}")
-
-
-def _folder(name: str) -> Path | None:
-    """Where the configuration files of a model are: of a hub model, in the cache; None: not on this machine."""
-    folder = EMBEDDED.get(name, Path(name))
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        index = try_to_load_from_cache(name, "model_index.json")
-    except ValueError as error:
-        raise CommandError(f"--model {name}: no such folder, and no name on the hub either") from error
-    return Path(index).parent if isinstance(index, str) else None
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def open_pipeline(args: argparse.Namespace, seed: int) -> TiledPipeline:
@@ -174,17 +78,16 @@ def open_pipeline(args: argparse.Namespace, seed: int) -> TiledPipeline:
     kind, _, index = args.device.partition(":")
     count = torch.cuda.device_count()
     if kind == "cuda" and int(index or 0) >= count:
-        raise CommandError(f"--device {args.device}: torch sees {count} CUDA devices; use --device cpu")
+        raise ValueError(f"--device {args.device}: torch sees {count} CUDA devices; use --device cpu")
     args.dtype = args.dtype or default_dtype(kind)
     limit = None if args.budget is None else parse_bytes(args.budget)
-    check_classes(args.known, vars(args))
     dtype = getattr(torch, DTYPES[args.dtype])
     try:
         pipe = TiledPipeline.from_pretrained(args.model, torch_dtype=dtype, memory_budget=limit)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a folder may be damaged in any way
-        raise CommandError(f"--model {args.model}: {_why_not_opened(args.model, error)}") from error
+        raise ValueError(f"--model {args.model}: {_why_not_opened(args.model, error)}") from error
     pipe.execution = Execution(tile_batch=args.tile_batch)
     pipe.tiling = _config(args, seed, pipe.tiling)
     if args.scheduler is not None:

@@ -4,14 +4,13 @@ A small server on this machine only sends the page and its tiles. Leaflet, the s
 the ``viewer`` extra; nothing comes from the internet, and the page's content security policy forbids it.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import json
 import re
 import threading
 import webbrowser
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
@@ -19,10 +18,8 @@ from typing import Any
 
 from PIL import Image
 
-from tiledcore.cli.console import CommandError
-from tiledcore.cli.request import reading
 from tiledcore.io.deepzoom import Levels
-from tiledcore.io.images import read_metadata, readable
+from tiledcore.io.images import read_metadata
 from tiledcore.io.writers import TILE
 
 ADDRESS = "127.0.0.1"
@@ -42,53 +39,50 @@ SEPARATE = ("prompt", "negative_prompt", "regions", "tiling", "lines_y", "lines_
 def view(args: argparse.Namespace) -> None:
     """Serve the page until it is interrupted."""
     leaflet = leaflet_files()
-    with reading(args.file):
-        metadata, levels = read_metadata(args.file), Levels(args.file)
-    with levels:
+    metadata = read_metadata(args.file)
+    with Levels(args.file) as levels:
         try:
             server = Server(levels, describe(args.file.name, levels, metadata), leaflet, args.port)
         except OSError as error:
-            raise CommandError(f"--port {args.port}: {error.strerror or error}") from error
+            raise ValueError(f"--port {args.port}: {error.strerror or error}") from error
         width, height = levels.sizes[0]
-        settings = "" if metadata else ", without tiledcore settings: no tiles or regions to show"
-        print(f"{args.file}: {width}x{height}{settings}", flush=True)
-        print(f"{server.url} (Ctrl-C ends it)", flush=True)
+        print(f"{args.file}: {width}x{height}\n{server.url} (Ctrl-C ends it)", flush=True)
         if not args.no_browser:  # in a thread, because a browser in the terminal returns when it is closed
             threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
-        try:
+        with server, suppress(KeyboardInterrupt):
             server.serve_forever()
-        except KeyboardInterrupt:
-            pass
-        finally:
-            server.server_close()
 
 
 def info(args: argparse.Namespace) -> None:
     """Print the settings that are stored in a file."""
-    with reading(args.file):
-        metadata = read_metadata(args.file)
+    metadata = read_metadata(args.file)
     if metadata is None:
-        raise CommandError(f"{args.file}: holds no tiledcore settings (only PNG and TIFF files can)")
+        raise ValueError(f"{args.file}: holds no tiledcore settings (only PNG and TIFF files can)")
     if args.json:
         print(json.dumps(metadata, indent=2))
         return
     for key, value in (metadata | metadata.pop("tiling", {})).items():
-        line = f"{key.replace('_', ' '):<18}{readable(key, value)}"
+        line = f"{key.replace('_', ' '):<18}{shown(value)}"
         # The file may come from anywhere: no control characters for the terminal.
         print("".join(c if c.isprintable() else " " for c in line))
 
 
 def leaflet_files() -> dict[str, bytes]:
-    """Leaflet's script and style sheet, from the ``viewer`` extra; a CommandError if it is not installed."""
+    """Leaflet's script and style sheet, from the ``viewer`` extra; a ValueError if it is not installed."""
     try:
         folder = files("xstatic.pkg.leaflet") / "data"
         return {name: (folder / name).read_bytes() for name in ("leaflet.js", "leaflet.css")}
     except (ModuleNotFoundError, FileNotFoundError) as error:
-        raise CommandError("view: Leaflet is not installed: pip install tiledcore[viewer]") from error
+        raise ValueError("view: Leaflet is not installed: pip install tiledcore[viewer]") from error
+
+
+def shown(value: Any) -> str:
+    """One setting as text on one line."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def describe(name: str, levels: Levels, metadata: dict[str, Any] | None) -> dict[str, Any]:
-    """What view.html shows of a picture, as JSON: areas are (left, top, right, bottom) in px.
+    """What view.html shows of a picture, as JSON.
 
     ``metadata`` is as ``generate`` stores it. The file may come from anywhere: what is not as expected is left out.
     """
@@ -101,44 +95,43 @@ def describe(name: str, levels: Levels, metadata: dict[str, Any] | None) -> dict
     texts = [key for key in ("prompt", "negative_prompt") if isinstance(metadata.get(key), str)]
     page["texts"] = [[key.replace("_", " "), metadata[key]] for key in texts]
     for title, settings in (("settings", metadata), ("tiling", tiling)):
-        rows = [[k.replace("_", " "), readable(k, v)] for k, v in settings.items() if k not in SEPARATE]
+        rows = [[key.replace("_", " "), shown(value)] for key, value in settings.items() if key not in SEPARATE]
         page["tables"].append([title, rows])
     if metadata.get("size") != list(size):
         return page | {"note": "The picture is not of the size that its settings name: tiles and regions are left out."}
-    page["lines"] = {axis: _integers(tiling.get(f"lines_{axis}")) for axis in "xy"}
-    regions = metadata.get("regions")
-    for region in regions if isinstance(regions, list) else []:
-        if isinstance(region, dict) and isinstance(region.get("prompt"), str):
-            box = _integers(region.get("box", region.get("bounds")))
-            keys = [key for key in ("mask", "weight", "feather", "seed") if key in region]
-            details = [[key, readable(key, region[key])] for key in keys]
-            areas = areas_of(box, size, tiling.get("wrap")) if len(box) == 4 else []
-            found = {"prompt": region["prompt"], "mask": "mask" in region, "details": details, "areas": areas}
-            page["regions"].append(found)
-    return page
+    try:
+        lines = {axis: _integers(tiling[f"lines_{axis}"]) for axis in "xy"}
+        regions = [_region(region, size, tiling["wrap"]) for region in metadata.get("regions", [])]
+    except (TypeError, ValueError, LookupError):
+        return page | {"note": "The settings of this file are damaged: tiles and regions are left out."}
+    return page | {"lines": lines, "regions": regions}
 
 
-def areas_of(box: list[int], size: tuple[int, int], wrap: Any) -> list[list[int]]:
+def _region(region: dict[str, Any], size: tuple[int, int], wrap: list[bool]) -> dict[str, Any]:
+    areas = areas_of(_integers(region["box" if "box" in region else "bounds"]), size, wrap)
+    details = [[key, shown(region[key])] for key in ("mask", "weight", "feather", "seed") if key in region]
+    return {"prompt": shown(region["prompt"]), "mask": "mask" in region, "details": details, "areas": areas}
+
+
+def areas_of(box: list[int], size: tuple[int, int], wrap: list[bool]) -> list[list[int]]:
     """A box as rectangles inside a picture of ``size`` (width, height): several where it crosses a wrapped border.
 
-    Boxes are (left, top, right, bottom); ``wrap`` is two bools (y, x), anything else is none.
+    Boxes are (left, top, right, bottom) in px; ``wrap`` is (y, x).
     """
-
-    def parts(low: int, high: int, length: int, axis: int) -> list[tuple[int, int]]:
-        found = [(max(low, 0), min(high, length))]
-        if isinstance(wrap, list) and wrap[axis : axis + 1] == [True]:
-            found.append((0, min(high - length, length)))
-        return [(start, stop) for start, stop in found if start < stop]
-
-    left, top, right, bottom = box
-    rows, columns = parts(top, bottom, size[1], 0), parts(left, right, size[0], 1)
-    return [[x0, y0, x1, y1] for y0, y1 in rows for x0, x1 in columns]
+    (left, top, right, bottom), (width, height) = box, size
+    areas = [
+        [max(left - x, 0), max(top - y, 0), min(right - x, width), min(bottom - y, height)]
+        for y in (0, height)[: 1 + wrap[0]]
+        for x in (0, width)[: 1 + wrap[1]]
+    ]
+    return [area for area in areas if area[0] < area[2] and area[1] < area[3]]
 
 
-def _integers(value: Any) -> list[int]:
-    """The list, or an empty one if it is not a list of integers that JavaScript can hold."""
-    valid = isinstance(value, list) and all(type(n) is int and abs(n) < 2**53 for n in value)
-    return value if valid else []
+def _integers(value: list[int]) -> list[int]:
+    """The list; a ValueError or TypeError if it is not one of integers that JavaScript can hold."""
+    if not all(type(n) is int and abs(n) < 2**53 for n in value):
+        raise ValueError(f"{value}: must be integers")
+    return value
 
 
 class Server(ThreadingHTTPServer):

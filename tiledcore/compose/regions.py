@@ -210,13 +210,8 @@ def _read_region(folder: Path, table: dict[str, Any]) -> Region:
     if (mask := table.get("mask")) is not None:
         if not isinstance(mask, str):
             raise ValueError(f"mask={mask!r}: must be the name of an image file")
-        file = folder / mask
-        try:
-            table["mask"] = load_image(file).convert("L")
-        except (OSError, SyntaxError) as error:  # Pillow raises both on broken files
-            reason = getattr(error, "strerror", None) or "not an image"
-            raise ValueError(f"mask={str(file)!r}: cannot be read: {reason}") from error
-        table["mask"].filename = str(file)
+        table["mask"] = load_image(folder / mask).convert("L")
+        table["mask"].filename = str(folder / mask)
     return Region(**{"prompt": None} | table)
 
 

@@ -3,13 +3,10 @@
 Level 0 is the picture; each next level has half the size, down to a single tile.
 """
 
-from __future__ import annotations
-
-from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from threading import RLock
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import tifffile
@@ -26,20 +23,14 @@ class Levels:
     picture that Pillow opens is decoded once and needs 5.3 bytes of memory per pixel.
 
     Raises:
-        OSError, ValueError, SyntaxError: it cannot be read, or is not a picture.
+        OSError, ValueError: it cannot be read, or is not a picture.
     """
 
     def __init__(self, path: Path) -> None:
         check_regular(path)
         self._lock = RLock()
+        self.pages = _pyramid(path)
         self._images: list[Image.Image] = []
-        self.pages: list[Any] = []  # Of a TIFF whose tiles are read from its own pages
-        with suppress(tifffile.TiffFileError):  # another format
-            tiff = tifffile.TiffFile(path)
-            self.pages = list(tiff.pages)
-            if not _is_pyramid(self.pages):
-                tiff.close()
-                self.pages = []
         if not self.pages:
             self._images = [load_image(path)]
             while max(self._images[-1].size) > TILE:
@@ -47,7 +38,7 @@ class Levels:
         #: (width, height) of each level.
         self.sizes = [(p.imagewidth, p.imagelength) for p in self.pages] or [image.size for image in self._images]
 
-    def __enter__(self) -> Levels:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -81,8 +72,13 @@ class Levels:
         return whole[: height - top, : width - left]
 
 
-def _is_pyramid(pages: list[Any]) -> bool:
-    """Whether each page is RGB in tiles of 256x256 and half the size of the page before, down to one tile."""
+def _pyramid(path: Path) -> list[Any]:
+    """The pages of a TIFF, each RGB in tiles of 256x256 and half the size of the one before; [] for any other file."""
+    try:
+        tiff = tifffile.TiffFile(path)
+    except tifffile.TiffFileError:
+        return []
+    pages: list[Any] = list(tiff.pages)
     sizes = [(page.imagewidth, page.imagelength) for page in pages]
     halved = all(below == (-(-width // 2), -(-height // 2)) for (width, height), below in pairwise(sizes))
     plain = all(
@@ -90,4 +86,7 @@ def _is_pyramid(pages: list[Any]) -> bool:
         and (page.is_tiled, page.tilewidth, page.tilelength) == (True, TILE, TILE)
         for page in pages
     )
-    return bool(pages) and halved and plain and max(sizes[-1]) <= TILE
+    if pages and halved and plain and max(sizes[-1]) <= TILE:
+        return pages
+    tiff.close()
+    return []

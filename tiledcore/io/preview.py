@@ -109,7 +109,6 @@ class Previewing(Feature):
     def _decoded(self, latents: Tensor) -> Any:
         """``[1, C, h, w]`` as the scheduler has them -> PIL."""
         import torch
-        from diffusers import AutoencoderKLQwenImage
 
         from tiledcore._diffusers import device_of, is_offloaded
 
@@ -120,7 +119,7 @@ class Previewing(Feature):
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is not None and std is not None:
             latents = latents * latents.new_tensor(std).view(1, -1, 1, 1) + latents.new_tensor(mean).view(1, -1, 1, 1)
-        if isinstance(vae, AutoencoderKLQwenImage):  # one of videos: here of one frame
+        if "temperal_downsample" in config:  # Qwen-Image's autoencoder is one of videos: here of one frame
             latents = latents.unsqueeze(2)
         # SDXL's first autoencoder overflows in float16; there and back again changes no weight.
         upcast = vae.dtype == torch.float16 and config.get("force_upcast")

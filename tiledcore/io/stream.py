@@ -4,8 +4,6 @@ The pipeline's call stays as it is: it unpacks, scales and shifts the latents, c
 device. Where it then decodes, the rows go to their consumer instead, and the pipeline is given a stand-in of one pixel.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any

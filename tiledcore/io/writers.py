@@ -3,8 +3,6 @@
 PNG is encoded here, because Pillow and imagecodecs need the whole image and pypng is slow. TIFF is written by tifffile.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform
