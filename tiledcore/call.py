@@ -17,8 +17,8 @@ from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 from tiledcore import validate
 from tiledcore._diffusers import device_of, is_hinted, share_settings
 from tiledcore.compose.pictures import resized, size_px
-from tiledcore.compose.regional import Regional, seeded_latents
-from tiledcore.compose.regions import Region
+from tiledcore.compose.regional import Regional, drawn_latents
+from tiledcore.compose.regions import Region, seed_noise
 from tiledcore.compose.stages import Stages, steps_left
 from tiledcore.compose.tile_prompts import PromptForTile, TilePrompts
 from tiledcore.config import Execution, TilingConfig
@@ -150,7 +150,8 @@ class Call:
             tiling, execution = plan.tiling if image is None else plan.tiling.refining(), plan.execution
         tiling = with_fade(runs, tiling, fades=True)
         if any(region.seed is not None for region in options.regions):
-            arguments["latents"] = seeded_latents(runs, arguments, options.regions, tiling.wrap)
+            seeds = partial(seed_noise, regions=options.regions, pixels=factor_of(runs), wrap=both(tiling.wrap))
+            arguments["latents"] = drawn_latents(runs, arguments, seeds)
         if options.pull is not None and arguments.get("image") is None:
             raise ValueError("pull: needs an image to pull to; give image= too")
         return cls(runs, arguments, tiling, execution, options, size, plan, ranks)

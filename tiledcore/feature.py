@@ -7,31 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the command line checks a preview's path before that
     from torch import Tensor
 
-    from tiledcore.geometry import Pair, Tiling
-
-
-@dataclass(frozen=True)
-class Start:
-    """What is known before the first evaluation of a call."""
-
-    scheduler: Any
-    timesteps: Tensor  # Of all evaluations of the call
-    size: Pair  # Of the canvas, in canvas pixels
-
-
-@dataclass(frozen=True)
-class Step:
-    """One evaluation, before the scheduler's step."""
-
-    index: int
-    sample: Tensor  # ``[B, C, H, W]``: the canvas as the scheduler has it, not scaled for the network
-    tiles: Tiling  # Where the tiles lay
+    from tiledcore.geometry import Tiling
 
 
 class Feature:
@@ -42,15 +23,19 @@ class Feature:
     def enter(self, stack: ExitStack) -> None:
         """The call begins: change what must be changed for it; ``stack`` undoes that when the call ends."""
 
-    def begin(self, start: Start) -> None:
-        """Before the first evaluation; a ValueError where the feature cannot run with this scheduler or canvas."""
+    def begin(self, scheduler: Any, timesteps: Tensor) -> None:
+        """Before the first of the evaluations, at ``timesteps``; a ValueError where the scheduler does not suffice."""
 
     def active(self, index: int) -> bool:
         """Whether :meth:`after_prediction` does anything at this evaluation."""
         return False
 
-    def after_prediction(self, step: Step, prediction: Tensor) -> Tensor:
-        """The guided prediction ``[B, C, H, W]``, changed; float32 or float64."""
+    def after_prediction(self, index: int, sample: Tensor, tiles: Tiling, prediction: Tensor) -> Tensor:
+        """The guided prediction of an evaluation, changed; before the scheduler's step.
+
+        ``prediction``, float32 or float64, and ``sample`` are ``[B, C, H, W]``. ``sample`` is the canvas as the
+        scheduler has it, not scaled for the network; ``tiles`` says where the tiles lay.
+        """
         return prediction
 
     def after_step(self, index: int, sample: Tensor) -> None:
@@ -86,17 +71,17 @@ class Features(list[Feature]):
     def watches(self) -> bool:
         return any(feature.every_step for feature in self)
 
-    def begin(self, start: Start) -> None:
+    def begin(self, scheduler: Any, timesteps: Tensor) -> None:
         for feature in self:
-            feature.begin(start)
+            feature.begin(scheduler, timesteps)
 
     def active(self, index: int) -> bool:
         return any(feature.active(index) for feature in self)
 
-    def after_prediction(self, step: Step, prediction: Tensor) -> Tensor:
+    def after_prediction(self, index: int, sample: Tensor, tiles: Tiling, prediction: Tensor) -> Tensor:
         for feature in self:
-            if feature.active(step.index):
-                prediction = feature.after_prediction(step, prediction)
+            if feature.active(index):
+                prediction = feature.after_prediction(index, sample, tiles, prediction)
         return prediction
 
     def after_step(self, index: int, sample: Tensor) -> None:

@@ -99,7 +99,7 @@ def test_a_regions_noise_moves_with_its_box() -> None:
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
 
     def drawn(x: int, y: int, seed: int = 5) -> torch.Tensor:
-        return seed_noise(noise, [Region("x", box=(x, y, x + 32, y + 24), seed=seed)], 8)
+        return seed_noise(noise, [Region("x", box=(x, y, x + 32, y + 24), seed=seed)], 8, (False, True))
 
     here, there = drawn(8, 16), drawn(64, 88)
     assert torch.equal(here[:, :, 2:5, 1:5], there[:, :, 11:14, 8:12])
@@ -108,7 +108,7 @@ def test_a_regions_noise_moves_with_its_box() -> None:
     outside[2:5, 1:5] = False
     assert torch.equal(here[:, :, outside], noise[:, :, outside])
     assert not torch.equal(here[:, :, ~outside], noise[:, :, ~outside])
-    wrapped = seed_noise(noise, [Region("x", box=(112, 16, 144, 40), seed=5)], 8)
+    wrapped = seed_noise(noise, [Region("x", box=(112, 16, 144, 40), seed=5)], 8, (False, True))
     assert torch.equal(wrapped.roll(-13, 3)[:, :, 2:5, 1:5], here[:, :, 2:5, 1:5])
 
 
@@ -175,7 +175,7 @@ def test_a_scene_file_is_the_regions(tmp_path: Path) -> None:
         "weight": 1.0,
         "feather": 8,
     }
-    assert ice.describe() == {"prompt": "ice", "box": [0, 0, 64, 16], "weight": 2, "feather": 32, "seed": 3}
+    assert ice.describe() == {"prompt": "ice", "box": (0, 0, 64, 16), "weight": 2, "feather": 32, "seed": 3}
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from tiny_transformers import build, call, tiny_flux, tiny_qwen, tiny_z_image
 from torch import Tensor
 
 from tiledcore import Motion, TiledPipeline, TilingConfig, apply_tiling
-from tiledcore.feature import Features, Start, Step
+from tiledcore.feature import Features
 from tiledcore.geometry import TileGrid
 from tiledcore.hook import STEPWISE, default_tiling, with_fade
 from tiledcore.schedulers.noise_levels import clean_and_noisy
@@ -57,7 +57,7 @@ def faded(name: str, wrap: bool = False) -> tuple[Fade, list[tuple[Tensor, Tenso
     scheduler = SCHEDULERS[name]()
     scheduler.set_timesteps(4)
     fade, found = Fade(3.0, (wrap, wrap)), []
-    fade.begin(Start(scheduler, scheduler.timesteps, (40, 48)))
+    fade.begin(scheduler, scheduler.timesteps)
     generator = torch.Generator().manual_seed(0)
     grid = TileGrid(40, 48, 16, wrap=(wrap, wrap))
     for index in range(4):
@@ -66,7 +66,7 @@ def faded(name: str, wrap: bool = False) -> tuple[Fade, list[tuple[Tensor, Tenso
         axes = ((40, tiles.rows), (48, tiles.cols))
         y, x = (fade_weights(n, [start for start, _ in parts], 3.0, wrap) for n, parts in axes)
         weights = 1 - (1 - y[:, None]) * (1 - x)
-        result = Features([fade]).after_prediction(Step(index, canvas, tiles), prediction)
+        result = Features([fade]).after_prediction(index, canvas, tiles, prediction)
         found.append((canvas, prediction, result, weights))
     return fade, found, scheduler
 
@@ -96,22 +96,22 @@ def test_tiles_fade_where_their_cores_meet_once_they_have_moved() -> None:
     fade, found, _ = faded("epsilon")
     canvas, prediction, *_ = found[-1]
     overlapping = TileGrid(40, 48, 16, 4)
-    changed = (fade.after_prediction(Step(3, canvas, overlapping), prediction) != prediction).any(0).any(0)
+    changed = (fade.after_prediction(3, canvas, overlapping, prediction) != prediction).any(0).any(0)
     y, x = (
         fade_weights(n, [c for c, _ in cores], 3.0, False) > 0
         for n, cores in ((40, overlapping.cores[0]), (48, overlapping.cores[1]))
     )
     assert torch.equal(changed, y[:, None] | x)
     # They have not moved.
-    assert torch.equal(fade.after_prediction(Step(3, canvas, overlapping), prediction), prediction)
+    assert torch.equal(fade.after_prediction(3, canvas, overlapping, prediction), prediction)
 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_network_of_half_precision_fades_in_float32(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     after, seen = Fade.after_prediction, []
 
-    def spy(self: Fade, step: Step, prediction: Tensor) -> Tensor:
-        result = after(self, step, prediction)
+    def spy(self: Fade, *args: Any) -> Tensor:
+        prediction, result = args[-1], after(self, *args)
         seen.append((len(prediction), prediction.dtype, result.dtype, self.tensors()["clean"].dtype))
         return result
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tiledcore.compose.regional import as_latents, draw_noise
+from tiledcore.compose.regional import drawn_latents
 from tiledcore.config import Execution, Motion, TilingConfig
 from tiledcore.geometry import Pair, both
 from tiledcore.hook import default_tiling, tiled, with_fade
@@ -181,8 +181,8 @@ def connected(
         )
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     call |= {"prompt": list(prompts), "height": height, "width": width, "generator": generators}
-    noise = graph.share(draw_noise(pipe, call), -(-SHARED // unit) * unit, Random(f"connected/{seed}"))
-    call["latents"] = as_latents(pipe, noise)
+    shared = partial(graph.share, width=-(-SHARED // unit) * unit, random=Random(f"connected/{seed}"))
+    call["latents"] = drawn_latents(pipe, call, shared)
     tiling = with_fade(pipe, tiling, fades=False)
     reach = min(decoder_reach(pipe.vae), height // factor), min(decoder_reach(pipe.vae), width // factor)
     around = Beside(graph.on_axes(reach), factor, graph.partners(None))

@@ -12,15 +12,8 @@ from functools import lru_cache
 from inspect import signature
 from typing import Any, NamedTuple
 
+import diffusers
 import torch
-from diffusers import (
-    FluxTransformer2DModel,
-    PixArtTransformer2DModel,
-    QwenImageTransformer2DModel,
-    SanaTransformer2DModel,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
-)
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -28,12 +21,12 @@ from tiledcore import ops
 from tiledcore._diffusers import device_of, pack, uncompiled
 from tiledcore.canvas.processors import CrossProcessor
 from tiledcore.canvas.windows import Prompt
-from tiledcore.compose.regions import Region, check_regions, region_weights, seed_noise
+from tiledcore.compose.regions import Region, check_regions, region_weights
 from tiledcore.feature import Feature
 from tiledcore.geometry import Pair, TileGrid, Tiling, both
 from tiledcore.hook import NetworkHook
 from tiledcore.loop.engine import Report
-from tiledcore.tiles.denoiser import Prediction, TileDenoiser
+from tiledcore.tiles.denoiser import Forward, Prediction, TileDenoiser
 from tiledcore.tiles.families import network_of
 from tiledcore.utils import replaced
 
@@ -42,12 +35,12 @@ logger = logging.getLogger(__name__)
 # The arguments of a network's forward that depend on the prompt, and their place in encode_prompt's result. A name
 # with a dot is an entry of a dict.
 TEXT: dict[type, dict[str, int]] = {
-    UNet2DConditionModel: {"encoder_hidden_states": 0, "added_cond_kwargs.text_embeds": 2},
-    SD3Transformer2DModel: {"encoder_hidden_states": 0, "pooled_projections": 2},
-    FluxTransformer2DModel: {"encoder_hidden_states": 0, "pooled_projections": 1},
-    PixArtTransformer2DModel: {"encoder_hidden_states": 0, "encoder_attention_mask": 1},
-    SanaTransformer2DModel: {"encoder_hidden_states": 0, "encoder_attention_mask": 1},
-    QwenImageTransformer2DModel: {"encoder_hidden_states": 0, "encoder_hidden_states_mask": 1},
+    diffusers.UNet2DConditionModel: {"encoder_hidden_states": 0, "added_cond_kwargs.text_embeds": 2},
+    diffusers.SD3Transformer2DModel: {"encoder_hidden_states": 0, "pooled_projections": 2},
+    diffusers.FluxTransformer2DModel: {"encoder_hidden_states": 0, "pooled_projections": 1},
+    diffusers.PixArtTransformer2DModel: {"encoder_hidden_states": 0, "encoder_attention_mask": 1},
+    diffusers.SanaTransformer2DModel: {"encoder_hidden_states": 0, "encoder_attention_mask": 1},
+    diffusers.QwenImageTransformer2DModel: {"encoder_hidden_states": 0, "encoder_hidden_states_mask": 1},
 }
 
 
@@ -229,7 +222,7 @@ class Regional(Feature):
         self,
         denoiser: TileDenoiser,
         prompts: list[dict[str, Any]],
-        forward: Callable[..., Any],
+        forward: Forward,
         sample: Tensor,
         kwargs: dict[str, Any],
     ) -> Prediction:
@@ -316,8 +309,11 @@ def _placed(denoiser: TileDenoiser, tiling: Tiling, mixed: dict[Pair, Tensor], l
     return denoiser.whole(canvas)
 
 
-def draw_noise(pipe: Any, call: dict[str, Any]) -> Tensor:
-    """The noise ``[B, C, H, W]`` that a text-to-image pipeline would draw for ``call``, its arguments by name."""
+def drawn_latents(pipe: Any, call: dict[str, Any], change: Callable[[Tensor], Tensor]) -> Tensor:
+    """The ``latents`` of a text-to-image call: the noise ``[B, C, H, W]`` that ``pipe`` would draw, after a change.
+
+    ``call``: its arguments by name. They are tokens where the pipeline packs them.
+    """
     for name in ("latents", "image"):
         if call.get(name) is not None:
             raise ValueError(f"{name}: a region's seed needs initial noise drawn here; leave one of them out")
@@ -327,27 +323,11 @@ def draw_noise(pipe: Any, call: dict[str, Any]) -> Tensor:
     images = _images(call) * (call.get("num_images_per_prompt") or 1)
     channels = network.config.in_channels // family.unit(network) ** 2
     shape = (images, channels, height // factor, width // factor)
-    return randn_tensor(shape, generator=call.get("generator"), device=device_of(pipe), dtype=network.dtype)
+    noise = change(randn_tensor(shape, call.get("generator"), device_of(pipe), network.dtype))
+    return pack(pipe, noise) if family.packed else noise
 
 
-def as_latents(pipe: Any, noise: Tensor) -> Tensor:
-    """Noise ``[B, C, H, W]`` as the pipeline takes ``latents``: as tokens if it packs them."""
-    return pack(pipe, noise) if network_of(pipe)[1].packed else noise
-
-
-def seeded_latents(
-    pipe: Any, call: dict[str, Any], regions: Sequence[Region], wrap: bool | tuple[bool, bool]
-) -> Tensor:
-    """The ``latents`` for a text-to-image call, in which regions with a seed have their own noise."""
-    noise, factor = draw_noise(pipe, call), pipe.vae_scale_factor
-    height, width = (factor * n for n in noise.shape[2:])
-    check_regions(regions, width, height, both(wrap))
-    return as_latents(pipe, seed_noise(noise, regions, factor))
-
-
-def _images(arguments: dict[str, Any]) -> int:
+def _images(call: dict[str, Any]) -> int:
     """The number of prompts of a call."""
-    if arguments.get("prompt_embeds") is not None:
-        return len(arguments["prompt_embeds"])
-    prompt = arguments.get("prompt")
-    return len(prompt) if isinstance(prompt, list) else 1
+    given = call.get("prompt") if call.get("prompt_embeds") is None else call["prompt_embeds"]
+    return len(given) if isinstance(given, list | Tensor) else 1

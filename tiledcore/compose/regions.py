@@ -79,32 +79,33 @@ class Region:
 
     def describe(self) -> dict[str, Any]:
         """The region as in a scene file, without the pixels of a mask."""
-        named = {key: getattr(self, key) for key in KEYS if getattr(self, key) is not None}
-        if self.mask is not None:
-            named["mask"] = str(getattr(self.mask, "filename", None) or "mask")
-        return named | ({"box": list(self.box)} if self.box is not None else {})
+        named = {key: value for key, value in vars(self).items() if value is not None}
+        return named | ({} if self.mask is None else {"mask": str(getattr(self.mask, "filename", None) or "mask")})
 
 
 def check_regions(regions: Sequence[Region], width: int, height: int, wrap: tuple[bool, bool]) -> None:
     """Check regions against a canvas in px; ``wrap`` is (y, x). A ValueError names the region by its index."""
-    canvas = f"the canvas of {width}x{height} px"
     for i, region in enumerate(regions):
-        if region.feather > min(width, height):
-            raise ValueError(f"regions[{i}].feather={region.feather}: at most the shorter side of {canvas}")
-        if region.box is not None:
-            axes = zip(region.box[:2], region.box[2:], (width, height), wrap[::-1], strict=True)
-            for low, high, size, wraps in axes:
-                if low < 0 or low >= size or (high > size and not wraps) or high - low > size:
-                    raise ValueError(f"regions[{i}].box={region.box}: does not lie inside {canvas}")
-            continue
         try:
-            mask = _mask(region.mask)
+            _check_region(region, width, height, wrap)
         except ValueError as error:
             raise ValueError(f"regions[{i}].{error}") from None
-        if mask.shape != (height, width):
-            raise ValueError(f"regions[{i}].mask: is {mask.shape[1]}x{mask.shape[0]} px, and must be as {canvas}")
-        if not mask.any():
-            raise ValueError(f"regions[{i}].mask: is empty: every pixel of it is 0")
+
+
+def _check_region(region: Region, width: int, height: int, wrap: tuple[bool, bool]) -> None:
+    canvas = f"the canvas of {width}x{height} px"
+    if region.feather > min(width, height):
+        raise ValueError(f"feather={region.feather}: at most the shorter side of {canvas}")
+    if region.box is not None:
+        for low, high, size, wraps in zip(region.box[:2], region.box[2:], (width, height), wrap[::-1], strict=True):
+            if low < 0 or low >= size or (high > size and not wraps) or high - low > size:
+                raise ValueError(f"box={region.box}: does not lie inside {canvas}")
+        return
+    mask = _mask(region.mask)
+    if mask.shape != (height, width):
+        raise ValueError(f"mask: is {mask.shape[1]}x{mask.shape[0]} px, and must be as {canvas}")
+    if not mask.any():
+        raise ValueError("mask: is empty: every pixel of it is 0")
 
 
 def scale_regions(regions: Sequence[Region], size: Pair, new: Pair) -> list[Region]:
@@ -154,14 +155,15 @@ def coverage(region: Region, size: Pair, pixels: int, wrap: tuple[bool, bool]) -
     return _feather(_feather(pooled, width, wrap[1]).T, width, wrap[0]).T.contiguous()
 
 
-def seed_noise(noise: Tensor, regions: Sequence[Region], pixels: int) -> Tensor:
+def seed_noise(noise: Tensor, regions: Sequence[Region], pixels: int, wrap: tuple[bool, bool]) -> Tensor:
     """The initial noise ``[B, C, H, W]`` of a canvas, in which each region with a seed has its own noise.
 
     That noise is drawn for the region's bounding box, so it does not depend on the position. A later region is in
-    front. There is no feather, because a mix of two noises has too little variance.
+    front. There is no feather, because a mix of two noises has too little variance. Errors of :func:`check_regions`.
     """
     noise = noise.clone()
     B, C, H, W = noise.shape
+    check_regions(regions, W * pixels, H * pixels, wrap)
     for region in regions:
         if region.seed is None:
             continue
@@ -198,9 +200,9 @@ def load_scene(path: Path, width: int, height: int, wrap: tuple[bool, bool]) -> 
     for i, table in enumerate(tables, 1):
         try:
             regions.append(_read_region(path.parent, table))
-            check_regions(regions[-1:], width, height, wrap)
+            _check_region(regions[-1], width, height, wrap)
         except ValueError as error:
-            raise ValueError(f"{path}: region {i}: {str(error).removeprefix('regions[0].')}") from None
+            raise ValueError(f"{path}: region {i}: {error}") from None
     return regions
 
 

@@ -13,7 +13,7 @@ from tiledcore.compose.regional import Regional
 from tiledcore.geometry import Pair
 from tiledcore.hook import NetworkHook
 from tiledcore.tiles.conditioning import TileBatch
-from tiledcore.tiles.denoiser import Prediction, TileDenoiser
+from tiledcore.tiles.denoiser import Forward, Prediction, TileDenoiser
 
 Box = tuple[int, int, int, int]
 PromptForTile = Callable[[Box], str | None] | Sequence[str | None]
@@ -46,7 +46,7 @@ class TilePrompts(Regional):
         self,
         denoiser: TileDenoiser,
         prompts: list[dict[str, Any]],
-        forward: Callable[..., Any],
+        forward: Forward,
         sample: Tensor,
         kwargs: dict[str, Any],
     ) -> Prediction:
@@ -54,9 +54,8 @@ class TilePrompts(Regional):
             self._encode(denoiser, (sample.shape[2], sample.shape[3]))
         images = len(kwargs["encoder_hidden_states"])
         more = partial(self._changes, images, images - len(self._encoded[0][0]))
-        others = {name: value for name, value in kwargs.items() if name != "timestep"}
-        others["per_tile"] = [more, *kwargs.get("per_tile", ())]  # a ControlNet gets the tile's text too
-        return denoiser.evaluate(forward, sample, kwargs["timestep"], **others)
+        kwargs = {**kwargs, "per_tile": [more, *kwargs.get("per_tile", ())]}  # a ControlNet gets the tile's text too
+        return denoiser.evaluate(forward, sample, **kwargs)
 
     def _encode(self, denoiser: TileDenoiser, size: Pair) -> None:
         """Ask for the prompts of the tiles of all steps, and encode them."""

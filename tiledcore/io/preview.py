@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiledcore import validate
-from tiledcore.feature import Feature, Start
+from tiledcore.feature import Feature
 from tiledcore.io.images import save_image
 from tiledcore.io.writers import check_target
 
@@ -67,8 +67,8 @@ class Previewing(Feature):
         self.preview, self.pipe, self.native, self.unit = preview, pipe, native, unit
         self._decode, self._broken = pipe.vae.decode, False
 
-    def begin(self, start: Start) -> None:
-        self._start = start
+    def begin(self, scheduler: Any, timesteps: Tensor) -> None:
+        self._scheduler, self._timesteps = scheduler, timesteps
 
     def after_step(self, index: int, sample: Tensor) -> None:
         """Show the canvas, if it is time."""
@@ -76,7 +76,7 @@ class Previewing(Feature):
 
         from tiledcore.schedulers.noise_levels import noise_level
 
-        timesteps, scheduler = self._start.timesteps, self._start.scheduler
+        timesteps, scheduler = self._timesteps, self._scheduler
         last = index >= len(timesteps)
         if self._broken or (index % self.preview.every and not last):
             return

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tiledcore import ops
 from tiledcore._diffusers import FUSABLE, acts_within, is_flux, places_of
-from tiledcore.feature import Features, Start, Step
+from tiledcore.feature import Features
 from tiledcore.geometry import Pair
 from tiledcore.loop.checkpoint import CALLBACKS, Checkpoint, Run
 from tiledcore.loop.graph import Counters, Entry, StepGraphs, identity, refill
@@ -197,13 +197,13 @@ class Engine:
         if self.index == 0:
             # A timestep that is there twice has one noise level.
             timesteps = self.scheduler.timesteps[places_of(self.scheduler, timestep)[0] :]
-            self.features.begin(Start(self.scheduler, timesteps, self.canvas_size))
+            self.features.begin(self.scheduler, timesteps)
         if not self.features.active(self.index):
             return prediction
         assert self.denoiser is not None and self.denoiser.placed is not None
         dtype = torch.promote_types(prediction.dtype, torch.float32)
-        step = Step(self.index, self._canvas(sample), self.denoiser.placed)
-        changed = self.features.after_prediction(step, self._canvas(prediction).to(dtype))
+        canvas, predicted = self._canvas(sample), self._canvas(prediction).to(dtype)
+        changed = self.features.after_prediction(self.index, canvas, self.denoiser.placed, predicted)
         return (to_tokens(changed) if self.family.packed else changed).to(prediction.dtype)
 
     def _canvas(self, latents: Tensor) -> Tensor:
@@ -233,7 +233,7 @@ class Engine:
         self.buffers.table.copy_(solver.table)
         self.buffers.input_scale.copy_(solver.input_scale)
         self.buffers.step.zero_()
-        self.features.begin(Start(self.scheduler, timesteps, (latents.shape[2], latents.shape[3])))
+        self.features.begin(self.scheduler, timesteps)
         self._take_back(latents)
         if self._saves is not None:
             self._saves.restore(self.buffers.carried)
@@ -308,7 +308,7 @@ class Engine:
             if guidance is not None:
                 unconditional, conditional = canvas.chunk(2)
                 canvas = unconditional + guidance * (conditional - unconditional)
-            canvas = self.features.after_prediction(Step(index, buffers.state[0], denoiser.placed), canvas)
+            canvas = self.features.after_prediction(index, buffers.state[0], denoiser.placed, canvas)
             predicted, guidance = denoiser.whole(canvas.to(buffers.model_input.dtype)), None
         with label("step"):
             buffers.advance(predicted, guidance_scale=guidance, **options)

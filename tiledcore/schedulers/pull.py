@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiledcore import validate
-from tiledcore.feature import Feature, Start, Step
+from tiledcore.feature import Feature
+from tiledcore.geometry import Tiling
 from tiledcore.schedulers.noise_levels import clean_and_noisy
 from tiledcore.utils import replaced
 
@@ -101,15 +102,14 @@ class Pulling(Feature):
 
         stack.enter_context(replaced(self.scheduler, **{name: noised}))
 
-    def begin(self, start: Start) -> None:
-        """Read the noise levels of the timesteps that are left, and prepare the low-pass, once."""
+    def begin(self, scheduler: Any, timesteps: Tensor) -> None:
         if self._clean is None:
             raise ValueError("pull: this pipeline did not start from an image's latents")
         try:
-            self._coefficients = [clean_and_noisy(start.scheduler, t) for t in start.timesteps]
+            self._coefficients = [clean_and_noisy(scheduler, t) for t in timesteps]
         except ValueError as error:
             raise ValueError(f"pull: {error}") from error
-        self._weights = self.pull.weights(len(start.timesteps))
+        self._weights = self.pull.weights(len(timesteps))
         clean = self._clean.to(torch.promote_types(self._clean.dtype, torch.float32))
         if clean.ndim == 5:  # video-like latents of one frame (Qwen-Image)
             clean = clean.squeeze(1 if clean.shape[1] == 1 else 2)
@@ -125,8 +125,8 @@ class Pulling(Feature):
     def active(self, index: int) -> bool:
         return index < len(self._weights) and self._weights[index] > 0
 
-    def after_prediction(self, step: Step, prediction: Tensor) -> Tensor:
+    def after_prediction(self, index: int, sample: Tensor, tiles: Tiling, prediction: Tensor) -> Tensor:
         assert self._clean is not None
-        clean, noisy = self._coefficients[step.index]
-        wanted = noisy * step.sample.to(self._clean.dtype) + clean * self._clean
-        return prediction + low_pass(wanted - prediction, *self._filters).mul_(self._weights[step.index])
+        clean, noisy = self._coefficients[index]
+        wanted = noisy * sample.to(self._clean.dtype) + clean * self._clean
+        return prediction + low_pass(wanted - prediction, *self._filters).mul_(self._weights[index])

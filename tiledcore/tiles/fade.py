@@ -12,11 +12,12 @@ of the steps: before, the clean image changes more from step to step than across
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tiledcore.feature import Feature, Start, Step
+from tiledcore.feature import Feature
 from tiledcore.geometry import Tiling
 from tiledcore.schedulers.noise_levels import clean_and_noisy
 
@@ -40,9 +41,9 @@ class Fade(Feature):
         self._tiles: Tiling | None = None  # where its tiles lay
         self.coefficients: list[tuple[float, float]] = []  # of each evaluation, see clean_and_noisy
 
-    def begin(self, start: Start) -> None:
+    def begin(self, scheduler: Any, timesteps: Tensor) -> None:
         try:
-            self.coefficients = [clean_and_noisy(start.scheduler, timestep) for timestep in start.timesteps]
+            self.coefficients = [clean_and_noisy(scheduler, timestep) for timestep in timesteps]
         except ValueError as error:
             if self.asked:
                 raise ValueError(f"fade: {error}; give fade=0") from error
@@ -52,14 +53,14 @@ class Fade(Feature):
         """Whether an evaluation fades, or is the one before, whose clean image is needed."""
         return bool(self.coefficients) and index + 1 >= FIRST * len(self.coefficients)
 
-    def after_prediction(self, step: Step, prediction: Tensor) -> Tensor:
-        clean, noisy = self.coefficients[step.index]
-        canvas = noisy * step.sample.to(prediction.dtype)
-        moved, self._tiles = self._tiles is not None and step.tiles != self._tiles, step.tiles
+    def after_prediction(self, index: int, sample: Tensor, tiles: Tiling, prediction: Tensor) -> Tensor:
+        clean, noisy = self.coefficients[index]
+        canvas = noisy * sample.to(prediction.dtype)
+        moved, self._tiles = self._tiles is not None and tiles != self._tiles, tiles
         # Tiles that have not moved do not fade: the step before has its lines in the same places.
-        if moved and self._clean is not None and step.index >= FIRST * len(self.coefficients):
+        if moved and self._clean is not None and index >= FIRST * len(self.coefficients):
             before = torch.add(canvas, self._clean, alpha=clean)
-            prediction = torch.lerp(prediction, before, self._beside_lines(step.tiles, prediction))
+            prediction = torch.lerp(prediction, before, self._beside_lines(tiles, prediction))
         if self._clean is None:
             self._clean = torch.empty_like(prediction)
         torch.sub(prediction, canvas, out=self._clean).div_(clean)
