@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -54,6 +55,13 @@ FUSABLE = tuple(
 def uncompiled(network: Any) -> Any:
     """The module inside of a compiled one; any other as it is."""
     return getattr(network, "_orig_mod", network)
+
+
+def named(network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of a network, compiled or not, by name."""
+    found = dict(signature(type(uncompiled(network)).forward).bind(None, *args, **kwargs).arguments)
+    del found["self"]
+    return found
 
 
 def device_of(pipe: Any) -> torch.device:

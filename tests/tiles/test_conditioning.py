@@ -16,7 +16,7 @@ from tiny import TEXT_WIDTH, tiny_sd, tiny_sdxl, tiny_unet
 from tiny_transformers import build, tiny_sd3
 
 from tiledcore import Execution, apply_tiling
-from tiledcore.tiles.conditioning import TileBatch, cut_attention_kwargs, swap_major
+from tiledcore.tiles.conditioning import TileBatch, conditions, swap_major
 
 
 def run(pipe: Any, tile_batch: int, tiling: Any = RAMP, **kwargs: Any) -> torch.Tensor:
@@ -112,7 +112,7 @@ def test_boxes_and_masks_of_a_tile() -> None:
     offsets = torch.tensor([[0, 0], [0, 8]], dtype=torch.int32)
     boxes = torch.tensor([[[0.25, 0.0, 0.75, 0.5], [0.0, 0.5, 0.25, 1.0]]])
     given = {"gligen": {"boxes": boxes, "masks": torch.ones(1, 2), "positive_embeddings": torch.zeros(1, 2, 3)}}
-    cut = cut_attention_kwargs(given, TileBatch(offsets, (8, 8), (8, 16), 1, 8))["gligen"]
+    cut = conditions(given, TileBatch(offsets, (8, 8), (8, 16), 1, 8))["gligen"]
     assert cut["boxes"].tolist() == [
         [[0.5, 0.0, 1.0, 0.5], [0.0, 0.5, 0.5, 1.0]],
         [[0.0, 0.0, 0.5, 0.5], [0.0, 0.0, 0.0, 0.0]],
@@ -120,7 +120,7 @@ def test_boxes_and_masks_of_a_tile() -> None:
     assert cut["masks"].tolist() == [[1.0, 1.0], [1.0, 0.0]] and cut["positive_embeddings"].shape == (2, 2, 3)
     mask = torch.arange(32.0).expand(1, 1, 16, 32)  # twice the canvas' resolution; says where it comes from
     part = TileBatch(offsets, (8, 8), (8, 16), 2, 8)
-    masks = cut_attention_kwargs({"ip_adapter_masks": mask}, part)["ip_adapter_masks"]
+    masks = conditions({"ip_adapter_masks": mask}, part)["ip_adapter_masks"]
     assert masks.shape == (4, 1, 16, 16)
     assert [masks[i, 0, 0].tolist() for i in range(2)] == [list(range(16)), list(range(16, 32))]
 

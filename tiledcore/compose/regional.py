@@ -26,6 +26,7 @@ from tiledcore.feature import Feature
 from tiledcore.geometry import Pair, TileGrid, Tiling, both
 from tiledcore.hook import NetworkHook
 from tiledcore.loop.engine import Report
+from tiledcore.tiles.conditioning import TileBatch
 from tiledcore.tiles.denoiser import Forward, Prediction, TileDenoiser
 from tiledcore.tiles.families import network_of
 from tiledcore.utils import replaced
@@ -229,8 +230,9 @@ class Regional(Feature):
         """:meth:`tiledcore.tiles.denoiser.TileDenoiser.evaluate` with several prompts, from :meth:`prompts`."""
 
         def run(part: Part) -> Tensor:
-            offsets = part.offsets.to(sample.device)
-            return denoiser._tile_batch(forward, sample, offsets, part.tile, {**kwargs, **prompts[part.prompt]})
+            offsets, execution = part.offsets.to(sample.device), denoiser.execution
+            tiles = TileBatch(offsets, part.tile, size, len(sample), denoiser.pixels, execution.impl)
+            return denoiser._tile_batch(forward, sample, tiles, {**kwargs, **prompts[part.prompt]})
 
         placed = denoiser.placed
         assert placed is not None
@@ -296,16 +298,14 @@ def _parts(number: int, layer: Layer, tiling: Tiling, sample: Tensor, batch: int
 
 def _placed(denoiser: TileDenoiser, tiling: Tiling, mixed: dict[Pair, Tensor], like: Tensor) -> Prediction:
     """The prediction of a layer from its tiles by size; 0 where no prompt has a share. ``like``: ``[B, C, 0, 0]``."""
-    size, device = (tiling.height, tiling.width), like.device
-    if len(tiling.groups) == len(mixed) == 1:
-        [(tile, tiles)] = mixed.items()
-        offsets = torch.tensor(tiling.groups[tile], dtype=torch.int32, device=device)
-        return Prediction(tiles.flatten(0, 1), offsets, size, denoiser.ramp(tiling))
+    size = (tiling.height, tiling.width)
     canvas = like.new_zeros(*like.shape[:2], *size)
-    for tile, tiles in mixed.items():  # tiles of several sizes do not overlap, but may wrap
-        for (y, x), one in zip(tiling.groups[tile], tiles, strict=True):
-            rows, columns = torch.arange(y, y + tile[0]) % size[0], torch.arange(x, x + tile[1]) % size[1]
-            canvas[:, :, rows[:, None].to(device), columns.to(device)] = one
+    for tile, tiles in mixed.items():
+        offsets = torch.tensor(tiling.groups[tile], dtype=torch.int32, device=like.device)
+        if len(tiling.groups) == 1:
+            return Prediction(tiles.flatten(0, 1), offsets, size, denoiser.ramp(tiling))
+        # Tiles of several sizes do not overlap, but may wrap.
+        TileBatch(offsets, tile, size, len(like), denoiser.pixels).put(tiles, canvas)
     return denoiser.whole(canvas)
 
 

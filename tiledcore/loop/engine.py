@@ -92,7 +92,7 @@ class Buffers:
         self.guidance = self.table.new_ones(1)
         self.noise = torch.zeros_like(self.state[0]) if any(solver.uses_noise) else None
         self.given: Any = None  # The timestep and the conditions, where a graph reads them
-        self.denoiser: TileDenoiser | None = None  # its offsets and its tiles' predictions
+        self.denoiser: TileDenoiser | None = None  # its offsets, which a graph reads
         # What goes from one evaluation to the next. The input could be had from the state, up to rounding.
         self.carried = {"state": self.state, "model_input": self.model_input}
 

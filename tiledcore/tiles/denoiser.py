@@ -1,7 +1,5 @@
 """TileDenoiser: one network evaluation of the whole canvas as gather -> network on tile batches -> blend."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from torch import Tensor
 from tiledcore import ops
 from tiledcore.config import Execution, TilingConfig
 from tiledcore.geometry import Pair, TileGrid, Tiling
-from tiledcore.tiles.conditioning import TileBatch, check_residuals, conditions, images_of, swap_major
+from tiledcore.tiles.conditioning import TileBatch, check_residuals, conditions, swap_major
 from tiledcore.utils import label, to_device
 
 logger = logging.getLogger(__name__)
@@ -32,17 +30,6 @@ class Prediction(NamedTuple):
     ramp: int
 
 
-class Batch(NamedTuple):
-    """Tiles of one size that the network gets in one call: the unit that is dealt to several processes."""
-
-    tile: Pair
-    offsets: Tensor  # ``[n, 2]`` int32
-    places: Sequence[Pair]  # the same numbers on the host
-    first: int  # how many tiles of the step come before
-    images: slice  # of the canvas' ``B``: one guidance branch, or all
-    shape: tuple[int, int, int]  # ``(N, h, w)`` of its predictions ``[N, C', h, w]``
-
-
 Deal = Callable[[Sequence[Any], Callable[[Any], Tensor], Tensor], Iterable[Tensor]]
 
 
@@ -50,7 +37,7 @@ def run_all(batches: Sequence[Any], run: Callable[[Any], Tensor], sample: Tensor
     """The predictions of all tile batches of a canvas ``sample``, in order.
 
     With several processes, another function with this signature stands here: it runs a part of the batches, and gets
-    the others' predictions. A batch has a ``shape``, see :class:`Batch`.
+    the others' predictions. A batch has a ``shape``, see :class:`~tiledcore.tiles.conditioning.TileBatch`.
     """
     return map(run, batches)
 
@@ -78,27 +65,20 @@ class TileDenoiser:
         self.tile_batch = self.execution.tile_batch  # as long as it fits
         self.reductions: list[str] = []
         self.placed: Tiling | None = None  # The tiles of the step that is running
-        self._grid: TileGrid | None = None
         self._parts: tuple[Tensor, ...] = ()  # Their offsets, for each size of tiles
         self._there: dict[Tiling, tuple[Tensor, ...]] = {}  # Those of all steps of the schedule
-        self._tiles: Tensor | None = None
 
     def tiling(self, height: int, width: int, timestep: Time) -> Tiling:
         """The tiles of this step: always the same ones, or shifted from step to step."""
-        if self._grid is None or (self._grid.height, self._grid.width) != (height, width):
-            self._grid = self._checked_grid((height * self.unit, width * self.unit))
-        grid, motion = self._grid, self.config.moving
+        grid, motion = self._grid((height * self.unit, width * self.unit)), self.config.moving
         if motion is None:
             return grid
-        if motion.blended:
-            if self.timesteps is not None:
-                index, steps = self.step(timestep)
-                if index < motion.blend_first or index >= steps - motion.blend_last:
-                    return grid
-            grid = TileGrid(grid.height, grid.width, grid.tile_size, wrap=grid.wrap)
-        return grid.shifted(self.step(timestep)[0], motion.seed)
+        index, steps = self.step(timestep)
+        if self.timesteps is not None and not motion.blend_first <= index < steps - motion.blend_last:
+            return grid
+        return TileGrid(grid.height, grid.width, grid.tile_size, wrap=grid.wrap).shifted(index, motion.seed)
 
-    def _checked_grid(self, size: Pair) -> TileGrid:
+    def _grid(self, size: Pair) -> TileGrid:
         """The grid of a canvas of latent pixels, whose tiles must be whole tokens."""
         grid = self.config.grid(*size, self.native, self.unit, self.snap)
         tile = (grid.tile_size[0] * self.unit, grid.tile_size[1] * self.unit)
@@ -146,34 +126,26 @@ class TileDenoiser:
     def place(self, size: Pair, timestep: Time, device: torch.device) -> bool:
         """Put a step's tile offsets where its kernels read them; returns whether one CUDA graph fits all steps."""
         tiling = self.tiling(*size, timestep)
-        if tiling != self.placed or self._parts[0].device != device:
-            parts, before = self._uploaded(tiling, device), self._parts
-            if len(parts) > 1:
-                self._parts = parts
-            elif len(before) == 1 and before[0].device == device and len(before[0]) == len(tiling):
-                before[0].copy_(parts[0])  # a graph reads this tensor
-            else:
-                self._parts = (parts[0].clone(),)
-        self.placed = tiling
-        alike = all(len(one.groups) == 1 and len(one) == len(tiling) for one in self._there)  # of all steps
-        return alike and not (self.config.moving and self.config.moving.blended)
-
-    def _uploaded(self, tiling: Tiling, device: torch.device) -> tuple[Tensor, ...]:
-        """The offsets ``[n, 2]`` of each size of tiles on the device, where those of all steps go at once."""
         if tiling not in self._there or self._there[tiling][0].device != device:
             times = self.timesteps() if self.config.moving and self.timesteps is not None else ()
             self._there = {
                 one: tuple(to_device(torch.tensor(at, dtype=torch.int32), device) for at in one.groups.values())
-                for one in {tiling, *(self.tiling(tiling.height, tiling.width, time) for time in times)}
+                for one in {tiling, *(self.tiling(*size, time) for time in times)}
             }
-        return self._there[tiling]
+        given = self._there[tiling]
+        if [(one.shape, one.device) for one in given] != [(one.shape, one.device) for one in self._parts]:
+            self._parts = tuple(torch.empty_like(one) for one in given)
+        for kept, one in zip(self._parts, given, strict=True):
+            kept.copy_(one)  # a graph reads these tensors
+        self.placed = tiling
+        alike = all(len(one.groups) == 1 and len(one) == len(tiling) for one in self._there)  # of all steps
+        return alike and not (self.config.moving and self.config.moving.blended)
 
     def evaluate(self, forward: Forward, sample: Tensor, timestep: Time, **kwargs: Any) -> Prediction:
         """Predict for all tiles of a canvas ``[B, C, H, W]``, where :meth:`place` has put them.
 
         ``forward(tiles, timestep, **kwargs)`` returns a tuple, first ``[N, C', h, w]``. ``kwargs`` are the other
-        arguments of the network, and ``regions``: a ``Regional``, or None. The next evaluation overwrites the result's
-        buffer.
+        arguments of the network, and ``regions``: a ``Regional``, or None.
         """
         batch, _, height, width = sample.shape
         size = (height, width)
@@ -192,53 +164,46 @@ class TileDenoiser:
             return regions.evaluate(self, prompts, forward, sample, {**kwargs, "timestep": timestep})
         if len(tiling) == 1 and not kwargs.get("per_tile"):
             return self._evaluate_whole(forward, sample, timestep, kwargs)
-        check_residuals(kwargs, tiling, size)
+        check_residuals(kwargs, tiling)
         kwargs["timestep"] = timestep
 
-        def run(part: Batch) -> Tensor:
-            return self._tile_batch(forward, sample, part.offsets, part.tile, kwargs, part.images)
+        def run(part: TileBatch) -> Tensor:
+            return self._tile_batch(forward, sample, part, kwargs)
 
-        parts, buffer, uniform = self.batches(tiling, batch), None, len(self._parts) == 1
+        parts, uniform, buffer = self.batches(tiling, batch), len(self._parts) == 1, None
         for part, out in zip(parts, self.deal(parts, run, sample), strict=True):
-            tiles = out.unflatten(0, (len(part.places), -1))
-            if buffer is None and uniform:
-                buffer = self._buffer((len(tiling) * batch, *out.shape[1:]), out)
-            elif buffer is None:  # is the result: schedulers keep those of earlier steps
-                buffer = out.new_empty(batch, out.shape[1], height, width)
+            if buffer is None:
+                shape = (len(tiling) * batch, out.shape[1], *part.tile)
+                buffer = out.new_empty(shape if uniform else (batch, out.shape[1], height, width))
             if (out.shape[1], out.dtype) != (buffer.shape[1], buffer.dtype):
                 got, first = (f"{x.shape[1]} channels of {x.dtype}" for x in (out, buffer))
                 raise ValueError(f"the network gave {got} for some tiles, and {first} for others")
+            tiles = out.unflatten(0, (len(part.offsets), -1))
             if uniform:
-                stop = part.first + len(tiles)
-                buffer.unflatten(0, (-1, batch))[part.first : stop, part.images] = tiles
-                continue
-            for (y, x), tile in zip(part.places, tiles, strict=True):
-                for into_y, from_y in _span(y, part.tile[0], height):
-                    for into_x, from_x in _span(x, part.tile[1], width):
-                        buffer[part.images, :, into_y, into_x] = tile[:, :, from_y, from_x]
+                buffer.unflatten(0, (-1, batch))[part.first : part.first + len(tiles), part.images] = tiles
+            else:
+                part.put(tiles, buffer)
         assert buffer is not None
         if not uniform:  # tiles of several sizes do not overlap: each is in its place
             return self.whole(buffer)
         return Prediction(buffer, self._parts[0], size, self.ramp(tiling))
 
-    def batches(self, tiling: Tiling, batch: int) -> list[Batch]:
+    def batches(self, tiling: Tiling, batch: int) -> list[TileBatch]:
         """The tile batches of a step, in order; with ``guidance_batch=False`` each has one guidance branch."""
         count = batch // (1 if self.execution.guidance_batch else self.branches)
-        found, before = [], 0
-        for (tile, places), offsets in zip(tiling.groups.items(), self._parts, strict=True):
-            for start in range(0, len(places), self.tile_batch):
-                part = slice(start, start + self.tile_batch)
-                shape = (len(places[part]) * count, *tile)
-                for image in range(0, batch, count):
-                    images = slice(image, image + count) if count < batch else slice(None)
-                    found.append(Batch(tile, offsets[part], places[part], before + start, images, shape))
-            before += len(places)
-        return found
+        branches = [slice(i, i + count) for i in range(0, batch, count)] if count < batch else [slice(None)]
+        size, most = (tiling.height, tiling.width), self.tile_batch
+        return [
+            TileBatch(offsets[i : i + most], tile, size, batch, self.pixels, self.execution.impl, images, first=i)
+            for tile, offsets in zip(tiling.groups, self._parts, strict=True)
+            for i in range(0, len(offsets), most)
+            for images in branches
+        ]
 
     def _evaluate_whole(self, forward: Forward, sample: Tensor, timestep: Time, kwargs: dict[str, Any]) -> Prediction:
         """The canvas in one call of the network, as it is."""
-        batch, _, height, width = sample.shape
-        part = Batch((height, width), torch.zeros(1, 2), ((0, 0),), 0, slice(None), (batch, height, width))
+        size = (sample.shape[2], sample.shape[3])
+        part = TileBatch(torch.zeros(1, 2), size, size, len(sample), self.pixels)
         [out] = self.deal([part], lambda _: self._network(forward, sample, timestep=timestep, **kwargs), sample)
         return self.whole(out)
 
@@ -264,7 +229,7 @@ class TileDenoiser:
             if sample.is_cuda:
                 torch.cuda.empty_cache()
 
-    def renewed(self, other: TileDenoiser) -> TileDenoiser:
+    def renewed(self, other: "TileDenoiser") -> "TileDenoiser":
         """This one, for another call that made ``other``; what was lowered before stays."""
         if other.attention is not None and self.reductions:
             other.attention.guidance_batch = False
@@ -293,39 +258,15 @@ class TileDenoiser:
         origin = torch.zeros(1, 2, dtype=torch.int32, device=prediction.device)
         return Prediction(prediction, origin, (prediction.shape[2], prediction.shape[3]), 1)
 
-    def _tile_batch(
-        self,
-        forward: Forward,
-        sample: Tensor,
-        offsets: Tensor,
-        tile: Pair,
-        kwargs: dict[str, Any],
-        images: slice = slice(None),
-    ) -> Tensor:
-        """Predictions of some tiles, tile-major: all ``images`` of the first tile, then all of the next."""
-        if images != slice(None):
-            kwargs, sample = images_of(kwargs, images, len(sample)), sample[images]
-        batch, _, height, width = sample.shape
-        part = TileBatch(offsets, tile, (height, width), batch, self.pixels, self.execution.impl, images)
+    def _tile_batch(self, forward: Forward, sample: Tensor, part: TileBatch, kwargs: dict[str, Any]) -> Tensor:
+        """Predictions of some tiles, tile-major: all images of the first tile, then all of the next."""
         with label("gather"):
             inputs = part.gather(sample)
-        return swap_major(self._network(forward, inputs, **conditions(kwargs, part)), batch, len(offsets))
+        count = len(part.offsets)
+        return swap_major(self._network(forward, inputs, **conditions(kwargs, part)), len(inputs) // count, count)
 
     @staticmethod
     def _network(forward: Forward, inputs: Tensor, **kwargs: Any) -> Tensor:
         with label("network"):
             prediction: Tensor = forward(inputs, **kwargs)[0]
         return prediction
-
-    def _buffer(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """One buffer for all steps; what reads it writes a new canvas."""
-        if self._tiles is None or self._tiles.shape != shape or self._tiles.dtype != like.dtype:
-            self._tiles = torch.empty(shape, dtype=like.dtype, device=like.device)
-        return self._tiles
-
-
-def _span(start: int, length: int, size: int) -> list[tuple[slice, slice]]:
-    """(where on the canvas, which part of the tile) along one axis: two pieces where the tile wraps."""
-    here = min(length, size - start)
-    pieces = [(slice(start, start + here), slice(0, here))]
-    return pieces if here == length else [*pieces, (slice(0, length - here), slice(here, length))]
