@@ -1,11 +1,9 @@
 """apply_tiling and remove_tiling: make all calls of a diffusers pipeline denoise in tiles."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import cached_property, wraps
+from functools import cached_property, lru_cache, wraps
 from inspect import signature
 from itertools import count
 from threading import RLock
@@ -13,9 +11,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-from tiledcore._diffusers import context_of, is_hinted, scales_predictions, stateful, uncompiled
+from tiledcore._diffusers import context_of, is_hinted, named, scales_predictions, stateful, uncompiled
 from tiledcore.canvas import attention
 from tiledcore.config import Execution, Motion, TilingConfig
 from tiledcore.geometry import Pair, both
@@ -72,7 +69,6 @@ class NetworkHook:
 
     def __init__(self, denoiser: TileDenoiser, family: Family, network: Any, pipe: Any, given: dict[str, Any]) -> None:
         self.denoiser, self.family, self.network, self.pipe, self.given = denoiser, family, network, pipe, given
-        self._parameters = signature(type(uncompiled(network)).forward)
 
     def time(self, timestep: Any) -> Any:
         """The timestep without asking the device, where tiles move with it; otherwise as it is.
@@ -97,12 +93,14 @@ class NetworkHook:
         return found
 
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        family = self.family
-        arguments = dict(self._parameters.bind(self.network, *args, **kwargs).arguments)
-        arguments.pop("self")
-        return_dict = arguments.pop("return_dict", True)
-        engine = self.engine
-        if engine is not None and not engine.runs(arguments[family.timestep]):
+        family, denoiser, engine = self.family, self.denoiser, self.engine
+        arguments = named(self.network, args, kwargs)
+        return_dict, sample, timestep = (
+            arguments.pop("return_dict", True),
+            arguments[family.sample],
+            arguments[family.timestep],
+        )
+        if engine is not None and not engine.runs(timestep):
             engine = None
         canvas: Any = None if engine else family.canvas(arguments)
         batches = count()
@@ -116,9 +114,9 @@ class NetworkHook:
                 if tiles.shape[2:] != whole.shape[2:]:
                     kept = self._stateful
                 inputs = {**conditions, family.timestep: timestep}
-                inputs |= family.tiles(tiles, inputs, self.denoiser.pixels)
+                inputs |= family.tiles(tiles, inputs, denoiser.pixels)
             inputs = {name: inputs[name] for name in inputs if name not in FOR_FAMILY}
-            with context_of(kept, f"{next(batches)} of {len(tiles)}") if kept else nullcontext():
+            with context_of(kept, f"{next(batches)} of {len(tiles)}"):
                 output = call(return_dict=False, **inputs)
             output = output[0] if isinstance(output, tuple) else output  # Kandinsky 5 gives the tensor itself
             return (family.prediction(output, (tiles.shape[2], tiles.shape[3])),)
@@ -126,32 +124,31 @@ class NetworkHook:
         conditions = {name: v for name, v in arguments.items() if name not in (family.sample, family.timestep)}
         conditions["regions"] = self.regions
         if engine is None:
-            size, pixels = (canvas.shape[2], canvas.shape[3]), self.denoiser.pixels
-            conditions |= self._for_family(size, arguments[family.sample])
+            size, pixels = (canvas.shape[2], canvas.shape[3]), denoiser.pixels
+            conditions |= self._for_family(size, sample)
             check_size(self.pipe, self.given, (size[0] * pixels, size[1] * pixels))
         if self.control is not None:
             conditions = self.control.take(conditions)
         if engine is not None:
-            engine.look(arguments, self.denoiser)
-            prediction = engine.run_step(self.denoiser, forward, arguments[family.timestep], conditions)
+            engine.look(arguments, denoiser)
+            prediction = engine.run_step(denoiser, forward, timestep, conditions)
         else:
             if self.engine is not None:
-                self.engine.denoiser, self.engine.canvas_size = self.denoiser, size
-            sample, timestep = arguments[family.sample], arguments[family.timestep]
-            predicted = self.denoiser(forward, canvas, timestep, time=self.time(timestep), **conditions)
+                self.engine.denoiser, self.engine.canvas_size = denoiser, size
+            predicted = denoiser(forward, canvas, timestep, time=self.time(timestep), **conditions)
             prediction = family.result(predicted, sample)
         return family.output(sample=prediction) if return_dict else (prediction,)
 
     def _for_family(self, size: Pair, sample: Any) -> dict[str, Any]:
         """What the family is told beside the network's arguments: the canvas' size, tokens of reference images."""
-        omni = isinstance(sample, list) and isinstance(sample[0], list)  # of Z-Image
-        if not omni and (not self.family.packed or sample.shape[1] == size[0] * size[1]):
-            return {"canvas_size": size}
-        if self.denoiser.config.mode == "canvas":
+        told: dict[str, Any] = {"canvas_size": size}
+        if isinstance(sample, list) and isinstance(sample[0], list):  # Z-Image Omni's
+            told["reference_images"] = [one[:-1] for one in sample]
+        elif self.family.packed and sample.shape[1] != size[0] * size[1]:
+            told["references"] = sample[:, size[0] * size[1] :]
+        if len(told) > 1 and self.denoiser.config.mode == "canvas":
             raise ValueError("reference images inside the sequence need mode='tiles'; canvas mode knows one image")
-        if omni:
-            return {"canvas_size": size, "reference_images": [one[:-1] for one in sample]}
-        return {"canvas_size": size, "references": sample[:, size[0] * size[1] :]}
+        return told
 
 
 @contextmanager
@@ -168,17 +165,24 @@ def tiled(
     :class:`TileDenoiser`.
     """
     network, family = network_of(pipe)
-    execution = execution or Execution()
-    denoiser = _denoiser(pipe, config, execution, kind)
-    native = both(family.native(pipe, network))
+    execution, given = execution or Execution(), given or {}
+    native, patch, unit = both(family.native(pipe, network)), family.patch(network), family.unit(network)
+    # With a ControlNet or an adapter, tiles begin where all levels of the network have pixels.
+    levels = len(getattr(uncompiled(network).config, "block_out_channels", (1,))) if is_hinted(pipe) else 1
+    denoiser = kind(config, execution, native, factor_of(pipe), patch, unit, 2 ** (levels - 1))
+    height, width = both(config.tile or native)
+    denoiser.tiling(2 * height // unit, 2 * width // unit, 0)  # errors come at once, not in the first step
+    times = lru_cache(maxsize=1)(lambda schedule: family.clock(torch.as_tensor(schedule).float()).tolist())
+    denoiser.timesteps = lambda: times(pipe.scheduler.timesteps)  # asks the device once per schedule
     with ExitStack() as stack:
         if config.mode == "canvas":  # it replaces attention layers, which all threads see: one call at a time
             stack.enter_context(_locks.setdefault(uncompiled(network), RLock()))
             denoiser.attention = attention.install(network, config, execution, native)
             stack.callback(attention.remove, network)
-        tokens = _tokens_seen(config, native, family.patch(network))
-        stack.enter_context(_limited_shift(pipe.scheduler, tokens, family.dynamic_shift))
-        hook = NetworkHook(denoiser, family, network, pipe, given or {})
+        if family.dynamic_shift is not None and given.get("mu") is None:  # else it is the user's own
+            tokens = _tokens_seen(config, native, patch)
+            stack.enter_context(_limited_shift(pipe.scheduler, tokens, family.dynamic_shift))
+        hook = NetworkHook(denoiser, family, network, pipe, given)
         around: list[tuple[Any, Any]] = [(network, hook)]
         if (other := getattr(pipe, "unconditional_transformer", None)) is not None:  # Ideogram 4's
             around.append((other, NetworkHook(denoiser, family, other, pipe, {})))
@@ -191,28 +195,6 @@ def tiled(
             intercept(owner, one, this_thread=True)
             stack.callback(release, owner, one)
         yield hook
-
-
-def _denoiser(pipe: Any, config: TilingConfig, execution: Execution, kind: Callable[..., TileDenoiser]) -> TileDenoiser:
-    """The denoiser of a pipeline, tried on a canvas of two by two tiles, so that errors come at once."""
-    network, family = network_of(pipe)
-    native = family.native(pipe, network)
-    unit = family.unit(network)
-    # With a ControlNet or an adapter, tiles begin where all levels of the network have pixels.
-    levels = len(getattr(uncompiled(network).config, "block_out_channels", (1,))) if is_hinted(pipe) else 1
-    denoiser = kind(config, execution, native, factor_of(pipe), family.patch(network), unit, 2 ** (levels - 1))
-    height, width = both(config.tile or native)
-    denoiser.tiling(2 * height // unit, 2 * width // unit, 0)
-    scheduler, read = pipe.scheduler, dict[str, Any](timesteps=None)
-
-    def timesteps() -> list[float]:  # asks the device once per schedule
-        if scheduler.timesteps is not read["timesteps"]:
-            read["timesteps"] = scheduler.timesteps
-            read["times"] = family.clock(torch.as_tensor(scheduler.timesteps).float()).tolist()
-        return read["times"]
-
-    denoiser.timesteps = timesteps
-    return denoiser
 
 
 class TiledCalls:
@@ -279,38 +261,19 @@ def _tokens_seen(config: TilingConfig, native: Pair, patch: int) -> int:
     return (height // patch) * (width // patch)
 
 
-def _limited_shift(scheduler: Any, tokens: int, shift: Shift | None) -> Any:
+def _limited_shift(scheduler: Any, tokens: int, shift: Shift) -> Any:
     """A context that limits a flow-matching scheduler's shift ``mu`` to that of ``tokens`` tokens.
 
-    Pipelines compute ``mu`` from the whole canvas: most linearly in its tokens, some by a function of their own
-    (:attr:`Family.dynamic_shift`). A ``mu`` that is not on the line is the user's own, and stays. None: no ``mu``.
+    Pipelines compute it from the whole canvas.
     """
-    if shift is None:
-        return nullcontext()
-    original, config = scheduler.set_timesteps, scheduler.config
+    original = scheduler.set_timesteps
 
     @wraps(original)  # pipelines look at its signature
     def set_timesteps(*args: Any, mu: float | None = None, **kwargs: Any) -> Any:
         if mu is not None:
-            steps = kwargs.get("sigmas") if kwargs.get("sigmas") is not None else kwargs.get("timesteps")
-            count = len(steps) if steps is not None else kwargs.get("num_inference_steps", args[0] if args else 0)
-            kwargs["mu"] = (
-                min(mu, shift(tokens, count, config)) if callable(shift) else _on_line(mu, tokens, shift, config)
-            )
+            own = next((kwargs[name] for name in ("sigmas", "timesteps") if kwargs.get(name) is not None), None)
+            steps = kwargs.get("num_inference_steps", args[0] if args else 0) if own is None else len(own)
+            kwargs["mu"] = min(mu, shift(tokens, steps, scheduler.config))
         return original(*args, **kwargs)
 
     return replaced(scheduler, set_timesteps=set_timesteps)
-
-
-def _on_line(mu: float, tokens: int, max_shift: float, config: Any) -> float:
-    """``mu`` for ``tokens`` tokens, if the given one is on the line of the pipelines, for more tokens."""
-    line = {
-        "base_seq_len": config.get("base_image_seq_len", 256),
-        "max_seq_len": config.get("max_image_seq_len", 4096),
-        "base_shift": config.get("base_shift", 0.5),
-        "max_shift": config.get("max_shift", max_shift),
-    }
-    slope = (line["max_shift"] - line["base_shift"]) / (line["max_seq_len"] - line["base_seq_len"])
-    canvas = round(line["base_seq_len"] + (mu - line["base_shift"]) / slope) if slope else 0
-    on_line = canvas > tokens and calculate_shift(canvas, **line) == mu
-    return float(calculate_shift(tokens, **line)) if on_line else mu

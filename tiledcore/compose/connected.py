@@ -187,7 +187,7 @@ def connected(
     reach = min(decoder_reach(pipe.vae), height // factor), min(decoder_reach(pipe.vae), width // factor)
     around = Beside(graph.on_axes(reach), factor, graph.partners(None))
     kind = partial(ConnectedDenoiser, graph, graph.on_axes(both(context // unit)))
-    with tiled(pipe, tiling, execution, kind=kind), wrapped(pipe.vae, around), _shared_statistics(pipe.vae):
+    with tiled(pipe, tiling, execution, call, kind), wrapped(pipe.vae, around), _shared_statistics(pipe.vae):
         return list(pipe(**call).images)
 
 

@@ -4,8 +4,6 @@ Arguments that all families share are in :mod:`tiledcore.tiles.conditioning`; wh
 arguments, in :mod:`tiledcore.tiles.layouts`.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,9 +16,9 @@ import torch
 from diffusers.models.controlnets.controlnet_xs import ControlNetXSOutput
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor
-from torch.nn.functional import pad
 
 from tiledcore._diffusers import uncompiled
 from tiledcore.geometry import Pair
@@ -31,7 +29,8 @@ from tiledcore.tiles.layouts import to_tokens as to_tokens
 
 logger = logging.getLogger(__name__)
 
-Shift = float | Callable[[int, int, Any], float]
+Shift = Callable[[int, int, Any], float]
+"""``(tokens, steps, the scheduler's configuration)`` -> the shift ``mu`` that the pipeline computes."""
 
 
 def factor_of(pipe: Any) -> int:
@@ -50,9 +49,8 @@ def native_size(pipe: Any, network: Any) -> int | Pair:
 
     From who opened the network (``network.native_size``), its configuration, its pipeline, or 1024 image pixels.
     """
-    size = getattr(network, "native_size", None) or getattr(pipe, "default_sample_size", 1024 // factor_of(pipe))
-    if "sample_size" in network.config and not hasattr(network, "native_size"):
-        size = network.config.sample_size
+    default = getattr(pipe, "default_sample_size", 1024 // factor_of(pipe))
+    size = getattr(network, "native_size", network.config.get("sample_size", default))
     if size is None:
         raise ValueError(f"{type(network).__name__} names no native size (sample_size=None): it cannot be tiled")
     return size if isinstance(size, int) else (size[0], size[1])
@@ -76,10 +74,8 @@ class Family:
     native: Callable[[Any, Any], int | Pair] = native_size  # Of ``(pipe, network)``
     patch: Callable[[Any], int] = patch_size
     packed: bool = False  # The pipeline passes tokens ``[B, H*W, C]``, row by row, in place of an image
-    dynamic_shift: Shift | None = None
-    """The shift ``mu`` that the pipeline gives the scheduler and that grows with the number of tokens: ``max_shift`` of
-    the line where the scheduler's configuration has none, or ``(tokens, steps, configuration)`` -> ``mu``. None: the
-    pipeline gives no ``mu``."""
+    text_first: bool = False  # Tokens before the canvas' own are text; those behind are reference images
+    dynamic_shift: Shift | None = None  # Where the pipeline gives the scheduler a shift that grows with the tokens
     sample: str = "hidden_states"  # Name of the argument that holds the canvas
     timestep: str = "timestep"
     clock: Callable[[Tensor], Tensor] = lambda timesteps: timesteps
@@ -127,55 +123,15 @@ class Family:
         return found
 
     def result(self, prediction: Tensor, sample: Any) -> Any:
-        """``([B, C', H, W], the argument that held the canvas)`` -> the form in which forward gives it."""
-        return self.write(prediction)
+        """``[B, C', H, W]`` in the form in which forward gives it, with 0 for the tokens of ``sample`` beside it.
 
-
-class SideBySide(Family):
-    """DreamLite: the canvas and, to its right, the image to edit; both are cut at the same places."""
-
-    def prediction(self, output: Any, size: Pair) -> Tensor:
-        return output[..., : size[1]]
-
-    def result(self, prediction: Tensor, sample: Any) -> Any:
-        return prediction
-
-
-class Patches(Family):
-    """JoyImage Edit Plus: the pipeline puts its references back in each step."""
-
-    def result(self, prediction: Tensor, sample: Any) -> Any:
+        ``sample``: the argument that held the canvas; None: there are no others.
+        """
         own = self.write(prediction)
-        return torch.cat([own, torch.zeros_like(sample[:, own.shape[1] :])], 1)
-
-
-class Row(Family):
-    """Ideogram 4: one row of tokens, text, then the canvas, with ``position_ids [B, L, 3]``."""
-
-    def tiles(self, tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
-        height, width = arguments["canvas_size"]
-        ids, count = arguments["position_ids"], tiles.shape[2] * tiles.shape[3]
-        text, ids = ids.shape[1] - height * width, ids.repeat_interleave(len(tiles) // len(ids), 0)
-        cut = ("encoder_hidden_states", "segment_ids", "indicator")
-        changed: Arguments = {name: arguments[name][:, : text + count] for name in cut}
-        changed["position_ids"] = torch.cat([ids[:, :text], layouts.positions(ids[:, text : text + 1], tiles)], 1)
-        return changed | {"hidden_states": pad(to_tokens(tiles), (0, 0, text, 0))}
-
-    def result(self, prediction: Tensor, sample: Any) -> Any:
-        tokens = to_tokens(prediction)
-        return pad(tokens, (0, 0, sample.shape[1] - tokens.shape[1], 0))
-
-
-class GlmImage(Family):
-    """An image; with reference images it is refused."""
-
-    def canvas(self, arguments: Arguments) -> Tensor:
-        caches = arguments.get("kv_caches")
-        if caches is not None and caches[0].mode in ("write", "read"):
-            raise ValueError(
-                "image: GLM-Image keeps keys of reference images from step to step, which tiles cannot share"
-            )
-        return super().canvas(arguments)
+        if not self.packed or sample is None:
+            return own
+        others = own.new_zeros(len(own), sample.shape[1] - own.shape[1], *own.shape[2:])
+        return torch.cat([others, own] if self.text_first else [own, others], 1)
 
 
 class Derived(Family):
@@ -197,23 +153,35 @@ class Derived(Family):
         return changed
 
 
+def line(max_shift: float) -> Shift:
+    """FLUX's: linear in the tokens; ``max_shift`` where the scheduler's configuration has none."""
+
+    def shift(tokens: int, steps: int, config: Any) -> float:
+        lengths = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        shifts = config.get("base_shift", 0.5), config.get("max_shift", max_shift)
+        return float(calculate_shift(tokens, *lengths, *shifts))
+
+    return shift
+
+
 def _cogview_shift(tokens: int, steps: int, config: Any) -> float:
     root = (tokens / config.get("base_image_seq_len", 256)) ** 0.5
     return float(root * config.get("max_shift", 0.75) + config.get("base_shift", 0.25))
 
 
+FLUX, SD3 = line(1.15), line(1.16)
 BRIA = IDS | {"patch": lambda network: 1, "clock": lambda timesteps: timesteps}  # tokens of one latent pixel
 BACKWARDS: dict[str, Any] = {"clock": lambda timesteps: 1 - timesteps / 1000}
 FRACTION: dict[str, Any] = {"clock": lambda timesteps: timesteps / 1000}
 
 FAMILIES: tuple[Family, ...] = (
     Family(diffusers.UNet2DConditionModel, sample="sample", output=UNet2DConditionOutput, shifts=True),
-    Family(diffusers.SD3Transformer2DModel, dynamic_shift=1.16),
-    Family(diffusers.FluxTransformer2DModel, dynamic_shift=1.15, shifts=True, **IDS),
+    Family(diffusers.SD3Transformer2DModel, dynamic_shift=SD3),
+    Family(diffusers.FluxTransformer2DModel, dynamic_shift=FLUX, shifts=True, **IDS),
     Family(diffusers.PixArtTransformer2DModel, also=layouts.pixart),
     Family(diffusers.SanaTransformer2DModel),
-    Family(diffusers.ZImageTransformer2DModel, dynamic_shift=1.15, **layouts.LIST),
-    Family(diffusers.QwenImageTransformer2DModel, dynamic_shift=1.15, **SHAPES),
+    Family(diffusers.ZImageTransformer2DModel, dynamic_shift=FLUX, **layouts.LIST),
+    Family(diffusers.QwenImageTransformer2DModel, dynamic_shift=FLUX, **SHAPES),
 )
 """Measured, predicted, and known to canvas mode."""
 
@@ -231,25 +199,25 @@ MORE: tuple[Family, ...] = (
         **layouts.FRAME,
     ),
     Family(diffusers.UNetControlNetXSModel, sample="sample", output=ControlNetXSOutput),
-    SideBySide(diffusers.DreamLiteUNetModel, dynamic_shift=1.16, output=UNet2DConditionOutput, **layouts.SIDES),
-    Patches(diffusers.JoyImageEditPlusTransformer3DModel, **layouts.PATCHES),
-    Row(diffusers.Ideogram4Transformer2DModel, **layouts.ROW),
+    Family(diffusers.DreamLiteUNetModel, dynamic_shift=SD3, output=UNet2DConditionOutput, **layouts.SIDES),
+    Family(diffusers.JoyImageEditPlusTransformer3DModel, **layouts.PATCHES),
+    Family(diffusers.Ideogram4Transformer2DModel, **layouts.ROW),
     Family(diffusers.OmniGenTransformer2DModel, also=layouts.omnigen),
-    GlmImage(diffusers.GlmImageTransformer2DModel, dynamic_shift=_cogview_shift, also=layouts.cogview),
+    Family(diffusers.GlmImageTransformer2DModel, dynamic_shift=_cogview_shift, **layouts.GLM),
     Family(
         diffusers.Flux2Transformer2DModel,
         dynamic_shift=lambda tokens, steps, config: compute_empirical_mu(tokens, steps),
         **IDS,
     ),
-    Family(diffusers.ChromaTransformer2DModel, dynamic_shift=1.15, **IDS),
-    Family(diffusers.LongCatImageTransformer2DModel, dynamic_shift=1.15, **IDS),
-    Family(diffusers.OvisImageTransformer2DModel, dynamic_shift=1.15, **IDS),
-    Family(diffusers.BriaTransformer2DModel, dynamic_shift=1.15, **BRIA),
-    Family(diffusers.BriaFiboTransformer2DModel, dynamic_shift=1.15, **BRIA),
-    Family(diffusers.BriaFibo2Transformer2DModel, dynamic_shift=1.15, **FRACTION),
-    Family(diffusers.NucleusMoEImageTransformer2DModel, dynamic_shift=1.15, **SHAPES),
-    Family(diffusers.QwenImage21Transformer2DModel, dynamic_shift=1.15, **layouts.QWEN21),
-    Family(diffusers.Krea2Transformer2DModel, dynamic_shift=1.15, **layouts.KREA),
+    Family(diffusers.ChromaTransformer2DModel, dynamic_shift=FLUX, **IDS),
+    Family(diffusers.LongCatImageTransformer2DModel, dynamic_shift=FLUX, **IDS),
+    Family(diffusers.OvisImageTransformer2DModel, dynamic_shift=FLUX, **IDS),
+    Family(diffusers.BriaTransformer2DModel, dynamic_shift=FLUX, **BRIA),
+    Family(diffusers.BriaFiboTransformer2DModel, dynamic_shift=FLUX, **BRIA),
+    Family(diffusers.BriaFibo2Transformer2DModel, dynamic_shift=FLUX, **FRACTION),
+    Family(diffusers.NucleusMoEImageTransformer2DModel, dynamic_shift=FLUX, **SHAPES),
+    Family(diffusers.QwenImage21Transformer2DModel, dynamic_shift=FLUX, **layouts.QWEN21),
+    Family(diffusers.Krea2Transformer2DModel, dynamic_shift=FLUX, **layouts.KREA),
     Family(
         diffusers.AuraFlowTransformer2DModel,
         native=lambda pipe, network: getattr(network, "native_size", 1024 // factor_of(pipe)),

@@ -5,14 +5,13 @@ positions, tokens with shapes. A tile is an image of its own size, whose positio
 Reference images are tokens behind the canvas' own: each tile gets them whole, behind its own tokens.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed, get_2d_rotary_pos_embed_lumina
 from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tiledcore.geometry import Pair
@@ -190,6 +189,16 @@ def cogview(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
     return changed | ({"original_size": size} if "original_size" in arguments else {})
 
 
+def _glm_size(arguments: Arguments) -> Pair:
+    if (caches := arguments.get("kv_caches")) is not None and caches[0].mode in ("write", "read"):
+        raise ValueError("image: GLM-Image keeps keys of reference images from step to step, which tiles cannot share")
+    return (0, 0)  # an image tells its size
+
+
+GLM: dict[str, Any] = {"size": _glm_size, "also": cogview}
+"""An image; with reference images it is refused."""
+
+
 def hunyuan(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
     height, width = tiles.shape[2:]
     cosine = arguments["image_rotary_emb"][0]
@@ -307,4 +316,21 @@ def _row_size(arguments: Arguments) -> Pair:
     return raster(arguments["position_ids"][0, text:])
 
 
-ROW = IDS | {"clock": lambda timesteps: 1 - timesteps / 1000, "size": _row_size, "read": _last_image}
+def _row(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
+    height, width = arguments["canvas_size"]
+    ids, count = arguments["position_ids"], tiles.shape[2] * tiles.shape[3]
+    text, ids = ids.shape[1] - height * width, ids.repeat_interleave(len(tiles) // len(ids), 0)
+    cut = ("encoder_hidden_states", "segment_ids", "indicator")
+    changed: Arguments = {name: arguments[name][:, : text + count] for name in cut}
+    changed["position_ids"] = torch.cat([ids[:, :text], positions(ids[:, text : text + 1], tiles)], 1)
+    return changed | {"hidden_states": pad(to_tokens(tiles), (0, 0, text, 0))}
+
+
+ROW = IDS | {
+    "clock": lambda timesteps: 1 - timesteps / 1000,
+    "size": _row_size,
+    "read": _last_image,
+    "also": _row,
+    "text_first": True,
+}
+"""One row of tokens, text, then the canvas, with ``position_ids [B, L, 3]``."""
