@@ -1,10 +1,8 @@
 """The only file that uses private names of diffusers, accelerate and torch.compile, tested for pyproject's range."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from inspect import signature
 from typing import Any
@@ -22,34 +20,32 @@ from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor as ZSingleStreamAttnProcessor
 from torch import Tensor
 
+from tiledcore.utils import replaced
+
 TEXT_MULTIPLE: int = SEQ_MULTI_OF  # Z-Image pads its text to a multiple of so many tokens
 
-SELF = (
+SELF = (  # of attention among image tokens
     processors.AttnProcessor,
     processors.AttnProcessor2_0,
     processors.FusedAttnProcessor2_0,
     processors.SlicedAttnProcessor,
     processors.XFormersAttnProcessor,
 )
-"""Processors of attention among image tokens."""
-CROSS = (*SELF, SanaAttnProcessor2_0)
-"""Processors of attention of image tokens to text alone."""
+CROSS = (*SELF, SanaAttnProcessor2_0)  # of attention of image tokens to text alone
 JOINT = (processors.JointAttnProcessor2_0, processors.FusedJointAttnProcessor2_0, processors.XFormersJointAttnProcessor)
-"""Processors of joint attention of image and text."""
-ADDED = (
+"""Of joint attention of image and text."""
+ADDED = (  # text and image in one projection: such layers count as cross-attention, but see the whole image too
     processors.AttnAddedKVProcessor,
     processors.AttnAddedKVProcessor2_0,
     processors.SlicedAttnAddedKVProcessor,
     processors.XFormersAttnAddedKVProcessor,
 )
-"""Text and image in one projection: these layers count as cross-attention, but attend to the whole image too."""
 
-FUSABLE = tuple(
+FUSABLE = tuple(  # pipelines whose loop is: [repeat, scale], predict, [guide], step; others change the canvas between
     f"{name}{kind}Pipeline"
     for name in ("StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux")
     for kind in ("", "Img2Img")
 )
-"""Classes of pipelines whose loop is: [repeat, scale], predict, [guide], step. Others change the canvas in between."""
 
 
 def uncompiled(network: Any) -> Any:
@@ -77,10 +73,8 @@ def is_offloaded(module: Any) -> bool:
 def acts_within(network: Any) -> str | None:
     """What acts between a network's layers and cannot be part of a CUDA graph, or None."""
     for module in network.modules():
-        if hasattr(module, "_hf_hook") or getattr(getattr(module, "_diffusers_hook", None), "hooks", None):
-            return "offload, casts or a cache act between the network's layers"
-        if module._forward_hooks or module._forward_pre_hooks:
-            return "a hook of the network's layers runs on the host"
+        if has_hooks(module):
+            return "a hook of the network's layers runs on the host: offload, casts, a cache or another"
         compiled = module if hasattr(module, "_orig_mod") else module._compiled_call_impl
         if compiled is not None and (compiled.get_compiler_config() or {}).get("triton.cudagraphs"):
             return "the network is compiled with CUDA graphs of its own (reduce-overhead)"
@@ -91,11 +85,7 @@ PER_CONTEXT = ("first_block_cache", "mag_cache", "taylorseer_cache")  # whose st
 
 
 def stateful(network: Any) -> list[Any]:
-    """What keeps values between a network's layers from call to call.
-
-    Raises:
-        ValueError: it cannot be kept for each tile: the state is no one's, or is what attention saw of the canvas.
-    """
+    """What keeps values between a network's layers from call to call; a ValueError if tiles cannot each have one."""
     found = []
     for name, module in uncompiled(network).named_modules():
         processor = type(getattr(module, "processor", None))
@@ -116,15 +106,12 @@ def stateful(network: Any) -> list[Any]:
 @contextmanager
 def context_of(hooks: list[Any], part: str) -> Iterator[None]:
     """A context of its own for one tile batch in what :func:`stateful` found; the pipeline's own is put back."""
-    managers = {id(one): one for hook in hooks for one in vars(hook).values() if isinstance(one, StateManager)}
-    before = [(one, one._context) for one in managers.values()]
-    for one, context in before:
-        one.set_context(CacheContext(part) if context is None else replace(context, name=f"{context.name} {part}"))
-    try:
+    with ExitStack() as stack:
+        for one in {one for hook in hooks for one in vars(hook).values() if isinstance(one, StateManager)}:
+            now = one._context
+            own = CacheContext(part) if now is None else replace(now, name=f"{now.name} {part}")
+            stack.enter_context(replaced(one, _context=own))
         yield
-    finally:
-        for one, context in before:
-            one.set_context(context)
 
 
 def pack(pipe: Any, noise: Tensor) -> Tensor:
@@ -142,11 +129,6 @@ def share_settings(pipe: Any, other: Any) -> None:
 def float32_parts(module: Any) -> tuple[str, ...]:
     """Names of layers that transformers loads in float32 whatever dtype is asked for."""
     return tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
-
-
-def is_flux(pipe: Any) -> bool:
-    """Whether a pipeline is one of FLUX."""
-    return type(pipe).__name__.startswith("Flux")
 
 
 def is_hinted(pipe: Any) -> bool:
@@ -169,15 +151,10 @@ def stepless(scheduler: Any) -> Any:
     return probe
 
 
-def scales_predictions(scheduler: Any) -> bool:
-    """Whether a scheduler scales predictions itself (EDM, Karras et al. 2022)."""
-    return hasattr(scheduler, "precondition_outputs")
-
-
 def has_hooks(module: Any) -> bool:
     """Whether anything runs before or after the module's forward, or replaced it."""
-    replaced = hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
-    return replaced or bool(module._forward_hooks or module._forward_pre_hooks)
+    others = getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
+    return hasattr(module, "_hf_hook") or bool(others or module._forward_hooks or module._forward_pre_hooks)
 
 
 def offload_state(pipe: Any) -> dict[str, Any]:

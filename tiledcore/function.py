@@ -1,7 +1,5 @@
 """tile and sample: the engine for any function of a tile, without diffusers' pipelines."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from inspect import signature

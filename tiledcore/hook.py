@@ -11,8 +11,9 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from tiledcore._diffusers import context_of, is_hinted, named, scales_predictions, stateful, uncompiled
+from tiledcore._diffusers import context_of, is_hinted, named, stateful, uncompiled
 from tiledcore.canvas import attention
 from tiledcore.config import Execution, Motion, TilingConfig
 from tiledcore.geometry import Pair, both
@@ -49,9 +50,8 @@ def with_fade(pipe: Any, config: TilingConfig, fades: bool) -> TilingConfig:
     Raises:
         ValueError: the user asked for a fade that cannot be done.
     """
-    can = fades and not scales_predictions(pipe.scheduler)
     motion = config.moving
-    if motion is None or can:
+    if motion is None or (fades and not hasattr(pipe.scheduler, "precondition_outputs")):  # EDM's have these
         return config
     if motion.fade:
         why = "only a TiledPipeline fades" if not fades else f"{type(pipe.scheduler).__name__} cannot fade"
@@ -95,11 +95,8 @@ class NetworkHook:
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         family, denoiser, engine = self.family, self.denoiser, self.engine
         arguments = named(self.network, args, kwargs)
-        return_dict, sample, timestep = (
-            arguments.pop("return_dict", True),
-            arguments[family.sample],
-            arguments[family.timestep],
-        )
+        return_dict = arguments.pop("return_dict", True)
+        sample, timestep = arguments[family.sample], arguments[family.timestep]
         if engine is not None and not engine.runs(timestep):
             engine = None
         canvas: Any = None if engine else family.canvas(arguments)
@@ -123,21 +120,20 @@ class NetworkHook:
 
         conditions = {name: v for name, v in arguments.items() if name not in (family.sample, family.timestep)}
         conditions["regions"] = self.regions
-        if engine is None:
-            size, pixels = (canvas.shape[2], canvas.shape[3]), denoiser.pixels
-            conditions |= self._for_family(size, sample)
-            check_size(self.pipe, self.given, (size[0] * pixels, size[1] * pixels))
-        if self.control is not None:
-            conditions = self.control.take(conditions)
         if engine is not None:
             engine.look(arguments, denoiser)
             prediction = engine.run_step(denoiser, forward, timestep, conditions)
         else:
+            size, pixels = (canvas.shape[2], canvas.shape[3]), denoiser.pixels
+            conditions |= self._for_family(size, sample)
+            check_size(self.pipe, self.given, (size[0] * pixels, size[1] * pixels))
+            if self.control is not None:
+                conditions = self.control.take(conditions)
             if self.engine is not None:
                 self.engine.denoiser, self.engine.canvas_size = denoiser, size
             predicted = denoiser(forward, canvas, timestep, time=self.time(timestep), **conditions)
             prediction = family.result(predicted, sample)
-        return family.output(sample=prediction) if return_dict else (prediction,)
+        return Transformer2DModelOutput(sample=prediction) if return_dict else (prediction,)
 
     def _for_family(self, size: Pair, sample: Any) -> dict[str, Any]:
         """What the family is told beside the network's arguments: the canvas' size, tokens of reference images."""
@@ -262,10 +258,7 @@ def _tokens_seen(config: TilingConfig, native: Pair, patch: int) -> int:
 
 
 def _limited_shift(scheduler: Any, tokens: int, shift: Shift) -> Any:
-    """A context that limits a flow-matching scheduler's shift ``mu`` to that of ``tokens`` tokens.
-
-    Pipelines compute it from the whole canvas.
-    """
+    """A context that limits a scheduler's shift ``mu``, which pipelines compute from the canvas, to that of a tile."""
     original = scheduler.set_timesteps
 
     @wraps(original)  # pipelines look at its signature

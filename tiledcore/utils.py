@@ -1,7 +1,5 @@
 """Small helpers: attributes of one object and functions around its calls, names in profiles, copies to a device."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar

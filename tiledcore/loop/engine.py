@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tiledcore import ops
-from tiledcore._diffusers import FUSABLE, acts_within, is_flux, places_of
+from tiledcore._diffusers import FUSABLE, acts_within, places_of
 from tiledcore.feature import Features
 from tiledcore.geometry import Pair
 from tiledcore.loop.checkpoint import CALLBACKS, Checkpoint, Run
@@ -61,7 +61,7 @@ def why_not(pipe: Any, call: dict[str, Any]) -> str | None:
             return f"{argument} changes the pipeline's loop"
     if (call.get("guidance_rescale") or 0.0) > 0 and (call.get("guidance_scale") or 0.0) > 1:  # else not guided
         return "guidance_rescale needs the spread of the whole prediction"
-    if is_flux(pipe) and (call.get("true_cfg_scale") or 1.0) > 1 and call.get("negative_prompt") is not None:
+    if name.startswith("Flux") and (call.get("true_cfg_scale") or 1.0) > 1 and call.get("negative_prompt") is not None:
         return "true_cfg_scale: FLUX evaluates the two branches in two calls"
     return None
 
@@ -76,7 +76,7 @@ def solver_of(pipe: Any, timestep: float, eta: float) -> LinearSolver:
     solver = linear_solver(scheduler, begin=places[0], **({"eta": eta} if eta_too else {}))
     if solver.slots > MAX_SLOTS:
         raise NotLinearError(f"needs {solver.slots} canvases of history, more than {MAX_SLOTS}")
-    if any(solver.uses_noise) and is_flux(pipe):
+    if any(solver.uses_noise) and type(pipe).__name__.startswith("Flux"):
         raise NotLinearError("draws noise in the shape of packed latents")
     return solver
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiledcore._diffusers import scales_predictions, stepless
+from tiledcore._diffusers import stepless
 
 
 def noise_level(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
@@ -30,7 +30,7 @@ def clean_and_noisy(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
     Raises:
         ValueError: the timestep has no noise, or the scheduler's kind of prediction is not known.
     """
-    if scales_predictions(scheduler):
+    if hasattr(scheduler, "precondition_outputs"):  # EDM, Karras et al. 2022
         raise ValueError(f"{type(scheduler).__name__} scales its predictions in a way of its own")
     alpha, sigma = noise_level(scheduler, timestep)
     if sigma <= 0:

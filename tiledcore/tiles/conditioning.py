@@ -18,12 +18,11 @@ from tiledcore.utils import to_device
 
 WHOLE = (
     *("img_ids", "txt_ids", "position_ids", "image_rotary_emb", "visual_rope_pos", "text_rope_pos"),
-    *("padding_mask", "input_img_latents", "scale"),
+    *("input_img_latents", "scale"),
 )
 """As they are, or replaced by the family."""
 LISTS = ("x", "cap_feats", "siglip_feats", "image_noise_mask", "reference_images", "img_shapes", "shape_list")
 """Lists with an entry per image."""
-LAYERS = "encoder_hidden_states_llama3"  # ``[layers, B, L, D]``
 RESIDUALS = (
     "down_block_additional_residuals",
     "mid_block_additional_residual",
@@ -94,9 +93,7 @@ class TileBatch(NamedTuple):
         if image.ndim == 2:
             return self.crop(image[..., None].float())[..., 0].to(image.dtype)
         sizes = list(zip(image.shape[2:], self.canvas, strict=True))
-        if image.shape[2] < self.canvas[0]:
-            _level(image, self.canvas)
-        elif any(n % whole for n, whole in sizes):
+        if any(n % whole and whole % n for n, whole in sizes):
             raise ValueError(f"an image of {tuple(image.shape[2:])} is no multiple of the canvas of {self.canvas}")
         places = [at.long() * n // whole for at, (n, whole) in zip(self.offsets.T, sizes, strict=True)]
         height, width = (side * n // whole for side, (n, whole) in zip(self.tile, sizes, strict=True))
@@ -116,15 +113,24 @@ class TileBatch(NamedTuple):
         size = [max(1, n // whole) * whole for n, whole in zip(mask.shape[2:], self.canvas, strict=True)]
         return self.crop(F.interpolate(to_device(mask, self.offsets.device), size, mode="nearest-exact"))
 
+    def size(self, like: Tensor) -> Tensor:
+        """``[N, 2]``: (height, width) of each tile, in image pixels."""
+        return torch.stack([like.new_full(self.shape[:1], n * self.pixels) for n in self.tile], 1)
+
+    def meta(self, given: Tensor) -> Tensor:
+        """HunyuanDiT's original, target and crop size."""
+        return torch.cat([self.repeat(given[:, :2]), self.size(given), self.repeat(given[:, 4:])], 1)
+
     def time_ids(self, given: Tensor) -> Tensor:
         """SDXL's size and crop conditions (Podell et al. 2023, 2.2), in image pixels: a tile is a crop of the canvas.
 
-        Columns: original (height, width), crop (top, left), target (height, width) or, in the refiner, a score. Others
-        have two.
+        Columns: original (height, width), crop (top, left), target (height, width) or, in the refiner, a score.
+        DreamLite's are (width, height).
         """
+        if given.shape[1] == 2:
+            return self.size(given).flip(1)
         ids = self.repeat(given).clone()
-        if ids.shape[1] > 2:
-            ids[:, 2:4] += (self.offsets * self.pixels).to(ids.dtype).repeat(self.shape[0] // len(self.offsets), 1)
+        ids[:, 2:4] += (self.offsets * self.pixels).to(ids.dtype).repeat(self.shape[0] // len(self.offsets), 1)
         if ids.shape[1] == 6:
             ids[:, 4] *= self.tile[0] / self.canvas[0]
             ids[:, 5] *= self.tile[1] / self.canvas[1]
@@ -145,10 +151,14 @@ class TileBatch(NamedTuple):
 Cuts = Mapping[str, Callable[[TileBatch, Tensor], Tensor]]
 CUT: Cuts = {
     **dict.fromkeys((*RESIDUALS, ADAPTER, "controlnet_cond", "control_context", "hint"), TileBatch.crop),
-    **dict.fromkeys(("prior_token_id", "prior_token_drop"), TileBatch.crop),
+    **dict.fromkeys(("padding_mask", "prior_token_id", "prior_token_drop"), TileBatch.crop),
     "ip_adapter_masks": TileBatch.mask,
-    "time_ids": TileBatch.time_ids,
     "args": TileBatch.fit,
+    "time_ids": TileBatch.time_ids,
+    "image_meta_size": TileBatch.meta,
+    **dict.fromkeys(("target_size", "original_size", "resolution"), TileBatch.size),  # CogView, GLM, PixArt
+    "crop_coords": lambda part, given: torch.zeros_like(part.size(given)),
+    "aspect_ratio": lambda part, given: given.new_full((part.shape[0], 1), part.tile[0] / part.tile[1]),
 }
 """How tensors of these names are cut; several may be in a list. All others are repeated."""
 More = Callable[[TileBatch, Arguments], Arguments]
@@ -168,7 +178,7 @@ def conditions(arguments: Arguments, part: TileBatch, cut: Cuts = CUT) -> Argume
             out[name] = conditions(value, part, cut)
         elif name in LISTS:
             out[name] = [one for one in value[part.images] for _ in range(len(part.offsets))]
-        elif name == LAYERS:
+        elif name == "encoder_hidden_states_llama3":  # ``[layers, B, L, D]``
             out[name] = torch.stack([part.repeat(layer) for layer in value])
         else:
             out[name] = tree_map_only(Tensor, partial(cut.get(name, TileBatch.repeat), part), value)
@@ -187,10 +197,9 @@ def images_of(arguments: Arguments, images: slice, batch: int) -> Arguments:
 class ControlHook:
     """Around the calls of a pipeline's ControlNet, or several in one module: it runs on each tile batch.
 
-    A call only keeps its arguments. The network's call that follows asks for the residuals of its tile batches: so the
-    memory that a ControlNet takes is that of a tile batch, and it sees positions that it was trained on. A second
-    guidance branch in a call of its own evaluates it again. In canvas mode, on one tile, and in guess mode, whose
-    residuals the pipeline changes, it runs on the canvas as in diffusers.
+    A call only keeps its arguments. The network's call that follows asks for the residuals of its tile batches, so that
+    memory and positions are those of a tile. In canvas mode, on one tile, and in guess mode, whose residuals the
+    pipeline changes, it runs on the canvas as in diffusers.
     """
 
     def __init__(self, hook: Any, network: Any) -> None:
@@ -240,24 +249,16 @@ def swap_major(rows: Tensor, outer: int, inner: int) -> Tensor:
 def check_residuals(kwargs: Arguments, tiling: Tiling) -> None:
     """ValueError unless tiles begin and end between a residual's pixels at every level; names the nearest canvas."""
     canvas = (tiling.height, tiling.width)
+    where = f"ControlNet or adapter on a canvas of {canvas[0]}x{canvas[1]} latent pixels"
     images = tree_leaves([kwargs.get(name) for name in (*RESIDUALS[:2], ADAPTER)])
-    for level in sorted((_level(one, canvas) for one in images if isinstance(one, Tensor)), reverse=True):
-        for factor, parts in zip(level, (tiling.rows, tiling.cols), strict=True):
-            if any(n % factor for part in parts for n in part):
+    for size in sorted({one.shape[2:] for one in images if isinstance(one, Tensor)}):  # the coarsest first
+        if any(whole % n for whole, n in zip(canvas, size, strict=True)):
+            factor = max(2 ** round(math.log2(whole / n)) for whole, n in zip(canvas, size, strict=True))
+            nearest = "x".join(str(max(1, round(n / factor)) * factor) for n in canvas)
+            raise ValueError(f"{where}: both sides must be multiples of {factor}; the nearest such canvas is {nearest}")
+        for whole, n, parts in zip(canvas, size, (tiling.rows, tiling.cols), strict=True):
+            if any(at % (whole // n) for part in parts for at in part):
                 raise ValueError(
-                    f"ControlNet or adapter on a canvas of {canvas[0]}x{canvas[1]} latent pixels: tiles must begin and "
-                    f"end at multiples of {factor}; choose tile and overlap so, and motion='still'"
+                    f"{where}: tiles must begin and end at multiples of {whole // n}; choose tile and overlap so, and "
+                    "motion='still'"
                 )
-
-
-def _level(residual: Tensor, canvas: Pair) -> Pair:
-    """Canvas pixels per pixel of a residual, along both axes."""
-    height, width = canvas[0] // residual.shape[2], canvas[1] // residual.shape[3]
-    if (residual.shape[2] * height, residual.shape[3] * width) != canvas:
-        factor = max(2 ** round(math.log2(n / m)) for n, m in zip(canvas, residual.shape[2:], strict=True))
-        nearest = "x".join(str(max(1, round(n / factor)) * factor) for n in canvas)
-        raise ValueError(
-            f"ControlNet or adapter on a canvas of {canvas[0]}x{canvas[1]} latent pixels: both sides must be multiples "
-            f"of {factor}; the nearest such canvas is {nearest}"
-        )
-    return height, width

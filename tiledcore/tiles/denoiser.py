@@ -30,9 +30,6 @@ class Prediction(NamedTuple):
     ramp: int
 
 
-Deal = Callable[[Sequence[Any], Callable[[Any], Tensor], Tensor], Iterable[Tensor]]
-
-
 def run_all(batches: Sequence[Any], run: Callable[[Any], Tensor], sample: Tensor) -> Iterable[Tensor]:
     """The predictions of all tile batches of a canvas ``sample``, in order.
 
@@ -56,7 +53,7 @@ class TileDenoiser:
 
     attention: Any = None  # Of canvas mode: its guidance_batch is what can be lowered
     branches: int = 1  # Of guidance, where the network's rows are known to be independent
-    deal: Deal = run_all
+    deal: Callable[[Sequence[Any], Callable[[Any], Tensor], Tensor], Iterable[Tensor]] = run_all
     timesteps: Callable[[], Sequence[float]] | None = None
     """Those of the running schedule, as the network gets them; what shifts and blended steps count."""
 
@@ -212,11 +209,7 @@ class TileDenoiser:
         return max(1, min(tiling.overlap)) if self.config.ramp is None else -(-self.config.ramp // self.unit)
 
     def attempt(self, forward: Forward, sample: Tensor, timestep: Time, **kwargs: Any) -> Prediction:
-        """:meth:`evaluate`; out of memory, again with half the tile batch, or one guidance branch at a time.
-
-        Raises:
-            torch.OutOfMemoryError: there is nothing left to lower.
-        """
+        """:meth:`evaluate`; out of memory, again with half the tile batch, or one guidance branch at a time."""
         while True:
             try:
                 return self.evaluate(forward, sample, timestep, **kwargs)

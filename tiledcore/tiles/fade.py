@@ -9,8 +9,6 @@ where ``w`` falls from 1 beside a line to 0 at the fade's width. Nothing more is
 of the steps: before, the clean image changes more from step to step than across a line.
 """
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

@@ -13,9 +13,6 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.models.controlnets.controlnet_xs import ControlNetXSOutput
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor
@@ -45,10 +42,7 @@ def factor_of(pipe: Any) -> int:
 
 
 def native_size(pipe: Any, network: Any) -> int | Pair:
-    """Side of the images that a network was trained on, in latent pixels.
-
-    From who opened the network (``network.native_size``), its configuration, its pipeline, or 1024 image pixels.
-    """
+    """Side of the images that a network was trained on, in latent pixels; 1024 image pixels where nothing says it."""
     default = getattr(pipe, "default_sample_size", 1024 // factor_of(pipe))
     size = getattr(network, "native_size", network.config.get("sample_size", default))
     if size is None:
@@ -78,17 +72,14 @@ class Family:
     dynamic_shift: Shift | None = None  # Where the pipeline gives the scheduler a shift that grows with the tokens
     sample: str = "hidden_states"  # Name of the argument that holds the canvas
     timestep: str = "timestep"
-    clock: Callable[[Tensor], Tensor] = lambda timesteps: timesteps
-    """The scheduler's timesteps -> what the pipeline passes as :attr:`timestep`."""
-    size: Callable[[Arguments], Pair] = lambda arguments: (0, 0)
-    """(H, W) of the canvas in these arguments, where :attr:`read` needs it."""
+    clock: Callable[[Tensor], Tensor] = lambda timesteps: timesteps  # The scheduler's -> what the pipeline passes
+    size: Callable[[Arguments], Pair] = lambda arguments: (0, 0)  # (H, W) of the canvas, where :attr:`read` needs it
     read: Callable[[Any, Pair], Tensor] = lambda value, size: value
     """``(the argument that holds the canvas or what forward predicted, (H, W))`` -> the image ``[B, C, H, W]``."""
     write: Callable[[Tensor], Any] = lambda image: image
     """An image ``[B, C, H, W]`` in the form in which forward takes and gives it."""
     also: Callable[[Tensor, Arguments, int], Arguments] = lambda tiles, arguments, pixels: {}
     """As :meth:`tiles`: arguments other than the canvas that differ."""
-    output: type = Transformer2DModelOutput
     shifts: bool = False
     """Whether moving tiles are the default: ``bench/modes.py`` finds them nearly as good as overlap."""
 
@@ -175,10 +166,10 @@ BACKWARDS: dict[str, Any] = {"clock": lambda timesteps: 1 - timesteps / 1000}
 FRACTION: dict[str, Any] = {"clock": lambda timesteps: timesteps / 1000}
 
 FAMILIES: tuple[Family, ...] = (
-    Family(diffusers.UNet2DConditionModel, sample="sample", output=UNet2DConditionOutput, shifts=True),
+    Family(diffusers.UNet2DConditionModel, sample="sample", shifts=True),
     Family(diffusers.SD3Transformer2DModel, dynamic_shift=SD3),
     Family(diffusers.FluxTransformer2DModel, dynamic_shift=FLUX, shifts=True, **IDS),
-    Family(diffusers.PixArtTransformer2DModel, also=layouts.pixart),
+    Family(diffusers.PixArtTransformer2DModel),
     Family(diffusers.SanaTransformer2DModel),
     Family(diffusers.ZImageTransformer2DModel, dynamic_shift=FLUX, **layouts.LIST),
     Family(diffusers.QwenImageTransformer2DModel, dynamic_shift=FLUX, **SHAPES),
@@ -195,11 +186,10 @@ MORE: tuple[Family, ...] = (
     Family(
         diffusers.CosmosTransformer3DModel,
         clock=lambda timesteps: timesteps / (timesteps + 1000),
-        also=layouts.cosmos,
         **layouts.FRAME,
     ),
-    Family(diffusers.UNetControlNetXSModel, sample="sample", output=ControlNetXSOutput),
-    Family(diffusers.DreamLiteUNetModel, dynamic_shift=SD3, output=UNet2DConditionOutput, **layouts.SIDES),
+    Family(diffusers.UNetControlNetXSModel, sample="sample"),
+    Family(diffusers.DreamLiteUNetModel, dynamic_shift=SD3, **layouts.SIDES),
     Family(diffusers.JoyImageEditPlusTransformer3DModel, **layouts.PATCHES),
     Family(diffusers.Ideogram4Transformer2DModel, **layouts.ROW),
     Family(diffusers.OmniGenTransformer2DModel, also=layouts.omnigen),
@@ -223,8 +213,8 @@ MORE: tuple[Family, ...] = (
         native=lambda pipe, network: getattr(network, "native_size", 1024 // factor_of(pipe)),
         **FRACTION,
     ),
-    Family(diffusers.CogView3PlusTransformer2DModel, also=layouts.cogview),
-    Family(diffusers.CogView4Transformer2DModel, dynamic_shift=_cogview_shift, also=layouts.cogview),
+    Family(diffusers.CogView3PlusTransformer2DModel),
+    Family(diffusers.CogView4Transformer2DModel, dynamic_shift=_cogview_shift),
     Family(diffusers.HiDreamImageTransformer2DModel, timestep="timesteps"),
     Family(diffusers.HunyuanDiT2DModel, also=layouts.hunyuan),
     Family(diffusers.Lumina2Transformer2DModel, **BACKWARDS),
@@ -263,8 +253,6 @@ def network_of(pipe: Any) -> tuple[Any, Family]:
     return network, derived(next(one for one in type(inner).__mro__ if "forward" in vars(one)))  # not our subclass
 
 
-# ----------------------------------------------------------------------------- pipelines that choose another size
-
 ROUNDED = 64  # px: pipelines may round a size by less than this
 KEPT_BY = ("use_resolution_binning=False", "_auto_resize=False", "max_area={area}")
 """What keeps the size that was asked for, where a call has such an argument."""
@@ -277,28 +265,21 @@ SET_BY = {
 
 
 def check_size(pipe: Any, given: dict[str, Any], made: Pair) -> None:
-    """Compare ``height`` and ``width`` that the caller gave, by name in ``given``, with the canvas ``made``, both px.
-
-    Raises:
-        ValueError: they differ by more than a rounding, and the caller did not ask for that.
-    """
+    """ValueError where the ``height`` and ``width`` that the caller gave are not those of the canvas ``made``, px."""
     height, width = given.get("height"), given.get("width")
     if height is None or width is None or given.get("use_resolution_binning"):
         return
     if abs(height - made[0]) < ROUNDED and abs(width - made[1]) < ROUNDED:
         return
-    name, takes = type(pipe).__name__, signature(type(pipe).__call__).parameters
-    ways = [way for way in KEPT_BY if way.partition("=")[0] in takes]
-    ways += [SET_BY[name]] if name in SET_BY else []
-    area = height * width
-    way = ", ".join(ways).format(area=area, side=round(area**0.5 / factor_of(pipe)), height=height, width=width)
+    name, takes, area = type(pipe).__name__, signature(type(pipe).__call__).parameters, height * width
+    ways = [*(way for way in KEPT_BY if way.partition("=")[0] in takes), SET_BY.get(name)]
+    sizes = {"area": area, "side": round(area**0.5 / factor_of(pipe)), "height": height, "width": width}
+    way = ", ".join(filter(None, ways)).format(**sizes)
     raise ValueError(
         f"height={height}, width={width}: {name} denoises an image of {made[1]}x{made[0]} px (width x height) instead; "
         + (f"give {way}" if way else "leave height and width out")
     )
 
-
-# ----------------------------------------------------------------------------- a class that nobody has described
 
 OWN = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections", "timestep", "guidance")
 """Arguments that mean the same in all networks: their sizes are not the canvas'."""
@@ -306,11 +287,7 @@ OWN = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections", 
 
 @cache
 def derived(model: Any) -> Family:
-    """The family of a class by the arguments of its forward; warns once.
-
-    Raises:
-        TypeError: forward has no canvas or no timestep.
-    """
+    """The family of a class by the arguments of its forward, a TypeError if it has no canvas; warns once."""
     names = list(signature(model.forward).parameters)
     sample = next((name for name in ("hidden_states", "sample") if name in names), None)
     timestep = next((name for name in ("timestep", "timesteps", "t") if name in names), None)

@@ -34,8 +34,6 @@ def _last_image(tokens: Tensor, size: Pair) -> Tensor:
     return to_image(tokens[:, -size[0] * size[1] :], size)
 
 
-# ----------------------------------------------------------------------------- tokens with ids: FLUX
-
 _read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # ids -> tokens of the canvas, its width, ids out of place
 
 
@@ -119,8 +117,6 @@ def _krea(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
 KREA: dict[str, Any] = {**IDS, "size": lambda arguments: _ids_size(_behind_text(arguments)), "also": _krea}
 """As :data:`IDS`, with ``position_ids`` of the text before those of the canvas."""
 
-# ----------------------------------------------------------------------------- tokens with shapes: Qwen-Image
-
 
 def _shapes_of(arguments: Arguments) -> list[tuple[int, int, int]]:
     """(frames, height, width) of the canvas and of the reference images, in tokens."""
@@ -164,30 +160,6 @@ def _qwen21(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
 QWEN21 = SHAPES | {"patch": lambda network: 1, "size": _qwen21_size, "read": _last_image, "also": _qwen21}
 """As :data:`SHAPES`, with tokens of one latent pixel."""
 
-# ----------------------------------------------------------------------------- images: what depends on their size
-
-
-def _size_px(tiles: Tensor, pixels: int, like: Tensor) -> Tensor:
-    """``[N, 2]``: (height, width) of each tile, in image pixels."""
-    return torch.stack([like.new_full((len(tiles),), n * pixels) for n in tiles.shape[2:]], 1)
-
-
-def pixart(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
-    """PixArt-α's micro-conditions."""
-    given = arguments.get("added_cond_kwargs") or {}
-    if given.get("resolution") is None:
-        return {}
-    size = _size_px(tiles, pixels, given["resolution"])
-    ratio = size.new_full((len(tiles), 1), tiles.shape[2] / tiles.shape[3])
-    return {"added_cond_kwargs": {**given, "resolution": size, "aspect_ratio": ratio}}
-
-
-def cogview(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
-    """Size and crop, of CogView and GLM-Image."""
-    size = _size_px(tiles, pixels, arguments["target_size"])
-    changed = {"target_size": size, "crop_coords": torch.zeros_like(size)}
-    return changed | ({"original_size": size} if "original_size" in arguments else {})
-
 
 def _glm_size(arguments: Arguments) -> Pair:
     if (caches := arguments.get("kv_caches")) is not None and caches[0].mode in ("write", "read"):
@@ -195,7 +167,7 @@ def _glm_size(arguments: Arguments) -> Pair:
     return (0, 0)  # an image tells its size
 
 
-GLM: dict[str, Any] = {"size": _glm_size, "also": cogview}
+GLM: dict[str, Any] = {"size": _glm_size}
 """An image; with reference images it is refused."""
 
 
@@ -205,9 +177,7 @@ def hunyuan(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
     grid, base = (height // 2, width // 2), 512 // 8 // 2  # tokens of 2x2; the size that positions are scaled to
     region = get_resize_crop_region_for_grid(grid, base)
     rotary = get_2d_rotary_pos_embed(cosine.shape[1], region, grid, device=cosine.device, output_type="pt")
-    size = arguments["image_meta_size"].clone()  # original, target, crop
-    size[:, 2:4] = _size_px(tiles, pixels, size)
-    return {"image_rotary_emb": rotary, "image_meta_size": size}
+    return {"image_rotary_emb": rotary}
 
 
 def lumina(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
@@ -232,15 +202,8 @@ def omnigen(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
     return changed | {"input_image_sizes": places, "input_img_latents": latents}
 
 
-# ----------------------------------------------------------------------------- frames, lists and pairs of images
-
 FRAME: dict[str, Any] = {"read": lambda value, size: value.squeeze(2), "write": lambda image: image.unsqueeze(2)}
 """A video of one frame, ``[B, C, 1, H, W]``."""
-
-
-def cosmos(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
-    height, width = (pixels * n for n in tiles.shape[2:])  # nothing of the canvas is padding
-    return {"padding_mask": arguments["padding_mask"][..., :height, :width]}
 
 
 def _kandinsky(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
@@ -281,21 +244,13 @@ LIST: dict[str, Any] = {
 """A list of images ``[C, 1, H, W]``, or in Omni of lists: reference images, then this one."""
 
 
-def _pair(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
-    given = arguments["added_cond_kwargs"]
-    return {"added_cond_kwargs": {**given, "time_ids": _size_px(tiles, pixels, given["time_ids"]).flip(1)}}
-
-
 SIDES: dict[str, Any] = {
     "sample": "sample",
     "patch": lambda network: 2,  # in which the pipeline counts tokens for the schedule
     "read": lambda value, size: torch.cat(value.chunk(2, 3), 1),
     "write": lambda image: torch.cat(image.chunk(2, 1), 3),
-    "also": _pair,
 }
 """Two images side by side."""
-
-# ----------------------------------------------------------------------------- tokens with something before or behind
 
 
 PATCHES = IDS | {
