@@ -196,7 +196,7 @@ def tiled(
 class TiledCalls:
     """Around the calls of a pipeline that :func:`apply_tiling` has tiled."""
 
-    def __init__(self, pipe: Any, config: TilingConfig | None, execution: Execution) -> None:
+    def __init__(self, pipe: Any, config: TilingConfig | None, execution: Execution | None) -> None:
         self.pipe, self.config, self.execution = pipe, config, execution
 
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -233,7 +233,6 @@ def apply_tiling(pipe: Any, config: TilingConfig | None = None, execution: Execu
     """
     if type(pipe) is not pipe.__class__:
         raise TypeError("pipe: a TiledPipeline is tiled already; set its tiling, or give its .pipe")
-    execution = execution or Execution()
     checked = with_fade(pipe, config or default_tiling(pipe), fades=False)
     with tiled(pipe, checked, execution):  # canvas mode refuses some layers
         pass

@@ -82,7 +82,8 @@ class TileBatch(NamedTuple):
             (start[:, None] + torch.arange(side, device=canvas.device)) % size
             for start, side, size in zip(self.offsets.T, self.tile, self.canvas, strict=True)
         )
-        canvas[self.images].permute(2, 3, 0, 1)[y[:, :, None], x[:, None]] = tiles.permute(0, 3, 4, 1, 2)
+        places, rows = (y[:, :, None] * self.canvas[1] + x[:, None]).flatten(), tiles.permute(1, 2, 0, 3, 4).flatten(2)
+        canvas[self.images].flatten(2).scatter_(2, places.expand_as(rows), rows)
 
     def crop(self, image: Tensor) -> Tensor:
         """Each tile's part of an image ``[B, C, (1,) H, W]`` of any resolution, or of tokens ``[B, N(, C)]``."""
@@ -151,7 +152,8 @@ class TileBatch(NamedTuple):
 Cuts = Mapping[str, Callable[[TileBatch, Tensor], Tensor]]
 CUT: Cuts = {
     **dict.fromkeys((*RESIDUALS, ADAPTER, "controlnet_cond", "control_context", "hint"), TileBatch.crop),
-    **dict.fromkeys(("padding_mask", "prior_token_id", "prior_token_drop"), TileBatch.crop),
+    **dict.fromkeys(("prior_token_id", "prior_token_drop"), TileBatch.crop),
+    "padding_mask": lambda part, given: given[..., : part.tile[0] * part.pixels, : part.tile[1] * part.pixels],
     "ip_adapter_masks": TileBatch.mask,
     "args": TileBatch.fit,
     "time_ids": TileBatch.time_ids,

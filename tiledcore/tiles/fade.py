@@ -59,9 +59,7 @@ class Fade(Feature):
         if moved and self._clean is not None and index >= FIRST * len(self.coefficients):
             before = torch.add(canvas, self._clean, alpha=clean)
             prediction = torch.lerp(prediction, before, self._beside_lines(tiles, prediction))
-        if self._clean is None:
-            self._clean = torch.empty_like(prediction)
-        torch.sub(prediction, canvas, out=self._clean).div_(clean)
+        self._clean = (prediction - canvas).div_(clean)
         return prediction
 
     def tensors(self) -> dict[str, Tensor]:

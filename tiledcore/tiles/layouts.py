@@ -172,9 +172,8 @@ GLM: dict[str, Any] = {"size": _glm_size}
 
 
 def hunyuan(tiles: Tensor, arguments: Arguments, pixels: int) -> Arguments:
-    height, width = tiles.shape[2:]
-    cosine = arguments["image_rotary_emb"][0]
-    grid, base = (height // 2, width // 2), 512 // 8 // 2  # tokens of 2x2; the size that positions are scaled to
+    cosine, grid = arguments["image_rotary_emb"][0], (tiles.shape[2] // 2, tiles.shape[3] // 2)
+    base = 512 // 8 // 2  # tokens of 2x2; the size that positions are scaled to
     region = get_resize_crop_region_for_grid(grid, base)
     rotary = get_2d_rotary_pos_embed(cosine.shape[1], region, grid, device=cosine.device, output_type="pt")
     return {"image_rotary_emb": rotary}
