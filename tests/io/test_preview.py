@@ -32,7 +32,7 @@ from tiledcore import Preview, TiledPipeline
 from tiledcore.cli.main import main
 from tiledcore.io import preview
 from tiledcore.io.preview import Previewing
-from tiledcore.schedulers.noise_levels import noise_level
+from tiledcore.schedulers.pull import noise_level
 
 TRANSFORMERS = [tiny_sd3, tiny_flux, tiny_pixart_sigma, tiny_sana, tiny_z_image, tiny_qwen]
 

@@ -98,8 +98,9 @@ def test_refusals_are_told_in_words(graphs: StepGraphs, refused: str | None, rea
     assert graphs.counters.reason == reason and graphs.counters.eager == 4
 
 
-def test_the_least_recently_used_graph_goes_first() -> None:
-    graphs = StepGraphs(True, size=2, backend=Double())
+def test_the_least_recently_used_graph_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tiledcore.loop.graph.KEYS", 2)
+    graphs = StepGraphs(True, backend=Double())
     made = []
 
     def entry(key: str) -> Any:

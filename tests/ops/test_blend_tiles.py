@@ -240,7 +240,7 @@ OFFSETS = product([0, 4], [0, 4])
         ({"canvas_size": (11, 10)}, ValueError, "leave y = 10 to 10 of the canvas"),
         ({"canvas_size": (5, 10)}, ValueError, "larger than the canvas"),
         ({"canvas_size": (10,)}, ValueError, r"canvas_size=\(10,\) must be a \(y, x\) pair"),
-        ({"window": "hann"}, ValueError, "window='hann' is not one of mean, gaussian, ramp, core"),
+        ({"window": "hann"}, ValueError, "window='hann' must be one of mean, gaussian, ramp, core"),
         ({"ramp": 0}, ValueError, "ramp=0 must be an int of at least 1"),
         ({"ramp": 2.5}, ValueError, "ramp=2.5 must be an int"),
         ({"impl": "cpp"}, ValueError, "impl='cpp' is not one of"),

@@ -44,7 +44,7 @@ def base(slots: int = 2, halves: int = 2) -> dict[str, Any]:
         ({"guidance_scale": 7.5}, TypeError, "guidance_scale must be a tensor"),
         ({"noise": torch.zeros(2, 3, 10)}, ValueError, "noise must have the shape"),
         ({"noise": None, "table": torch.ones(3, 2, 4)}, ValueError, r"noise=None, but table\[1\] has a coefficient"),
-        ({"window": "hann"}, ValueError, "window='hann' is not one of mean, gaussian, ramp, core"),
+        ({"window": "hann"}, ValueError, "window='hann' must be one of mean, gaussian, ramp, core"),
         ({"ramp": 0}, ValueError, "ramp=0 must be an int of at least 1"),
         ({"ramp": 2.5}, ValueError, "ramp=2.5 must be an int"),
         ({"impl": "cpp"}, ValueError, "impl='cpp' is not one of"),

@@ -23,8 +23,7 @@ from tiny_transformers import build, call, tiny_flux, tiny_qwen, tiny_sd3, tiny_
 from torch import Tensor
 
 from tiledcore import TiledPipeline
-from tiledcore.schedulers.noise_levels import clean_and_noisy
-from tiledcore.schedulers.pull import Pull, low_pass, low_pass_matrix
+from tiledcore.schedulers.pull import Pull, clean_and_noisy, low_pass, low_pass_matrix
 
 TINY = Pull(sigma=1e-3)  # a low-pass that lets everything through
 

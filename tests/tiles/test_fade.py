@@ -26,7 +26,7 @@ from tiledcore import Motion, TiledPipeline, TilingConfig, apply_tiling
 from tiledcore.feature import Features
 from tiledcore.geometry import TileGrid
 from tiledcore.hook import STEPWISE, default_tiling, with_fade
-from tiledcore.schedulers.noise_levels import clean_and_noisy
+from tiledcore.schedulers.pull import clean_and_noisy
 from tiledcore.tiles.fade import Fade, fade_weights
 
 

@@ -5,7 +5,7 @@ Time and memory of attention are then linear in the canvas' area. Everything els
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import wraps
+from functools import partial, wraps
 from inspect import signature
 from itertools import chain
 from threading import get_ident
@@ -98,25 +98,19 @@ class CanvasAttention:
             yield Windows(down(canvas), down(tile), down(halo), self.wrap, down(self.native))
 
 
-class WindowPositions:
-    """Absolute positions of a :class:`PatchEmbed`: token (y, x) gets those of (y mod native, x mod native)."""
-
-    def __init__(self, module: Any, native: Pair) -> None:
-        self.module, self.native = module, native
-
-    def __call__(self, call: Callable[[Tensor], Tensor], latent: Tensor) -> Tensor:
-        batch, channels, *size = latent.shape
-        h, w = (min(n, own) for n, own in zip(size, self.native, strict=True))
-        if [h, w] == size:
-            return call(latent)
-        # The module embeds each part of native size as an image of its own.
-        padded = F.pad(latent, (0, -size[1] % w, 0, -size[0] % h))
-        rows, columns = padded.shape[2] // h, padded.shape[3] // w
-        parts = padded.view(batch, channels, rows, h, columns, w).permute(0, 2, 4, 1, 3, 5)
-        tokens = call(parts.reshape(-1, channels, h, w))
-        y, x = (n // self.module.patch_size for n in (h, w))
-        grid = tokens.view(batch, rows, columns, y, x, -1).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        return grid[:, : size[0] // self.module.patch_size, : size[1] // self.module.patch_size].flatten(1, 2)
+def _repeat_positions(patch: int, native: Pair, call: Callable[[Tensor], Tensor], latent: Tensor) -> Tensor:
+    """Around a :class:`PatchEmbed`: token (y, x) gets the absolute positions of (y mod native, x mod native)."""
+    batch, channels, *size = latent.shape
+    h, w = (min(n, own) for n, own in zip(size, native, strict=True))
+    if [h, w] == size:
+        return call(latent)
+    # The module embeds each part of native size as an image of its own.
+    padded = F.pad(latent, (0, -size[1] % w, 0, -size[0] % h))
+    rows, columns = padded.shape[2] // h, padded.shape[3] // w
+    parts = padded.view(batch, channels, rows, h, columns, w).permute(0, 2, 4, 1, 3, 5)
+    tokens = call(parts.reshape(-1, channels, h, w)).view(batch, rows, columns, h // patch, w // patch, -1)
+    grid = tokens.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return grid[:, : size[0] // patch, : size[1] // patch].flatten(1, 2)
 
 
 def _of_this_thread(new: Any, former: Any) -> Any:
@@ -161,10 +155,12 @@ def install(network: Any, config: TilingConfig, execution: Execution, native: Pa
         raise ValueError(f"native={native} must be multiples of the patch size {embed.patch_size}")
     remove(network)
     hook = CanvasAttention(network, config, execution, native)
-    for owner, around in ((network, hook), (embed, WindowPositions(embed, native))):
-        if owner is not None:
-            intercept(owner, around, this_thread=True)
-            hook.undo.callback(release, owner, around)
+    around: list[tuple[Any, Any]] = [(network, hook)]
+    if embed is not None:
+        around.append((embed, partial(_repeat_positions, embed.patch_size, native)))
+    for owner, one in around:
+        intercept(owner, one, this_thread=True)
+        hook.undo.callback(release, owner, one)
     return hook
 
 

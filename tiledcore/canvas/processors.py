@@ -203,10 +203,9 @@ class FluxProcessor(JointProcessor):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        image_rotary_emb: Any = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         _no_mask(attention_mask)
-        assert image_rotary_emb is not None
 
         def turned(text: QKV) -> QKV:
             # The network's own tables hold each angle twice. The image's frame is 0, as the text's is.
@@ -256,9 +255,8 @@ class ZImageProcessor(JointProcessor):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        freqs_cis: Tensor | None = None,
+        freqs_cis: Any = None,
     ) -> Tensor:
-        assert freqs_cis is not None
         h, w = self.canvas.image().canvas
         image, text = _split(_project(attn, hidden_states), h * w)
         if text.k.shape[1]:

@@ -74,7 +74,7 @@ class Previewing(Feature):
         """Show the canvas, if it is time."""
         import torch
 
-        from tiledcore.schedulers.noise_levels import noise_level
+        from tiledcore.schedulers.pull import noise_level
 
         timesteps, scheduler = self._timesteps, self._scheduler
         last = index >= len(timesteps)

@@ -5,7 +5,6 @@ with their graph under one key; the least recently used pair is dropped first.
 """
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -22,6 +21,7 @@ Mode = Literal["auto"] | bool
 Body = Callable[[], None]
 
 GAIN = 0.03  # A graph is kept if it saves more than this share of the eager step's time: below, it only costs memory
+KEYS = 4  # So many pairs of buffers and graph are kept
 RESERVE = 1 << 28  # Bytes of device memory that must stay free after a capture; otherwise the graph is dropped
 
 
@@ -97,15 +97,13 @@ class StepGraphs:
     Args:
         mode: ``"auto"``: the second step of a key is timed, the third captured, the fourth timed; the graph stays if it
             gains more than :data:`GAIN`. True: captured after one step and kept; a failure raises. False: never.
-        size: how many keys are kept.
         backend: a :class:`CudaBackend`, or a test's double; None: no device here can capture.
     """
 
     mode: Mode = "auto"
-    size: int = 4
     backend: Any = None
     counters: Counters = field(default_factory=Counters)
-    _entries: OrderedDict[Hashable, Entry] = field(default_factory=OrderedDict)
+    _entries: dict[Hashable, Entry] = field(default_factory=dict)  # The last one was used last
 
     def __post_init__(self) -> None:
         if self.mode not in ("auto", True, False):
@@ -113,12 +111,10 @@ class StepGraphs:
 
     def entry(self, key: Hashable, make: Callable[[], Any]) -> Entry:
         """The buffers and the graph of a key: all that kernels depend on, such as shapes, dtypes and numbers."""
-        if key not in self._entries:
-            self._entries[key] = Entry(make())
-            while len(self._entries) > self.size:
-                self._entries.popitem(last=False)
-        self._entries.move_to_end(key)
-        return self._entries[key]
+        self._entries[key] = entry = self._entries.pop(key, None) or Entry(make())
+        if len(self._entries) > KEYS:
+            del self._entries[next(iter(self._entries))]
+        return entry
 
     def release(self) -> None:
         """Drop all graphs with their memory. A step that was kept is captured again when it comes back."""

@@ -211,7 +211,6 @@ def _check_places(pairs: tuple[Any, ...], canvas_size: tuple[int, int], tile: tu
 
 def check_window(window: Window, ramp: int) -> tuple[Window, int]:
     """The window and its ramp as the kernels know them: ``"core"`` is a ramp of one pixel."""
-    if window not in WINDOWS:
-        raise ValueError(f"window={window!r} is not one of {', '.join(WINDOWS)}")
+    validate.choice("window", window, WINDOWS)
     validate.integer("ramp", ramp, 1)
     return ("ramp", 1) if window == "core" else (window, ramp)

@@ -1,4 +1,4 @@
-"""Pull: the first steps of a refinement keep the composition of the picture that it starts from.
+"""Pull: the first steps of a refinement keep the composition of the picture that it starts from. And noise levels.
 
 The pull moves a prediction's low frequencies toward those of the coarse picture's latents ``x``, with a falling weight:
 
@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiledcore import validate
+from tiledcore._diffusers import stepless
 from tiledcore.feature import Feature
 from tiledcore.geometry import Tiling
-from tiledcore.schedulers.noise_levels import clean_and_noisy
 from tiledcore.utils import replaced
 
 
@@ -76,6 +76,46 @@ def low_pass_matrix(size: int, sigma: float, wrap: bool) -> Tensor:
 def low_pass(image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """``[..., H, W]`` through the matrices ``[H, H]`` and ``[W, W]`` of :func:`low_pass_matrix`."""
     return rows @ image @ columns.mT
+
+
+def noise_level(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
+    """``(α, σ)`` such that a canvas at this timestep is ``α x0 + σ ε``, for a clean image ``x0`` and noise ``ε``."""
+    probe = stepless(scheduler)
+    for name in ("add_noise", "scale_noise"):  # the class's own methods, without a wrapper on this object
+        vars(probe).pop(name, None)
+    one, zero = torch.ones(1, 1), torch.zeros(1, 1)
+    at = timestep.detach().reshape(1).cpu()
+    probe.timesteps = probe.timesteps.cpu()
+    flow = hasattr(type(probe), "scale_noise")
+    if not flow and not hasattr(probe, "add_noise"):
+        raise ValueError(f"{type(scheduler).__name__} has no noising from which its noise levels could be read")
+    noised = (lambda x, n: probe.scale_noise(x, at, n)) if flow else (lambda x, n: probe.add_noise(x, n, at))
+    return float(noised(one, zero)), float(noised(zero, one))
+
+
+def clean_and_noisy(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
+    """``(b, a)`` such that the prediction for a canvas ``z`` is ``a z + b x0``, with the clean image ``x0``.
+
+    Raises:
+        ValueError: the timestep has no noise, or the scheduler's kind of prediction is not known.
+    """
+    if hasattr(scheduler, "precondition_outputs"):  # EDM, Karras et al. 2022
+        raise ValueError(f"{type(scheduler).__name__} scales its predictions in a way of its own")
+    alpha, sigma = noise_level(scheduler, timestep)
+    if sigma <= 0:
+        raise ValueError(f"timestep {float(timestep):g} of {type(scheduler).__name__} has no noise")
+    flow = hasattr(type(scheduler), "scale_noise")
+    kind = "flow_prediction" if flow else scheduler.config.get("prediction_type", "epsilon")
+    norm = math.hypot(alpha, sigma)  # v is for a canvas of unit variance (Salimans and Ho 2022)
+    kinds = {
+        "epsilon": (-alpha / sigma, 1 / sigma),
+        "flow_prediction": (-alpha / sigma - 1, 1 / sigma),
+        "v_prediction": (-norm / sigma, alpha / (norm * sigma)),
+        "sample": (1.0, 0.0),
+    }
+    if kind not in kinds:
+        raise ValueError(f"prediction_type={kind!r} of {type(scheduler).__name__} is not known")
+    return kinds[kind]
 
 
 class Pulling(Feature):

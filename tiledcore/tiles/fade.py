@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tiledcore.feature import Feature
 from tiledcore.geometry import Tiling
-from tiledcore.schedulers.noise_levels import clean_and_noisy
+from tiledcore.schedulers.pull import clean_and_noisy
 
 logger = logging.getLogger(__name__)
 
