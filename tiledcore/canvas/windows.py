@@ -158,11 +158,9 @@ class Rotary:
 
     def grid(self, ys: Tensor, xs: Tensor) -> Tensor:
         """``[len(ys) * len(xs), D/2]`` of image tokens. The frame does not turn them; the text's is relative to it."""
-        rows, columns = self.turns(1, ys), self.turns(2, xs)
+        rows, columns = self.turns(1, ys)[:, None], self.turns(2, xs)[None]
         still = rows.new_ones(1, 1, self.axes[0] // 2)
-        shape = (len(ys), len(xs), -1)
-        parts = [still.expand(shape), rows[:, None].expand(shape), columns[None].expand(shape)]
-        return torch.cat(parts, -1).flatten(0, 1)
+        return torch.cat([t.expand(len(ys), len(xs), -1) for t in (still, rows, columns)], -1).flatten(0, 1)
 
     def origin(self, windows: Windows) -> tuple[Pair, Pair]:
         """Size of the canvas as a picture of the native size, and the position of its first token."""

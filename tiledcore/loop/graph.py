@@ -11,7 +11,7 @@ from typing import Any, Literal
 from weakref import WeakSet
 
 import torch
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from tiledcore.utils import using
 
@@ -198,8 +198,7 @@ def identity(network: Any) -> tuple[Any, ...]:
 def _plain(attributes: dict[str, Any]) -> Iterator[str]:
     """Names and values of the attributes that hold nothing but plain values."""
     for name, value in attributes.items():
-        leaves, _ = tree_flatten(value)
-        if all(leaf is None or isinstance(leaf, bool | int | float | str) for leaf in leaves):
+        if all(isinstance(leaf, bool | int | float | str | None) for leaf in tree_leaves(value)):
             yield f"{name}={value}"
 
 

@@ -58,8 +58,7 @@ def fused_step(
         guidance_scale: ``[1]`` or ``[B]`` of the state's dtype; read on the device, so CUDA graphs can change it.
         noise: ``[B, C, H, W]`` of the state's dtype. Missing where the table needs it: an error on the CPU, NaN on
             CUDA.
-        window: which weights, see :func:`blend_tiles`.
-        ramp: pixels over which a tile fades, at least 1; for ``"ramp"``.
+        window, ramp: see :func:`blend_tiles`.
     """
     check_tensor("tiles", tiles, "[T*G*B, C, h, w]", FLOATS)
     exact = torch.promote_types(tiles.dtype, torch.float32)

@@ -200,9 +200,7 @@ class LinearSolver:
 
         one = generator[0] if isinstance(generator, list) else generator
         device = like.device if one is None else one.device
-        noise = randn_tensor(
-            like.shape, generator, device, like.dtype if self.noise_dtype is None else self.noise_dtype
-        )
+        noise = randn_tensor(like.shape, generator, device, self.noise_dtype or like.dtype)
         return to_device(noise, like.device)
 
 
