@@ -11,7 +11,8 @@ from PIL import Image
 
 from tiledcore.cli.view import Server, describe, leaflet_files
 from tiledcore.io.deepzoom import Levels
-from tiledcore.io.images import read_metadata, save_image
+from tiledcore.io.images import read_metadata
+from tiledcore.io.writers import write_rows
 
 METADATA: dict[str, Any] = {
     "prompt": "a coast <b>from</b> above",
@@ -39,7 +40,7 @@ def saved(path: Path, metadata: dict[str, Any] | None = METADATA, image: np.ndar
     if metadata is None:
         Image.fromarray(image).save(path)
     else:
-        save_image(Image.fromarray(image), path, metadata)
+        write_rows(path, (image.shape[1], image.shape[0]), [image], metadata)
     return path
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,7 +19,7 @@ from tiny_command import FAST, SCENE, generate, pixels, spied_denoiser, stored
 from tiledcore import Motion, TiledPipeline, TilingConfig, __version__
 from tiledcore.cli import generate as command
 from tiledcore.cli.main import main
-from tiledcore.io import images
+from tiledcore.io.writers import write_rows
 from tiledcore.models import EMBEDDED
 
 OWN_MOTION = {"blend_first": 2, "blend_last": 1, "fade": None, "seed": 5}
@@ -158,10 +159,9 @@ def test_the_settings_say_where_a_mask_lies(model: str, here: Path) -> None:
 
 
 @pytest.mark.parametrize("extension", ["jpg", "jpeg", "webp", "PNG", "tif"])
-def test_formats(model: str, extension: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_formats(model: str, extension: str) -> None:
     out = f"a.{extension}"
     assert generate(model, out=out) == 0
-    assert f"{out}: without its settings" in capsys.readouterr().err or extension in ("PNG", "tif")
     with Image.open(out) as image:
         kind = {"jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP", "PNG": "PNG", "tif": "TIFF"}[extension]
         assert (image.format, image.size) == (kind, (192, 160))
@@ -326,7 +326,7 @@ def test_info(model: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_info_shows_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     metadata = {"prompt": "a\x1b[31m\ncoast é"}
-    images.save_image(Image.new("RGB", (8, 8)), Path("a.png"), metadata)
+    write_rows(Path("a.png"), (8, 8), [np.zeros((8, 8, 3), np.uint8)], metadata)
     assert stored() == metadata
     assert main(["info", "a.png"]) == 0
     assert capsys.readouterr().out == f"{'prompt':<18}a [31m coast é\n"

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("here")
         (["--guidance", "nan"], "--guidance: 'nan'"),
         (["--tile-batch", "0"], "--tile-batch: '0'"),
         (["--ramp", "0"], "--ramp: '0'"),
-        (["--window", "hann"], "'ramp', 'core', 'mean', 'gaussian'"),
+        (["--window", "hann"], "window='hann' must be one of mean, gaussian, ramp, core"),
         (["--wrap", "z"], "--wrap: invalid choice"),
         (["--dtype", "fp8"], "--dtype: invalid choice"),
         (["--scheduler", "best"], "'dpm++2m'"),
@@ -115,7 +115,7 @@ def test_a_bad_scene_is_refused_before_the_model_is_opened(
 def test_a_protected_folder(model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(os, "access", lambda *args: False)  # root, who may run this, has access anywhere
     assert generate(model) == 2
-    assert "lies in a protected one" in error(capsys)
+    assert "its folder is protected" in error(capsys)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import shtab
 import torch
 from tiny_command import FAST, generate
 
-from tiledcore import __version__, ops
+from tiledcore import __version__
 from tiledcore.cli import console
 from tiledcore.cli import main as cli
 from tiledcore.cli.main import main
@@ -90,16 +90,16 @@ def test_nothing_but_the_commands_own_lines_is_shown(model: str) -> None:
     assert [line.split(" ")[0] for line in lines] == ["loading", "denoising", "decoding", "a.png:"], run.stderr
 
 
-def test_the_choices_are_the_librarys() -> None:
-    assert set(cli.WINDOWS) == set(ops.WINDOWS)
+def test_the_choices_are_torchs() -> None:
     assert all(hasattr(torch, name) for name in console.DTYPES.values())
 
 
-def test_without_a_command_there_are_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 0
+def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([])
     out, err = capsys.readouterr()
-    assert err == "" and len(out.splitlines()) == 5
-    assert all(line.startswith("tiledcore ") for line in out.splitlines())
+    assert stop.value.code == 0 and err == ""
+    assert all(command in out for command in ("generate", "plan", "view", "info"))
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
     assert stop.value.code == 0

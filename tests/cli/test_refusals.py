@@ -43,7 +43,7 @@ TWENTY = "9" * 20
         (["--init-image", "/dev/zero"], "/dev/zero: cannot be read: Is a device or a pipe"),
         (["--init-image", "white.png", "--mask", "pipe.png"], "pipe.png: cannot be read: Is a device or a pipe"),
         (["--regions", "pipe.png"], "pipe.png: Is a device or a pipe"),
-        (["--out", "pipe.png"], "pipe.png: is a device or a pipe"),
+        (["--out", "pipe.png"], "pipe.png: cannot be written: it is a folder, a device or a pipe"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )

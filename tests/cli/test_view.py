@@ -288,7 +288,7 @@ def test_bad_input_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main(["view", "a.tif", "--port", str(port)]) == 2
-        assert error(capsys) == f"--port {port}: Address already in use"
+        assert "Address already in use" in error(capsys)
 
 
 def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -303,7 +303,7 @@ def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 @pytest.mark.parametrize("metadata", [METADATA, None])
 def test_it_serves_until_it_is_interrupted(tmp_path: Path, metadata: dict[str, Any] | None) -> None:
     path = saved(tmp_path / "a.png", metadata)
-    command = [sys.executable, "-m", "tiledcore.cli.main", "view", str(path), "--no-browser"]
+    command = [sys.executable, "-m", "tiledcore", "view", str(path), "--no-browser"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     # A shell's background jobs ignore SIGINT, and what they start inherits that.
     default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)

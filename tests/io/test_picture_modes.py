@@ -162,11 +162,11 @@ def test_a_picture_that_declares_more_than_the_limit(tmp_path: Path) -> None:
         load_image(path)
 
 
-@pytest.mark.parametrize("read", [load_image, read_metadata, Levels])
+@pytest.mark.parametrize("read", [load_image, read_metadata])
 def test_only_ordinary_files_are_read(read: Any, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     for path in (tmp_path / "pipe.png", Path("/dev/zero")):
-        with pytest.raises((OSError, PictureError), match="Is a device or a pipe, not an ordinary file"):
+        with pytest.raises(PictureError, match="Is a device or a pipe, not an ordinary file"):
             read(path)
     Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
     (tmp_path / "link.png").symlink_to(tmp_path / "a.png")

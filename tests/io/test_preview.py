@@ -251,7 +251,7 @@ def test_a_run_survives_its_preview(
         raise error
 
     if isinstance(error, OSError):
-        monkeypatch.setattr(preview, "save_image", failing)
+        monkeypatch.setattr(preview, "write_rows", failing)
     else:
         monkeypatch.setattr(Previewing, "_decoded", failing)
     with caplog.at_level(logging.WARNING):
@@ -309,10 +309,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: An
     tiny_sd().save_pretrained(model)
     monkeypatch.chdir(tmp_path)
     written: list[str] = []
-    own = preview.save_image
-    monkeypatch.setattr(
-        preview, "save_image", lambda image, path, more: written.append(path.name) or own(image, path, more)
-    )
+    own = preview.write_rows
+    monkeypatch.setattr(preview, "write_rows", lambda path, *args: written.append(path.name) or own(path, *args))
     options = ["--size", "192x160", "--steps", "3", "--seed", "5", "--device", "cpu", "--tile", "16"]
     for extra in ([], ["--preview", "p.jpg", "--preview-every", "2"]):
         out = "b.png" if extra else "a.png"

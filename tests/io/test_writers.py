@@ -93,13 +93,6 @@ def test_formats_that_are_written_whole(tmp_path: Path, extension: str) -> None:
     assert (tmp_path / f"a.{extension}").read_bytes() == (tmp_path / f"b.{extension}").read_bytes()
 
 
-def test_an_image_that_is_there_whole_becomes_the_same_tiff(tmp_path: Path) -> None:
-    image = picture(300, 200)
-    images.save_image(Image.fromarray(image), tmp_path / "a.tiff", METADATA)
-    write_rows(tmp_path / "b.tiff", (200, 300), cut(image, 7), METADATA)
-    assert (tmp_path / "a.tiff").read_bytes() == (tmp_path / "b.tiff").read_bytes()
-
-
 @pytest.mark.parametrize(
     ("bands", "message"),
     [

@@ -8,7 +8,6 @@ import sys
 import warnings
 from typing import Any, TextIO
 
-SIZE = (1024, 1024)
 STRENGTH = 0.6
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 SCHEDULERS = {

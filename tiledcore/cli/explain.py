@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from tiledcore.memory.planner import Plan
     from tiledcore.pipeline import TiledPipeline
 
-HINT = "tiles alone repeat the subject, because none of them sees the whole; --stages auto makes one composition"
-
 
 def explain(args: argparse.Namespace, pipe: TiledPipeline, metadata: dict[str, Any], whole: str | None) -> str:
     """The plan of a call, one line for each decision; ``whole`` is why the image is decoded whole, or None.
@@ -47,8 +45,9 @@ def explain(args: argparse.Namespace, pipe: TiledPipeline, metadata: dict[str, A
         *(("stage", line) for line in metadata.get("stages", [])),
         ("decode", f"whole: {whole}" if whole else "row by row into the file; the whole image is not needed"),
         ("seed", f"{metadata['seed']}" + ("" if args.seed is not None else "; random, because there is no --seed")),
-        *((("hint", HINT),) if tiling["tiles"] > 1 and args.stages is None and args.init_image is None else ()),
     ]
+    if tiling["tiles"] > 1 and args.stages is None and args.init_image is None:
+        lines.append(("hint", "tiles alone repeat the subject; --stages auto makes one composition"))
     return "\n".join(f"{name:<8}{text}" for name, text in lines)
 
 
@@ -106,6 +105,5 @@ def table(found: Plan) -> str:
         start = f"{phase.name:<15}{show_bytes(phase.peak):>15}{show_bytes(peak):>12}"
         lines.append(f"{start}{factor:>13}{flops:>14}  {choice}")
     where = "come and go, one on the device at a time" if found.offload else "all stay on the device"
-    tiles = f"{found.tiles} tile{'s' * (found.tiles != 1)} a step"
-    lines.append(f"{tiles}; modules: {where}; the plan needs {show_bytes(found.needs)}")
+    lines.append(f"{found.tiles} tiles a step; modules: {where}; the plan needs {show_bytes(found.needs)}")
     return "\n".join([*lines, COUNTED_BYTES])

@@ -19,12 +19,12 @@ import numpy as np
 from PIL import Image
 
 from tiledcore import __version__
-from tiledcore.cli.console import SCHEDULERS, SIZE, STRENGTH, launched, leads, quiet, say
+from tiledcore.cli.console import SCHEDULERS, STRENGTH, launched, leads, quiet, say
 from tiledcore.cli.model import check_size, open_pipeline, unit_of
 from tiledcore.geometry import both
 from tiledcore.io.images import check_regular, load_image
 from tiledcore.io.preview import Preview
-from tiledcore.io.writers import FORMATS, Band, check_target, write_rows
+from tiledcore.io.writers import Band, check_target, write_rows
 from tiledcore.models import call_defaults
 
 if TYPE_CHECKING:
@@ -80,17 +80,14 @@ def generate(args: argparse.Namespace) -> None:
         )
     if report is not None and report.ranks is not None:
         say(str(report.ranks))
-    if FORMATS[args.out.suffix.lower()][0] not in ("PNG", "TIFF"):
-        say(f"{args.out}: without its settings, which only a PNG or TIFF can hold")
-    elapsed = time.perf_counter() - started
-    say(f"{args.out}: {width}x{height}, seed {seed}, area factor {tiling['area_factor']:.2f}, {elapsed:.1f} s")
+    area = f"area factor {tiling['area_factor']:.2f}"
+    say(f"{args.out}: {width}x{height}, seed {seed}, {area}, {time.perf_counter() - started:.1f} s")
 
 
 def check(args: argparse.Namespace) -> Image.Image | None:
     """Check what can be known before torch is imported; returns the init image.
 
     ``args`` gets the ``size``, ``mask``, ``preview`` and ``scene`` of the call.
-    An error (ValueError) names the option, its value and what is valid.
     """
     for option, text in (("PROMPT", args.prompt), ("--negative-prompt", args.negative_prompt)):
         if text is not None and text != text.encode(errors="ignore").decode():
@@ -111,7 +108,7 @@ def check(args: argparse.Namespace) -> Image.Image | None:
             args.size = tuple(max(unit, side * (args.size or 1) // unit * unit) for side in image.size)
         if args.mask is not None:
             args.mask = _mask(args.mask, image.size)
-    args.size = args.size or SIZE
+    args.size = args.size or (1024, 1024)
     width, height = args.size
     check_size(args.size, unit)
     check_target(args.out, args.size)
@@ -144,8 +141,6 @@ def _make(
     """Make the image and write it; ``whole`` is why it is decoded whole, or None."""
     import torch
 
-    from tiledcore.call import EXACT_DECODE_PIXELS
-
     def write(bands: Iterable[Band], size: tuple[int, int]) -> None:
         try:
             write_rows(args.out, size, bands, metadata)
@@ -156,8 +151,6 @@ def _make(
         say("decoding")
         write(bands, args.size)
 
-    if whole is not None and args.size[0] * args.size[1] > EXACT_DECODE_PIXELS:
-        say(f"decoding the whole image in memory: {whole}")
     # Drawn on the CPU, so that a seed means the same noise on every device.
     generator = torch.Generator().manual_seed(metadata["seed"])
     output = pipe(**call, generator=generator, rows=rows if whole is None else None)
@@ -177,6 +170,7 @@ def call_arguments(args: argparse.Namespace, pipe: TiledPipeline, image: Image.I
     from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 
     from tiledcore.call import size_unit
+    from tiledcore.compose.stages import Staging
     from tiledcore.tiles.families import network_of
 
     check_size(args.size, size_unit(pipe.pipe))
@@ -194,13 +188,8 @@ def call_arguments(args: argparse.Namespace, pipe: TiledPipeline, image: Image.I
     call: dict[str, Any] = {"num_inference_steps": known["num_inference_steps"]} | call_defaults(args.model)
     # The name of guidance with two branches, for a transformer without distilled guidance.
     guidance = "true_cfg_scale" if "true_cfg_scale" in call else "guidance_scale"
-    wanted = {"--steps": "num_inference_steps", "--guidance": guidance, "--negative-prompt": "negative_prompt"}
-    for option, name in wanted.items():
-        if (value := getattr(args, option[2:].replace("-", "_"))) is None:
-            continue
-        if name not in known:
-            raise ValueError(f"{option}: {cls.__name__} takes no {name}")
-        call[name] = value
+    given = {"num_inference_steps": args.steps, guidance: args.guidance, "negative_prompt": args.negative_prompt}
+    call |= {name: value for name, value in given.items() if value is not None}
     if guidance in known:
         call.setdefault(guidance, known[guidance])
     call.update(prompt=args.prompt, width=args.size[0], height=args.size[1])
@@ -211,8 +200,6 @@ def call_arguments(args: argparse.Namespace, pipe: TiledPipeline, image: Image.I
     elif args.strength is not None:
         call["strength"] = args.strength
     if args.stages is not None:
-        from tiledcore.compose.stages import Staging
-
         call["stages"] = "auto" if args.stages == "auto" else Staging(factor=args.stages)
     if args.scene:
         call["regions"] = args.scene

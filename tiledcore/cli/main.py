@@ -18,15 +18,8 @@ from tiledcore.cli.console import DTYPES, SCHEDULERS, STRENGTH, Lasting, launche
 
 T = TypeVar("T")
 
-WINDOWS = ("ramp", "core", "mean", "gaussian")
 # The module of a command, where it has another name. It is only imported when the command runs.
 MODULES = {"plan": "explain", "info": "view"}
-EXAMPLES = """\
-tiledcore generate "relief map of a rugged coast" --size 2048x2048 --out coast.png
-tiledcore generate "a river delta" --size 1024x512 --wrap x --seed 7 --out delta.png
-tiledcore generate "a mountain lake" --init-image coast.png --strength 0.4 --out lake.png
-tiledcore info coast.png
-tiledcore view coast.png      (all options: tiledcore generate --help)"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,11 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A closed stdout or stderr does not end the command, which may have an image to write.
     out, err = (cast(TextIO, Lasting(stream)) for stream in (sys.stdout, sys.stderr))
     with redirect_stdout(out), redirect_stderr(err):
-        if not given:
-            print(EXAMPLES)
-            return 0
         try:
-            args = parser("--help-all" in given).parse_args(given)
+            args = parser("--help-all" in given).parse_args(given or ["--help"])
             module = import_module(f"tiledcore.cli.{MODULES.get(args.command, args.command)}")
             getattr(module, args.command)(args)
         except (Exception, KeyboardInterrupt) as error:
@@ -137,7 +127,7 @@ def _add_generate(parser: argparse.ArgumentParser, everything: bool) -> None:
     add("--mode", rare=True, choices=("tiles", "canvas"), help=mode)
     add("--tile", rare=True, type=_pair, metavar="N|HxW", help="default: the model's own size")
     add("--overlap", rare=True, type=_pair, metavar="N|HxW", help="of adjacent tiles; default: tile / 8")
-    add("--window", rare=True, choices=WINDOWS, help="how tiles are blended; default ramp")
+    add("--window", rare=True, metavar="NAME", help="how tiles are blended: ramp (default), core, mean or gaussian")
     add("--ramp", rare=True, type=_integer(1), metavar="N", help="width of the ramp; default: the overlap")
     motion = "whether tiles move from step to step; then they hardly overlap"
     add("--motion", rare=True, choices=("still", "moving"), help=motion)
@@ -221,7 +211,3 @@ def _explain(error: BaseException) -> str:
     if isinstance(error, ValueError | OSError) and text:
         return text
     return f"{type(error).__name__}: {text} (TILEDCORE_DEBUG=1 shows where)"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

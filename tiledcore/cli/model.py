@@ -122,8 +122,6 @@ def default_dtype(device: str) -> str:
 
 def _why_not_opened(model: str, error: BaseException) -> str:
     """Why ``from_pretrained`` failed, without the libraries' advice to run code from the checkpoint."""
-    from huggingface_hub.constants import is_offline_mode
-
     while error.__cause__ is not None:  # diffusers' own message is "see the stacktrace above"
         error = error.__cause__
     text = str(error)
@@ -138,5 +136,4 @@ def _why_not_opened(model: str, error: BaseException) -> str:
     reason = f"{type(error).__name__}: {textwrap.shorten(text, 200, placeholder=' ...')}"
     if model in EMBEDDED or Path(model).is_dir():
         return f"cannot be opened: {reason}"
-    reason = "HF_HUB_OFFLINE allows only models that were downloaded before" if is_offline_mode() else reason
     return f"no such folder, and it cannot be had from the Hugging Face hub: {reason}"

@@ -41,10 +41,7 @@ def view(args: argparse.Namespace) -> None:
     leaflet = leaflet_files()
     metadata = read_metadata(args.file)
     with Levels(args.file) as levels:
-        try:
-            server = Server(levels, describe(args.file.name, levels, metadata), leaflet, args.port)
-        except OSError as error:
-            raise ValueError(f"--port {args.port}: {error.strerror or error}") from error
+        server = Server(levels, describe(args.file.name, levels, metadata), leaflet, args.port)
         width, height = levels.sizes[0]
         print(f"{args.file}: {width}x{height}\n{server.url} (Ctrl-C ends it)", flush=True)
         if not args.no_browser:  # in a thread, because a browser in the terminal returns when it is closed

@@ -12,7 +12,7 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from tiledcore.io.images import check_regular, load_image
+from tiledcore.io.images import load_image
 from tiledcore.io.writers import TILE, Band
 
 
@@ -27,7 +27,6 @@ class Levels:
     """
 
     def __init__(self, path: Path) -> None:
-        check_regular(path)
         self._lock = RLock()
         self.pages = _pyramid(path)
         self._images: list[Image.Image] = []

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
-from tiledcore.io.writers import CHUNK, write_rows
+from tiledcore.io.writers import CHUNK
 
 logger = logging.getLogger(__name__)
 
@@ -95,13 +95,8 @@ def _eight_bits(image: Image.Image, name: str) -> NDArray[np.uint8]:
     return np.asarray(np.rint(values * (255 / white)), np.uint8)
 
 
-def save_image(image: Image.Image, path: Path, metadata: dict[str, Any]) -> None:
-    """:func:`~tiledcore.io.writers.write_rows` for a picture that is there whole."""
-    write_rows(path, image.size, [np.asarray(image.convert("RGB"))], metadata)
-
-
 def read_metadata(path: Path) -> dict[str, Any] | None:
-    """The settings that :func:`save_image` stored, or None; a PictureError where there is no picture."""
+    """The settings that ``write_rows`` stored in a file, or None; a PictureError where there is no picture."""
     with _opened(path) as image:
         tags = getattr(image, "tag_v2", None)  # of a TIFF
         text: Any = image.info.get(CHUNK) if tags is None else tags.get(ExifTags.Base.ImageDescription)

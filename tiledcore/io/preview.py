@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from tiledcore import validate
 from tiledcore.feature import Feature
-from tiledcore.io.images import save_image
-from tiledcore.io.writers import check_target
+from tiledcore.geometry import Pair
+from tiledcore.io.writers import check_target, write_rows
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a command's path is checked before that
     from torch import Tensor
-
-    from tiledcore.geometry import Pair
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,8 @@ class Previewing(Feature):
         noised = not last and (hasattr(scheduler, "scale_noise") or hasattr(scheduler, "add_noise"))
         level = noise_level(scheduler, timesteps[index]) if noised else (1.0, 0.0)
         try:
-            save_image(self._decoded(self.estimate(sample, level)), self.preview.path, {})
+            picture = self._decoded(self.estimate(sample, level))
+            write_rows(self.preview.path, picture.size, [np.asarray(picture)], {})
         except (OSError, torch.OutOfMemoryError) as error:
             self._broken = True
             logger.warning("no more previews: %s: %s", self.preview.path, str(error).split("\n")[0])
@@ -95,9 +96,7 @@ class Previewing(Feature):
         """
         import torch.nn.functional as F
 
-        image = canvas[:1].float()
-        if self.unit > 1:  # the order of channels in a packed token
-            image = F.pixel_shuffle(image, self.unit)
+        image = F.pixel_shuffle(canvas[:1].float(), self.unit)  # the order of channels in a packed token
         height, width = image.shape[2:]
         scale = max(1.0, height / self.native[0], width / self.native[1])
         size = (max(1, round(height / scale)), max(1, round(width / scale)))

@@ -54,10 +54,8 @@ def check_target(path: Path, size: tuple[int, int]) -> None:
         raise ValueError(f"{path}: {kind} is only for up to 8192x8192 px, PNG and TIFF for any size")
     if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}")
-    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise ValueError(f"{path}: cannot be written, it is a folder or lies in a protected one")
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: is a device or a pipe; give the name of an ordinary file")
+    if (path.exists() and not path.is_file()) or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{path}: cannot be written: it is a folder, a device or a pipe, or its folder is protected")
 
 
 def write_rows(path: Path, size: tuple[int, int], bands: Iterable[Band], metadata: dict[str, Any]) -> None:
