@@ -187,8 +187,8 @@ def test_bad_stagings(kwargs: dict[str, Any], message: str) -> None:
     ("stages", "message"),
     [
         ([Stage(128, 128, None), Stage(192, 192, 0.5)], "last one is 192x192 px, but the call's size is 256x256"),
-        ([Stage(128, 128, 0.5), Stage(256, 256, 0.5)], "strength=0.5 needs a picture"),
-        ([Stage(128, 128, None), Stage(256, 256, None)], "stage 2 of 256x256 px: needs a strength"),
+        ([Stage(128, 128, 0.5), Stage(256, 256, 0.5)], "stage 1 of 128x128 px: strength=0.5: a first stage without"),
+        ([Stage(128, 128, None), Stage(256, 256, None)], "stage 2 of 256x256 px: strength=None: a first stage without"),
         ([Stage(130, 128, None), Stage(256, 256, 0.5)], "each side must be a multiple of 8 px"),
         ([Stage(320, 256, None), Stage(256, 256, 0.5)], "stage 2 of 256x256 px: is smaller"),
         ([], "at least one Stage"),

@@ -5,7 +5,7 @@ the padding is cut off the prediction. If a side has several possible neighbours
 sides of such a group also share one strip of latents.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiledcore.compose.regional import drawn_latents
-from tiledcore.config import Execution, Motion, TilingConfig
+from tiledcore.config import Motion, TilingConfig
 from tiledcore.geometry import Pair, both
 from tiledcore.hook import default_tiling, tiled, with_fade
-from tiledcore.tiles.denoiser import Prediction, TileDenoiser
+from tiledcore.tiles.denoiser import Forward, Prediction, TileDenoiser, Time
 from tiledcore.tiles.families import network_of
 from tiledcore.utils import replaced
 from tiledcore.vae.wrap import Continuation, decoder_reach, wrapped
@@ -118,13 +118,11 @@ class ConnectedDenoiser(TileDenoiser):
         super().__init__(*settings)
         self.graph, self.reach = graph, reach
 
-    def place(self, size: Pair, timestep: Tensor | float, device: torch.device) -> bool:
+    def place(self, size: Pair, timestep: Time, device: torch.device) -> bool:
         y, x = self.reach
         return super().place((size[0] + 2 * y, size[1] + 2 * x), timestep, device)
 
-    def evaluate(
-        self, forward: Callable[..., Any], sample: Tensor, timestep: Tensor | float, **kwargs: Any
-    ) -> Prediction:
+    def evaluate(self, forward: Forward, sample: Tensor, timestep: Time, **kwargs: Any) -> Prediction:
         # Seeded by the timestep, so that both guidance branches of a step see the same neighbours.
         step = round(1000 * float(torch.as_tensor(timestep).flatten()[0]))
         random = Random(f"connected/{(self.config.moving or Motion()).seed}/{step}")
@@ -163,22 +161,19 @@ def connected(
         ValueError: names the argument, its value and what is valid.
         TypeError: the pipeline cannot be tiled.
     """
-    tiling, execution = tiling or getattr(pipe, "tiling", None), getattr(pipe, "execution", None) or Execution()
-    pipe = getattr(pipe, "pipe", pipe)
-    tiling = tiling or default_tiling(pipe)
+    tiling = tiling or getattr(pipe, "tiling", None) or default_tiling(pipe)
+    pipe, execution = getattr(pipe, "pipe", pipe), getattr(pipe, "execution", None)
     graph = CanvasGraph(len(prompts), joints)
     if tiling.mode != "tiles" or any(both(tiling.wrap)):
-        raise ValueError(
-            f"tiling: mode={tiling.mode!r}, wrap={tiling.wrap}: connected images need mode='tiles', no wrap"
-        )
+        given = f"mode={tiling.mode!r}, wrap={tiling.wrap}"
+        raise ValueError(f"tiling: {given}: connected images need mode='tiles', no wrap")
     network, family = network_of(pipe)
     factor, unit = pipe.vae_scale_factor, family.unit(network)
     smallest = min(both(tiling.tile or family.native(pipe, network)))
     context = smallest // 4 // unit * unit if context is None else context
-    if context < unit or context % unit or context * factor > min(height, width):
-        raise ValueError(
-            f"context={context}: must be a multiple of {unit} from {unit} to {min(height, width) // factor}"
-        )
+    most = min(height, width) // factor
+    if not unit <= context <= most or context % unit:
+        raise ValueError(f"context={context}: must be a multiple of {unit} from {unit} to {most}")
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     call |= {"prompt": list(prompts), "height": height, "width": width, "generator": generators}
     shared = partial(graph.share, width=-(-SHARED // unit) * unit, random=Random(f"connected/{seed}"))

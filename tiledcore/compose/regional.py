@@ -25,7 +25,6 @@ from tiledcore.compose.regions import Region, check_regions, region_weights
 from tiledcore.feature import Feature
 from tiledcore.geometry import Pair, TileGrid, Tiling, both
 from tiledcore.hook import NetworkHook
-from tiledcore.loop.engine import Report
 from tiledcore.tiles.conditioning import TileBatch
 from tiledcore.tiles.denoiser import Forward, Prediction, TileDenoiser
 from tiledcore.tiles.families import network_of
@@ -79,7 +78,6 @@ class Regional(Feature):
             name, known = type(self.pipe).__name__, ", ".join(kind.__name__ for kind in TEXT)
             raise TypeError(f"regions: {name} has no prompts that can be replaced; known are {known}")
         self.regions, self._text = tuple(regions), found[0]
-        self.tiles = 0  # tiles evaluated in the last step, counted once per prompt
         self._encoded: list[Any] = []
         self._negative: list[Tensor] = []
         self._used = False
@@ -120,9 +118,6 @@ class Regional(Feature):
             return result
 
         stack.enter_context(replaced(self.pipe, encode_prompt=encode_prompt))
-
-    def report(self, report: Report) -> None:
-        report.region_tiles = self.tiles or None
 
     def prompts(self, conditions: dict[str, Any]) -> list[dict[str, Any]] | None:
         """For each prompt, the arguments of forward that it changes; the global prompt comes first and changes none.
@@ -187,9 +182,8 @@ class Regional(Feature):
         joined = {**kwargs, "encoder_hidden_states": torch.cat([tokens[p] for p in places], 1)}
         for name in self._text:
             if name.endswith("_mask"):  # None where all of a text counts
-                masks = [(texts[p].get(name), tokens[p]) for p in places]
-                whole = [text.new_ones(text.shape[:2]) if mask is None else mask for mask, text in masks]
-                joined[name] = torch.cat(whole, 1)
+                masks = ((texts[p].get(name), tokens[p][..., 0]) for p in places)
+                joined[name] = torch.cat([torch.ones_like(one) if mask is None else mask for mask, one in masks], 1)
         if (ids := kwargs.get("txt_ids")) is not None:  # FLUX' are all 0
             joined["txt_ids"] = ids.new_zeros(*ids.shape[:-2], sum(p.tokens for p in places.values()), ids.shape[-1])
         return joined
@@ -242,7 +236,6 @@ class Regional(Feature):
         parts = [
             part for i, layer in enumerate(layers) for part in _parts(i, layer, tilings[i], sample, denoiser.tile_batch)
         ]
-        self.tiles = sum(len(part.chosen) for part in parts)
         mixed: list[dict[Pair, Tensor]] = [{} for _ in layers]  # Per layer and size: tiles [T, B, C, h, w]
         for part, out in zip(parts, denoiser.deal(parts, run, sample), strict=True):
             tiles = mixed[part.layer].get(part.tile)
@@ -257,8 +250,7 @@ class Regional(Feature):
         if own:
             canvas = denoiser.blended(first)
             for layer, prediction in zip(layers[1:], own, strict=True):
-                rows, columns = layer.rows[:, None].to(canvas.device), layer.columns.to(canvas.device)
-                canvas[:, :, rows, columns] += denoiser.blended(prediction)
+                canvas[:, :, layer.rows[:, None], layer.columns] += denoiser.blended(prediction)
             first = denoiser.whole(canvas)
         return first
 

@@ -22,8 +22,6 @@ from tiledcore import validate
 from tiledcore.geometry import Pair
 from tiledcore.io.images import load_image
 
-KEYS = ("prompt", "box", "mask", "weight", "feather", "seed")
-
 
 @dataclass(frozen=True, eq=False)
 class Region:
@@ -173,11 +171,11 @@ def seed_noise(noise: Tensor, regions: Sequence[Region], pixels: int, wrap: tupl
         # On the CPU, so that a seed gives the same noise on every device.
         generator = torch.Generator().manual_seed(region.seed)
         drawn = torch.stack([torch.randn(C, len(rows), len(columns), generator=generator) for _ in range(B)])
-        at = (slice(None), slice(None), rows.to(noise.device), columns.to(noise.device))
+        drawn = drawn.to(noise)
         if region.mask is not None:
             here = F.avg_pool2d(torch.from_numpy(_mask(region.mask))[None], pixels)[0, rows, columns] >= 0.5
-            drawn = torch.where(here.to(noise.device), drawn.to(noise), noise[at])
-        noise[at] = drawn.to(noise)
+            drawn = torch.where(here.to(noise.device), drawn, noise[:, :, rows, columns])
+        noise[:, :, rows, columns] = drawn
     return noise
 
 
@@ -207,8 +205,9 @@ def load_scene(path: Path, width: int, height: int, wrap: tuple[bool, bool]) -> 
 
 
 def _read_region(folder: Path, table: dict[str, Any]) -> Region:
-    if unknown := sorted(set(table) - set(KEYS)):
-        raise ValueError(f"unknown key {unknown[0]!r}: must be one of {', '.join(KEYS)}")
+    known = Region.__dataclass_fields__
+    if unknown := sorted(table.keys() - known.keys()):
+        raise ValueError(f"unknown key {unknown[0]!r}: must be one of {', '.join(known)}")
     if (mask := table.get("mask")) is not None:
         if not isinstance(mask, str):
             raise ValueError(f"mask={mask!r}: must be the name of an image file")

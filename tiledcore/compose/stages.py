@@ -125,18 +125,15 @@ def plan_stages(size: Pair, native: Pair, multiple: int, config: Staging, start:
 
 
 def _check_given(stages: Sequence[Stage], size: Pair, multiple: int, start: Pair | None) -> list[Stage]:
-    last = stages[-1]
-    if (last.height, last.width) != size:
-        raise ValueError(
-            f"stages: the last one is {last.width}x{last.height} px, but the call's size is {size[1]}x{size[0]}"
-        )
+    made = f"{stages[-1].width}x{stages[-1].height}"
+    if made != f"{size[1]}x{size[0]}":
+        raise ValueError(f"stages: the last one is {made} px, but the call's size is {size[1]}x{size[0]}")
     for index, stage in enumerate(stages):
         name = f"stage {index + 1} of {stage.width}x{stage.height} px"
-        generates = index == 0 and start is None
-        if generates and stage.strength is not None:
-            raise ValueError(f"{name}: strength={stage.strength} needs a picture; the first stage takes None")
-        if not generates and stage.strength is None:
-            raise ValueError(f"{name}: needs a strength; only a first stage without an image takes None")
+        if (stage.strength is None) != (index == 0 and start is None):
+            raise ValueError(
+                f"{name}: strength={stage.strength}: a first stage without image= takes None, and only that"
+            )
         if stage.width % multiple or stage.height % multiple:
             raise ValueError(f"{name}: each side must be a multiple of {multiple} px")
         if index and (stage.width < stages[index - 1].width or stage.height < stages[index - 1].height):
@@ -237,7 +234,7 @@ def from_pictures(pipe: Any, arguments: dict[str, Any], options: Any) -> Any:
         raise ValueError("keep_colour: works on pixels, and output_type='latent' has none")
     source = None if image is None else to_tensor(image)
     given = arguments | vars(options) | {"stages": config}
-    del given["asked"], given["keep_colour"]
+    del given["keep_colour"]
     if config is None:
         result = pipe(**given)
     else:
@@ -279,9 +276,9 @@ def _check_stages(pipe: Any, call: dict[str, Any]) -> None:
         sibling = AutoPipelineForImage2Image.from_pipe(pipe)
     except ValueError as error:
         raise ValueError(f"stages: {name} has no image-to-image pipeline in diffusers") from error
-    takes = signature(type(sibling).__call__).parameters
+    takes = {*signature(type(sibling).__call__).parameters, "height", "width"}
     for argument in call:
-        if argument in known and argument not in takes and argument not in ("height", "width"):
+        if argument in known and argument not in takes:
             raise ValueError(f"stages: {type(sibling).__name__}, which refines them, has no {argument}; leave it out")
 
 
@@ -293,31 +290,24 @@ def run(pipe: Any, plan: StagePlan, call: dict[str, Any], image: Tensor | None =
     output_type, result = call.get("output_type", "pil"), None
     call = {name: value for name, value in call.items() if name not in ("image", "strength", "pull")}
     final, first, wrap = plan.stages[-1], image, both(plan.tiling.wrap)
+    size, prompt = (final.height, final.width), call["prompt_for_tile"]
     for stage, tiling in zip(plan.stages, plan.tilings(), strict=True):
         if result is not None:
             image = result[0].float().clamp(0, 1)
             first = image if first is None else first
         kind = output_type if stage is final else "pt"
         more: dict[str, Any] = {"height": stage.height, "width": stage.width, "tiling": tiling, "output_type": kind}
-        more |= {"stages": None} | _texts_of_stage(call, stage, final, image is not None)
+        more |= {"stages": None, "regions": scale_regions(call["regions"], size, (stage.height, stage.width))}
+        if prompt is not None:
+            scales = 2 * (final.width / stage.width, final.height / stage.height)
+            more["prompt_for_tile"] = lambda box, scales=scales: prompt(
+                tuple(round(n * scale) for n, scale in zip(box, scales, strict=True))
+            )
         if image is not None:
             enlarged = F.interpolate(image, (stage.height, stage.width), mode="bicubic", antialias=True).clamp(0, 1)
             more |= {"image": enlarged, "strength": stage.strength, "pull": plan.config.pull}
+            more["regions"] = [replace(region, seed=None) for region in more["regions"]]  # it has no noise of its own
         result = pipe(**call | more)
         if first is not None and plan.config.match and kind != "latent":
             result = _coloured(result, first, wrap)
     return result
-
-
-def _texts_of_stage(call: dict[str, Any], stage: Stage, final: Stage, refines: bool) -> dict[str, Any]:
-    """``regions`` and ``prompt_for_tile``, which are of the ``final`` size, for another stage.
-
-    A stage that ``refines`` starts from the picture before it: its regions have no noise of their own.
-    """
-    regions = scale_regions(call["regions"], (final.height, final.width), (stage.height, stage.width))
-    prompt, y, x = call["prompt_for_tile"], final.height / stage.height, final.width / stage.width
-    return {
-        "regions": [replace(region, seed=None) for region in regions] if refines else regions,
-        "prompt_for_tile": prompt
-        and (lambda box: prompt(tuple(round(n * scale) for n, scale in zip(box, (x, y, x, y), strict=True)))),
-    }

@@ -47,8 +47,6 @@ class Report:
     plan: Any = None  # With a ``memory_budget``: the :class:`~tiledcore.memory.planner.Plan`, with its predicted peak
     measured_bytes: int | None = None  # With a plan: the peak of tensors alive on the device, weights included
     ranks: Any = None  # With several processes: the :class:`~tiledcore.parallel.ranks.Times` of each
-    region_tiles: int | None = None
-    """With regions, in tile mode: tiles evaluated in the last step, each once for every prompt in it."""
 
 
 def why_not(pipe: Any, call: dict[str, Any]) -> str | None:
