@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from inspect import signature
 from os import PathLike
@@ -24,14 +24,14 @@ from tiledcore.compose.tile_prompts import PromptForTile, TilePrompts
 from tiledcore.config import Execution, TilingConfig
 from tiledcore.feature import Feature, Features
 from tiledcore.geometry import Pair, both
-from tiledcore.hook import NetworkHook, tiled, with_fade
+from tiledcore.hook import NetworkHook, default_tiling, tiled, with_fade
 from tiledcore.io.preview import Preview, Previewing
 from tiledcore.io.stream import CPU_BUDGET, Rows, Streamed
 from tiledcore.loop.checkpoint import Checkpoint, locked
 from tiledcore.loop.engine import Engine
 from tiledcore.loop.graph import CudaBackend, StepGraphs
 from tiledcore.memory.planner import Budget, Plan, within
-from tiledcore.parallel.ranks import Ranks, Sharing, options_of, same_call
+from tiledcore.parallel.ranks import Ranks, options_of, same_call, sharing
 from tiledcore.parallel.slabs import divided, slabs
 from tiledcore.schedulers.pull import Pull, Pulling
 from tiledcore.tiles.fade import Fade
@@ -52,8 +52,7 @@ DEPRECATED = ("callback", "callback_steps")  # of Stable Diffusion, in its ``**k
 class Options:
     """Arguments of a TiledPipeline call that the wrapped pipeline does not have; None: the pipeline's default."""
 
-    tiling: TilingConfig
-    asked: bool  # The caller chose the tiling; a plan then keeps it
+    tiling: TilingConfig | None
     execution: Execution
     regions: Sequence[Region]
     prompt_for_tile: PromptForTile | None
@@ -127,7 +126,7 @@ class Call:
         cls, pipe: Any, arguments: dict[str, Any], options: Options, budget: Budget | None, ranks: Ranks | None
     ) -> Self:
         """Resolve pipeline, image, size, tiling and plan of a call of ``pipe``; ``arguments`` are given by name."""
-        tiling, execution = options.tiling, options.execution
+        tiling, execution = options.tiling or default_tiling(pipe), options.execution
         if ranks is not None:
             more = settings_in(tiling, options) | vars(execution) | {"pull": str(options.pull)}
             same_call(ranks, pipe, arguments, more)
@@ -146,7 +145,7 @@ class Call:
         if budget is not None:
             # Canvas mode does not have all of these for every network.
             only_tiles = options.regions or options.prompt_for_tile is not None or is_hinted(runs)
-            plan = budget.plan(runs, arguments, size, tiling if options.asked or only_tiles else None, execution)
+            plan = budget.plan(runs, arguments, size, tiling if options.tiling or only_tiles else None, execution)
             tiling, execution = plan.tiling if image is None else plan.tiling.refining(), plan.execution
         tiling = with_fade(runs, tiling, fades=True)
         if any(region.seed is not None for region in options.regions):
@@ -162,7 +161,9 @@ class Call:
         network, family = network_of(pipe)
         unit, native = family.unit(network), both(family.native(pipe, network))
         vae, factor, wrap = getattr(pipe, "vae", None), factor_of(pipe), both(tiling.wrap)
-        found: list[Any] = [] if self.ranks is None else [Sharing(self.ranks, hook)]
+        if vae is None and (options.rows is not None or options.preview is not None):
+            raise ValueError("rows, preview: the pipeline has no vae to decode with; leave them out")
+        found: list[Any] = [] if self.ranks is None else [sharing(self.ranks, hook)]
         if options.preview is not None:
             found.append(Previewing(options.preview, pipe, native, unit))
         if options.regions:
@@ -174,8 +175,6 @@ class Call:
             stream = Streamed(pipe, options.rows, around)
             found += [*bounded_vae(pipe, self.size, stream, self.plan, self.ranks), stream]
             found += [wrapped(vae, around), labelled(vae, "decode", "decode")]
-        elif options.rows is not None or options.preview is not None:
-            raise ValueError("rows, preview: the pipeline has no vae to decode with; leave them out")
         side = min(both(tiling.tile or native))
         if tiling.moving is not None and tiling.moving.fade != 0:
             width = tiling.moving.fade or max(1, min(native) * 3 // 16)
@@ -207,17 +206,14 @@ class Call:
                 return self.pipe(**self.arguments)
             finally:
                 wrapper.report = engine.report()
-                for feature in features:
-                    feature.report(wrapper.report)
+                wrapper.report.ranks = None if self.ranks is None else self.ranks.times
 
 
 def settings_in(tiling: TilingConfig, options: Options) -> dict[str, Any]:
     """Regions and tiling as comparable values, by name."""
     asked = None if callable(options.prompt_for_tile) else options.prompt_for_tile
-    return {"regions": [vars(region) for region in options.regions], "prompt_for_tile": asked} | {
-        f"tiling.{name}": value if isinstance(value, str | int | float | None) else str(value)
-        for name, value in vars(tiling).items()
-    }
+    named = {f"tiling.{name}": value for name, value in asdict(tiling).items()}
+    return {"regions": [vars(region) for region in options.regions], "prompt_for_tile": asked} | named
 
 
 def current_device(device: torch.device) -> AbstractContextManager[Any]:
@@ -306,13 +302,12 @@ def bounded_vae(
             return []
         logger.warning("%d pixels: decoding in diffusers' tiles, which is approximate: %s", pixels, reason)
         return [replaced(vae, use_tiling=True)]
-    larger_than, room = EXACT_DECODE_PIXELS, None if plan is None else plan.vae_room
-    if plan is not None and stream.rows is None:  # the plan knows whether the whole image fits
+    streams, room = stream.rows is not None, None if plan is None else plan.vae_room
+    larger_than = EXACT_DECODE_PIXELS
+    if plan is not None and not streams:  # the plan knows whether the whole image fits
         larger_than = 2**63 if plan.vae_band is None else 0
-    if stream.rows is not None and room is None and vae.device.type == "cpu":
+    if streams and room is None and vae.device.type == "cpu":
         room = CPU_BUDGET
-    if ranks is None:
-        return [exact_bands(vae, larger_than, None, room, rows_of, stream.collect)]
-    decode = partial(slabs, ranks, to_first=stream.rows is not None)
+    decode = rows_of if ranks is None else partial(slabs, ranks, to_first=streams)
     bands = exact_bands(vae, larger_than, None, room, decode, stream.collect)
-    return [divided(ranks, vae.decoder, factor_of(pipe)), bands]
+    return [bands] if ranks is None else [divided(ranks, vae.decoder, factor_of(pipe)), bands]

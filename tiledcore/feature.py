@@ -31,18 +31,14 @@ class Feature:
         return False
 
     def after_prediction(self, index: int, sample: Tensor, tiles: Tiling, prediction: Tensor) -> Tensor:
-        """The guided prediction of an evaluation, changed; before the scheduler's step.
+        """The guided prediction, changed; float32 or float64, ``[B, C, H, W]``.
 
-        ``prediction``, float32 or float64, and ``sample`` are ``[B, C, H, W]``. ``sample`` is the canvas as the
-        scheduler has it, not scaled for the network; ``tiles`` says where the tiles lay.
+        ``sample``, of the same shape, is the canvas as the scheduler has it, not scaled for the network.
         """
         return prediction
 
     def after_step(self, index: int, sample: Tensor) -> None:
         """``index`` evaluations are done, and this is the canvas ``[B, C, H, W]``."""
-
-    def report(self, report: Any) -> None:
-        """The call is over: add to its :class:`~tiledcore.loop.engine.Report`."""
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint must hold to go on."""

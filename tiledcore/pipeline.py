@@ -24,6 +24,7 @@ from tiledcore.models import EARTH, EARTH_FLUX, EMBEDDED, NATIVE
 from tiledcore.parallel.ranks import current
 from tiledcore.schedulers.pull import Pull
 from tiledcore.tiles.families import factor_of, network_of
+from tiledcore.utils import replaced
 
 SETTINGS = ("tiling", "execution", "fused", "cuda_graph", "memory_budget", "stages", "parallel")  # of the constructor
 
@@ -176,9 +177,8 @@ class TiledPipeline:
         _checked("tiling", tiling), _checked("execution", execution)
         given: dict[str, Any] = {"regions": regions, "prompt_for_tile": prompt_for_tile, "rows": rows, "pull": pull}
         given |= {"checkpoint": checkpoint, "preview": preview, "keep_colour": keep_colour}
-        given |= {"tiling": tiling or self.tiling, "execution": execution or self.execution}
-        asked = tiling is not None or self.__dict__["_tiling"] is not None
-        options = Options.of(asked=asked, stages=self.stages if stages == "default" else stages, **given)
+        given |= {"tiling": tiling or self.__dict__["_tiling"], "execution": execution or self.execution}
+        options = Options.of(stages=self.stages if stages == "default" else stages, **given)
         arguments = bind(self.pipe, args, kwargs)
         if options.preview is not None and self._budget is not None:
             raise ValueError("preview: its decode is not counted by the memory_budget; leave out one of them")
@@ -186,11 +186,8 @@ class TiledPipeline:
             return from_pictures(self, arguments, options)
         ranks = current() if self.parallel == "auto" else None
         call = Call.resolve(self.pipe, arguments, options, self._budget, ranks)
-        self.__dict__["_running"] = call.pipe
-        try:
+        with replaced(self, _running=call.pipe):
             return call.run(self, self._graphs, self.fused)
-        finally:
-            self.__dict__["_running"] = None
 
 
 def _checked(name: str, value: Any) -> dict[str, Any]:

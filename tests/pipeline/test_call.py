@@ -131,6 +131,8 @@ def test_without_an_autoencoder_there_are_latents() -> None:
     inner.vae = None
     pipe = TiledPipeline(inner)
     assert run(pipe, "a cat", 160, 192, output_type="latent").shape == (1, 4, 20, 24)
+    with pytest.raises(ValueError, match="rows, preview: the pipeline has no vae to decode with"):
+        run(pipe, "a cat", 160, 192, output_type="latent", preview="now.png")
 
 
 def schedulers() -> list[str]:

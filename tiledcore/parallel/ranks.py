@@ -1,4 +1,4 @@
-"""Ranks: the processes of a torch.distributed group, which share the tile batches of each step. Sharing: their call.
+"""Ranks: the processes of a torch.distributed group, which share the tile batches of each step.
 
 All processes make the same call (SPMD), and each holds the whole canvas. A process evaluates its part of the tile
 batches; then all predictions are exchanged, and each process makes the same step. A tile batch is never cut, so the
@@ -12,7 +12,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -27,10 +27,8 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
-from tiledcore.feature import Feature
 from tiledcore.hook import NetworkHook
-from tiledcore.loop.checkpoint import FILE, Checkpoint, settings_of
-from tiledcore.loop.engine import Report
+from tiledcore.loop.checkpoint import Checkpoint, settings_of
 from tiledcore.utils import replaced
 
 logger = logging.getLogger(__name__)
@@ -215,7 +213,6 @@ class Ranks:
 
 
 def _checksum(canvas: Tensor) -> int:
-    """The sum of the canvas' bits as integers."""
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[canvas.element_size()]
     return int(canvas.contiguous().view(bits).sum(dtype=torch.int64))
 
@@ -233,20 +230,13 @@ def current() -> Ranks | None:
     return _ranks
 
 
-class Sharing(Feature):
-    """The tile batches of one call are dealt to the ranks; only rank 0 shows progress."""
-
-    def __init__(self, ranks: Ranks, hook: NetworkHook) -> None:
-        self.ranks, self.hook = ranks, hook
-
-    def enter(self, stack: ExitStack) -> None:
-        self.ranks.times = Times([0.0] * self.ranks.size)
-        self.hook.denoiser.deal = self.ranks.deal
-        if not self.ranks.leads:
-            stack.enter_context(replaced(self.hook.pipe, progress_bar=partial(tqdm, disable=True)))
-
-    def report(self, report: Report) -> None:
-        report.ranks = self.ranks.times
+@contextmanager
+def sharing(ranks: Ranks, hook: NetworkHook) -> Iterator[None]:
+    """Inside the ``with`` block, the tile batches of a call are dealt to the ranks; only rank 0 shows progress."""
+    ranks.times, hook.denoiser.deal = Times([0.0] * ranks.size), ranks.deal
+    shown = {} if ranks.leads else {"progress_bar": partial(tqdm, disable=True)}
+    with replaced(hook.pipe, **shown):
+        yield
 
 
 def same_call(ranks: Ranks, pipe: Any, arguments: dict[str, Any], more: dict[str, Any]) -> None:
@@ -273,26 +263,20 @@ def same_call(ranks: Ranks, pipe: Any, arguments: dict[str, Any], more: dict[str
 
 def options_of(ranks: Ranks, options: Any) -> Any:
     """A call's :class:`~tiledcore.call.Options` on this rank: only rank 0 writes previews, rows and checkpoints."""
-    if options.checkpoint is not None:
-        options = replace(options, checkpoint=_checkpoint(ranks, options.checkpoint))
+    checkpoint, rows = options.checkpoint, options.rows
+    if checkpoint is not None:
+        there = ranks.leads and checkpoint.file.exists()
+        saved = ranks.first(checkpoint.file.read_bytes() if there else None)
     if ranks.leads:
         return options
-    # In place of what takes the rows on rank 0: this rank decodes its part, and sends it there.
-    consume: Any = partial(deque, maxlen=0)
-    return replace(options, preview=None, rows=None if options.rows is None else consume)
-
-
-def _checkpoint(ranks: Ranks, checkpoint: Checkpoint) -> Checkpoint:
-    """On rank 0 the checkpoint itself, on the others a copy of what it has saved, which nobody reads again."""
-    file = checkpoint.file
-    saved = ranks.first(file.read_bytes() if ranks.leads and file.exists() else None)
-    if ranks.leads:
-        return checkpoint
-    ranks.copied = TemporaryDirectory(prefix="tiledcore-")
-    folder = Path(ranks.copied.name)
-    if saved is not None:
-        (folder / FILE).write_bytes(saved)
-    return Checkpoint(folder, every=2**62)
+    if checkpoint is not None:  # a copy of what rank 0 has saved; nobody reads what this rank saves
+        ranks.copied = TemporaryDirectory(prefix="tiledcore-")
+        checkpoint = Checkpoint(Path(ranks.copied.name), every=2**62)
+        if saved is not None:
+            checkpoint.file.write_bytes(saved)
+    if rows is not None:  # this rank decodes its part, and sends it to rank 0
+        rows = partial(deque, maxlen=0)
+    return replace(options, checkpoint=checkpoint, preview=None, rows=rows)
 
 
 # ----------------------------------------------------------------------------- processes that torchrun started
@@ -330,12 +314,8 @@ def joined(device: str | None) -> Iterator[Ranks]:
     dist.destroy_process_group()  # after an error the others may be gone, and this would wait for them
 
 
-class EndedError(Exception):
-    """Torchrun ended this process, because another one ended."""
-
-
 def _end(*_: Any) -> NoReturn:
-    raise EndedError("another of the processes ended")
+    raise LostRankError("another of the processes ended")
 
 
 def tells() -> bool:
