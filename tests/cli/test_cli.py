@@ -70,7 +70,8 @@ def test_an_image_with_its_settings(model: str, capsys: pytest.CaptureFixture[st
     out, err = capsys.readouterr()
     assert out == ""
     assert "decoding" in err.splitlines()
-    assert re.fullmatch(r"a\.png: 192x160, seed 5, area factor 2\.13, \d+\.\d s", err.splitlines()[-1])
+    assert re.fullmatch(r"a\.png: 192x160, seed 5, area factor 2\.13, \d+\.\d s", err.splitlines()[-2])
+    assert err.splitlines()[-1] == "next: tiledcore view a.png"
     assert "denoising 192x160 px: 4 tiles of 16x16 latent pixels, 2 steps, seed 5" in err.splitlines()
 
 
@@ -319,9 +320,10 @@ def test_info(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert err == ""
     rows = dict(re.split(r" {2,}", line, maxsplit=1) for line in out.splitlines())
     assert rows["prompt"] == "a coast"
-    assert (rows["size"], rows["tile"], rows["wrap"]) == ("[192, 160]", "[16, 8]", "[true, true]")
-    assert json.loads(rows["motion"]) == OWN_MOTION
-    assert json.loads(rows["lines x"]) == stored()["tiling"]["lines_x"]
+    assert rows["negative prompt"] == "-"
+    assert (rows["size"], rows["tile"], rows["wrap"]) == ("192x160", "16x8", "xy")
+    assert all(name.replace("_", " ") in rows["motion"] for name in OWN_MOTION) and "{" not in rows["motion"]
+    assert rows["lines x"] == " ".join(map(str, stored()["tiling"]["lines_x"]))
 
 
 def test_info_shows_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ import torch
 from tiny_command import FAST, generate
 
 from tiledcore import __version__
-from tiledcore.cli import console
+from tiledcore.cli import console, explain
 from tiledcore.cli import main as cli
 from tiledcore.cli.main import main
 
@@ -58,9 +58,18 @@ def test_explain_says_what_would_be_done_and_why(model: str, capsys: pytest.Capt
     assert lines[1] == "tiles   4 of 128x128 px, area factor 2.13"
     assert "tiles lie elsewhere in each step" in lines[2] and lines[2].endswith("asked for by --tile, --motion")
     assert lines[3] == "steps   2 of ddim, guidance 7.5; --steps"
-    assert lines[4].startswith("decode  row by row")
-    assert lines[5] == "seed    5" and "--stages auto" in lines[6] and len(lines) == 7
+    assert lines[4].startswith("decode  row by row") and re.match(r"memory  [\d.]+ MiB predicted \(", lines[5])
+    assert lines[6] == "seed    5" and "--stages auto" in lines[7] and lines[8:] == ["then    tiledcore view a.png"]
     assert "denoising" not in err and os.listdir() == []
+
+
+def test_a_step_of_too_many_tiles_is_not_simulated(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(explain, "MANY", 3)
+    assert generate(model, "--explain", "--tile", "16", "--overlap", "4") == 0
+    line = "memory  not predicted: to simulate a step of 4 tiles would take minutes"
+    assert line in capsys.readouterr().out.splitlines()
 
 
 def test_nothing_but_the_commands_own_lines_is_shown(model: str) -> None:
@@ -87,19 +96,18 @@ def test_nothing_but_the_commands_own_lines_is_shown(model: str) -> None:
     run = subprocess.run([*command, *FAST], capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout == ""
     lines = [line for line in re.split(r"[\r\n]+", run.stderr) if line and "it/s]" not in line]
-    assert [line.split(" ")[0] for line in lines] == ["loading", "denoising", "decoding", "a.png:"], run.stderr
+    assert [line.split(" ")[0] for line in lines] == ["loading", "denoising", "decoding", "a.png:", "next:"], run.stderr
 
 
 def test_the_choices_are_torchs() -> None:
     assert all(hasattr(torch, name) for name in console.DTYPES.values())
 
 
-def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main([])
+def test_without_a_command_there_are_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
     out, err = capsys.readouterr()
-    assert stop.value.code == 0 and err == ""
-    assert all(command in out for command in ("generate", "plan", "view", "info"))
+    assert err == "" and len(out.splitlines()) == 5
+    assert all(line.startswith("tiledcore ") for line in out.splitlines())
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
     assert stop.value.code == 0

@@ -131,7 +131,7 @@ def test_the_page_is_told_what_the_settings_say(tmp_path: Path) -> None:
     assert page["note"] is None
     tables = {title: dict(rows) for title, rows in page["tables"]}
     assert tables["settings"]["seed"] == "1234567" and "regions" not in tables["settings"]
-    assert tables["tiling"] == {"mode": "tiles", "tile": "[32, 32]", "wrap": "[false, true]"}
+    assert tables["tiling"] == {"mode": "tiles", "tile": "32x32", "wrap": "x"}
     assert [region["areas"] for region in page["regions"]] == [
         [[60, 40, 300, 260]],
         [[600, 300, 700, 460], [0, 300, 100, 460]],  # goes on at the other side

@@ -92,7 +92,7 @@ def test_the_panel_and_what_can_be_hidden(page: Page, tmp_path: Path) -> None:
         page.open(server.url)
         page.wait(LOADED)
         text = page.run("document.querySelector('aside').innerText")
-        for expected in ("a.tif", "700 × 520 px", "a coast <b>from</b> above", "1234567", "[32, 32]", "desert"):
+        for expected in ("a.tif", "700 × 520 px", "a coast <b>from</b> above", "1234567", "32x32", "desert"):
             assert expected in text
         assert page.run("document.querySelectorAll('aside b, aside i').length") == 0
         for box, selector in (("#show-grid", "path.grid"), ("#show-regions", "path.region")):

@@ -1,9 +1,10 @@
-"""What would be done, before it is done: ``generate --explain``, and ``plan``."""
+"""What would be done, before it is done: ``generate --explain``, and the memory that ``plan`` predicts."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,11 @@ from tiledcore.geometry import both
 if TYPE_CHECKING:
     from tiledcore.memory.planner import Plan
     from tiledcore.pipeline import TiledPipeline
+
+LARGE = 2048 * 2048
+"""Pixels. Larger images are decoded in bands of rows."""
+MANY = 10_000
+"""Tiles in one step. A step with more of them is not simulated, because that takes minutes."""
 
 
 def explain(args: argparse.Namespace, pipe: TiledPipeline, metadata: dict[str, Any], whole: str | None) -> str:
@@ -44,11 +50,36 @@ def explain(args: argparse.Namespace, pipe: TiledPipeline, metadata: dict[str, A
         ("steps", f"{metadata['steps']} of {metadata['scheduler']}, guidance {metadata['guidance']}; {steps}"),
         *(("stage", line) for line in metadata.get("stages", [])),
         ("decode", f"whole: {whole}" if whole else "row by row into the file; the whole image is not needed"),
+        ("memory", memory(args, pipe, tiling["tiles"], whole is not None)),
         ("seed", f"{metadata['seed']}" + ("" if args.seed is not None else "; random, because there is no --seed")),
     ]
     if tiling["tiles"] > 1 and args.stages is None and args.init_image is None:
         lines.append(("hint", "tiles alone repeat the subject; --stages auto makes one composition"))
+    lines.append(("then", f"tiledcore view {shlex.quote(str(args.out))}"))
     return "\n".join(f"{name:<8}{text}" for name, text in lines)
+
+
+def memory(args: argparse.Namespace, pipe: TiledPipeline, tiles: int, whole: bool) -> str:
+    """The predicted peak of tensors on the device, in words; takes seconds, because one step is simulated."""
+    from tiledcore.io.stream import CPU_BUDGET
+    from tiledcore.memory.architectures import architecture
+    from tiledcore.memory.planner import COUNTED_BYTES, Planner
+    from tiledcore.memory.prediction import Predictor, parse_bytes, show_bytes
+
+    if tiles > MANY and pipe.tiling.mode == "tiles":
+        return f"not predicted: to simulate a step of {tiles} tiles would take minutes"
+    try:
+        predictor = Predictor(architecture(pipe.pipe), pipe.device.type)
+        found = Planner(predictor, parse_bytes(args.budget or "1024TiB")).plan(args.size, pipe.tiling, pipe.execution)
+    except TypeError as error:  # of a network that cannot be simulated
+        return f"not predicted: {error}"
+    peaks, more = {phase.name: phase.peak for phase in found.phases}, ""
+    if args.budget is None and not whole and args.size[0] * args.size[1] > LARGE:
+        peaks.pop("decode")
+        room = f"at most {show_bytes(CPU_BUDGET)} more" if pipe.device.type == "cpu" else "as much as is free"
+        more = f"; the decode takes {room}, in bands of rows"
+    each = ", ".join(f"{name} {show_bytes(peak)}" for name, peak in peaks.items())
+    return f"{show_bytes(max(peaks.values()))} predicted ({each}){more}; {COUNTED_BYTES}"
 
 
 def plan(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The command ``generate``: check the arguments, open the model, run it, write the file.
+"""The commands ``generate`` and ``profile``: check the arguments, open the model, run it, write the file.
 
 torch and diffusers take seconds to import, so they are imported only after the arguments are checked.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import secrets
+import shlex
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -38,7 +39,7 @@ def generate(args: argparse.Namespace) -> None:
     quiet()
     from diffusers.utils.logging import set_verbosity_warning
 
-    from tiledcore.cli.explain import explain
+    from tiledcore.cli.explain import LARGE, explain, memory
     from tiledcore.io.stream import why_not_streamed
     from tiledcore.loop.checkpoint import Checkpoint, load, locked
     from tiledcore.memory.prediction import show_bytes
@@ -64,11 +65,14 @@ def generate(args: argparse.Namespace) -> None:
             whole = "--stages, --keep-colour and --mask work on the whole picture"
         if args.explain:
             if leads():
+                say("predicting the memory: one step is simulated")
                 print(explain(args, pipe, metadata, whole))
             return
         (width, height), tiling = args.size, metadata["tiling"]
         tiles = f"{tiling['tiles']} tiles of {tiling['tile'][0]}x{tiling['tile'][1]} latent pixels"
         say(f"denoising {width}x{height} px: {tiles}, {metadata['steps']} steps, seed {seed}")
+        if width * height > LARGE and args.device == "cpu" and args.budget is None:  # short beside the run there
+            say(f"memory: {memory(args, pipe, tiling['tiles'], whole is not None)}")
         _make(args, pipe, call | {"checkpoint": checkpoint, "preview": args.preview}, metadata, whole)
         if kept is not None:
             kept.remove()
@@ -82,6 +86,37 @@ def generate(args: argparse.Namespace) -> None:
         say(str(report.ranks))
     area = f"area factor {tiling['area_factor']:.2f}"
     say(f"{args.out}: {width}x{height}, seed {seed}, {area}, {time.perf_counter() - started:.1f} s")
+    say(f"next: tiledcore view {shlex.quote(str(args.out))}")
+
+
+def profile(args: argparse.Namespace) -> None:
+    """Run it under torch.profiler and print where the time went."""
+    image = check(args)
+    say(f"loading {args.model}")
+    quiet()
+    import torch
+
+    pipe = open_pipeline(args, args.seed or 0)
+    call = call_arguments(args, pipe, image)
+    with torch.profiler.profile() as profiler:  # of CPU and, where there is one, GPU
+        pipe(**call, generator=torch.Generator().manual_seed(args.seed or 0))
+    print(_times(profiler.key_averages(), torch.device(args.device).type == "cuda"))
+
+
+def _times(events: Any, on_cuda: bool) -> str:
+    """Time of each labelled part of ``key_averages()`` as text, and the shares of the engine and the network."""
+    from tiledcore.utils import LABELS, PREFIX
+
+    found = {e.key.removeprefix(PREFIX): e for e in events if e.key.startswith(PREFIX)}
+    clock = "device_time_total" if on_cuda else "cpu_time_total"
+    seconds = {name: getattr(found[name], clock) / 1e6 for name in LABELS if name in found}
+    total = sum(value for name, value in seconds.items() if name != "attention")  # a part of the network
+    lines = [f"{'part':<22}{'calls':>7}{'seconds':>10}{'share':>9}"]
+    for name, value in seconds.items():
+        shown = "  of it, attention" if name == "attention" else name
+        lines.append(f"{shown:<22}{found[name].count:>7}{value:>10.3f}{value / total:>9.1%}")
+    network = seconds.get("network", 0.0) / (total - seconds.get("decode", 0.0))
+    return "\n".join([*lines, f"of the loop: network {network:.1%}, engine {1 - network:.1%}"])
 
 
 def check(args: argparse.Namespace) -> Image.Image | None:
@@ -111,7 +146,8 @@ def check(args: argparse.Namespace) -> Image.Image | None:
     args.size = args.size or (1024, 1024)
     width, height = args.size
     check_size(args.size, unit)
-    check_target(args.out, args.size)
+    if args.out is not None:
+        check_target(args.out, args.size)
     if args.preview is not None:
         for option, path in (("--out", args.out), ("--init-image", args.init_image)):
             if path is not None and args.preview.resolve() == path.resolve():

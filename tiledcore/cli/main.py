@@ -19,7 +19,13 @@ from tiledcore.cli.console import DTYPES, SCHEDULERS, STRENGTH, Lasting, launche
 T = TypeVar("T")
 
 # The module of a command, where it has another name. It is only imported when the command runs.
-MODULES = {"plan": "explain", "info": "view"}
+MODULES = {"profile": "generate", "plan": "explain", "info": "view"}
+EXAMPLES = """\
+tiledcore generate "relief map of a rugged coast" --size 2048x2048 --out coast.png
+tiledcore generate "a river delta" --size 1024x512 --wrap x --seed 7 --out delta.png
+tiledcore generate "a mountain lake" --init-image coast.png --strength 0.4 --out lake.png
+tiledcore info coast.png
+tiledcore view coast.png      (all options: tiledcore generate --help)"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,8 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A closed stdout or stderr does not end the command, which may have an image to write.
     out, err = (cast(TextIO, Lasting(stream)) for stream in (sys.stdout, sys.stderr))
     with redirect_stdout(out), redirect_stderr(err):
+        if not given:
+            print(EXAMPLES)
+            return 0
         try:
-            args = parser("--help-all" in given).parse_args(given or ["--help"])
+            args = parser("--help-all" in given).parse_args(given)
             module = import_module(f"tiledcore.cli.{MODULES.get(args.command, args.command)}")
             getattr(module, args.command)(args)
         except (Exception, KeyboardInterrupt) as error:
@@ -61,8 +70,12 @@ def parser(everything: bool = False) -> argparse.ArgumentParser:
     top = _Parser(prog="tiledcore", description="One coherent image of any size from many tiles.")
     top.add_argument("--version", action="version", version=f"tiledcore {__version__}")
     commands = top.add_subparsers(required=True, dest="command", metavar="COMMAND")
-    usage = "tiledcore generate PROMPT --out FILE [options]"
-    _add_generate(commands.add_parser("generate", help="make an image", usage=usage, add_help=False), everything)
+    for name, usage, text in (
+        ("generate", "PROMPT --out FILE", "make an image"),
+        ("profile", "PROMPT", "where the time of generate goes"),
+    ):
+        usage = f"tiledcore {name} {usage} [options]"
+        _add_generate(commands.add_parser(name, help=text, usage=usage, add_help=False), everything, name == "generate")
     _add_plan(commands.add_parser("plan", help="how an image would fit a memory budget"))
     viewing = commands.add_parser("view", help="show a picture of any size, its tiles and regions in a browser")
     viewing.add_argument("file", type=Path, help="a picture: a TIFF of any size, or what fits into memory")
@@ -74,8 +87,8 @@ def parser(everything: bool = False) -> argparse.ArgumentParser:
     return top
 
 
-def _add_generate(parser: argparse.ArgumentParser, everything: bool) -> None:
-    """The options of ``generate``; the help lists ``rare`` ones only if ``everything``."""
+def _add_generate(parser: argparse.ArgumentParser, everything: bool, writes: bool) -> None:
+    """The options of ``generate``, and of ``profile``, which writes no file; ``rare`` ones only if ``everything``."""
 
     def group(title: str) -> Callable[..., None]:
         add_argument = parser.add_argument_group(title).add_argument
@@ -87,7 +100,8 @@ def _add_generate(parser: argparse.ArgumentParser, everything: bool) -> None:
 
     add = group("the image")
     add("prompt", metavar="PROMPT", help="what it shows")
-    add("--out", type=Path, required=True, metavar="FILE", help=".png or .tif (hold the settings), .jpg or .webp")
+    if writes:
+        add("--out", type=Path, required=True, metavar="FILE", help=".png or .tif (hold the settings), .jpg or .webp")
     add("--size", type=_size, metavar="WIDTHxHEIGHT", help="in px; default 1024x1024, or that of --init-image")
     add("--seed", type=_integer(0, 2**64 - 1), metavar="N", help="default: random, and printed")
     add("--negative-prompt", rare=True, metavar="PROMPT", help="what it must not show")
@@ -112,10 +126,13 @@ def _add_generate(parser: argparse.ArgumentParser, everything: bool) -> None:
     add("--keep-colour", rare=True, action="store_true", help="give the result the low frequencies of --init-image")
 
     add = group("long runs and memory")
-    add("--checkpoint", type=Path, metavar="DIR", help="save the run there, and go on from what is there")
-    add("--preview", type=Path, metavar="FILE", help="show a small picture there meanwhile")
-    every = "evaluations between two previews; default 5"
-    add("--preview-every", rare=True, type=_integer(1), metavar="N", help=every)
+    if writes:
+        add("--checkpoint", type=Path, metavar="DIR", help="save the run there, and go on from what is there")
+        add("--preview", type=Path, metavar="FILE", help="show a small picture there meanwhile")
+        every = "evaluations between two previews; default 5"
+        add("--preview-every", rare=True, type=_integer(1), metavar="N", help=every)
+    else:
+        parser.set_defaults(out=None, checkpoint=None, preview=None, preview_every=None)
     add("--budget", metavar="BYTES", help="of tensors, such as 24GiB: run within it or refuse")
     add("--device", rare=True, type=_device, metavar="NAME", help="default cuda where there is one, else cpu")
     add("--dtype", rare=True, choices=DTYPES, help="default fp16 on cuda; bf16 on a CPU that computes in it; else fp32")
@@ -135,7 +152,8 @@ def _add_generate(parser: argparse.ArgumentParser, everything: bool) -> None:
     add("--halo", rare=True, type=_pair, metavar="N|HxW", help=halo)
 
     add = group("help")
-    add("--explain", action="store_true", help="print what would be done and why, and stop")
+    if writes:
+        add("--explain", action="store_true", help="print what would be done and why, and stop")
     add("-h", "--help", action="help", help="show the common options")
     add("--help-all", action="help", help="show all options")
 

@@ -59,7 +59,7 @@ def info(args: argparse.Namespace) -> None:
         print(json.dumps(metadata, indent=2))
         return
     for key, value in (metadata | metadata.pop("tiling", {})).items():
-        line = f"{key.replace('_', ' '):<18}{shown(value)}"
+        line = f"{key.replace('_', ' '):<18}{shown(value, key)}"
         # The file may come from anywhere: no control characters for the terminal.
         print("".join(c if c.isprintable() else " " for c in line))
 
@@ -73,9 +73,17 @@ def leaflet_files() -> dict[str, bytes]:
         raise ValueError("view: Leaflet is not installed: pip install tiledcore[viewer]") from error
 
 
-def shown(value: Any) -> str:
-    """One setting as text on one line."""
-    return value if isinstance(value, str) else json.dumps(value)
+def shown(value: Any, key: str = "") -> str:
+    """One setting as text on one line; ``key`` is its name."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if key == "wrap" and isinstance(value, list):
+        return "".join(axis for axis, on in zip("xy", value[::-1], strict=False) if on) or "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{name.replace('_', ' ')} {shown(item, name)}" for name, item in value.items())
+    if isinstance(value, list):
+        return ("x" if key in ("size", "tile", "overlap", "halo") else " ").join(map(str, value)) or "-"
+    return "-" if value is None else str(value)
 
 
 def describe(name: str, levels: Levels, metadata: dict[str, Any] | None) -> dict[str, Any]:
@@ -92,7 +100,7 @@ def describe(name: str, levels: Levels, metadata: dict[str, Any] | None) -> dict
     texts = [key for key in ("prompt", "negative_prompt") if isinstance(metadata.get(key), str)]
     page["texts"] = [[key.replace("_", " "), metadata[key]] for key in texts]
     for title, settings in (("settings", metadata), ("tiling", tiling)):
-        rows = [[key.replace("_", " "), shown(value)] for key, value in settings.items() if key not in SEPARATE]
+        rows = [[key.replace("_", " "), shown(value, key)] for key, value in settings.items() if key not in SEPARATE]
         page["tables"].append([title, rows])
     if metadata.get("size") != list(size):
         return page | {"note": "The picture is not of the size that its settings name: tiles and regions are left out."}
@@ -106,7 +114,7 @@ def describe(name: str, levels: Levels, metadata: dict[str, Any] | None) -> dict
 
 def _region(region: dict[str, Any], size: tuple[int, int], wrap: list[bool]) -> dict[str, Any]:
     areas = areas_of(_integers(region["box" if "box" in region else "bounds"]), size, wrap)
-    details = [[key, shown(region[key])] for key in ("mask", "weight", "feather", "seed") if key in region]
+    details = [[key, shown(region[key], key)] for key in ("mask", "weight", "feather", "seed") if key in region]
     return {"prompt": shown(region["prompt"]), "mask": "mask" in region, "details": details, "areas": areas}
 
 
