@@ -28,6 +28,7 @@ pytestmark = pytest.mark.usefixtures("here")
         (["--size", "4x8"], "multiple of 8 px, such as 8x8 or 8x8"),
         (["--size", "1024"], "'1024' is not WIDTHxHEIGHT"),
         (["--size", "0x64"], "'0x64' is not WIDTHxHEIGHT"),
+        (["--init-image", "whole.png", "--size", "1024x"], "'1024x' is not WIDTHxHEIGHT"),
         (["--tile", "16", "--overlap", "16"], "at most 15 along y"),
         (["--tile", "0"], "tile=(0, 0) must be an int of at least 1"),
         (["--tile", "axb"], "'axb' is not N or HxW"),
@@ -49,6 +50,7 @@ pytestmark = pytest.mark.usefixtures("here")
         (["--init-image", "whole.png", "--mask", "none.png"], "none.png: cannot be read: No such file"),
         (["--init-image", "whole.png", "--mask", "small.png"], "small.png: is 32x64 px, --init-image 64x64 px"),
         (["--init-image", "whole.png", "--mask", "black.png"], "black.png: nothing in it is white"),
+        (["--init-image", "whole.png", "--mask", "hole.png"], "hole.png: has transparent pixels; make it white where"),
         (["--stages", "1"], "--stages: '1' is not auto or a number above 1 up to 4"),
         (["--stages", "all"], "--stages: 'all' is not auto"),
         (["--size", "4x"], "--size 4x: only used with --init-image"),
@@ -80,6 +82,7 @@ def test_refused_before_anything_is_loaded(
     Image.effect_noise((64, 64), 60).save("whole.png")
     Image.new("L", (64, 64)).save("black.png")
     Image.new("L", (32, 64), 255).save("small.png")
+    Image.new("LA", (64, 64), (255, 0)).save("hole.png")
     Path("cut.png").write_bytes(Path("whole.png").read_bytes()[:2000])
     Path("folder.png").mkdir()
     before = sorted(os.listdir())

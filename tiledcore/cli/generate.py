@@ -163,7 +163,7 @@ def check(args: argparse.Namespace) -> Image.Image | None:
 
 
 def _mask(path: Path, size: tuple[int, int]) -> Image.Image:
-    mask = load_image(path).convert("L")
+    mask = load_image(path, opaque=True).convert("L")  # on white, its transparent parts would all be drawn anew
     if mask.size != size:
         raise ValueError(f"--mask {path}: is {mask.width}x{mask.height} px, --init-image {size[0]}x{size[1]} px")
     if not any(mask.histogram()[128:]):

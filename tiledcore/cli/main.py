@@ -211,8 +211,8 @@ def _matching(pattern: str, convert: Callable[..., T], valid: str) -> Callable[[
 _device = _matching(r"(cpu|cuda(?::\d{1,3})?)", str, "must be cpu, cuda or cuda:N")
 _pair = _matching(r"(\d{1,6})(?:x(\d{1,6}))?", lambda y, x: (int(y), int(x or y)), "is not N or HxW, as in 32 or 32x64")
 _size = _matching(
-    r"([1-9]\d{0,5})x(?:([1-9]\d{0,5}))?",
-    lambda width, height: (int(width), int(height)) if height else int(width),
+    r"([1-9]\d?)x|([1-9]\d{0,5})x([1-9]\d{0,5})",
+    lambda times, width, height: int(times) if times else (int(width), int(height)),
     "is not WIDTHxHEIGHT, such as 2048x1024",
 )
 

@@ -47,12 +47,12 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def load_image(path: Path) -> Image.Image:
+def load_image(path: Path, opaque: bool = False) -> Image.Image:
     """Read the first frame or page of a picture as RGB, rotated as its EXIF data says.
 
     Raises:
         PictureError: it is not there, not an ordinary file, not a picture, damaged, of more than :data:`MOST_PIXELS`,
-            or of colours that are not known.
+            of colours that are not known, or ``opaque`` and has transparent pixels.
     """
     with _opened(path) as image:
         if image.width * image.height > MOST_PIXELS:
@@ -61,13 +61,13 @@ def load_image(path: Path) -> Image.Image:
             )
         if image.format in ("GIF", "PNG", "WEBP", "AVIF") and getattr(image, "is_animated", False):
             logger.warning("%s: has several frames; the first one is used", path)
-        return to_rgb(ImageOps.exif_transpose(image), str(path))
+        return to_rgb(ImageOps.exif_transpose(image), str(path), opaque)
 
 
-def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
+def to_rgb(image: Image.Image, name: str = "image", opaque: bool = False) -> Image.Image:
     """A PIL picture as 8-bit RGB; ``name`` is what messages call it.
 
-    16 bits are scaled to 8, floats from 0..1. Transparent pixels are drawn on white, with a warning.
+    16 bits are scaled to 8, floats from 0..1. Transparent pixels are drawn on white, with a warning; not if ``opaque``.
 
     Raises:
         PictureError: other floats, integers of more than 16 bits, or colours that Pillow does not convert.
@@ -79,6 +79,8 @@ def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if np.asarray(image)[..., 3].min() < 255:
+            if opaque:
+                raise PictureError(f"{name}: has transparent pixels; make it white where to change, else black")
             logger.warning("%s: has transparent pixels, which are drawn on white", name)
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
