@@ -26,9 +26,7 @@ from tiledcore.tiles.families import network_of
 from tiledcore.utils import replaced
 from tiledcore.vae.wrap import Continuation, decoder_reach, wrapped
 
-SHARED = 5
-"""Width in latent pixels of the strip that a group of sides shares, as in the paper."""
-
+SHARED = 5  # width in latent pixels of the strip that a group of sides shares, as in the paper
 Partners = dict[str, tuple[list[int], list[int]]]
 """Per axis: for each image, the image before it (left, above) and the image behind it (right, below)."""
 

@@ -95,13 +95,9 @@ class Ranks:
         # Messages between hosts, so that no device waits for them. All ranks come here at their first call.
         on_hosts = "cpu:gloo" in dist.get_backend_config()
         self.hosts = self.world if on_hosts else dist.new_group(backend="gloo")
+        self.leads = self.rank == 0  # Whether this rank reads, writes and shows progress for all
         self.times = Times([0.0] * self.size)
         self.copied: TemporaryDirectory[str] | None = None  # Rank 0's checkpoint, for the call that is running
-
-    @property
-    def leads(self) -> bool:
-        """Whether this rank reads, writes and shows progress for all."""
-        return self.rank == 0
 
     def first(self, value: Any) -> Any:
         """Rank 0's value."""
@@ -128,7 +124,8 @@ class Ranks:
             mine = [run(part) for part, owner in zip(parts, chosen, strict=True) if owner == self.rank]
         except torch.OutOfMemoryError:
             full = True
-        state = _checksum(sample)  # waits for the device
+        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[sample.element_size()]
+        state = int(sample.contiguous().view(bits).sum(dtype=torch.int64))  # waits for the device
         channels, dtype = self._agree(full, mine, state, time.perf_counter() - began)
         sizes = [part.shape[0] * channels * part.shape[1] * part.shape[2] for part in parts]
         lengths = [[n for n, o in zip(sizes, chosen, strict=True) if o == rank] for rank in range(self.size)]
@@ -210,11 +207,6 @@ class Ranks:
                 f"another of the {self.size} processes ended, or did not answer in time; with a checkpoint, the same "
                 "command goes on from there"
             ) from error
-
-
-def _checksum(canvas: Tensor) -> int:
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[canvas.element_size()]
-    return int(canvas.contiguous().view(bits).sum(dtype=torch.int64))
 
 
 _ranks: Ranks | None = None
@@ -324,5 +316,5 @@ def tells() -> bool:
         return os.environ.get("RANK") == "0"
     try:
         return bool(_store.add("tiledcore error", 1) == 1)
-    except RuntimeError:  # torchrun itself is gone
-        return True
+    except RuntimeError:  # the store is gone, with torchrun itself, or else with rank 0, which has told
+        return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

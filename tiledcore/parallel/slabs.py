@@ -22,8 +22,7 @@ from tiledcore.vae.exact import joined, plan, rows_of, run
 from tiledcore.vae.layers import Attention as BandAttention
 from tiledcore.vae.layers import program
 
-LEAST_PIXELS = 512 * 512
-"""A smaller image is decoded by every rank, because the exchange would take longer."""
+LEAST_PIXELS = 512 * 512  # a smaller image is decoded by every rank, because the exchange would take longer
 
 Forward = Callable[..., Tensor]
 Rows = tuple[int, int]  # first and last + 1
