@@ -5,8 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import random
-import socket
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
@@ -27,7 +25,9 @@ def on_ranks(count: int, work: Callable[[int], Any], timeout: float = TIMEOUT, g
         return [work(0)]
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context("fork")
-        start = _group(folder, count, timeout) if group else _environment(count)
+        # As with torchrun, the store of an environment is this process's: it outlives the ranks, whoever ends first.
+        store = None if group else dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        start = _group(folder, count, timeout) if store is None else _environment(count, store.port)
         children = [context.Process(target=_run, args=(folder, rank, work, start)) for rank in range(count)]
         for child in children:
             child.start()
@@ -51,11 +51,9 @@ def _group(folder: str, count: int, timeout: float) -> Begin:
     return begin
 
 
-def _environment(count: int) -> Begin:
-    with socket.socket() as free:  # not of the range from which connections get theirs: another test's could take it
-        free.bind(("127.0.0.1", random.randrange(20_000, 30_000)))
-        port = free.getsockname()[1]
+def _environment(count: int, port: int) -> Begin:
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "none"}
+    common |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
 
     def begin(rank: int) -> None:
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
