@@ -140,3 +140,20 @@ def test_what_is_no_canvas_is_named(canvas: Any) -> None:
         tiledcore.tile(torch.nn.Identity(), RAMP)(canvas)
     with pytest.raises(TypeError, match="must be a function and a TilingConfig"):
         tiledcore.tile(canvas, RAMP)
+
+
+@pytest.mark.parametrize("tile_batch", [1, 2, 4])  # of nine tiles: the last batch has one, too
+def test_a_function_may_write_into_its_arguments(tile_batch: int) -> None:
+    x, scale = torch.ones(1, 1, 32, 32), torch.ones(1, 1, 1, 1)
+    tiled = tiledcore.tile(lambda x, scale: x * scale.mul_(2), RAMP, Execution(tile_batch))
+    torch.testing.assert_close(tiled(x, scale), 2 * x)
+    assert scale == 1
+
+
+@pytest.mark.parametrize("config", [RAMP, MOVING])
+def test_a_call_in_inference_mode_does_not_spoil_the_next(config: TilingConfig) -> None:
+    x = torch.randn(1, 2, 32, 32)
+    tiled = tiledcore.tile(lambda x, time: x + time, config)
+    with torch.inference_mode():
+        first = tiled(x, 1.0)
+    assert torch.equal(tiled(x, 1.0), first)

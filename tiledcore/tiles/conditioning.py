@@ -64,8 +64,7 @@ class TileBatch(NamedTuple):
         """``[batch, ...]`` -> ``[N, ...]``; a tensor that is not per image stays as it is."""
         if not value.ndim or len(value) != self.batch:
             return value
-        count, some = len(self.offsets), value[self.images]
-        return some if count == 1 else some.repeat_interleave(count, 0)
+        return value[self.images].repeat_interleave(len(self.offsets), 0)  # a copy: functions may write into it
 
     def fit(self, value: Tensor) -> Tensor:
         """An argument of unknown meaning: an image of the canvas' size is cropped, another tensor repeated."""

@@ -131,7 +131,8 @@ class TileDenoiser:
             }
         given = self._there[tiling]
         if [(one.shape, one.device) for one in given] != [(one.shape, one.device) for one in self._parts]:
-            self._parts = tuple(torch.empty_like(one) for one in given)
+            with torch.inference_mode(False):  # the next call may be outside of it
+                self._parts = tuple(torch.empty_like(one) for one in given)
         for kept, one in zip(self._parts, given, strict=True):
             kept.copy_(one)  # a graph reads these tensors
         self.placed = tiling
