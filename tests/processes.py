@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 TIMEOUT = 60  # seconds
@@ -63,6 +64,9 @@ def _environment(count: int, port: int) -> Begin:
 
 
 def _run(folder: str, rank: int, work: Callable[[int], Any], begin: Begin) -> None:
+    # A fork makes a new pool of threads at its first use. If that is in two threads at once (transformers reads weights
+    # in several), torch may end with "Invalid thread pool!"; so it is here.
+    torch.set_num_threads(torch.get_num_threads())
     begin(rank)
     try:
         result = work(rank)
