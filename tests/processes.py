@@ -26,12 +26,17 @@ def on_ranks(count: int, work: Callable[[int], Any], timeout: float = TIMEOUT, g
         return [work(0)]
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context("fork")
-        # As with torchrun, the store of an environment is this process's: it outlives the ranks, whoever ends first.
-        store = None if group else dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        start = _group(folder, count, timeout) if store is None else _environment(count, store.port)
+        ports = context.SimpleQueue()
+        start = _group(folder, count, timeout) if group else _environment(count, ports)
         children = [context.Process(target=_run, args=(folder, rank, work, start)) for rank in range(count)]
         for child in children:
             child.start()
+        # As with torchrun, the store of an environment is this process's: it outlives the ranks, whoever ends first. It
+        # comes after the last fork, because its thread could hold one of libc's locks then.
+        store = None if group else dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        if store is not None:
+            for _ in children:
+                ports.put(store.port)
         for child in children:
             child.join(2 * TIMEOUT)
             if child.is_alive():
@@ -52,12 +57,12 @@ def _group(folder: str, count: int, timeout: float) -> Begin:
     return begin
 
 
-def _environment(count: int, port: int) -> Begin:
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "none"}
-    common |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+def _environment(count: int, ports: Any) -> Begin:
+    common = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True"}
 
     def begin(rank: int) -> None:
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        own["MASTER_PORT"] = ports.get()
         os.environ.update(common | {name: str(value) for name, value in own.items()})
 
     return begin
