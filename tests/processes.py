@@ -31,8 +31,8 @@ def on_ranks(count: int, work: Callable[[int], Any], timeout: float = TIMEOUT, g
         children = [context.Process(target=_run, args=(folder, rank, work, start)) for rank in range(count)]
         for child in children:
             child.start()
-        # As with torchrun, the store of an environment is this process's: it outlives the ranks, whoever ends first. It
-        # comes after the last fork, because its thread could hold one of libc's locks then.
+        # As with torchrun, this process holds the store, so that it outlives all ranks. It is made after the last fork:
+        # its thread could hold a lock of libc during a fork, and the new process would wait for that lock for ever.
         store = None if group else dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         if store is not None:
             for _ in children:
@@ -69,8 +69,8 @@ def _environment(count: int, ports: Any) -> Begin:
 
 
 def _run(folder: str, rank: int, work: Callable[[int], Any], begin: Begin) -> None:
-    # A fork makes a new pool of threads at its first use. If that is in two threads at once (transformers reads weights
-    # in several), torch may end with "Invalid thread pool!"; so it is here.
+    # After a fork, torch makes a new thread pool when it first needs one. It can fail ("Invalid thread pool!") if two
+    # threads need it at the same time, as when transformers reads weights. So the pool is made here, by one thread.
     torch.set_num_threads(torch.get_num_threads())
     begin(rank)
     try:
