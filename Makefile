@@ -36,9 +36,12 @@ lint: install
 # Two processes: a test keeps one core busy, and more would need more memory than small machines have.
 PYTEST := $(BIN)/pytest -n 2 --dist worksteal
 
-# One minute: the rooms of the core without the ops, whose kernels are interpreted.
+# One minute: the rooms of the core without the ops, whose kernels are interpreted, and without the two files whose
+# tests start processes: each of those loads all packages again.
+PROCESSES := tests/loop/test_capture_safety.py tests/loop/test_checkpoint.py
 check: lint
-	$(PYTEST) -m "not slow" tests/canvas tests/loop tests/schedulers tests/tiles tests/test_geometry.py tests/test_utils.py $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(addprefix --ignore ,$(PROCESSES)) tests/canvas tests/loop tests/schedulers tests/tiles \
+		tests/test_geometry.py tests/test_utils.py $(PYTEST_ARGS)
 
 # Five minutes: all but what is marked slow. This is the gate.
 test: lint
