@@ -192,8 +192,8 @@ def _processor(network: Any, canvas: Canvas, name: str, layer: Any) -> Any:
             return None
         return processors.ZImageProcessor(canvas, Rotary(tuple(network.axes_dims), network.rope_theta))
     raise TypeError(
-        f"{name}: {kind.__name__} cannot be replaced by neighbour attention; remove the adapter that set it "
-        f"(IP-Adapter, PAG, custom diffusion), or use tile mode"
+        f"{name}: {kind.__name__} cannot be replaced by neighbour attention; use tile mode, or remove the adapter "
+        f"if one set it (IP-Adapter, PAG, custom diffusion)"
     )
 
 
