@@ -68,7 +68,7 @@ demo-before: install
 	-$(BIN)/python -m bench.seams demo-before.png
 
 # The tables of docs/benchmarks.md that have markers. BENCH_ARGS=--quick for the small cases.
-# All ways over one canvas and the other methods take hours on two cores: `make bench-modes`.
+# All ways over one canvas and the other methods take over half an hour more: `make bench-modes`.
 bench: install
 	$(BIN)/python -m bench run --json bench/results/cpu_suite.json $(BENCH_ARGS)
 	$(BIN)/python -m bench.oracle --json bench/results/oracle.json

@@ -81,7 +81,7 @@ def test_the_loop_is_that_of_a_pipeline() -> None:
     """The embedded model with guidance, once as a pipeline and once as a function."""
     pipe = tiledcore.TiledPipeline.from_pretrained()
     pipe.set_progress_bar_config(disable=True)
-    noise = torch.randn(1, 8, 40, 56, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, pipe.unet.config.in_channels, 40, 56, generator=torch.Generator().manual_seed(0))
     text, empty = pipe.encode_prompt("a rugged coast", "cpu", 1, True)
     call = {"prompt_embeds": text, "negative_prompt_embeds": empty, "num_inference_steps": 3, "guidance_scale": 3.0}
     config = TilingConfig(tile=32, overlap=8)

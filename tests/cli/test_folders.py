@@ -57,4 +57,4 @@ def test_a_pipeline_without_a_sibling(options: list[str], name: str, capsys: pyt
 def test_a_network_that_cannot_be_inpainted(capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("RGB", (256, 256), "white").save("white.png")
     assert generate("earth", "--init-image", "white.png", "--mask", "white.png", "--size", "256x256") == 2
-    assert "should have either 4 or 9 input channels, not 8" in error(capsys)
+    assert "should have either 4 or 9 input channels, not 16" in error(capsys)

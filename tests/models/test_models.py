@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from tiledcore import TiledPipeline, TilingConfig
 from tiledcore.models import EMBEDDED, call_defaults
 from tiledcore.models.training import architecture, data
+from tiledcore.models.training.autoencoder import start_from
 from tiledcore.models.training.metrics import colour_distance, patch_distance, spectrum_distance
 
 
@@ -22,15 +23,16 @@ def smooth(count: int, size: int = 128) -> torch.Tensor:
     return F.interpolate(coarse, (size, size), mode="bicubic").clamp(-1, 1)
 
 
-def test_the_autoencoder_starts_as_a_thumbnail_codec() -> None:
-    images = smooth(2)
-    vae = architecture.build_vae()
-    with torch.no_grad():
-        latents = vae.encode(images).latent_dist.mean
-        rebuilt = vae.decode(latents).sample
-    small = F.avg_pool2d(images, 8)
-    assert (latents[:, :3] - small).abs().mean() < 0.05
-    assert (rebuilt - images).abs().mean() < 0.1
+@torch.no_grad()
+def test_an_autoencoder_with_more_channels_starts_as_its_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = architecture.build_vae()
+    monkeypatch.setattr(architecture, "LATENT_CHANNELS", architecture.LATENT_CHANNELS // 2)
+    teacher = architecture.build_vae()
+    start_from(wide, teacher)
+    expected = teacher.encode(smooth(2)).latent_dist.mean
+    latents = wide.encode(smooth(2)).latent_dist.mean
+    torch.testing.assert_close(latents[:, : expected.shape[1]], expected)
+    torch.testing.assert_close(wide.decode(latents).sample, teacher.decode(expected).sample)
 
 
 def test_every_word_of_the_captions_is_one_token(tmp_path: Path) -> None:
@@ -115,7 +117,7 @@ def test_the_transformer_starts_as_the_identity() -> None:
     """adaLN-zero: whatever it is given, a fresh transformer predicts 0, so that training starts without a jump."""
     sibling = architecture.build_transformer()
     output = sibling(
-        hidden_states=torch.randn(1, 16, 32),
+        hidden_states=torch.randn(1, 16, 4 * architecture.LATENT_CHANNELS),
         encoder_hidden_states=torch.randn(1, 24, 128),
         pooled_projections=torch.randn(1, 128),
         timestep=torch.tensor([0.5]),

@@ -1,10 +1,10 @@
 """Train the autoencoder: first to reconstruct, then the decoder alone to look sharp; resumes from its last save.
 
 ``python -P -m tiledcore.models.training.autoencoder --minutes 20 30``. In stage 1 the loss is L1 on the image and its
-gradients. The latents are held near those of a teacher (by default the embedded autoencoder), so that denoisers that
-know the teacher's latents can go on. In stage 2 the encoder is frozen and the decoder learns against a small patch
-discriminator (Isola et al. 2017) with a hinge loss. The decoder sees slightly noised latents throughout, so that small
-errors of a denoiser do not turn into crackle.
+gradients. Training starts from a teacher (by default the embedded autoencoder). The first latent channels stay near the
+teacher's, so that denoisers that know these can go on; channels that the teacher lacks hold what it loses. In stage 2
+the encoder is frozen and the decoder learns against a small patch discriminator (Isola et al. 2017) with a hinge loss.
+The decoder sees slightly noised latents throughout, so that small errors of a denoiser do not turn into crackle.
 """
 
 from __future__ import annotations
@@ -56,21 +56,22 @@ def noised(z: torch.Tensor, most: float) -> torch.Tensor:
 
 
 @torch.no_grad()
-def match_teacher(vae: Any, teacher: Any, x: torch.Tensor) -> None:
-    """Set the 1x1 convolutions at the latents so that the thumbnail start speaks the teacher's language.
+def start_from(vae: Any, teacher: Any) -> None:
+    """Take the weights of ``teacher``, an autoencoder of the same shape with as many or fewer latent channels.
 
-    Least squares from the encoder's output to the teacher's latents, and from these to the thumbnail.
+    The images and the first latent channels are those of the teacher: weights from a new channel to them start at zero.
     """
-
-    def rows(t: torch.Tensor) -> torch.Tensor:
-        return torch.cat([t.movedim(1, -1).flatten(0, -2), torch.ones(t[:, 0].numel(), 1)], 1)
-
-    n = architecture.LATENT_CHANNELS
-    own, target = vae.encoder(x)[:, :n], teacher.encode(x).latent_dist.mean
-    into = torch.linalg.lstsq(rows(own), rows(target)[:, :n]).solution
-    back = torch.linalg.lstsq(rows(target), rows(F.avg_pool2d(x, 8))[:, :3]).solution
-    vae.quant_conv.weight[:n, :n, 0, 0], vae.quant_conv.bias[:n] = into[:n].T, into[n]
-    vae.post_quant_conv.weight[:3, :, 0, 0], vae.post_quant_conv.bias[:3] = back[:n].T, back[n]
+    old, new = teacher.config.latent_channels, vae.config.latent_channels
+    latents = torch.arange(old)
+    moments = torch.cat([latents, new + latents])  # means and log-variances
+    theirs = teacher.state_dict()
+    for name, weights in vae.state_dict().items():
+        places = [
+            torch.arange(m) if n == m else moments if n == 2 * old else latents
+            for n, m in zip(theirs[name].shape, weights.shape, strict=True)
+        ]
+        weights[places[0]] = 0
+        weights[torch.meshgrid(*places, indexing="ij")] = theirs[name]
 
 
 class Trainer:
@@ -88,6 +89,8 @@ class Trainer:
             self.vae.load_state_dict(state["model"])
             self.judge.load_state_dict(state["judge"])
             self.step, self.stage, self.used = state["step"], state["stage"], state["used"]
+        else:
+            start_from(self.vae, self.teacher)
         modules: tuple[Any, ...] = (self.vae, self.judge, self.teacher)
         self.vae, self.judge, self.teacher = (m.to(memory_format=torch.channels_last) for m in modules)
         self.ema = copy.deepcopy(self.vae).requires_grad_(False)
@@ -132,11 +135,18 @@ class Trainer:
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 target = self.teacher.encode(x).latent_dist.mean.float()
-            z = self.vae.encode(x).latent_dist.mean
-            y = self.vae.decode(noised(z.float(), 0.15)).sample
-        distance = F.mse_loss(z.float(), target)
+            z = self.vae.encode(x).latent_dist.mean.float()
+            y = self.vae.decode(noised(z, 0.15)).sample
+        known, more = z.tensor_split([target.shape[1]], 1)
+        distance = F.mse_loss(known, target)
+        spread = more.std((0, 2, 3)).sub(1).square().sum() + more.mean((0, 2, 3)).square().sum()
         weight = 0.5 * (1 - progress) + 0.05
-        return {"detail": detail_loss(y.float(), x), "teacher": distance * weight, "gap": distance.detach()}
+        return {
+            "detail": detail_loss(y.float(), x),
+            "teacher": distance * weight,
+            "unit": 0.1 * spread,
+            "gap": distance.detach(),
+        }
 
     def sharpen(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Losses of the decoder in stage 2; the discriminator makes its own step."""
@@ -235,9 +245,6 @@ def main() -> None:
         return prefetch(lambda: windows(rasters, rng, size, count).contiguous(memory_format=torch.channels_last))
 
     batches = [stream(128, args.batch), stream(256, max(1, args.batch // 4))]
-    if trainer.step == 0 and trainer.stage == 0:
-        match_teacher(trainer.vae, trainer.teacher, torch.cat([next(batches[0]) for _ in range(8)]))
-        trainer.ema.load_state_dict(trainer.vae.state_dict())
     while trainer.stage < 2 and not stop:
         run_stage(trainer, batches, held, stop)
         if stop:

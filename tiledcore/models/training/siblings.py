@@ -136,7 +136,10 @@ def stratified(n: int) -> torch.Tensor:
     return (torch.arange(n) + torch.rand(n)) / n
 
 
+@torch.no_grad()
 def _take(model: torch.nn.ModuleDict, parts: dict[str, Any], folder: Path) -> None:
+    """Weights of an exported model. What it lacks for more latent channels starts at zero."""
     for name, kind in parts.items():
-        loaded = kind.from_pretrained(folder / name, torch_dtype=torch.float32)
-        model[name].load_state_dict(loaded.state_dict())
+        own = model[name].state_dict()
+        for key, theirs in kind.from_pretrained(folder / name, torch_dtype=torch.float32).state_dict().items():
+            own[key].zero_()[tuple(map(slice, theirs.shape))] = theirs
