@@ -204,6 +204,8 @@ def _checked(name: str, value: Any) -> dict[str, Any]:
     if name == "stages":
         staging(value)
     if name == "pipe":
+        if isinstance(value, TiledPipeline):
+            raise TypeError("pipe: a TiledPipeline is tiled already; change its settings, or give its .pipe")
         network_of(value)
     if name == "cuda_graph":
         return {name: value, "_graphs": StepGraphs(value)}

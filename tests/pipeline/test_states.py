@@ -136,3 +136,5 @@ def test_execution_changes_no_picture(pipe: Any, results: tuple[torch.Tensor, to
 def test_a_tiled_pipeline_is_not_tiled_again() -> None:
     with pytest.raises(TypeError, match="a TiledPipeline is tiled already"):
         apply_tiling(TiledPipeline(tiny_sd()), RAMP)
+    with pytest.raises(TypeError, match="a TiledPipeline is tiled already"):
+        TiledPipeline(TiledPipeline(tiny_sd()))

@@ -22,7 +22,7 @@ def to_tensor(image: Any) -> Tensor:
     if isinstance(image, list | tuple) and len({getattr(one, "size", None) for one in image}) == 1:
         return torch.cat([to_tensor(one) for one in image])
     if isinstance(image, Image.Image):
-        image = np.asarray(image.convert("RGB"))
+        image = np.array(image.convert("RGB"))  # writable, as torch asks
     if isinstance(image, np.ndarray) and image.ndim >= 3:
         image = torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, -3)
         image = image.float() / 255 if image.dtype == torch.uint8 else image
